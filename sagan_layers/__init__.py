@@ -1,0 +1,59 @@
+"""The building blocks of Self-Attention GAN as ordinary ``nn.Module`` classes."""
+
+from sagan_layers import convert, functional
+from sagan_layers.attention import SelfAttention2d
+from sagan_layers.conditional_norm import ConditionalBatchNorm2d, standing_statistics
+from sagan_layers.losses import (
+    GradientPenalty,
+    HingeDiscriminatorLoss,
+    HingeGeneratorLoss,
+    SoftplusDiscriminatorLoss,
+    SoftplusGeneratorLoss,
+    gradient_penalty,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    interpolate_images,
+    softplus_discriminator_loss,
+    softplus_generator_loss,
+)
+from sagan_layers.projection import ProjectionDiscriminatorHead
+from sagan_layers.spectral_norm import (
+    SNConv2d,
+    SNConvTranspose2d,
+    SNEmbedding,
+    SNLinear,
+    SpectralNormLayer,
+    apply_spectral_norm,
+    frozen_spectral_norm,
+    remove_spectral_norm,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConditionalBatchNorm2d",
+    "GradientPenalty",
+    "HingeDiscriminatorLoss",
+    "HingeGeneratorLoss",
+    "ProjectionDiscriminatorHead",
+    "SNConv2d",
+    "SNConvTranspose2d",
+    "SNEmbedding",
+    "SNLinear",
+    "SelfAttention2d",
+    "SoftplusDiscriminatorLoss",
+    "SoftplusGeneratorLoss",
+    "SpectralNormLayer",
+    "apply_spectral_norm",
+    "convert",
+    "frozen_spectral_norm",
+    "functional",
+    "gradient_penalty",
+    "hinge_discriminator_loss",
+    "hinge_generator_loss",
+    "interpolate_images",
+    "remove_spectral_norm",
+    "softplus_discriminator_loss",
+    "softplus_generator_loss",
+    "standing_statistics",
+]

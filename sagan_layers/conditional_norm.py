@@ -1,0 +1,362 @@
+"""Batch norm whose gain and bias depend on a class or on an embedding."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from sagan_layers import functional
+from sagan_layers.ops import reference
+from sagan_layers.spectral_norm import SNLinear
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["ConditionalBatchNorm2d", "standing_statistics"]
+
+
+class ConditionalBatchNorm2d(nn.Module):
+    r"""Batch norm with a gain and a bias for each class, or computed from an embedding.
+
+    .. math:: y_{nc} = \mathrm{gain}_c(n)\, \frac{x_{nc} - \mu_c}{\sqrt{\sigma^2_c + \epsilon}} + \mathrm{bias}_c(n)
+
+    The condition is one of three:
+
+    - ``num_classes``: integer labels. ``weight`` and ``bias`` are tables [num_classes, C] that start at 1 and 0.
+    - ``condition_features``: a vector for each sample (BigGAN's shared embedding, often with latents). The gain is
+      1 + ``weight_projection(vector)``, the bias ``bias_projection(vector)``, both linear without bias.
+    - neither: plain batch norm, ``weight`` and ``bias`` [C].
+
+    Args:
+        num_features: C.
+        num_classes: number of classes, or None.
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics; None for a plain average over all batches.
+        track_running_stats: whether there are running statistics; without, evaluation uses the batch's.
+        condition_features: width of the vectors to condition on, instead of ``num_classes``.
+        spectral_norm: whether the two projections of ``condition_features`` are normalised.
+        biased_running_var: record the biased variance, as TensorFlow does (and the released code with it);
+            torch's batch norm records the unbiased one. Both normalise with the biased one in training.
+        device, dtype: of the parameters.
+
+    Shape:
+        - Input: [N, C, H, W].
+        - Condition: labels [N], int64 or int32; or vectors [N, condition_features]; or nothing.
+        - Output: [N, C, H, W], in the input's dtype and memory format.
+
+    Raises:
+        ValueError: for a wrong shape, device or label (on a GPU see
+            :func:`~sagan_layers.functional.set_debug_checks`), a missing condition, a single value per
+            channel in training, or arguments that do not fit together.
+        TypeError: for a wrong dtype.
+
+    Note:
+        In training the batch's mean and biased variance normalise, and the running ones move; in evaluation the
+        running ones normalise. Statistics are taken in float32 whatever autocast says. The child ``norm``
+        holds the running statistics (as ``norm.running_mean`` and ``norm.running_var`` in the state dict) and
+        nothing else: ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces it, and from then on statistics in
+        training are those of the whole group's batch. Derivatives of every order.
+
+    Reference:
+        Miyato and Koyama, cGANs with Projection Discriminator; Brock et al., Large Scale GAN Training for High
+        Fidelity Natural Image Synthesis (BigGAN), for the shared embedding and standing statistics.
+
+    Example:
+        >>> norm = ConditionalBatchNorm2d(64, num_classes=10)
+        >>> norm(torch.randn(4, 64, 8, 8), torch.tensor([0, 3, 3, 9])).shape
+        torch.Size([4, 64, 8, 8])
+        >>> shared = ConditionalBatchNorm2d(64, None, condition_features=128)
+        >>> shared(torch.randn(4, 64, 8, 8), torch.randn(4, 128)).shape
+        torch.Size([4, 64, 8, 8])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        *,
+        condition_features: int | None = None,
+        spectral_norm: bool = False,
+        biased_running_var: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        functional.check_sizes(num_features=num_features)
+        functional.check_positive("eps", eps)
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"momentum: expected None or a number from 0 to 1, got {momentum!r}")
+        if num_classes is not None and condition_features is not None:
+            raise ValueError("num_classes, condition_features: expected one at most, got both")
+        if spectral_norm and condition_features is None:
+            raise ValueError("spectral_norm: expected condition_features with it (tables are not normalised)")
+        self.num_features = num_features
+        self.num_classes = num_classes
+        self.condition_features = condition_features
+        self.biased_running_var = biased_running_var
+        self.norm = nn.BatchNorm2d(
+            num_features, eps, momentum, False, track_running_stats, device=device, dtype=dtype
+        )
+        self.weight: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        if condition_features is not None:
+            functional.check_sizes(condition_features=condition_features)
+            linear = SNLinear if spectral_norm else nn.Linear
+            self.weight_projection = linear(
+                condition_features, num_features, bias=False, device=device, dtype=dtype
+            )
+            self.bias_projection = linear(
+                condition_features, num_features, bias=False, device=device, dtype=dtype
+            )
+        else:
+            shape: tuple[int, ...] = (num_features,)
+            if num_classes is not None:
+                functional.check_sizes(num_classes=num_classes)
+                shape = (num_classes, num_features)
+            self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        self._standing: _StandingStatistics | None = None
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance."""
+        return self.norm.eps
+
+    @property
+    def momentum(self) -> float | None:
+        """The weight of a batch in the running statistics; None for a plain average."""
+        return self.norm.momentum
+
+    def reset_parameters(self) -> None:
+        """Set gain to 1 and bias to 0 (or draw the projections anew), and forget the running statistics."""
+        self.norm.reset_running_stats()
+        if self.weight is not None and self.bias is not None:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+        else:
+            self.weight_projection.reset_parameters()
+            self.bias_projection.reset_parameters()
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the normalised x, scaled and shifted for its condition."""
+        functional.check_input(
+            x,
+            channels=self.num_features,
+            dims=(4,),
+            layout="[N, C, H, W]",
+            like=self._any_parameter(),
+            channel_axis=1,
+        )
+        gain, bias = self._gain_and_bias(x, condition)
+        if self._standing is not None:
+            self._standing.add(x)
+            return functional.conditional_batch_norm(x, gain, bias, eps=self.norm.eps)
+        training = self.norm.training  # the child's, so that code which freezes batch norms freezes this one
+        return functional.conditional_batch_norm(
+            x,
+            gain,
+            bias,
+            self.norm.running_mean,
+            self.norm.running_var,
+            training=training,
+            momentum=self._count_batch() if training else 0.0,
+            eps=self.norm.eps,
+            biased_running_var=self.biased_running_var,
+            process_group=self._process_group() if training else None,
+        )
+
+    def begin_standing_statistics(self) -> None:
+        """Start to gather standing statistics from nothing.
+
+        Until :meth:`end_standing_statistics` every forward normalises by its own batch's statistics, in training
+        and in evaluation, and adds its values to the gathered ones; the running statistics stand still.
+        :func:`standing_statistics` does this for a whole network.
+
+        Raises:
+            ValueError: if the layer has no running statistics to set.
+        """
+        if self.norm.running_mean is None:
+            raise ValueError("standing statistics: expected track_running_stats=True")
+        self._standing = _StandingStatistics(self.num_features, self.norm.running_mean.device)
+
+    def end_standing_statistics(self, process_group: ProcessGroup | None = None) -> None:
+        """Set the running statistics to those of all values gathered since the beginning, each counted once.
+
+        Args:
+            process_group: gather over its processes too; by default over all, if torch.distributed runs. All of
+                them must call this, and all end with the same numbers.
+
+        Raises:
+            ValueError: if nothing was gathered. The running statistics are then as before.
+        """
+        standing, self._standing = self._standing, None
+        if standing is None:
+            raise ValueError("standing statistics: expected begin_standing_statistics first")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            standing.gather(process_group)
+        if standing.count == 0:
+            raise ValueError("standing statistics: expected at least one forward pass, got none")
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
+        correction = 0 if self.biased_running_var or standing.count == 1 else 1
+        self.norm.running_mean.copy_(standing.mean)
+        self.norm.running_var.copy_(standing.squares / (standing.count - correction))
+
+    def _abort_standing_statistics(self) -> None:
+        self._standing = None
+
+    def _gain_and_bias(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        batch = x.size(0)
+        if self.condition_features is not None:
+            if condition is None:
+                raise ValueError(
+                    f"condition: expected vectors [N, {self.condition_features}] with N = {batch}, got None"
+                )
+            functional.check_features(condition, features=self.condition_features, like=self._any_parameter())
+            if condition.shape != (batch, self.condition_features):
+                raise ValueError(
+                    f"condition: expected [{batch}, {self.condition_features}], got {list(condition.shape)}"
+                )
+            return 1 + self.weight_projection(condition), self.bias_projection(condition)
+        assert self.weight is not None
+        assert self.bias is not None
+        functional.check_labels(condition, num_classes=self.num_classes, batch=batch, like=self.weight)
+        if condition is None:
+            return self.weight, self.bias
+        return nn.functional.embedding(condition, self.weight), nn.functional.embedding(condition, self.bias)
+
+    def _any_parameter(self) -> Tensor:
+        parameter: Tensor | None = (
+            self.weight if self.condition_features is None else self.weight_projection.weight
+        )
+        assert parameter is not None
+        return parameter
+
+    def _count_batch(self) -> float:
+        """Count one more batch and return its weight in the running statistics."""
+        if self.norm.num_batches_tracked is None:
+            return 0.0
+        self.norm.num_batches_tracked.add_(1)
+        if self.norm.momentum is not None:
+            return self.norm.momentum
+        return 1.0 / float(self.norm.num_batches_tracked)
+
+    def _process_group(self) -> ProcessGroup | None:
+        """Return the group that shares statistics: only after conversion to SyncBatchNorm, only if it runs."""
+        if not isinstance(self.norm, nn.SyncBatchNorm) or not torch.distributed.is_initialized():
+            return None
+        return self.norm.process_group or torch.distributed.group.WORLD
+
+    def extra_repr(self) -> str:
+        """Return the sizes and the options that are not in the child's description."""
+        condition = (
+            f"num_classes={self.num_classes}"
+            if self.condition_features is None
+            else f"condition_features={self.condition_features}"
+        )
+        biased = ", biased_running_var=True" if self.biased_running_var else ""
+        return f"{self.num_features}, {condition}{biased}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave half-gathered standing statistics out of copies."""
+        return self.__dict__ | {"_standing": None}
+
+
+@contextlib.contextmanager
+def standing_statistics(module: nn.Module, *, process_group: ProcessGroup | None = None) -> Iterator[None]:
+    """Replace the running statistics in ``module`` by those of the passes made inside a ``with`` block.
+
+    Inside, the whole module is in evaluation (spectral normalisation and dropout stand still), while every
+    :class:`ConditionalBatchNorm2d` normalises by its batch's statistics and gathers them. At the end the
+    running statistics are the mean and variance of all values seen, a larger batch weighing more, over all
+    processes if torch.distributed runs; then the training mode is as it was. If the block raises, the running
+    statistics are as before. Call under ``torch.no_grad()``.
+
+    Args:
+        module: a network with :class:`ConditionalBatchNorm2d` in it.
+        process_group: whose processes gather together; all by default.
+
+    Raises:
+        ValueError: if there is no such layer, or the module also holds torch batch norms with running
+            statistics, which would silently stay as they are; ``ConditionalBatchNorm2d(C)`` replaces those.
+
+    Reference:
+        Brock et al., Large Scale GAN Training for High Fidelity Natural Image Synthesis, appendix C.1.
+
+    Example:
+        >>> norm = ConditionalBatchNorm2d(3, num_classes=2)
+        >>> with torch.no_grad(), standing_statistics(norm):
+        ...     for size in (8, 24):
+        ...         _ = norm(torch.randn(size, 3, 16, 16) + 5, torch.zeros(size, dtype=torch.long))
+        >>> bool((norm.norm.running_mean - 5).abs().max() < 0.1)
+        True
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, ConditionalBatchNorm2d)]
+    own = {layer.norm for layer in layers}
+    foreign = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        and layer.track_running_stats
+        and layer not in own
+    ]
+    if not layers or foreign:
+        found = f"torch's batch norm at {', '.join(map(repr, foreign))}" if foreign else "none"
+        raise ValueError(f"standing statistics: expected ConditionalBatchNorm2d layers alone, got {found}")
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
+    try:
+        for layer in layers:
+            layer.begin_standing_statistics()
+        yield
+        for layer in layers:
+            layer.end_standing_statistics(process_group)
+    finally:
+        for layer in layers:
+            layer._abort_standing_statistics()
+        for inner, training in modes:
+            inner.training = training
+
+
+class _StandingStatistics:
+    """Count, mean and sum of squared deviations of each channel, in float64, of all batches added."""
+
+    def __init__(self, num_features: int, device: torch.device) -> None:
+        self.count = 0
+        self.mean = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self.squares = torch.zeros_like(self.mean)
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Add the values of x, [N, C, H, W]."""
+        var, mean = torch.var_mean(x.to(reference.compute_dtype(x.dtype)), (0, 2, 3), correction=0)
+        count = x.numel() // x.size(1)
+        self._merge(count, mean.double(), var.double() * count)
+
+    @torch.no_grad()
+    def gather(self, process_group: ProcessGroup | None) -> None:
+        """Merge those of all processes, in the same order everywhere."""
+        mine = torch.cat([self.mean.new_tensor([self.count]), self.mean, self.squares])
+        theirs = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(process_group))]
+        torch.distributed.all_gather(theirs, mine, group=process_group)
+        self.__init__(self.mean.numel(), self.mean.device)  # type: ignore[misc]
+        for part in theirs:
+            mean, squares = part[1:].chunk(2)
+            self._merge(int(part[0]), mean, squares)
+
+    def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        if count == 0:
+            return
+        total = self.count + count
+        difference = mean - self.mean
+        self.mean = self.mean + difference * (count / total)
+        self.squares = self.squares + squares + difference.square() * (self.count * count / total)
+        self.count = total

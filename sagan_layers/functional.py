@@ -1,0 +1,430 @@
+"""Stateless forms of the layers, and the one place that checks a caller's tensors.
+
+Every function takes and returns plain tensors and raises ``ValueError`` or ``TypeError`` that says what was
+expected and what came. Shape letters: N batch, C channels, H height, W width, L queries, S keys, E and Ev widths.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sagan_layers.ops import dispatch, reference
+from sagan_layers.ops.reference import SpectralNormResult
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "SpectralNormResult",
+    "attention",
+    "attention_weights",
+    "conditional_batch_norm",
+    "select_backend",
+    "set_debug_checks",
+    "spectral_normalize",
+]
+
+_debug_checks = os.environ.get("SAGAN_LAYERS_DEBUG_CHECKS", "0") not in ("", "0")
+
+
+def set_debug_checks(enabled: bool) -> None:
+    """Turn on or off the checks that make the host wait for a GPU.
+
+    Values of labels and query points on the CPU are always checked. On a GPU looking at them would stall the
+    stream at every step, so they are checked only after ``set_debug_checks(True)`` or with the environment
+    variable ``SAGAN_LAYERS_DEBUG_CHECKS=1``; without, CUDA's own assertion stops an index out of range.
+    Inside ``torch.compile`` and ``torch.export`` values are never looked at.
+
+    Args:
+        enabled: whether to check.
+    """
+    global _debug_checks
+    _debug_checks = enabled
+
+
+# --- the operations ---------------------------------------------------------------------------------------
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float = 1.0, backend: str = "auto"
+) -> Tensor:
+    r"""Return for every query the average of the values, weighted by softmax over the keys.
+
+    .. math:: y_l = \sum_s \frac{\exp(c\, q_l \cdot k_s)}{\sum_{s'} \exp(c\, q_l \cdot k_{s'})} v_s
+
+    SAGAN's attention has one head and no :math:`1/\sqrt{E}`, so the default ``scale`` c is 1.
+
+    Args:
+        query: [N, L, E], floating point.
+        key: [N, S, E].
+        value: [N, S, Ev]; Ev need not equal E.
+        scale: factor on the logits.
+        backend: "auto", or the name of a backend to insist on (:func:`select_backend` tells which serves).
+
+    Shape:
+        - Output: [N, L, Ev], in the dtype of ``value``.
+
+    Raises:
+        ValueError: if shapes or devices disagree, or the named backend does not exist or cannot serve.
+        TypeError: if the dtypes disagree or are not floating point.
+
+    Note:
+        Logits and softmax are accumulated in float32 for half-precision inputs, under autocast too: unscaled
+        logits reach hundreds, where bfloat16 would be off by more than one. Derivatives of every order.
+
+    Reference:
+        Zhang et al., Self-Attention Generative Adversarial Networks, section 3 (equations 1 and 2).
+
+    Example:
+        >>> query, key, value = torch.randn(2, 9, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 16)
+        >>> attention(query, key, value).shape
+        torch.Size([2, 9, 16])
+    """
+    _check_attention_inputs(query, key, value)
+    chosen = dispatch.select_attention_backend(query, key, value, backend)
+    return chosen.run(query, key, value, float(scale))
+
+
+def select_backend(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto") -> str:
+    """Return the name of the backend that :func:`attention` would use for these inputs.
+
+    Args:
+        query: [N, L, E].
+        key: [N, S, E].
+        value: [N, S, Ev].
+        backend: as for :func:`attention`.
+
+    Raises:
+        ValueError: as :func:`attention`.
+        TypeError: as :func:`attention`.
+
+    Example:
+        >>> select_backend(torch.randn(2, 9, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 16))
+        'reference'
+    """
+    _check_attention_inputs(query, key, value)
+    return dispatch.select_attention_backend(query, key, value, backend).name
+
+
+def attention_weights(query: Tensor, key: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Return the weights that each query gives to each key; they sum to one over the keys.
+
+    Args:
+        query: [N, L, E], floating point; pass only the queries of interest, the result has L x S entries.
+        key: [N, S, E].
+        scale: factor on the logits.
+
+    Shape:
+        - Output: [N, L, S], float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: if shapes or devices disagree.
+        TypeError: if the dtypes disagree or are not floating point.
+
+    Reference:
+        Zhang et al., Self-Attention Generative Adversarial Networks, section 3 (equation 1).
+
+    Example:
+        >>> weights = attention_weights(torch.randn(2, 3, 4), torch.randn(2, 5, 4))
+        >>> torch.allclose(weights.sum(dim=-1), torch.ones(2, 3))
+        True
+    """
+    _check_attention_inputs(query, key, key)
+    return reference.attention_weights(query, key, float(scale))
+
+
+def spectral_normalize(
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    dim: int = 0,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+) -> SpectralNormResult:
+    r"""Return ``weight / sigma``, sigma the spectral norm of the weight seen as a matrix.
+
+    Each power iteration sets :math:`v = W^T u / \|W^T u\|`, then :math:`u = W v / \|W v\|`; then
+    :math:`\sigma = u^T W v`. Nothing is changed in place: the moved u and v are in the result.
+
+    Args:
+        weight: at least two axes; as a matrix [out, rest] with ``dim`` moved to the front.
+        u: [out], an estimate of the left singular vector.
+        v: [rest], of the right one; only used when ``n_power_iterations`` is 0.
+        dim: the axis of the outputs, 0 or 1.
+        n_power_iterations: how often u and v move before sigma is taken.
+        eps: added to the norms of u and v; a weight whose sigma is not above it is returned unnormalised, so
+            that zeros stay zeros and their gradient stays finite.
+
+    Returns:
+        ``(weight, sigma, u, v)``: the normalised weight in the weight's dtype; sigma, a scalar; u and v.
+
+    Raises:
+        ValueError: if shapes or devices disagree, or a number is out of range.
+        TypeError: if a tensor is not floating point.
+
+    Note:
+        Computed in float32 (float64 for float64 weights), also under autocast. u and v are constants for
+        autograd; the released TensorFlow code differentiates through the iteration. Both agree once u has
+        converged.
+
+    Reference:
+        Miyato et al., Spectral Normalization for Generative Adversarial Networks, algorithm 1.
+
+    Example:
+        >>> weight = torch.randn(8, 3, 3, 3)
+        >>> result = spectral_normalize(weight, torch.randn(8), torch.randn(27), n_power_iterations=200)
+        >>> matrix = result.weight.flatten(1)
+        >>> round(torch.linalg.matrix_norm(matrix, 2).item(), 4)
+        1.0
+    """
+    check_floating("weight", weight)
+    if weight.dim() < 2 or dim not in (0, 1):
+        raise ValueError(
+            f"weight: expected at least 2 axes and dim 0 or 1, got {_shape(weight)} and dim {dim!r}"
+        )
+    rest = weight.numel() // weight.size(dim) if weight.size(dim) else 0
+    for name, vector, length in (("u", u, weight.size(dim)), ("v", v, rest)):
+        check_floating(name, vector)
+        if vector.shape != (length,):
+            raise ValueError(f"{name}: expected shape [{length}], got {_shape(vector)}")
+        _check_same_device(name, vector, "the weight", weight)
+    if n_power_iterations < 0:
+        raise ValueError(f"n_power_iterations: expected at least 0, got {n_power_iterations}")
+    check_positive("eps", eps)
+    return reference.spectral_normalize(weight, u, v, n_power_iterations, eps, dim)
+
+
+def conditional_batch_norm(
+    x: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    biased_running_var: bool = False,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""Return the batch-normalised x with a gain and a bias for each sample.
+
+    .. math:: y_{nc} = \mathrm{gain}_{nc}\, \frac{x_{nc} - \mu_c}{\sqrt{\sigma^2_c + \epsilon}} + \mathrm{bias}_{nc}
+
+    Mean and (biased) variance are the batch's when ``training`` or when there are no running statistics, and
+    else the running ones. When ``training``, running statistics move in place by ``momentum``.
+
+    Args:
+        x: [N, C, *], floating point; two axes or more.
+        gain: [N, C], or [C] for all samples alike.
+        bias: as ``gain``.
+        running_mean: [C] or None.
+        running_var: [C] or None, both or neither.
+        training: whether to use and record the batch's statistics.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+        biased_running_var: record the biased variance, as TensorFlow does; torch's batch norm records the
+            unbiased one.
+        process_group: take the batch's statistics over all processes of this group.
+
+    Shape:
+        - Output: as x, in the dtype of x.
+
+    Raises:
+        ValueError: if shapes or devices disagree, or statistics would be taken of a single value a channel.
+        TypeError: if a tensor is not floating point.
+
+    Note:
+        Statistics are taken in float32 (float64 for float64 inputs), the mean subtracted before scaling, so
+        large means lose no digits. Derivatives of every order.
+
+    Reference:
+        Dumoulin et al., A Learned Representation For Artistic Style (conditional instance norm); Miyato and
+        Koyama, cGANs with Projection Discriminator, for batch norm in G.
+
+    Example:
+        >>> x = torch.randn(4, 3, 5, 5) * 7 + 2
+        >>> y = conditional_batch_norm(x, torch.ones(4, 3), torch.zeros(4, 3), training=True)
+        >>> bool(y.mean().abs() < 1e-5), bool((y.std() - 1).abs() < 1e-2)
+        (True, True)
+    """
+    check_floating("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected [N, C, *], got {_shape(x)}")
+    num_features = x.size(1)
+    for name, coefficients in (("gain", gain), ("bias", bias)):
+        check_floating(name, coefficients)
+        expected = x.shape[:2] if coefficients.dim() == 2 else x.shape[1:2]
+        if coefficients.shape != expected:
+            raise ValueError(
+                f"{name}: expected [N, C] = [{x.size(0)}, {num_features}] or [{num_features}], "
+                f"got {_shape(coefficients)}"
+            )
+        _check_same_device(name, coefficients, "x", x)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var: expected both or neither, got one")
+    use_batch = training or running_mean is None
+    if use_batch and process_group is None and x.numel() // num_features <= 1:
+        raise ValueError(
+            f"x: expected more than 1 value per channel to take batch statistics, got {_shape(x)}"
+        )
+    wide = x.to(reference.compute_dtype(x.dtype))
+    if use_batch:
+        mean, var, count = reference.batch_statistics(wide, process_group)
+        if training and running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                recorded = var.detach() if biased_running_var else var.detach() * (count / (count - 1))
+                running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
+                running_var.lerp_(recorded.to(running_var.dtype), momentum)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+            if statistic.shape != (num_features,):
+                raise ValueError(f"{name}: expected shape [{num_features}], got {_shape(statistic)}")
+            _check_same_device(name, statistic, "x", x)
+        mean, var = running_mean.to(wide.dtype), running_var.to(wide.dtype)
+    return reference.normalize(wide, mean, var, gain, bias, eps).to(x.dtype)
+
+
+# --- checks that the modules share ---------------------------------------------------------------------------
+
+
+def check_positive(name: str, number: float) -> None:
+    """Raise ``ValueError`` unless the number is above zero."""
+    if not number > 0:
+        raise ValueError(f"{name}: expected a positive number, got {number!r}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ``TypeError`` unless every size is an integer, ``ValueError`` unless it is at least 1."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name}: expected an int, got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+
+
+def check_input(
+    x: Tensor, *, channels: int, dims: tuple[int, ...], layout: str, like: Tensor, channel_axis: int
+) -> None:
+    """Raise unless x has one of the ranks ``dims``, ``channels`` on its axis, and the dtype and device of ``like``.
+
+    Args:
+        x: a module's input.
+        channels: what the module was made for.
+        dims: allowed numbers of axes.
+        layout: how the expected shape is written in the message, for example "[N, C, H, W]".
+        like: a parameter of the module. Under autocast any floating dtype passes.
+        channel_axis: where the channels are, counted from the end (negative).
+
+    Raises:
+        ValueError: for rank, channels or device.
+        TypeError: if x is not a floating-point tensor of the module's dtype.
+    """
+    check_floating("input", x)
+    if x.dim() not in dims or x.size(channel_axis) != channels:
+        raise ValueError(f"input: expected {layout} with C = {channels}, got {_shape(x)}")
+    _check_module_tensor(x, like)
+
+
+def check_features(x: Tensor, *, features: int, like: Tensor) -> None:
+    """Raise unless the last axis of x has ``features`` entries, in the dtype and on the device of ``like``.
+
+    Raises:
+        ValueError: for the size or device.
+        TypeError: if x is not a floating-point tensor of the module's dtype.
+    """
+    check_floating("input", x)
+    if x.dim() < 1 or x.size(-1) != features:
+        raise ValueError(f"input: expected [*, {features}], got {_shape(x)}")
+    _check_module_tensor(x, like)
+
+
+def check_indices(name: str, indices: object, *, upper: int, like: Tensor) -> None:
+    """Raise unless ``indices`` are int64 or int32, on the device of ``like`` and in ``[0, upper)``.
+
+    Values on a GPU are looked at only when :func:`set_debug_checks` asks for it.
+
+    Raises:
+        ValueError: for device or range.
+        TypeError: if they are not integers.
+    """
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected an int64 or int32 tensor, got {_kind(indices)}")
+    _check_same_device(name, indices, "the module's parameters", like)
+    if torch.compiler.is_compiling() or indices.is_meta or indices.numel() == 0:
+        return
+    if indices.device.type == "cpu" or _debug_checks:
+        low, high = (int(bound) for bound in torch.aminmax(indices))
+        if low < 0 or high >= upper:
+            raise ValueError(
+                f"{name}: expected values from 0 to {upper - 1}, got values from {low} to {high}"
+            )
+
+
+def check_labels(labels: Tensor | None, *, num_classes: int | None, batch: int, like: Tensor) -> None:
+    """Raise unless there is one label in ``[0, num_classes)`` for each sample, or none where none is wanted.
+
+    Raises:
+        ValueError: for shape, device or range, or for labels that are missing or not wanted.
+        TypeError: if they are not integers.
+    """
+    if num_classes is None:
+        if labels is not None:
+            raise ValueError("labels: expected None (the module has no classes), got a tensor")
+        return
+    if labels is None:
+        raise ValueError(f"labels: expected class indices of shape [N] = [{batch}], got None")
+    check_indices("labels", labels, upper=num_classes, like=like)
+    if labels.shape != (batch,):
+        raise ValueError(f"labels: expected shape [N] = [{batch}], got {_shape(labels)}")
+
+
+def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, tensor)
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: expected 3 axes [N, length, width], got {_shape(tensor)}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name}: expected the query's dtype {query.dtype}, got {tensor.dtype}")
+        _check_same_device(name, tensor, "the query", query)
+    batch, _, width = query.shape
+    if key.size(0) != batch or key.size(2) != width or key.size(1) < 1 or width < 1:
+        raise ValueError(f"key: expected [N, S, E] = [{batch}, S, {width}] with S, E >= 1, got {_shape(key)}")
+    if value.shape[:2] != key.shape[:2] or value.size(2) < 1:
+        raise ValueError(
+            f"value: expected [N, S, Ev] = [{batch}, {key.size(1)}, Ev] with Ev >= 1, got {_shape(value)}"
+        )
+
+
+def _check_module_tensor(x: Tensor, like: Tensor) -> None:
+    _check_same_device("input", x, "the module's parameters", like)
+    if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"input: expected the module's dtype {like.dtype}, got {x.dtype}; convert one, or use torch.autocast"
+        )
+
+
+def check_floating(name: str, tensor: object) -> None:
+    """Raise ``TypeError`` unless this is a floating-point tensor."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {_kind(tensor)}")
+
+
+def _check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {tensor.device}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _kind(thing: object) -> str:
+    return str(thing.dtype) if isinstance(thing, Tensor) else type(thing).__name__

@@ -1,0 +1,1 @@
+"""How each functional operation is computed: the reference, and the dispatch between backends."""

@@ -1,0 +1,618 @@
+"""Spectrally normalised layers, and control of when their power iteration moves."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.common_types import _size_2_t
+
+from sagan_layers import functional
+from sagan_layers.ops import reference
+
+__all__ = [
+    "SNConv2d",
+    "SNConvTranspose2d",
+    "SNEmbedding",
+    "SNLinear",
+    "SpectralNormLayer",
+    "apply_spectral_norm",
+    "frozen_spectral_norm",
+    "remove_spectral_norm",
+]
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+
+
+class SpectralNormLayer(nn.Module):
+    r"""What the spectrally normalised layers share: ``weight / sigma`` and the vectors u and v.
+
+    The layers are :class:`SNConv2d`, :class:`SNConvTranspose2d`, :class:`SNLinear` and :class:`SNEmbedding`;
+    each is also an instance of its plain torch layer, and ``isinstance(layer, SpectralNormLayer)`` finds them
+    all. ``weight`` is the parameter before normalisation. The buffers ``weight_u`` (one entry for each output)
+    and ``weight_v`` hold the last estimate of the singular vectors.
+
+    Attributes:
+        n_power_iterations: iterations at each forward.
+        eps: added to the norms in the iteration.
+        iterate_when_frozen: what a forward does when u must not move (in evaluation, or inside
+            :func:`frozen_spectral_norm`): iterate from the stored u without storing the result, as the released
+            code and BigGAN do (True), or take the stored u and v as they are, as
+            ``torch.nn.utils.spectral_norm`` does in evaluation (False).
+    """
+
+    weight: nn.Parameter
+    weight_u: Tensor
+    weight_v: Tensor
+    n_power_iterations: int
+    eps: float
+    iterate_when_frozen: bool
+    _plain_class: type[nn.Module]
+    _output_axis: int = 0
+    _spectral_norm_frozen: bool = False
+
+    def _init_spectral_norm(self, n_power_iterations: int, eps: float, iterate_when_frozen: bool) -> None:
+        functional.check_sizes(n_power_iterations=n_power_iterations)
+        functional.check_positive("eps", eps)
+        if self.weight.numel() == 0:
+            raise ValueError(f"weight: expected at least one element, got shape {list(self.weight.shape)}")
+        self.n_power_iterations = n_power_iterations
+        self.eps = eps
+        self.iterate_when_frozen = iterate_when_frozen
+        outputs = self.weight.size(self._output_axis)
+        with torch.no_grad():
+            self.register_buffer("weight_u", self.weight.new_empty(outputs))
+            self.register_buffer("weight_v", self.weight.new_empty(self.weight.numel() // outputs))
+        self.reset_spectral_norm()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight and bias as the plain layer does, and new vectors."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "weight_u" in self._buffers:  # not yet while the plain layer's constructor runs
+            self.reset_spectral_norm()
+
+    @torch.no_grad()
+    def reset_spectral_norm(self) -> None:
+        """Draw u from a truncated normal distribution, as the released code does, and set v to fit it."""
+        nn.init.trunc_normal_(self.weight_u)
+        self.weight_u.div_(torch.linalg.vector_norm(self.weight_u).clamp_min(self.eps))
+        self.reset_right_vector()
+
+    @torch.no_grad()
+    def reset_right_vector(self) -> None:
+        """Set v to fit the weight and u: v = W^T u / ||W^T u||. For weights that come with u alone."""
+        dtype = reference.compute_dtype(self.weight.dtype)
+        matrix = self.weight.to(dtype).transpose(0, self._output_axis).flatten(1)
+        v = torch.mv(matrix.t(), self.weight_u.to(dtype))
+        self.weight_v.copy_(v / torch.linalg.vector_norm(v).clamp_min(self.eps))
+
+    @property
+    def sigma(self) -> Tensor:
+        """The spectral norm as evaluation would estimate it now, a scalar without gradient; moves nothing."""
+        return self._normalize(self.weight.detach(), moves=False).sigma
+
+    def normalized_weight(self) -> Tensor:
+        """Return ``weight / sigma`` in the weight's shape and dtype; in training, unless frozen, u and v move."""
+        moves = self.training and not self._spectral_norm_frozen
+        result = self._normalize(self.weight, moves=moves)
+        if moves:
+            # The gradient was given its own u and v, so an earlier forward's graph survives this.
+            with torch.no_grad():
+                self.weight_u.copy_(result.u)
+                self.weight_v.copy_(result.v)
+        return result.weight
+
+    def _normalize(self, weight: Tensor, *, moves: bool) -> functional.SpectralNormResult:
+        return functional.spectral_normalize(
+            weight,
+            self.weight_u,
+            self.weight_v,
+            dim=self._output_axis,
+            n_power_iterations=self.n_power_iterations if moves or self.iterate_when_frozen else 0,
+            eps=self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the plain layer's description, and the options that differ from the defaults."""
+        text = super().extra_repr()
+        if self.n_power_iterations != 1:
+            text += f", n_power_iterations={self.n_power_iterations}"
+        if self.eps != 1e-12:
+            text += f", eps={self.eps}"
+        if not self.iterate_when_frozen:
+            text += ", iterate_when_frozen=False"
+        return text
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the frozen state of an enclosing context out of copies."""
+        state = self.__dict__.copy()
+        state.pop("_spectral_norm_frozen", None)
+        return state
+
+
+class SNConv2d(SpectralNormLayer, nn.Conv2d):  # type: ignore[misc]
+    r"""Two-dimensional convolution with a spectrally normalised weight.
+
+    .. math:: y = x * (W / \sigma(W)) + b
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype: as for :class:`torch.nn.Conv2d`.
+        n_power_iterations: iterations at each forward.
+        eps: added to the norms of u and v.
+        iterate_when_frozen: see :class:`SpectralNormLayer`.
+
+    Shape:
+        - Input: [N, C, H, W] or [C, H, W].
+        - Output: as :class:`torch.nn.Conv2d`.
+        - W as a matrix: [out_channels, in_channels / groups * kernel height * kernel width].
+
+    Raises:
+        ValueError: for a wrong rank, number of channels or device, or an argument out of range.
+        TypeError: for a wrong dtype.
+
+    Note:
+        In training each forward moves u and v by ``n_power_iterations``, unless inside
+        :func:`frozen_spectral_norm`; in evaluation nothing moves. sigma is computed in float32 whatever autocast
+        says. Derivatives of every order, u and v taken as constants.
+
+    Reference:
+        Miyato et al., Spectral Normalization for Generative Adversarial Networks.
+
+    Example:
+        >>> conv = SNConv2d(3, 8, kernel_size=3, padding=1)
+        >>> conv(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 8, 16, 16])
+        >>> sorted(conv.state_dict())
+        ['bias', 'weight', 'weight_u', 'weight_v']
+    """
+
+    _plain_class = nn.Conv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_2_t,
+        stride: _size_2_t = 1,
+        padding: str | _size_2_t = 0,
+        dilation: _size_2_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        n_power_iterations: int = 1,
+        eps: float = 1e-12,
+        iterate_when_frozen: bool = True,
+    ) -> None:
+        functional.check_sizes(in_channels=in_channels, out_channels=out_channels)
+        nn.Conv2d.__init__(
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device,
+            dtype,
+        )
+        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of ``input`` with the normalised weight."""
+        _check_image(input, self)
+        output: Tensor = self._conv_forward(input, self.normalized_weight(), self.bias)
+        return output
+
+
+class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[misc]
+    r"""Two-dimensional transposed convolution with a spectrally normalised weight.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+            padding_mode, device, dtype: as for :class:`torch.nn.ConvTranspose2d`.
+        n_power_iterations: iterations at each forward.
+        eps: added to the norms of u and v.
+        iterate_when_frozen: see :class:`SpectralNormLayer`.
+
+    Shape:
+        - Input: [N, C, H, W] or [C, H, W].
+        - Output: as :class:`torch.nn.ConvTranspose2d`.
+        - W as a matrix: [out_channels / groups, in_channels * kernel height * kernel width].
+
+    Raises:
+        ValueError: for a wrong rank, number of channels or device, or an argument out of range.
+        TypeError: for a wrong dtype.
+
+    Note:
+        As :class:`SNConv2d`.
+
+    Reference:
+        Miyato et al., Spectral Normalization for Generative Adversarial Networks.
+
+    Example:
+        >>> conv = SNConvTranspose2d(8, 3, kernel_size=4, stride=2, padding=1)
+        >>> conv(torch.randn(2, 8, 16, 16)).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    _plain_class = nn.ConvTranspose2d
+    _output_axis = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_2_t,
+        stride: _size_2_t = 1,
+        padding: _size_2_t = 0,
+        output_padding: _size_2_t = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: _size_2_t = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        n_power_iterations: int = 1,
+        eps: float = 1e-12,
+        iterate_when_frozen: bool = True,
+    ) -> None:
+        functional.check_sizes(in_channels=in_channels, out_channels=out_channels)
+        nn.ConvTranspose2d.__init__(
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,  # type: ignore[arg-type]
+            device,
+            dtype,
+        )
+        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Return the transposed convolution of ``input`` with the normalised weight."""
+        _check_image(input, self)
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.kernel_size,  # type: ignore[arg-type]
+            2,
+            self.dilation,  # type: ignore[arg-type]
+        )
+        return nn.functional.conv_transpose2d(
+            input,
+            self.normalized_weight(),
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+class SNLinear(SpectralNormLayer, nn.Linear):  # type: ignore[misc]
+    r"""Linear map with a spectrally normalised weight, :math:`y = x (W / \sigma(W))^T + b`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for :class:`torch.nn.Linear`.
+        n_power_iterations: iterations at each forward.
+        eps: added to the norms of u and v.
+        iterate_when_frozen: see :class:`SpectralNormLayer`.
+
+    Shape:
+        - Input: [*, in_features].
+        - Output: [*, out_features].
+
+    Raises:
+        ValueError: for a wrong last axis or device, or an argument out of range.
+        TypeError: for a wrong dtype.
+
+    Note:
+        As :class:`SNConv2d`.
+
+    Reference:
+        Miyato et al., Spectral Normalization for Generative Adversarial Networks.
+
+    Example:
+        >>> SNLinear(128, 10)(torch.randn(4, 128)).shape
+        torch.Size([4, 10])
+    """
+
+    _plain_class = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        n_power_iterations: int = 1,
+        eps: float = 1e-12,
+        iterate_when_frozen: bool = True,
+    ) -> None:
+        functional.check_sizes(in_features=in_features, out_features=out_features)
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the linear map of the last axis of ``input`` by the normalised weight."""
+        functional.check_features(input, features=self.in_features, like=self.weight)
+        return nn.functional.linear(input, self.normalized_weight(), self.bias)
+
+
+class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
+    r"""Look-up table whose matrix [num_embeddings, embedding_dim] is spectrally normalised.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight,
+            _freeze, device, dtype: as for :class:`torch.nn.Embedding`. ``max_norm`` and ``sparse`` are refused:
+            no row of a normalised matrix is longer than 1, and the gradient of sigma is dense.
+        n_power_iterations: iterations at each forward.
+        eps: added to the norms of u and v.
+        iterate_when_frozen: see :class:`SpectralNormLayer`.
+
+    Shape:
+        - Input: indices of any shape, int64 or int32.
+        - Output: [*, embedding_dim].
+
+    Raises:
+        ValueError: for an index out of range (on a GPU see :func:`~sagan_layers.functional.set_debug_checks`),
+            a wrong device, or an argument out of range.
+        TypeError: for indices that are not integers.
+
+    Note:
+        As :class:`SNConv2d`. u has ``num_embeddings`` entries.
+
+    Reference:
+        Miyato and Koyama, cGANs with Projection Discriminator.
+
+    Example:
+        >>> SNEmbedding(1000, 64)(torch.tensor([3, 999])).shape
+        torch.Size([2, 64])
+    """
+
+    _plain_class = nn.Embedding
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        n_power_iterations: int = 1,
+        eps: float = 1e-12,
+        iterate_when_frozen: bool = True,
+    ) -> None:
+        functional.check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        _refuse_embedding_options(max_norm, sparse)
+        nn.Embedding.__init__(
+            self,
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            _weight,
+            _freeze,
+            device,
+            dtype,
+        )
+        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of the normalised matrix that ``input`` names."""
+        functional.check_indices("input", input, upper=self.num_embeddings, like=self.weight)
+        return nn.functional.embedding(
+            input,
+            self.normalized_weight(),
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+        )
+
+
+def _check_image(input: Tensor, layer: SNConv2d | SNConvTranspose2d) -> None:
+    functional.check_input(
+        input,
+        channels=layer.in_channels,
+        dims=(3, 4),
+        layout="[N, C, H, W] or [C, H, W]",
+        like=layer.weight,
+        channel_axis=-3,
+    )
+
+
+def _refuse_embedding_options(max_norm: float | None, sparse: bool) -> None:
+    if max_norm is not None:
+        raise ValueError("max_norm: expected None (no row of a normalised matrix is longer than 1)")
+    if sparse:
+        raise ValueError("sparse: expected False (the gradient of the spectral norm is dense)")
+
+
+@contextlib.contextmanager
+def frozen_spectral_norm(module: nn.Module) -> Iterator[None]:
+    """Keep u and v of every spectrally normalised layer in ``module`` from moving inside a ``with`` block.
+
+    The released code moves D's vectors on the real batch and not on the fake batch that follows. Gradients,
+    dropout and batch norm are as usual; only u and v stand still. Contexts nest; without spectrally normalised
+    layers nothing happens.
+
+    Args:
+        module: a layer or a network that holds some.
+
+    Example:
+        >>> conv = SNConv2d(3, 8, kernel_size=3)
+        >>> before = conv.weight_u.clone()
+        >>> with frozen_spectral_norm(conv):
+        ...     _ = conv(torch.randn(2, 3, 16, 16))
+        >>> torch.equal(conv.weight_u, before)
+        True
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, SpectralNormLayer)]
+    before = [layer._spectral_norm_frozen for layer in layers]
+    for layer in layers:
+        layer._spectral_norm_frozen = True
+    try:
+        yield
+    finally:
+        for layer, frozen in zip(layers, before, strict=True):
+            layer._spectral_norm_frozen = frozen
+
+
+@torch.no_grad()
+def remove_spectral_norm(module: _ModuleT) -> _ModuleT:
+    """Turn every spectrally normalised layer in ``module`` into its plain torch layer, in place.
+
+    Each layer stays the same object, of class ``nn.Conv2d``, ``nn.ConvTranspose2d``, ``nn.Linear`` or
+    ``nn.Embedding``, and computes what it computed in evaluation before. Its ``weight`` is a new parameter, so
+    an optimizer of the old one has to be made anew.
+
+    Args:
+        module: a layer or a network.
+
+    Returns:
+        ``module`` itself.
+
+    Example:
+        >>> conv = remove_spectral_norm(SNConv2d(3, 8, kernel_size=3))
+        >>> type(conv).__name__, sorted(conv.state_dict())
+        ('Conv2d', ['bias', 'weight'])
+    """
+    for layer in module.modules():
+        if isinstance(layer, SpectralNormLayer):
+            weight = layer._normalize(layer.weight, moves=False).weight
+            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+            del layer.weight_u, layer.weight_v
+            for name in ("n_power_iterations", "eps", "iterate_when_frozen", "_spectral_norm_frozen"):
+                layer.__dict__.pop(name, None)
+            layer.__class__ = layer._plain_class  # type: ignore[assignment]
+    return module
+
+
+def apply_spectral_norm(
+    model: _ModuleT,
+    *,
+    exclude: Iterable[str | type[nn.Module] | nn.Module] = (),
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    iterate_when_frozen: bool = True,
+) -> _ModuleT:
+    """Turn every convolution, linear layer and embedding of ``model`` into its normalised layer, in place.
+
+    Each layer stays the same object with the same parameters, so optimizers, hooks and shared modules are
+    undisturbed. Layers that are normalised already are left alone. A weight layer for which there is no
+    normalised form here (1-d and 3-d convolutions, subclasses with a forward of their own, layers that are
+    parametrised) is an error that names it, unless excluded: nothing is skipped in silence.
+
+    Args:
+        model: a layer or a network.
+        exclude: what to leave as it is, with everything inside it: qualified names or shell patterns of them
+            ("head.*", "blocks.0.conv"), classes, or modules.
+        n_power_iterations: iterations at each forward.
+        eps: added to the norms of u and v.
+        iterate_when_frozen: see :class:`SpectralNormLayer`.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: if a weight layer cannot be normalised.
+        ValueError: if an entry of ``exclude`` matches nothing, or an argument is out of range. In either case
+            the model has not been changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))
+        >>> print(apply_spectral_norm(model, exclude=["3"]))
+        Sequential(
+          (0): SNConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): ReLU()
+          (2): Flatten(start_dim=1, end_dim=-1)
+          (3): Linear(in_features=8, out_features=1, bias=True)
+        )
+    """
+    functional.check_sizes(n_power_iterations=n_power_iterations)
+    functional.check_positive("eps", eps)
+    excluded = _excluded_modules(model, tuple(exclude))
+    chosen: list[tuple[nn.Module, type[SpectralNormLayer]]] = []
+    for name, layer in model.named_modules():
+        if layer in excluded or isinstance(layer, SpectralNormLayer):
+            continue
+        normalized_class = _NORMALIZED_CLASSES.get(type(layer))
+        if normalized_class is not None:
+            _check_convertible(name, layer)
+            chosen.append((layer, normalized_class))
+        elif isinstance(layer, _WEIGHT_LAYERS):
+            raise TypeError(
+                f"no spectrally normalised form of {type(layer).__name__} at {name or '(the model itself)'!r}; "
+                "put its name or class into exclude to leave it as it is"
+            )
+    for layer, normalized_class in chosen:
+        layer.__class__ = normalized_class
+        assert isinstance(layer, SpectralNormLayer)
+        layer._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
+    return model
+
+
+_NORMALIZED_CLASSES: dict[type[nn.Module], type[SpectralNormLayer]] = {
+    layer_class._plain_class: layer_class
+    for layer_class in (SNConv2d, SNConvTranspose2d, SNLinear, SNEmbedding)
+}
+_WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
+
+
+def _excluded_modules(
+    model: nn.Module, exclude: tuple[str | type[nn.Module] | nn.Module, ...]
+) -> set[nn.Module]:
+    excluded: set[nn.Module] = set()
+    for entry in exclude:
+        if isinstance(entry, str):
+            matches = [layer for name, layer in model.named_modules() if fnmatch.fnmatchcase(name, entry)]
+        elif isinstance(entry, type):
+            matches = [layer for layer in model.modules() if isinstance(layer, entry)]
+        else:
+            matches = [layer for layer in model.modules() if layer is entry]
+        if not matches:
+            raise ValueError(f"exclude: expected names, classes or modules of the model, got {entry!r}")
+        excluded.update(inner for match in matches for inner in match.modules())
+    return excluded
+
+
+def _check_convertible(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, nn.Embedding):
+        _refuse_embedding_options(layer.max_norm, layer.sparse)
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        raise TypeError(
+            f"the weight of {name or '(the model itself)'!r} is computed by something else (a hook such as "
+            "torch.nn.utils.spectral_norm); remove that first, or put the layer's name into exclude"
+        )
