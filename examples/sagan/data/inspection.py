@@ -1,0 +1,345 @@
+"""Look at every file before the first training step, and report in plain words what is there."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, get_args
+
+from sagan.data.decoding import ImageFacts, ImageReadError, check_decode_options, read_header, read_pixels
+from sagan.data.threads import map_ranges
+from sagan.data.tree import ImageTree
+
+PreflightMode = Literal["full", "headers", "auto", "off"]
+
+AUTO_DECODES_UP_TO = 100_000
+CLASSES_WITH_A_BAR_EACH = 20
+BAR_WIDTH = 40
+
+WHAT_WAS_DONE = {
+    "full": "every image decoded",
+    "headers": "every image opened, none decoded, so a damaged one may still turn up in training",
+    "off": "no image opened, so sizes, colour modes and damage are not known",
+}
+
+
+@dataclass(frozen=True)
+class UnreadableFile:
+    """A file with an image's extension that cannot be used: its path below the root, and the reason."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PreflightReport:
+    """What a tree of images holds.
+
+    `num_files == num_readable + len(unreadable) + sum(skipped.values())`: every file on disk is in one of the
+    three.
+
+    Attributes:
+        root: the folder that holds the class folders.
+        mode: what was done: `"full"`, `"headers"` or `"off"`.
+        resolution: training resolution in pixels.
+        num_files: files below `root`.
+        num_readable: images that training can use (in mode "off": all with an image's extension).
+        images_per_class: readable images by class name, in the order of the labels.
+        empty_classes: class folders without a file that has an image's extension. They keep their labels.
+        lost_classes: class folders whose images are all unreadable. They keep their labels.
+        unreadable: files that training has to leave out.
+        skipped: files that are not images, by extension or reason; see `ImageTree.skipped`.
+        skipped_examples: up to 20 of them.
+        width_range: least and greatest width of the readable images in pixels, as displayed; None in mode
+            "off".
+        height_range: likewise.
+        modes: readable images by Pillow's mode.
+        converted: images by the conversion to RGB they need: greyscale, 16-bit, CMYK, palette, alpha. One
+            image may count under several.
+        exif_rotated: images that EXIF says to rotate or mirror.
+        below_resolution: images whose short side is less than `resolution`; they are enlarged.
+        seconds: time taken.
+        report_path: where the report was saved as JSON, if it was.
+    """
+
+    root: Path
+    mode: str
+    resolution: int
+    num_files: int
+    num_readable: int
+    images_per_class: Mapping[str, int]
+    empty_classes: tuple[str, ...]
+    lost_classes: tuple[str, ...]
+    unreadable: tuple[UnreadableFile, ...]
+    skipped: Mapping[str, int]
+    skipped_examples: tuple[str, ...]
+    width_range: tuple[int, int] | None
+    height_range: tuple[int, int] | None
+    modes: Mapping[str, int]
+    converted: Mapping[str, int]
+    exif_rotated: int
+    below_resolution: int
+    seconds: float
+    report_path: Path | None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of class folders, empty ones included."""
+        return len(self.images_per_class)
+
+    @property
+    def unreadable_paths(self) -> list[Path]:
+        """Paths to leave out, as `ImageTree.without` takes them."""
+        return [self.root / file.path for file in self.unreadable]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole report as values that JSON can hold; nothing is shortened."""
+        counts = list(self.images_per_class.values())
+        return {
+            "root": str(self.root),
+            "mode": self.mode,
+            "resolution": self.resolution,
+            "num_classes": self.num_classes,
+            "num_files": self.num_files,
+            "num_readable": self.num_readable,
+            "num_unreadable": len(self.unreadable),
+            "num_skipped": sum(self.skipped.values()),
+            "images_per_class_min": min(counts),
+            "images_per_class_median": median(counts),
+            "images_per_class_max": max(counts),
+            "images_per_class": dict(self.images_per_class),
+            "empty_classes": list(self.empty_classes),
+            "lost_classes": list(self.lost_classes),
+            "unreadable": [{"path": file.path, "reason": file.reason} for file in self.unreadable],
+            "skipped": dict(self.skipped),
+            "skipped_examples": list(self.skipped_examples),
+            "width_range": self.width_range and list(self.width_range),
+            "height_range": self.height_range and list(self.height_range),
+            "modes": dict(self.modes),
+            "converted": dict(self.converted),
+            "exif_rotated": self.exif_rotated,
+            "below_resolution": self.below_resolution,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def format(self, *, max_listed: int = 20) -> str:
+        """Return the report as text for people.
+
+        Args:
+            max_listed: how many unreadable files to list by name.
+        """
+        counts = list(self.images_per_class.values())
+        num_skipped = sum(self.skipped.values())
+        readable = "images" if self.mode == "off" else "readable images"
+        lines = [
+            f"Images in {self.root}",
+            f"  checked            {self.mode}: {WHAT_WAS_DONE[self.mode]} ({self.seconds:.1f} s)",
+            f"  files              {self.num_files:,} = {self.num_readable:,} {readable}"
+            f" + {len(self.unreadable):,} unreadable + {num_skipped:,} not images",
+            f"  classes            {self.num_classes:,}",
+            f"  images per class   min {min(counts):,}, median {median(counts):,g}, max {max(counts):,}",
+        ]
+        if self.width_range and self.height_range:
+            lines += [
+                f"  width x height     {_span(self.width_range)} x {_span(self.height_range)} pixels",
+                f"  {f'below {self.resolution} pixels':<18} {self.below_resolution:,} (enlarged in training)",
+                f"  converted to RGB   {_counts(self.converted)}",
+                f"  rotated by EXIF    {self.exif_rotated:,}",
+            ]
+        if self.skipped:
+            lines.append(f"  not images         {_counts(self.skipped)}")
+            lines.append(f"                     such as {_names(self.skipped_examples, 5)}")
+        lines += ["", *_histogram(self.images_per_class)]
+        if self.empty_classes:
+            lines += ["", _classes_without_images(self.empty_classes, "hold no image file")]
+        if self.lost_classes:
+            lines += ["", _classes_without_images(self.lost_classes, "hold unreadable files only")]
+        if self.unreadable:
+            lines += ["", f"{len(self.unreadable):,} unreadable, left out of training:"]
+            lines += [f"  {_printable(f.path)}: {_printable(f.reason)}" for f in self.unreadable[:max_listed]]
+            left = len(self.unreadable) - max_listed
+            if left > 0:
+                where = f", all in {self.report_path}" if self.report_path else ""
+                lines.append(f"  and {left:,} more{where}")
+        if self.report_path:
+            lines += ["", f"The full report is in {self.report_path}"]
+        return "\n".join(lines)
+
+    def save(self, path: Path) -> None:
+        """Write `to_dict()` as JSON; missing folders are made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def preflight(
+    tree: ImageTree,
+    *,
+    resolution: int,
+    mode: PreflightMode = "auto",
+    resample: str = "bilinear",
+    threads: int | None = None,
+    progress: bool = False,
+    report_path: Path | None = None,
+) -> PreflightReport:
+    """Look at every image of a tree and report what training will meet.
+
+    No file stops it: each that cannot be used is listed with its reason. Train on
+    `tree.without(report.unreadable_paths)`.
+
+    Args:
+        tree: the images.
+        resolution: training resolution in pixels.
+        mode: `"full"` decodes every file as training will, `"headers"` opens every file, `"off"` opens none,
+            `"auto"` is "full" up to 100,000 files and "headers" above.
+        resample: see `decode_image`.
+        threads: threads that read; None takes one for each CPU.
+        progress: draw a progress bar if tqdm is installed.
+        report_path: save the report here as JSON.
+
+    Raises:
+        ValueError: an option is not one that is served.
+    """
+    check_decode_options(resolution, resample)
+    if mode not in get_args(PreflightMode):
+        raise ValueError(f"expected mode to be one of {', '.join(get_args(PreflightMode))}, got {mode!r}")
+    if mode == "auto":
+        mode = "full" if len(tree.paths) <= AUTO_DECODES_UP_TO else "headers"
+
+    def look(index: int) -> ImageFacts | str:
+        path = tree.paths[index]
+        try:
+            if mode == "headers":
+                return read_header(path)
+            _, facts = read_pixels(path, resolution, resample=resample, draft=False)
+            return facts
+        except ImageReadError as error:
+            return error.reason
+
+    start = time.perf_counter()
+    tally = _Tally(resolution)
+    kept = tree
+    if mode != "off":
+        results = map_ranges(
+            lambda indices: [(index, look(index)) for index in indices],
+            len(tree.paths),
+            threads=threads,
+            progress=progress,
+            description=f"preflight ({mode})",
+        )
+        for chunk in results:
+            for index, fact in chunk:
+                if isinstance(fact, str):
+                    tally.unreadable.append(UnreadableFile(tree.paths.relative(index), fact))
+                else:
+                    tally.add(fact)
+        kept = tree.without(tree.root / file.path for file in tally.unreadable)
+    before, after = tree.images_per_class().tolist(), kept.images_per_class().tolist()
+    report = PreflightReport(
+        root=tree.root,
+        mode=mode,
+        resolution=resolution,
+        num_files=tree.num_files,
+        num_readable=len(kept.paths),
+        images_per_class=dict(zip(tree.class_names, after, strict=True)),
+        empty_classes=tuple(name for name, count in zip(tree.class_names, before, strict=True) if count == 0),
+        lost_classes=tuple(
+            name for name, b, a in zip(tree.class_names, before, after, strict=True) if b and not a
+        ),
+        unreadable=tuple(tally.unreadable),
+        skipped=tree.skipped,
+        skipped_examples=tree.skipped_examples,
+        width_range=tally.width_range,
+        height_range=tally.height_range,
+        modes=dict(tally.modes),
+        converted=dict(tally.converted),
+        exif_rotated=tally.exif_rotated,
+        below_resolution=tally.below_resolution,
+        seconds=time.perf_counter() - start,
+        report_path=report_path,
+    )
+    if report_path is not None:
+        report.save(report_path)
+    return report
+
+
+@dataclass
+class _Tally:
+    resolution: int
+    unreadable: list[UnreadableFile] = field(default_factory=list)
+    width_range: tuple[int, int] | None = None
+    height_range: tuple[int, int] | None = None
+    modes: Counter[str] = field(default_factory=Counter)
+    converted: Counter[str] = field(default_factory=Counter)
+    exif_rotated: int = 0
+    below_resolution: int = 0
+
+    def add(self, facts: ImageFacts) -> None:
+        self.width_range = _widen(self.width_range, facts.width)
+        self.height_range = _widen(self.height_range, facts.height)
+        self.modes[facts.mode] += 1
+        self.converted.update(facts.conversions())
+        self.exif_rotated += facts.is_rotated
+        self.below_resolution += min(facts.width, facts.height) < self.resolution
+
+
+def _widen(span: tuple[int, int] | None, value: int) -> tuple[int, int]:
+    return (value, value) if span is None else (min(span[0], value), max(span[1], value))
+
+
+def _histogram(images_per_class: Mapping[str, int]) -> list[str]:
+    """Return a bar for each class, or for many classes a bar for each range of counts."""
+    largest = max(images_per_class.values())
+    if len(images_per_class) <= CLASSES_WITH_A_BAR_EACH:
+        width = max(len(_printable(name)) for name in images_per_class)
+        return ["images of each class:"] + [
+            f"  {_printable(name):<{width}} {count:>9,} {_bar(count, largest)}"
+            for name, count in images_per_class.items()
+        ]
+    least = min(images_per_class.values())
+    step = max(1, -(-(largest - least + 1) // 10))
+    bins = Counter((count - least) // step for count in images_per_class.values())
+    lines = ["classes by number of images:"]
+    for place in range(max(bins) + 1):
+        low = least + place * step
+        high = min(low + step - 1, largest)
+        span = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        lines.append(f"  {span:>20} {bins[place]:>7,} {_bar(bins[place], max(bins.values()))}")
+    ranked = sorted(images_per_class.items(), key=lambda item: item[1])
+    for label, extremes in (("fewest images", ranked[:5]), ("most images", ranked[:-6:-1])):
+        lines.append(f"  {label}: " + ", ".join(f"{_printable(name)} {count:,}" for name, count in extremes))
+    return lines
+
+
+def _bar(count: int, largest: int) -> str:
+    return "#" * -(-count * BAR_WIDTH // max(largest, 1))
+
+
+def _classes_without_images(names: Sequence[str], what: str) -> str:
+    return (
+        f"Class folders that {what} ({len(names):,}): {_names(names, 20)}\n"
+        "  They keep their labels, so that no other label shifts, but training never sees an image of them. "
+        "Remove the folders if they are not meant to be classes."
+    )
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{_printable(name)} {count:,}" for name, count in sorted(counts.items())) or "none"
+
+
+def _names(names: Sequence[str], most: int) -> str:
+    shown = ", ".join(_printable(name) for name in names[:most])
+    return f"{shown}, and {len(names) - most:,} more" if len(names) > most else shown
+
+
+def _span(span: tuple[int, int]) -> str:
+    return f"{span[0]:,}" if span[0] == span[1] else f"({span[0]:,} to {span[1]:,})"
+
+
+def _printable(text: str) -> str:
+    """Return text with what a terminal cannot show (newlines, bytes not in UTF-8) written as escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -1,0 +1,230 @@
+"""An endless, resumable stream of batches: the order is a pure function of (seed, epoch, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sagan.data.dataset import ImageFolderDataset
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class IndexBatch:
+    """One rank's share of a batch: dataset indices and the epoch each belongs to, int64 [N] both."""
+
+    indices: Indices
+    epochs: Indices
+
+
+class ResumableBatchSampler(Sampler[list[int]]):
+    """Endless batches of indices, of which batch k is the same wherever the stream is started.
+
+    Each epoch visits the images in a permutation drawn from (seed, epoch). The global batch k is split into
+    `num_replicas` equal parts that follow each other, so 1, 2 or 4 processes see the same images in the same
+    steps.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        batch_size: int,
+        seed: int,
+        start_batch: int = 0,
+        drop_last: bool = True,
+        rank: int = 0,
+        num_replicas: int = 1,
+    ) -> None:
+        """Describe the stream; nothing is drawn yet.
+
+        Args:
+            num_items: number of images.
+            batch_size: images in a global batch, over all replicas.
+            seed: 0 or more.
+            start_batch: number of the first batch, for resuming.
+            drop_last: leave out the images of an epoch that do not fill a batch. If False, a batch runs on
+                into the next epoch, as it also does when there are fewer images than `batch_size`. All
+                batches are full.
+            rank: this process, 0 to num_replicas - 1.
+            num_replicas: number of processes.
+
+        Raises:
+            ValueError: an argument is out of range, or `num_replicas` does not divide `batch_size`.
+        """
+        for name, value, least in (
+            ("num_items", num_items, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("start_batch", start_batch, 0),
+            ("num_replicas", num_replicas, 1),
+        ):
+            if value < least:
+                raise ValueError(f"expected {name} of at least {least}, got {value}")
+        if not 0 <= rank < num_replicas:
+            raise ValueError(f"expected rank from 0 to {num_replicas - 1}, got {rank}")
+        if batch_size % num_replicas:
+            raise ValueError(
+                f"expected a global batch_size divisible by the {num_replicas} replicas, got {batch_size}"
+            )
+        self.num_items = num_items
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_batch = start_batch
+        self.rank = rank
+        self.num_replicas = num_replicas
+        drops = drop_last and num_items >= batch_size
+        self._items_per_epoch = num_items // batch_size * batch_size if drops else num_items
+        self._latest: dict[int, Indices] = {}
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches():
+            yield batch.indices.tolist()
+
+    def batches(self) -> Iterator[IndexBatch]:
+        """Yield this rank's part of batch start_batch, start_batch + 1, and so on without end."""
+        number = self.start_batch
+        while True:
+            yield self.batch_at(number)
+            number += 1
+
+    def batch_at(self, number: int) -> IndexBatch:
+        """Return this rank's part of global batch `number`, N = batch_size / num_replicas indices."""
+        share = self.batch_size // self.num_replicas
+        first = number * self.batch_size + self.rank * share
+        epochs, places = np.divmod(np.arange(first, first + share, dtype=np.int64), self._items_per_epoch)
+        indices = np.empty(share, dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            indices[chosen] = self._permutation(epoch)[places[chosen]]
+        return IndexBatch(indices, epochs)
+
+    def epoch_of(self, number: int) -> float:
+        """Return how many epochs lie before global batch `number`."""
+        return number * self.batch_size / self._items_per_epoch
+
+    def _permutation(self, epoch: int) -> Indices:
+        if epoch not in self._latest:
+            self._latest = {epoch: np.random.default_rng([self.seed, epoch]).permutation(self.num_items)}
+        return self._latest[epoch]
+
+
+def horizontal_flips(seed: int, epochs: Indices, indices: Indices) -> npt.NDArray[np.bool_]:
+    """Return whether each image is mirrored: a fair coin that depends on (seed, epoch, index) alone.
+
+    Args:
+        seed: 0 or more.
+        epochs: int64 [N].
+        indices: int64 [N].
+
+    Returns:
+        bool [N].
+    """
+    mixed = np.full(len(indices), seed, dtype=np.uint64)
+    for part in (epochs, indices):
+        mixed = _splitmix64(mixed ^ part.astype(np.uint64))
+    return (mixed >> np.uint64(63)).astype(np.bool_)
+
+
+def _splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return the SplitMix64 output for each state: a bijection of 64-bit integers whose bits look random."""
+    z = state + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def make_loader(
+    dataset: ImageFolderDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    start_batch: int = 0,
+    num_workers: int = 0,
+    horizontal_flip: bool = False,
+    drop_last: bool = True,
+    rank: int = 0,
+    num_replicas: int = 1,
+    pin_memory: bool = False,
+    prefetch_factor: int = 2,
+    multiprocessing_context: str | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return an endless iterator over batches that neither reads nor moves torch's global random state.
+
+    Worker processes start at once and live until the iterator is deleted, epochs do not restart them. A
+    dataset that is cached in memory needs none.
+
+    Args:
+        dataset: the images.
+        batch_size: images in a global batch; this process gets batch_size / num_replicas of them.
+        seed: of the order and the flips.
+        start_batch: number of the first batch; a resumed run passes the number of batches it has consumed.
+        num_workers: processes that decode; 0 decodes in the caller.
+        horizontal_flip: mirror each image with probability 1/2, decided by (seed, epoch, index).
+        drop_last: see `ResumableBatchSampler`.
+        rank: this process.
+        num_replicas: number of processes that train together.
+        pin_memory: copy batches to pinned memory, so that they reach a GPU asynchronously; without an
+            accelerator there is nothing to pin for, and it is left out.
+        prefetch_factor: batches that each worker prepares ahead.
+        multiprocessing_context: `"fork"`, `"spawn"` or `"forkserver"`; None takes Python's default.
+
+    Returns:
+        Iterator of (images uint8 [N, 3, R, R], labels int64 [N]).
+
+    Raises:
+        ValueError: an argument is out of range; see `ResumableBatchSampler`.
+    """
+    sampler = ResumableBatchSampler(
+        len(dataset), batch_size, seed, start_batch=start_batch, drop_last=drop_last, rank=rank,
+        num_replicas=num_replicas,
+    )  # fmt: skip
+    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+        _Batches(dataset, seed, horizontal_flip),
+        batch_size=None,
+        sampler=_KeysOf(sampler),
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory and torch.accelerator.is_available(),
+        generator=torch.Generator().manual_seed(seed),
+        prefetch_factor=prefetch_factor if num_workers else None,
+        multiprocessing_context=multiprocessing_context if num_workers else None,
+    )
+    return iter(loader)
+
+
+class _KeysOf(Sampler[IndexBatch]):
+    """Hands whole batches with their epochs to the DataLoader."""
+
+    def __init__(self, sampler: ResumableBatchSampler) -> None:
+        self._sampler = sampler
+
+    def __iter__(self) -> Iterator[IndexBatch]:
+        return self._sampler.batches()
+
+
+class _Batches(Dataset[tuple[Tensor, Tensor]]):
+    """A dataset whose key is a batch of indices, fetched at once rather than image by image."""
+
+    def __init__(self, dataset: ImageFolderDataset, seed: int, horizontal_flip: bool) -> None:
+        self._dataset = dataset
+        self._seed = seed
+        self._horizontal_flip = horizontal_flip
+
+    def __getitem__(self, key: IndexBatch) -> tuple[Tensor, Tensor]:
+        images, labels = self._dataset.fetch(key.indices.tolist())
+        if self._horizontal_flip:
+            flipped = torch.from_numpy(horizontal_flips(self._seed, key.epochs, key.indices))
+            images[flipped] = images[flipped].flip(-1)
+        return images, labels
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

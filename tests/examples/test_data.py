@@ -1,0 +1,795 @@
+"""The trainer's data: layout of the tree, preflight, decoding, dataset, sampler and loader."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import pickle
+import random
+import shutil
+import tarfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_trees import (
+    WNIDS,
+    MessyTree,
+    count_files,
+    jpeg_bytes,
+    smooth_pixels,
+    write_image_tree,
+    write_messy_tree,
+)
+from PIL import Image
+
+from sagan.data import (
+    DatasetError,
+    ImageFolderDataset,
+    ImageReadError,
+    PathTable,
+    ResumableBatchSampler,
+    decode_image,
+    horizontal_flips,
+    make_loader,
+    preflight,
+    scan_image_tree,
+)
+
+
+@pytest.fixture(scope="module")
+def messy(tmp_path_factory: pytest.TempPathFactory) -> MessyTree:
+    return write_messy_tree(tmp_path_factory.mktemp("messy") / "tree")
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_image_tree(tmp_path_factory.mktemp("clean") / "tree", sizes=[(60, 45), (33, 47)])
+
+
+def small_tree(root: Path, class_names: tuple[str, ...] = ("cat", "dog"), images: int = 2) -> Path:
+    for place, name in enumerate(class_names):
+        (root / name).mkdir(parents=True)
+        for number in range(images):
+            (root / name / f"{number}.jpg").write_bytes(jpeg_bytes(10 * place + number))
+    return root
+
+
+class TestLayout:
+    def test_labels_follow_sorted_folder_names_and_empty_folders_keep_theirs(self, tmp_path: Path) -> None:
+        small_tree(tmp_path, ("zebra", "ant", "Bee"))
+        (tmp_path / "cow").mkdir()
+        tree = scan_image_tree(tmp_path)
+        assert tree.class_names == ("Bee", "ant", "cow", "zebra")
+        assert tree.labels.tolist() == [0, 0, 1, 1, 3, 3]
+        for path, label in zip(tree.paths, tree.labels, strict=True):
+            assert path.parent.name == tree.class_names[label]
+
+    @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".PnG", ".webp", ".BMP", ".ppm", ".tif", ".TIFF"])
+    def test_extensions_count_in_any_case(self, tmp_path: Path, suffix: str) -> None:
+        small_tree(tmp_path)
+        Image.new("RGB", (4, 4)).save(tmp_path / "cat" / f"x{suffix}")
+        assert len(scan_image_tree(tmp_path).paths) == 5
+
+    def test_train_folder_is_preferred_and_split_can_be_chosen(self, tmp_path: Path) -> None:
+        small_tree(tmp_path / "train")
+        small_tree(tmp_path / "val", images=1)
+        assert scan_image_tree(tmp_path).root == tmp_path / "train"
+        assert len(scan_image_tree(tmp_path, split="val").paths) == 2
+        assert len(scan_image_tree(tmp_path / "train").paths) == 4
+
+    def test_a_class_named_train_among_classes_is_a_class(self, tmp_path: Path) -> None:
+        assert scan_image_tree(small_tree(tmp_path, ("bus", "train"))).class_names == ("bus", "train")
+
+    def test_linked_classes_and_images_are_read_and_link_loops_end(self, tmp_path: Path) -> None:
+        small_tree(tmp_path / "real")
+        root = tmp_path / "linked"
+        (root / "dog").mkdir(parents=True)
+        (root / "cat").symlink_to(tmp_path / "real" / "cat")
+        (root / "dog" / "a.jpg").symlink_to(tmp_path / "real" / "dog" / "0.jpg")
+        (root / "dog" / "loop").symlink_to(root / "dog")
+        (root / "dog" / "itself.jpg").symlink_to("itself.jpg")
+        tree = scan_image_tree(root)
+        assert tree.images_per_class().tolist() == [2, 2]
+        assert tree.skipped == {"link to a folder that contains it": 1}
+        assert [f.path for f in preflight(tree, resolution=8).unreadable] == ["dog/itself.jpg"]
+
+    def test_one_inner_folder_for_each_class_and_shared_inner_names_are_accepted(
+        self, tmp_path: Path
+    ) -> None:
+        for name, inner in itertools.product(("n01", "n02"), ("2019", "2020")):
+            small_tree(tmp_path / "years" / name, (inner,))
+        for name in ("n01", "n02"):
+            small_tree(tmp_path / "tiny" / name, ("images",))
+        assert scan_image_tree(tmp_path / "years").class_names == ("n01", "n02")
+        assert scan_image_tree(tmp_path / "tiny").class_names == ("n01", "n02")
+
+    def test_fingerprint_changes_with_files_and_classes_only(self, tmp_path: Path) -> None:
+        small_tree(tmp_path / "a")
+        before = scan_image_tree(tmp_path / "a").fingerprint()
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        assert scan_image_tree(tmp_path / "b").fingerprint() == before
+        (tmp_path / "a" / "emu").mkdir()
+        assert scan_image_tree(tmp_path / "a").fingerprint() != before
+        (tmp_path / "b" / "cat" / "0.jpg").unlink()
+        assert scan_image_tree(tmp_path / "b").fingerprint() != before
+
+    def test_names_outside_of_utf8_survive(self, tmp_path: Path) -> None:
+        table = PathTable(tmp_path, ["a/\udcff.jpg", "ü/b.jpg"])
+        assert [table.relative(i) for i in (0, 1, -1)] == ["a/\udcff.jpg", "ü/b.jpg", "ü/b.jpg"]
+        assert list(table[1:]) == [tmp_path / "ü" / "b.jpg"]
+        with pytest.raises(IndexError, match="below 2, got 2"):
+            table[2]
+
+    def test_without_refuses_paths_that_are_not_in_the_tree(self, tmp_path: Path) -> None:
+        tree = scan_image_tree(small_tree(tmp_path))
+        assert tree.without([tmp_path / "cat" / "0.jpg"]).labels.tolist() == [0, 1, 1]
+        with pytest.raises(ValueError, match=r"expected images of the tree .* got cat/9\.jpg"):
+            tree.without([tmp_path / "cat" / "9.jpg"])
+
+
+def wrong_missing(root: Path) -> Path:
+    return root / "nowhere" / "deep"
+
+
+def wrong_file(root: Path) -> Path:
+    (root / "x.txt").write_text("x")
+    return root / "x.txt"
+
+
+def wrong_tar_itself(root: Path) -> Path:
+    tarfile.open(root / "ILSVRC2012_img_train.tar", "w").close()
+    return root / "ILSVRC2012_img_train.tar"
+
+
+def wrong_one_big_tar(root: Path) -> Path:
+    return wrong_tar_itself(root).parent
+
+
+def wrong_class_tars(root: Path) -> Path:
+    (root / "train").mkdir()
+    for name in WNIDS[:2]:
+        tarfile.open(root / "train" / f"{name}.tar", "w").close()
+    return root
+
+
+def wrong_partly_unpacked(root: Path) -> Path:
+    tarfile.open(root / f"{WNIDS[2]}.tar", "w").close()
+    return small_tree(root, WNIDS[:2])
+
+
+def wrong_tars_inside_classes(root: Path) -> Path:
+    for name in WNIDS[:2]:
+        (root / name).mkdir()
+        tarfile.open(root / name / "all.tar", "w").close()
+    return root
+
+
+def wrong_flat(root: Path) -> Path:
+    (root / "a.jpg").write_bytes(jpeg_bytes())
+    return root
+
+
+def wrong_flat_train(root: Path) -> Path:
+    (root / "train").mkdir()
+    wrong_flat(root / "train")
+    (root / "val").mkdir()
+    return root
+
+
+def wrong_flat_val(root: Path) -> Path:
+    (root / "val").mkdir()
+    (root / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(jpeg_bytes())
+    return root / "val"
+
+
+def wrong_one_class_of_many(root: Path) -> Path:
+    return small_tree(root) / "cat"
+
+
+def wrong_splits(root: Path) -> Path:
+    small_tree(root / "Train")
+    small_tree(root / "val")
+    return root
+
+
+def wrong_split_inside_split(root: Path) -> Path:
+    small_tree(root / "imagenet" / "train")
+    small_tree(root / "cifar" / "train")
+    return root
+
+
+def wrong_one_class(root: Path) -> Path:
+    return small_tree(root, ("cat",))
+
+
+def wrong_root_of_root(root: Path) -> Path:
+    small_tree(root / "imagenet" / "train")
+    (root / "imagenet" / "val").mkdir()
+    return root
+
+
+def wrong_too_deep(root: Path) -> Path:
+    small_tree(root / "train" / "animals", ("cat", "dog"))
+    small_tree(root / "train" / "vehicles", ("bus", "car"))
+    return root
+
+
+def wrong_no_images(root: Path) -> Path:
+    (root / "cat").mkdir()
+    (root / "dog").mkdir()
+    (root / "dog" / "x.gif").write_bytes(b"GIF89a")
+    return root
+
+
+def wrong_nothing(root: Path) -> Path:
+    return root
+
+
+@pytest.mark.parametrize(
+    ("build", "found", "fix"),
+    [
+        (wrong_missing, "does not exist", "check the spelling"),
+        (wrong_file, "a file, not a folder", "folder of class folders"),
+        (wrong_tar_itself, "an archive file", "tar -xf"),
+        (wrong_one_big_tar, "1 archive (ILSVRC2012_img_train.tar) and no class folders", "tar -xf"),
+        (wrong_class_tars, "2 archives (n01440764.tar, n01443537.tar)", "tar -xf"),
+        (wrong_partly_unpacked, "1 class archive not unpacked yet (n01484850.tar)", "unpack them"),
+        (wrong_tars_inside_classes, "without any image; files: 2 .tar", "tar -xf"),
+        (wrong_flat, "1 image directly in the folder (a.jpg)", "named after its class"),
+        (wrong_flat_train, "1 image directly in the folder (a.jpg)", "named after its class"),
+        (wrong_flat_val, "1 image directly in the folder", "validation images come flat"),
+        (wrong_one_class_of_many, "2 images directly in the folder", "give the folder above it"),
+        (wrong_splits, "the folders Train, val, which are parts of a data set", "/Train"),
+        (wrong_split_inside_split, "one level too deep", "move the inner folders up"),
+        (wrong_one_class, "only one class folder, cat, with 2 images", "needs two classes"),
+        (wrong_root_of_root, "only one class folder, imagenet", "/imagenet as ROOT"),
+        (wrong_too_deep, "4 folders inside them that hold images (in animals: cat, dog)", "move the inner"),
+        (wrong_no_images, "2 folders (cat, dog) without any image; files: 1 .gif", ".jpg, .jpeg"),
+        (wrong_nothing, "an empty folder", "class folders"),
+    ],
+)  # fmt: skip
+def test_wrong_layout_says_what_was_found_what_was_expected_and_the_fix(
+    tmp_path: Path, build, found: str, fix: str
+) -> None:
+    with pytest.raises(DatasetError) as caught:
+        scan_image_tree(build(tmp_path))
+    message = str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    told, expected_and_fix = message.split("Expected:")
+    assert found in told
+    assert "n01440764_10026.JPEG" in expected_and_fix
+    assert fix in expected_and_fix.split("Likely fix:")[1]
+    assert "None" not in message
+
+
+class TestPreflight:
+    def test_every_defect_is_reported_with_its_reason(self, messy: MessyTree) -> None:
+        report = preflight(scan_image_tree(messy.root), resolution=32, mode="full")
+        assert {f.path for f in report.unreadable} == set(messy.unreadable)
+        for file in report.unreadable:
+            assert messy.unreadable[file.path] in file.reason
+        assert report.skipped == messy.skipped
+        assert report.converted == messy.converted
+        assert report.exif_rotated == messy.exif_rotated
+        assert report.below_resolution == messy.below_32_pixels
+        assert report.empty_classes == (messy.empty_class,)
+        assert report.lost_classes == (messy.lost_class,)
+        assert report.num_classes == len(messy.class_names)
+        assert report.width_range is not None
+        assert report.width_range[0] == 1
+
+    @pytest.mark.parametrize("mode", ["full", "headers", "auto", "off"])
+    def test_readable_unreadable_and_skipped_add_up_to_the_files_on_disk(
+        self, messy: MessyTree, mode
+    ) -> None:
+        report = preflight(scan_image_tree(messy.root), resolution=32, mode=mode, threads=3)
+        counted = report.num_readable + len(report.unreadable) + sum(report.skipped.values())
+        assert counted == report.num_files == count_files(messy.root)
+        assert sum(report.images_per_class.values()) == report.num_readable
+        assert len(report.skipped_examples) == sum(report.skipped.values())
+
+    def test_headers_pass_over_damaged_pixels_and_off_opens_nothing(self, messy: MessyTree) -> None:
+        tree = scan_image_tree(messy.root)
+        truncated = {path for path, reason in messy.unreadable.items() if reason == "truncated"}
+        headers = preflight(tree, resolution=32, mode="headers")
+        assert {f.path for f in headers.unreadable} == set(messy.unreadable) - truncated
+        assert headers.exif_rotated == messy.exif_rotated
+        off = preflight(tree, resolution=32, mode="off")
+        assert off.unreadable == ()
+        assert off.width_range is None
+        assert "not known" in off.format()
+
+    def test_auto_decodes_small_trees_and_opens_large_ones(
+        self, messy: MessyTree, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tree = scan_image_tree(messy.root)
+        assert preflight(tree, resolution=32).mode == "full"
+        monkeypatch.setattr("sagan.data.inspection.AUTO_DECODES_UP_TO", len(tree.paths) - 1)
+        assert preflight(tree, resolution=32).mode == "headers"
+
+    def test_sizes_are_those_displayed_after_rotation(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 8
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            Image.new("RGB", (30, 10)).save(tmp_path / name / "x.jpg", exif=exif)
+        for mode in ("full", "headers"):
+            report = preflight(scan_image_tree(tmp_path), resolution=8, mode=mode)
+            assert (report.width_range, report.height_range) == ((10, 10), (30, 30))
+
+    def test_text_names_defects_and_draws_a_bar_for_each_class(self, messy: MessyTree) -> None:
+        report = preflight(scan_image_tree(messy.root), resolution=32)
+        text = report.format()
+        for expected in (*messy.unreadable, messy.empty_class, messy.lost_class, "CMYK 1", ".txt 2"):
+            assert expected in text
+        bars = {line.split()[0]: line.count("#") for line in text.splitlines() if line.startswith("  n0")}
+        assert bars[WNIDS[1]] == 40  # 7 images, the most
+        assert bars[WNIDS[3]] == 18  # 3 images
+        assert "and 3 more" in report.format(max_listed=2)
+
+    def test_many_classes_are_binned_and_extremes_named(self, tmp_path: Path) -> None:
+        for place in range(25):
+            (tmp_path / f"c{place:02d}").mkdir()
+            for number in range(place + 1):
+                (tmp_path / f"c{place:02d}" / f"{number}.png").touch()
+        text = preflight(scan_image_tree(tmp_path), resolution=8, mode="off").format()
+        assert "fewest images: c00 1, c01 2, c02 3, c03 4, c04 5" in text
+        assert "most images: c24 25, c23 24, c22 23" in text
+        rows = [line.split() for line in text.splitlines() if " to " in line and line.endswith("#")]
+        assert sum(int(row[3]) for row in rows) == 24  # bins of 3; the last holds 25 alone
+
+    def test_saved_report_lists_everything(self, messy: MessyTree, tmp_path: Path) -> None:
+        path = tmp_path / "new" / "report.json"
+        report = preflight(scan_image_tree(messy.root), resolution=32, report_path=path)
+        saved = json.loads(path.read_text())
+        assert saved == report.to_dict()
+        assert {entry["path"] for entry in saved["unreadable"]} == set(messy.unreadable)
+        assert str(path) in report.format(max_listed=1)
+
+    def test_progress_bar_counts_all_images(self, clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("tqdm")
+        preflight(scan_image_tree(clean), resolution=8, mode="headers", progress=True)
+        assert "30/30" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"mode": "fast"}, "mode to be one of full, headers, auto, off, got 'fast'"),
+            ({"resolution": 0}, "resolution of at least 1 pixel, got 0"),
+            ({"resample": "nearest"}, "bilinear, bicubic, lanczos, box, got 'nearest'"),
+            ({"threads": 0}, "threads of at least 1 or None, got 0"),
+        ],
+    )
+    def test_unknown_options_are_refused(self, clean: Path, arguments: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            preflight(scan_image_tree(clean), **{"resolution": 8, **arguments})
+
+    def test_terminal_never_sees_raw_newlines_of_file_names(self, tmp_path: Path) -> None:
+        small_tree(tmp_path)
+        (tmp_path / "cat" / "a\nb.jpg").touch()
+        assert "cat/a\\nb.jpg: empty file" in preflight(scan_image_tree(tmp_path), resolution=8).format()
+
+
+def saved(tmp_path: Path, image: Image.Image, name: str = "x.png", **options: object) -> Path:
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+class TestDecoding:
+    def test_plain_image_is_its_centre_crop_resized_with_antialiasing(self, tmp_path: Path) -> None:
+        pixels = smooth_pixels(np.random.default_rng(0), 41, 30)
+        image = decode_image(saved(tmp_path, Image.fromarray(pixels)), 16)
+        square = Image.fromarray(pixels[:, 5:35]).resize((16, 16), Image.Resampling.BILINEAR)
+        assert image.dtype == torch.uint8
+        assert image.is_contiguous()
+        np.testing.assert_array_equal(image.numpy(), np.asarray(square).transpose(2, 0, 1))
+
+    def test_antialiasing_averages_a_checkerboard_away(self, tmp_path: Path) -> None:
+        board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+        path = saved(tmp_path, Image.fromarray(board))
+        for resample in ("bilinear", "bicubic", "lanczos", "box"):
+            inner = decode_image(path, 8, resample=resample)[:, 1:-1, 1:-1].int()
+            assert (inner - 127).abs().max() <= 2
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_exif_orientation_is_undone(self, tmp_path: Path, orientation: int) -> None:
+        upright = Image.fromarray(smooth_pixels(np.random.default_rng(0), 20, 20))
+        stored_as = {
+            1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
+            7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
+        }[orientation]  # fmt: skip
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = upright if stored_as is None else upright.transpose(stored_as)
+        path = saved(tmp_path, stored, exif=exif)
+        np.testing.assert_array_equal(decode_image(path, 20), np.asarray(upright).transpose(2, 0, 1))
+
+    def test_sixteen_bit_greyscale_is_scaled_not_clipped(self, tmp_path: Path) -> None:
+        ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+        image = decode_image(saved(tmp_path, Image.fromarray(ramp)), 16)
+        np.testing.assert_array_equal(image, np.broadcast_to(np.arange(256).reshape(16, 16), (3, 16, 16)))
+
+    def test_alpha_is_composited_on_white(self, tmp_path: Path) -> None:
+        clear = saved(tmp_path, Image.new("RGBA", (4, 4), (200, 0, 0, 0)))
+        assert decode_image(clear, 4).unique().tolist() == [255]
+        half = saved(tmp_path, Image.new("LA", (4, 4), (0, 128)))
+        assert decode_image(half, 4).unique().tolist() == [127]
+
+    def test_transparent_palette_is_composited_on_white(self, tmp_path: Path) -> None:
+        image = Image.new("P", (4, 4), 1)
+        image.putpalette([0, 0, 0, 10, 20, 30])
+        assert decode_image(saved(tmp_path, image), 4)[:, 0, 0].tolist() == [10, 20, 30]
+        path = saved(tmp_path, image, transparency=b"\xff\x00")
+        assert decode_image(path, 4).unique().tolist() == [255]
+
+    def test_cmyk_of_adobe_keeps_its_colours(self, tmp_path: Path) -> None:
+        # Pillow writes CMYK JPEG with Adobe's marker and inverted values: no ink is white.
+        path = saved(tmp_path, Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "x.JPEG")
+        assert b"Adobe" in path.read_bytes()
+        assert decode_image(path, 8).min() >= 254
+
+    @pytest.mark.parametrize("draft", [False, True])
+    @pytest.mark.parametrize("size", [(1, 1), (1, 9), (640, 97), (97, 640)])
+    def test_any_size_comes_out_square(self, tmp_path: Path, size: tuple[int, int], draft: bool) -> None:
+        image = decode_image(saved(tmp_path, Image.new("RGB", size, (9, 9, 9)), "x.jpg"), 24, draft=draft)
+        assert image.shape == (3, 24, 24)
+        assert image.unique().tolist() == [9]
+
+    @pytest.mark.parametrize("size", [(300, 255), (255, 300)])
+    @pytest.mark.parametrize(
+        ("resolution", "short_side"), [(128, 255), (127, 128), (64, 128), (32, 64), (31, 32)]
+    )
+    def test_draft_never_decodes_below_the_resolution(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        size: tuple[int, int],
+        resolution: int,
+        short_side: int,
+    ) -> None:
+        path = saved(tmp_path, Image.fromarray(smooth_pixels(np.random.default_rng(0), *size)), "x.jpg")
+        cropped: list[int] = []
+        crop = Image.Image.crop
+
+        def spy(self: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+            cropped.append(min(self.size))
+            return crop(self, box)
+
+        monkeypatch.setattr(Image.Image, "crop", spy)
+        full = decode_image(path, resolution)
+        draft = decode_image(path, resolution, draft=True)
+        assert cropped == [255, short_side]
+        # JPEG rounds odd sizes up at 1/8, which shifts the crop by up to a quarter of a pixel.
+        assert (full.int() - draft.int()).abs().float().mean() < 4
+
+    def test_decompression_bombs_are_unreadable_not_warnings(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = saved(tmp_path, Image.new("L", (40, 40)))
+        for limit in (1000, 500):  # beyond the limit Pillow warns, beyond twice the limit it raises
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                with pytest.raises(ImageReadError, match="bomb"):
+                    decode_image(path, 8)
+            assert not caught
+
+    def test_damaged_exif_neither_warns_nor_hides_the_image(self, tmp_path: Path) -> None:
+        exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x02\x01\x0e\0\x02\0\0\xff\xff\0\0\0\x1a"
+        for damaged in (exif, b"Exif\0\0garbage"):
+            path = saved(tmp_path, Image.new("RGB", (8, 8)), "x.jpg", exif=damaged)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                assert decode_image(path, 8).shape == (3, 8, 8)
+            assert not caught
+
+    def test_filters_of_warnings_are_as_before_after_many_threads_decoded(self, clean: Path) -> None:
+        before = list(warnings.filters)
+        paths = list(scan_image_tree(clean).paths)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda path: decode_image(path, 8), paths * 4))
+        assert list(warnings.filters) == before
+
+    def test_pixels_without_a_defined_range_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ImageReadError, match="range from black to white is not defined"):
+            decode_image(saved(tmp_path, Image.new("F", (4, 4)), "x.tif"), 4)
+        with pytest.raises(ImageReadError, match="more than 16 bits hold"):
+            decode_image(saved(tmp_path, Image.new("I", (4, 4), 70000), "x.tif"), 4)
+
+    def test_formats_that_run_programs_are_not_opened(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.jpg"
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+        with pytest.raises(ImageReadError, match="not an image"):
+            decode_image(path, 4)
+
+    def test_error_crosses_process_borders(self, tmp_path: Path) -> None:
+        error = pickle.loads(pickle.dumps(ImageReadError(tmp_path / "x", "empty file")))
+        assert (error.path, error.reason) == (tmp_path / "x", "empty file")
+
+
+def with_truncated_images(root: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        data = (root / name).read_bytes()
+        (root / name).write_bytes(data[: len(data) // 2])
+    return root
+
+
+class TestDataset:
+    def test_cached_and_uncached_serve_the_same(self, messy: MessyTree) -> None:
+        tree = scan_image_tree(messy.root)
+        tree = tree.without(preflight(tree, resolution=16).unreadable_paths)
+        cached, uncached = (ImageFolderDataset(tree, 16, cache_mib=mib) for mib in (2048, 0))
+        assert (cached.cached, uncached.cached) == (True, False)
+        assert not cached.failures
+        indices = [5, 0, 0, len(tree.paths) - 1]
+        for a, b in zip(cached.fetch(indices), uncached.fetch(indices), strict=True):
+            assert torch.equal(a, b)
+        for index, (image, label) in zip(indices, cached.__getitems__(indices), strict=True):
+            assert torch.equal(image, decode_image(tree.paths[index], 16))
+            assert torch.equal(image, uncached[index][0])
+            assert label == tree.labels[index] == uncached[index][1]
+        assert cached.labels.tolist() == tree.labels.tolist()
+        assert cached.num_classes == len(cached.class_names) == 12
+
+    def test_cache_is_used_only_where_all_images_fit(self, clean: Path) -> None:
+        tree = scan_image_tree(clean)
+        needed = len(tree.paths) * 3 * 16 * 16 / 2**20
+        assert ImageFolderDataset(tree, 16, cache_mib=needed).cached
+        assert not ImageFolderDataset(tree, 16, cache_mib=needed * 0.999).cached
+
+    def test_batches_do_not_alias_the_cache(self, clean: Path) -> None:
+        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
+        before = dataset[3][0].clone()
+        dataset[3][0].fill_(0)
+        dataset.fetch([3])[0].fill_(0)
+        assert torch.equal(dataset[3][0], before)
+
+    @pytest.mark.parametrize("cache_mib", [0, 2048])
+    def test_unreadable_file_is_replaced_by_the_next_of_its_class_and_logged_once(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, cache_mib: int
+    ) -> None:
+        root = with_truncated_images(small_tree(tmp_path, images=4), ("cat/1.jpg", "cat/2.jpg", "dog/3.jpg"))
+        tree = scan_image_tree(root)
+        with caplog.at_level(logging.WARNING):
+            dataset = ImageFolderDataset(tree, 8, cache_mib=cache_mib)
+            fetched = [dataset.fetch(range(8)) for _ in range(2)]
+        sources = [0, 3, 3, 3, 4, 5, 6, 4]  # the last of a class is followed by its first
+        for images, labels in fetched:
+            assert labels.tolist() == [0] * 4 + [1] * 4
+            for image, source in zip(images, sources, strict=True):
+                assert torch.equal(image, decode_image(tree.paths[source], 8))
+        assert sorted(f.path for f in dataset.failures) == ["cat/1.jpg", "cat/2.jpg", "dog/3.jpg"]
+        assert len(caplog.records) == 3
+        assert "truncated" in caplog.text
+
+    @pytest.mark.parametrize("cache_mib", [0, 2048])
+    def test_class_without_readable_images_serves_another_with_its_own_label(
+        self, tmp_path: Path, cache_mib: int
+    ) -> None:
+        root = with_truncated_images(small_tree(tmp_path), ("dog/0.jpg", "dog/1.jpg"))
+        dataset = ImageFolderDataset(scan_image_tree(root), 8, cache_mib=cache_mib)
+        image, label = dataset[2]
+        assert label == 0
+        assert torch.equal(image, dataset[0][0])
+
+    def test_nothing_readable_is_an_error_that_names_the_remedy(self, tmp_path: Path) -> None:
+        root = with_truncated_images(small_tree(tmp_path, images=1), ("cat/0.jpg", "dog/0.jpg"))
+        tree = scan_image_tree(root)
+        with pytest.raises(DatasetError, match=r"got none of 2.*truncated.*preflight"):
+            ImageFolderDataset(tree, 8)
+        with pytest.raises(DatasetError, match=r"got none of 2"):
+            ImageFolderDataset(tree, 8, cache_mib=0).fetch([0])
+        with pytest.raises(DatasetError, match="got none"):
+            ImageFolderDataset(tree.without(tree.paths), 8)
+
+    def test_index_beyond_the_end_is_an_index_error(self, clean: Path) -> None:
+        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
+        assert torch.equal(dataset[-1][0], dataset[29][0])
+        with pytest.raises(IndexError, match="below 30, got 30"):
+            dataset[30]
+
+    def test_negative_cache_is_refused(self, clean: Path) -> None:
+        with pytest.raises(ValueError, match="cache_mib of at least 0, got -1"):
+            ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=-1)
+
+
+def take(stream, count: int) -> list:
+    return list(itertools.islice(stream, count))
+
+
+def joined(batches: list[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(batches))
+
+
+class TestSampler:
+    @pytest.mark.parametrize("drop_last", [True, False])
+    @pytest.mark.parametrize(("num_items", "batch_size"), [(10, 3), (12, 4), (3, 8), (1, 5)])
+    def test_batch_k_is_the_same_wherever_the_stream_starts(
+        self, num_items: int, batch_size: int, drop_last: bool
+    ) -> None:
+        whole = take(ResumableBatchSampler(num_items, batch_size, 7, drop_last=drop_last), 20)
+        for start in (1, 3, 13):
+            resumed = ResumableBatchSampler(num_items, batch_size, 7, start, drop_last)
+            assert take(resumed, 20 - start) == whole[start:]
+
+    @pytest.mark.parametrize(("num_items", "batch_size"), [(16, 8), (21, 8), (3, 8), (5, 4)])
+    @pytest.mark.parametrize("replicas", [2, 4])
+    def test_replicas_share_out_the_batches_of_one_process(
+        self, num_items: int, batch_size: int, replicas: int
+    ) -> None:
+        alone = take(ResumableBatchSampler(num_items, batch_size, 1), 12)
+        shares = [
+            take(ResumableBatchSampler(num_items, batch_size, 1, rank=rank, num_replicas=replicas), 12)
+            for rank in range(replicas)
+        ]
+        for number, batch in enumerate(alone):
+            assert [index for share in shares for index in share[number]] == batch
+
+    def test_each_epoch_visits_each_image_once_in_a_new_order(self) -> None:
+        batches = take(ResumableBatchSampler(12, 4, 0), 6)
+        epochs = [joined(batches[:3]), joined(batches[3:])]
+        assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 2
+        assert epochs[0] != epochs[1]
+        assert take(ResumableBatchSampler(12, 4, 1), 3) != batches[:3]
+
+    def test_drop_last_drops_the_tail_of_each_epoch_and_otherwise_no_image_is_lost(self) -> None:
+        dropped = take(ResumableBatchSampler(10, 4, 0), 2)
+        assert len({index for batch in dropped for index in batch}) == 8
+        assert ResumableBatchSampler(10, 4, 0).epoch_of(2) == 1
+        kept = joined(take(ResumableBatchSampler(10, 4, 0, drop_last=False), 5))
+        assert sorted(kept[:10]) == sorted(kept[10:]) == list(range(10))
+
+    def test_batches_are_full_where_there_are_fewer_images(self) -> None:
+        stream = joined(take(ResumableBatchSampler(3, 8, 0), 3))
+        assert len(stream) == 24
+        for start in range(0, 24, 3):
+            assert sorted(stream[start : start + 3]) == [0, 1, 2]
+
+    def test_far_batch_draws_one_permutation_of_a_million(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        drawn: list[int] = []
+        permutation = ResumableBatchSampler._permutation
+
+        def spy(self: ResumableBatchSampler, epoch: int) -> np.ndarray:
+            drawn.append(epoch)
+            return permutation(self, epoch)
+
+        monkeypatch.setattr(ResumableBatchSampler, "_permutation", spy)
+        take(ResumableBatchSampler(1_281_167, 256, 0, start_batch=1_000_000), 2)
+        assert drawn == [199, 199] or drawn == [200, 200]
+
+    def test_numpy_and_torch_states_do_not_matter(self) -> None:
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        first = take(ResumableBatchSampler(50, 5, 3), 4)
+        torch.manual_seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        assert take(ResumableBatchSampler(50, 5, 3), 4) == first
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"num_items": 0}, "num_items of at least 1, got 0"),
+            ({"batch_size": 0}, "batch_size of at least 1, got 0"),
+            ({"seed": -1}, "seed of at least 0, got -1"),
+            ({"start_batch": -1}, "start_batch of at least 0, got -1"),
+            ({"rank": 2, "num_replicas": 2}, "rank from 0 to 1, got 2"),
+            ({"num_replicas": 3}, "divisible by the 3 replicas, got 4"),
+        ],
+    )
+    def test_arguments_out_of_range_are_refused(self, arguments: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            ResumableBatchSampler(**{"num_items": 8, "batch_size": 4, "seed": 0, **arguments})
+
+
+class TestFlips:
+    def test_flip_depends_on_seed_epoch_and_index_alone(self) -> None:
+        indices, epochs = np.arange(1000), np.zeros(1000, dtype=np.int64)
+        flips = horizontal_flips(3, epochs, indices)
+        order = np.random.default_rng(0).permutation(1000)
+        np.testing.assert_array_equal(horizontal_flips(3, epochs, indices[order]), flips[order])
+        for other in (horizontal_flips(4, epochs, indices), horizontal_flips(3, epochs + 1, indices)):
+            assert 400 < (other != flips).sum() < 600
+
+    def test_half_of_the_images_are_flipped(self) -> None:
+        epochs, indices = np.divmod(np.arange(100_000), 1000)
+        assert abs(horizontal_flips(0, epochs, indices).mean() - 0.5) < 0.01
+
+    def test_loader_mirrors_exactly_the_chosen_images(self, clean: Path) -> None:
+        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
+        sampler = ResumableBatchSampler(len(dataset), 7, 5)
+        plain = take(make_loader(dataset, batch_size=7, seed=5), 9)
+        mirrored = take(make_loader(dataset, batch_size=7, seed=5, horizontal_flip=True), 9)
+        seen = set()
+        for number, ((before, labels), (after, same_labels)) in enumerate(zip(plain, mirrored, strict=True)):
+            batch = sampler.batch_at(number)
+            assert torch.equal(labels, same_labels)
+            for row, flip in enumerate(horizontal_flips(5, batch.epochs, batch.indices).tolist()):
+                assert torch.equal(after[row], before[row].flip(-1) if flip else before[row])
+                seen.add(flip)
+        assert seen == {True, False}
+
+
+class TestLoader:
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_batches_are_those_of_the_sampler_and_resume(self, clean: Path, num_workers: int) -> None:
+        dataset = ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=0)
+        options = {"batch_size": 8, "seed": 2, "horizontal_flip": True}
+        whole = take(make_loader(dataset, num_workers=num_workers, **options), 6)
+        resumed = take(make_loader(dataset, start_batch=4, **options), 2)
+        for number, indices in enumerate(take(ResumableBatchSampler(len(dataset), 8, 2), 6)):
+            images, labels = whole[number]
+            assert images.shape == (8, 3, 8, 8)
+            assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+            assert labels.tolist() == dataset.labels[indices].tolist()
+        for a, b in zip(resumed, whole[4:], strict=True):
+            assert torch.equal(a[0], b[0])
+            assert torch.equal(a[1], b[1])
+
+    def test_ranks_together_get_the_batches_of_one_process(self, clean: Path) -> None:
+        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
+        alone = take(make_loader(dataset, batch_size=8, seed=0, horizontal_flip=True), 5)
+        ranks = [
+            take(
+                make_loader(dataset, batch_size=8, seed=0, horizontal_flip=True, rank=rank, num_replicas=4), 5
+            )
+            for rank in range(4)
+        ]
+        for number, (images, labels) in enumerate(alone):
+            assert torch.equal(torch.cat([rank[number][0] for rank in ranks]), images)
+            assert torch.equal(torch.cat([rank[number][1] for rank in ranks]), labels)
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_global_random_states_are_neither_read_nor_moved(self, clean: Path, num_workers: int) -> None:
+        dataset = ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=0)
+        streams = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+            loader = make_loader(dataset, batch_size=4, seed=9, num_workers=num_workers, horizontal_flip=True)
+            streams.append(take(loader, 3))
+            assert torch.equal(torch.get_rng_state(), before[0])
+            assert random.getstate() == before[1]
+            assert (np.random.get_state()[1] == before[2]).all()  # noqa: NPY002
+        for a, b in zip(*streams, strict=True):
+            assert torch.equal(a[0], b[0])
+
+    def test_file_damaged_after_a_headers_preflight_does_not_stop_the_workers(self, tmp_path: Path) -> None:
+        root = with_truncated_images(small_tree(tmp_path), ("cat/0.jpg",))
+        tree = scan_image_tree(root)
+        assert not preflight(tree, resolution=8, mode="headers").unreadable
+        dataset = ImageFolderDataset(tree, 8, cache_mib=0)
+        images, labels = next(make_loader(dataset, batch_size=4, seed=0, num_workers=2))
+        good = decode_image(root / "cat" / "1.jpg", 8)
+        for image in images[labels == 0]:
+            assert torch.equal(image, good)
+        assert (labels == 0).sum() == 2
+
+    @pytest.mark.parametrize("cache_mib", [0, 2048])
+    def test_workers_may_be_spawned(self, clean: Path, cache_mib: int) -> None:
+        dataset = ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=cache_mib)
+        expected, _ = next(make_loader(dataset, batch_size=4, seed=0))
+        spawned = make_loader(dataset, batch_size=4, seed=0, num_workers=1, multiprocessing_context="spawn")
+        assert torch.equal(next(spawned)[0], expected)
+
+    def test_workers_end_with_the_iterator(self, clean: Path) -> None:
+        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
+        loader = make_loader(dataset, batch_size=4, seed=0, num_workers=2)
+        next(loader)
+        workers = list(loader._workers)
+        del loader
+        for worker in workers:
+            worker.join(5)
+            assert not worker.is_alive()
+
+    def test_pin_memory_without_an_accelerator_is_left_out_without_a_warning(self, clean: Path) -> None:
+        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
+        images, _ = next(make_loader(dataset, batch_size=4, seed=0, pin_memory=True))
+        assert images.is_pinned() == torch.accelerator.is_available()
