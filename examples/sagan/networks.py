@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sagan.errors import UserError
 from sagan_layers import (
     ConditionalBatchNorm2d,
     ProjectionDiscriminatorHead,
@@ -23,8 +25,12 @@ from sagan_layers import (
 )
 
 RESOLUTIONS = (32, 64, 128, 256)
-INITS = ("xavier_uniform", "orthogonal", "normal", "default")
-MIXERS = ("attention", "residual")
+_INITS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "orthogonal": nn.init.orthogonal_,
+    "normal": partial(nn.init.normal_, std=0.02),
+    "default": None,
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class NetworkConfig:
     latent_dim: int = 128
     g_attention: tuple[int, ...] = (32,)
     d_attention: tuple[int, ...] = (32,)
-    mixer: str = "attention"
+    mixer: Literal["attention", "residual"] = "attention"
     g_spectral_norm: bool = True
     d_spectral_norm: bool = True
     sn_eps: float = 1e-12
@@ -63,15 +69,15 @@ class NetworkConfig:
     bn_momentum: float = 0.001
     last_bn_momentum: float = 0.0001
     biased_running_var: bool = True
-    init: str = "xavier_uniform"
+    init: Literal["xavier_uniform", "orthogonal", "normal", "default"] = "xavier_uniform"
 
     def __post_init__(self) -> None:
         if self.resolution not in RESOLUTIONS:
-            raise ValueError(f"resolution: expected one of {RESOLUTIONS}, got {self.resolution}")
+            raise UserError(f"resolution: expected one of {RESOLUTIONS}, got {self.resolution}")
         if self.num_classes is not None and self.num_classes < 0:
-            raise ValueError(f"num_classes: expected at least 0, got {self.num_classes}")
+            raise UserError(f"num_classes: expected at least 0, got {self.num_classes}")
         if self.base_width < 1 or self.latent_dim < 1:
-            raise ValueError(
+            raise UserError(
                 f"base_width, latent_dim: expected at least 1, got {self.base_width}, {self.latent_dim}"
             )
         for name, chosen, allowed in (
@@ -80,18 +86,21 @@ class NetworkConfig:
         ):
             wrong = sorted(set(chosen) - set(allowed))
             if wrong or len(set(chosen)) != len(chosen):
-                raise ValueError(
+                raise UserError(
                     f"{name}: expected different resolutions out of {allowed}, got {list(chosen)}"
                 )
-        for name, value, choices in (("mixer", self.mixer, MIXERS), ("init", self.init, INITS)):
+        for name, value, choices in (
+            ("mixer", self.mixer, ("attention", "residual")),
+            ("init", self.init, tuple(_INITS)),
+        ):
             if value not in choices:
-                raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+                raise UserError(f"{name}: expected one of {choices}, got {value!r}")
 
     @property
     def head_classes(self) -> int | None:
         """The number of classes for the layers: None for an unconditional GAN."""
         if self.num_classes is None:
-            raise ValueError("num_classes: expected a number, got None (it is taken from the data first)")
+            raise UserError("num_classes: expected a number, got None (it is taken from the data first)")
         return self.num_classes or None
 
 
@@ -178,8 +187,8 @@ class UpBlock(nn.Module):
         """[N, in, H, W] -> [N, out, 2H, 2W]."""
         main = self.conv1(_upsample(torch.relu(self.norm1(x, labels))))
         main = self.conv2(torch.relu(self.norm2(main, labels)))
-        shortcut: Tensor = self.shortcut(_upsample(x))
-        return shortcut + main
+        y: Tensor = self.shortcut(_upsample(x)) + main
+        return y
 
 
 class Discriminator(nn.Module):
@@ -304,16 +313,12 @@ def initialize(network: nn.Module, init: str) -> None:
         init: "xavier_uniform", "orthogonal", "normal" (standard deviation 0.02), or "default" for torch's own,
             biases included.
     """
-    draw: dict[str, Callable[[Tensor], Tensor]] = {
-        "xavier_uniform": nn.init.xavier_uniform_,
-        "orthogonal": nn.init.orthogonal_,
-        "normal": partial(nn.init.normal_, std=0.02),
-    }
-    if init == "default":
+    draw = _INITS[init]
+    if draw is None:
         return
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear, nn.Embedding)):
-            draw[init](layer.weight)
+            draw(layer.weight)
             if not isinstance(layer, nn.Embedding) and layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 

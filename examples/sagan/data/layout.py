@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sagan.errors import UserError
+
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
 ARCHIVE_EXTENSIONS = (".tar", ".gz", ".tgz", ".zip", ".7z", ".bz2", ".xz")
@@ -28,7 +30,7 @@ UNPACK_TRAIN = (
 )
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """The data set on disk is not what training needs; says what was found, expected, and the likely fix."""
 
 

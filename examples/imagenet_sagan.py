@@ -1,0 +1,57 @@
+"""Train a Self-Attention GAN on ImageNet, or any folder of images; sample from it; look at its attention."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from sagan import commands
+from sagan.errors import UserError
+from sagan.recipes import DEFAULT_RECIPE, RECIPES
+
+OVERVIEW = f"""\
+SAGAN on ImageNet with sagan-layers.
+
+  python examples/imagenet_sagan.py COMMAND [options]      (COMMAND --help lists its options)
+
+  demo             learn handwritten digits: minutes on a CPU, nothing to download. Start here.
+  train            train on a folder of images: DATA/train/<class>/*.JPEG
+  sample           images from a trained run: a labelled grid, or a folder for each class
+  attention-maps   where chosen points of generated images look
+
+Start:
+  python examples/imagenet_sagan.py demo
+  python examples/imagenet_sagan.py train --data /path/to/imagenet --out runs/imagenet
+  python examples/imagenet_sagan.py train --data /path/to/imagenet --recipe paper --dry-run
+
+Recipes for train (--recipe NAME, {DEFAULT_RECIPE} by default):
+  {", ".join(list(RECIPES)[:6])},
+  {", ".join(list(RECIPES)[6:10])},
+  {", ".join(list(RECIPES)[10:])}
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command that the arguments name and return the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(OVERVIEW)
+        return 0
+    name, *options = arguments
+    try:
+        if name == "train":
+            return commands.run_train(commands.parse_train(options))
+        if name == "sample":
+            return commands.run_sample(commands.parse(commands.Sample, name, options))
+        if name == "attention-maps":
+            return commands.run_attention_maps(commands.parse(commands.AttentionMaps, name, options))
+        if name == "demo":
+            return commands.run_demo_command(commands.parse(commands.Demo, name, options))
+        print(f"Unknown command {name!r}.\n\n{OVERVIEW}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"imagenet_sagan.py {name}: {error}", file=sys.stderr)
+        return 1
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

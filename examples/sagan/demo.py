@@ -1,0 +1,209 @@
+"""The demo: a class-conditional SAGAN learns the handwritten digits, and a classifier says how well."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sagan.checkpoints import checkpoints_in
+from sagan.data import ImageFolderDataset, preflight, scan_image_tree
+from sagan.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
+from sagan.figures import attention_maps, default_points, save_attention_figure, save_curves, save_grid
+from sagan.recipes import RunConfig
+from sagan.sampling import generate, load_generator, numbered_samples, sample_inputs, to_uint8
+from sagan.training import Trainer, TrainingResult, train
+
+VERDICT_SAMPLES = 2000
+CURVE_SAMPLES = 500
+TARGET_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of the generated digits.
+
+    Attributes:
+        share: of the generated digits that carry their label in the judge's eyes.
+        share_by_class: the same for each digit.
+        frechet: distance of the generated digits' features to those of all real ones.
+        frechet_real: the same distance for a random half of the real digits: what a perfect G would reach.
+        judge_accuracy: on real digits that the judge has not seen.
+    """
+
+    share: float
+    share_by_class: tuple[float, ...]
+    frechet: float
+    frechet_real: float
+    judge_accuracy: float
+
+
+def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResult, Verdict | None]:
+    """Write the digits, train on them, judge the result and draw it, all below ``config.out``.
+
+    Called again it goes on where it was interrupted; a finished demo is judged and drawn anew without training.
+
+    Args:
+        config: the run; ``data`` and ``network.num_classes`` are set here.
+        progress: show the training's progress.
+
+    Returns:
+        The training's result, and the verdict; None if training was interrupted.
+    """
+    start = time.perf_counter()
+    out = config.out
+    print(f"1/4  Writing scikit-learn's handwritten digits to {out / 'digits'} as a folder of images")
+    tree = scan_image_tree(write_digits(out / "digits"))
+    report = preflight(tree, resolution=config.network.resolution, report_path=out / "preflight.json")
+    print(_indented(report.format()))
+    tree = tree.without(report.unreadable_paths)
+    dataset = ImageFolderDataset(tree, config.network.resolution)
+    images, labels = dataset.fetch(range(len(dataset)))
+    print("2/4  Training the judge, a small classifier, on the real digits")
+    judge = train_judge(images, labels)
+    print(f"     It reads {judge.accuracy:.1%} of the real digits that it was not trained on.")
+    config = replace(
+        config, data=out / "digits", network=replace(config.network, num_classes=dataset.num_classes)
+    )
+    print(f"3/4  Training SAGAN for {config.iterations} iterations of {config.batch_size} images")
+    resume = bool(checkpoints_in(out / "checkpoints"))
+    if resume:
+        print(f"     {out} holds this run already: going on with it. Delete the folder to start anew.")
+    result = train(
+        config,
+        dataset,
+        fingerprint=tree.fingerprint(),
+        resume=resume,
+        progress=progress,
+        observe=_quality_curve(judge, out / "quality.jsonl"),
+    )
+    if result.interrupted:
+        return result, None
+    print("4/4  Judging the result")
+    verdict, samples = _judge_samples(result, judge, images)
+    (out / "verdict.json").write_text(json.dumps(vars(verdict), indent=2) + "\n")
+    save_grid(out / "samples.png", samples, columns=10, row_names=dataset.class_names)
+    _draw_attention(result, out / "attention_maps.png")
+    draw_curves(out)
+    print(_indented(describe(verdict)))
+    print(_indented(_what_was_written(out)))
+    minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+    print(f"     The demo took {minutes} min {seconds} s.")
+    return result, verdict
+
+
+def describe(verdict: Verdict) -> str:
+    """Return the verdict in plain words."""
+    passed = "reached" if verdict.share >= TARGET_SHARE else "NOT reached"
+    classes = "  ".join(f"{digit}: {share:.0%}" for digit, share in enumerate(verdict.share_by_class))
+    return "\n".join(
+        [
+            f"VERDICT: {verdict.share:.1%} of {VERDICT_SAMPLES} generated digits carry their label "
+            f"(goal {TARGET_SHARE:.0%}: {passed}).",
+            f"By digit: {classes}",
+            f"Frechet distance to the real digits in the judge's features: {verdict.frechet:.2f} "
+            f"(a random half of the real ones: {verdict.frechet_real:.2f}).",
+        ]
+    )
+
+
+def draw_curves(out: Path) -> None:
+    """Draw metrics.jsonl and quality.jsonl of a demo's folder into curves.png."""
+    metrics = _read_rows(out / "metrics.jsonl")
+    quality = _read_rows(out / "quality.jsonl")
+
+    def curve(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+        return [row["iteration"] for row in rows], [row[name] for row in rows]
+
+    gammas = [name for name in metrics[0] if name.startswith("gamma")]
+    save_curves(
+        out / "curves.png",
+        [
+            ("loss", {"D": curve(metrics, "d_loss"), "G": curve(metrics, "g_loss")}),
+            ("attention's gamma", {name[6:].replace("_", " at "): curve(metrics, name) for name in gammas}),
+            ("share with right label", {"share": curve(quality, "share")}),
+            ("Frechet distance", {"distance": curve(quality, "frechet")}),
+        ],
+        title="SAGAN learns the digits",
+    )
+
+
+def _quality_curve(judge: Judge, path: Path) -> Callable[[Trainer], None]:
+    def observe(trainer: Trainer) -> None:
+        latents, labels = sample_inputs(range(CURVE_SAMPLES), trainer.config.network, trainer.config.seed)
+        images = generate(trainer.sampling_generator, latents, labels, batch_size=100)
+        row = {
+            "iteration": trainer.iteration,
+            "share": agreement(judge, images, labels).double().mean().item(),
+            "frechet": frechet_to_real(judge, images),
+        }
+        earlier = [old for old in _read_rows(path) if old["iteration"] < trainer.iteration]
+        path.write_text("".join(json.dumps(each) + "\n" for each in [*earlier, row]))
+
+    return observe
+
+
+def _judge_samples(result: TrainingResult, judge: Judge, real: Tensor) -> tuple[Verdict, Tensor]:
+    """Return the verdict on fresh samples, and ten of each digit."""
+    config = result.trainer.config
+    trained = load_generator(result.checkpoint, torch.device("cpu"))
+    blocks = list(numbered_samples(trained, VERDICT_SAMPLES, seed=config.seed + 1, batch_size=100))
+    images = torch.cat([block[1] for block in blocks])
+    labels = torch.cat([block[2] for block in blocks])
+    right = agreement(judge, images, labels).double()
+    half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: len(real) // 2]
+    verdict = Verdict(
+        share=right.mean().item(),
+        share_by_class=tuple(right[labels == digit].mean().item() for digit in range(10)),
+        frechet=frechet_to_real(judge, images),
+        frechet_real=frechet_to_real(judge, real[half]),
+        judge_accuracy=judge.accuracy,
+    )
+    by_class = torch.cat([images[labels == digit][:10] for digit in range(10)])
+    return verdict, by_class
+
+
+def _draw_attention(result: TrainingResult, path: Path) -> None:
+    trained = load_generator(result.checkpoint, torch.device("cpu"))
+    network = trained.config.network
+    latents, labels = sample_inputs(range(10), network, trained.config.seed + 1)
+    points = default_points(network.resolution)
+    images, maps, resolution = attention_maps(trained.generator, latents, labels, points)
+    names = [trained.class_names[int(label)] for label in labels]
+    title = f"Where the marked points look (G's attention at {resolution}x{resolution})"
+    save_attention_figure(path, to_uint8(images), maps, points, names=names, title=title)
+
+
+def _what_was_written(out: Path) -> str:
+    return f"""
+Written to {out}:
+  samples.png         ten generated digits of each class
+  samples/            the same latents through the run
+  attention_maps.png  where query points look
+  curves.png          losses, gamma, share with the right label, Frechet distance
+  verdict.json        the figures above
+  metrics.jsonl       every logged number;  config.json  the whole configuration
+  checkpoints/        weights and everything to resume from
+
+Next:
+  python examples/imagenet_sagan.py sample --source {out} --out samples
+  python examples/imagenet_sagan.py attention-maps --source {out} --out maps.png
+
+To train on ImageNet, or on any folder with a folder of images for each class:
+  python examples/imagenet_sagan.py train --data /path/to/imagenet --out runs/imagenet
+where /path/to/imagenet/train/n01440764/*.JPEG and so on. It checks the images before the first step.
+"""
+
+
+def _indented(text: str) -> str:
+    return "\n".join("     " + line if line else "" for line in text.strip("\n").splitlines())
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,187 @@
+"""Images from a trained generator, numbered so that any number of processes makes the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sagan.checkpoints import find_checkpoint, load_checkpoint
+from sagan.errors import UserError
+from sagan.networks import Generator, NetworkConfig
+from sagan.recipes import RunConfig, config_from_dict
+
+
+@dataclass(frozen=True)
+class TrainedGenerator:
+    """A generator from a checkpoint, in evaluation mode.
+
+    Attributes:
+        generator: G.
+        config: the run that it comes from.
+        iteration: how long it was trained.
+        class_names: by label.
+        labels_in_use: int64 [K], the classes that had images.
+        averaged: whether the weights are the moving average.
+    """
+
+    generator: Generator
+    config: RunConfig
+    iteration: int
+    class_names: list[str]
+    labels_in_use: Tensor
+    averaged: bool
+
+
+def load_generator(path: Path, device: torch.device, *, weights: str = "auto") -> TrainedGenerator:
+    """Load G from a checkpoint, or from the latest one of a run's folder.
+
+    Args:
+        path: a checkpoint or a run's folder.
+        device: where to put it.
+        weights: "ema" for the moving average, "raw" for the weights themselves, "auto" for the average where
+            there is one.
+
+    Raises:
+        CheckpointError: if there is no usable checkpoint.
+        UserError: if the average is asked for and there is none.
+    """
+    state = load_checkpoint(find_checkpoint(path))
+    config = config_from_dict(state["config"])
+    averaged = state["average"] is not None and weights != "raw"
+    if weights == "ema" and not averaged:
+        raise UserError(f"weights: expected a run with a moving average for 'ema', {path} has none")
+    generator = Generator(config.network)
+    if averaged:
+        average = {
+            name.removeprefix("module."): tensor
+            for name, tensor in state["average"].items()
+            if name != "n_averaged"
+        }
+        generator.load_state_dict(average)
+    else:
+        generator.load_state_dict(state["generator"])
+    return TrainedGenerator(
+        generator.to(device).eval(),
+        config,
+        state["iteration"],
+        state["class_names"],
+        state["labels_in_use"],
+        averaged,
+    )
+
+
+def sample_inputs(
+    indices: Sequence[int], network: NetworkConfig, seed: int, labels_in_use: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return latents and labels of numbered samples; sample i depends on (seed, i) alone.
+
+    Args:
+        indices: numbers of the samples.
+        network: gives the size of a latent.
+        seed: of the whole set.
+        labels_in_use: classes to go through in turn; all by default.
+
+    Shape:
+        - latents: [len(indices), latent_dim].
+        - labels: [len(indices)], int64.
+    """
+    latents = torch.empty(len(indices), network.latent_dim)
+    for row, index in enumerate(indices):
+        own = torch.Generator().manual_seed(_mix(seed, index))
+        torch.randn(network.latent_dim, generator=own, out=latents[row])
+    classes = torch.arange(network.num_classes or 1) if labels_in_use is None else labels_in_use
+    return latents, classes[torch.tensor(list(indices), dtype=torch.int64) % len(classes)]
+
+
+def generate(generator: nn.Module, latents: Tensor, labels: Tensor, *, batch_size: int) -> Tensor:
+    """Return the images of these latents and labels, in evaluation mode.
+
+    Args:
+        generator: G; its mode is as before afterwards.
+        latents: [N, latent_dim], on any device.
+        labels: [N]; not looked at by a G without classes.
+        batch_size: how many are made at once.
+
+    Shape:
+        - Output: uint8 [N, 3, resolution, resolution], on the CPU.
+    """
+    parts = [
+        images
+        for start in range(0, len(latents), batch_size)
+        for images in [
+            _generate_block(
+                generator,
+                latents[start : start + batch_size],
+                labels[start : start + batch_size],
+            )
+        ]
+    ]
+    return torch.cat(parts)
+
+
+def numbered_samples(
+    trained: TrainedGenerator,
+    count: int,
+    *,
+    seed: int,
+    batch_size: int,
+    rank: int = 0,
+    num_processes: int = 1,
+    labels_in_use: Tensor | None = None,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yield this process's share of samples 0 to count - 1.
+
+    The set is cut into blocks of ``batch_size``, and process r makes blocks r, r + num_processes, ... Every
+    block is made full, the last one too, so that a sample's arithmetic does not depend on how many are asked
+    for.
+
+    Args:
+        trained: the generator.
+        count: samples in the whole set.
+        seed: of the whole set.
+        batch_size: samples in a block; another size may change the last bits of an image.
+        rank: this process, from 0.
+        num_processes: how many processes share the work.
+        labels_in_use: classes to go through in turn; by default those that had images in training.
+
+    Yields:
+        (numbers, uint8 images [n, 3, resolution, resolution], labels [n]).
+    """
+    if labels_in_use is None:
+        labels_in_use = trained.labels_in_use
+    for start in range(rank * batch_size, count, num_processes * batch_size):
+        block = range(start, start + batch_size)
+        latents, labels = sample_inputs(block, trained.config.network, seed, labels_in_use)
+        images = _generate_block(trained.generator, latents, labels)
+        wanted = min(batch_size, count - start)
+        yield list(block[:wanted]), images[:wanted], labels[:wanted]
+
+
+@torch.no_grad()
+def _generate_block(generator: nn.Module, latents: Tensor, labels: Tensor) -> Tensor:
+    device = next(generator.parameters()).device
+    classes = labels.to(device) if generator.config.num_classes else None  # type: ignore[union-attr]
+    training = generator.training
+    generator.eval()
+    try:
+        images = generator(latents.to(device), classes)
+    finally:
+        generator.train(training)
+    return to_uint8(images)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Return images from -1 to 1 as uint8 from 0 to 255, rounded, on the CPU."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def _mix(seed: int, index: int) -> int:
+    """Spread (seed, index) over 63 bits, so that neighbouring samples have unrelated generators."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + index + 1) & 0xFFFFFFFFFFFFFFFF
+    for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+        mixed = ((mixed ^ (mixed >> 30)) * multiplier) & 0xFFFFFFFFFFFFFFFF
+    return (mixed ^ (mixed >> 31)) >> 1
