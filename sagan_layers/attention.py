@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from sagan_layers import functional
-from sagan_layers.ops import dispatch
 from sagan_layers.spectral_norm import SNConv2d, frozen_spectral_norm
 
 __all__ = ["SelfAttention2d"]
@@ -102,7 +101,7 @@ class SelfAttention2d(nn.Module):
                 f"value_channels: expected in_channels = {in_channels} without an output projection, "
                 f"got {value_channels}"
             )
-        dispatch.check_attention_backend_name(backend)
+        functional.check_backend(backend)
 
         def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
             if not spectral_norm:
@@ -147,7 +146,8 @@ class SelfAttention2d(nn.Module):
             backend=self.backend,
         )
         gathered = self.out(_feature_map(attended, x))
-        y: Tensor = x + (self.gamma * gathered).to(x.dtype)
+        # Subtracted from zero twice, because at gamma 0 a plain sum would turn -0.0 into 0.0.
+        y: Tensor = x - (0.0 - self.gamma * gathered).to(x.dtype)
         return y
 
     def attention_weights(

@@ -11,7 +11,6 @@ import torch.distributed
 from torch import Tensor, nn
 
 from sagan_layers import functional
-from sagan_layers.ops import reference
 from sagan_layers.spectral_norm import SNLinear
 
 if TYPE_CHECKING:
@@ -240,14 +239,14 @@ class ConditionalBatchNorm2d(nn.Module):
         assert parameter is not None
         return parameter
 
-    def _count_batch(self) -> float:
+    def _count_batch(self) -> float | Tensor:
         """Count one more batch and return its weight in the running statistics."""
-        if self.norm.num_batches_tracked is None:
+        if self.norm.num_batches_tracked is None or self.norm.running_mean is None:
             return 0.0
         self.norm.num_batches_tracked.add_(1)
         if self.norm.momentum is not None:
             return self.norm.momentum
-        return 1.0 / float(self.norm.num_batches_tracked)
+        return self.norm.num_batches_tracked.to(self.norm.running_mean.dtype).reciprocal()
 
     def _process_group(self) -> ProcessGroup | None:
         """Return the group that shares statistics: only after conversion to SyncBatchNorm, only if it runs."""
@@ -337,7 +336,7 @@ class _StandingStatistics:
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Add the values of x, [N, C, H, W]."""
-        var, mean = torch.var_mean(x.to(reference.compute_dtype(x.dtype)), (0, 2, 3), correction=0)
+        var, mean = torch.var_mean(x.to(functional.accumulation_dtype(x.dtype)), (0, 2, 3), correction=0)
         count = x.numel() // x.size(1)
         self._merge(count, mean.double(), var.double() * count)
 

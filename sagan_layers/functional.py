@@ -41,6 +41,10 @@ def set_debug_checks(enabled: bool) -> None:
 
     Args:
         enabled: whether to check.
+
+    Example:
+        >>> set_debug_checks(True)
+        >>> set_debug_checks(False)
     """
     global _debug_checks
     _debug_checks = enabled
@@ -192,7 +196,7 @@ def spectral_normalize(
         check_floating(name, vector)
         if vector.shape != (length,):
             raise ValueError(f"{name}: expected shape [{length}], got {_shape(vector)}")
-        _check_same_device(name, vector, "the weight", weight)
+        check_same_device(name, vector, "the weight", weight)
     if n_power_iterations < 0:
         raise ValueError(f"n_power_iterations: expected at least 0, got {n_power_iterations}")
     check_positive("eps", eps)
@@ -207,7 +211,7 @@ def conditional_batch_norm(
     running_var: Tensor | None = None,
     *,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     biased_running_var: bool = False,
     process_group: ProcessGroup | None = None,
@@ -226,7 +230,7 @@ def conditional_batch_norm(
         running_mean: [C] or None.
         running_var: [C] or None, both or neither.
         training: whether to use and record the batch's statistics.
-        momentum: weight of the batch in the running statistics.
+        momentum: weight of the batch in the running statistics, a number or a scalar tensor.
         eps: added to the variance.
         biased_running_var: record the biased variance, as TensorFlow does; torch's batch norm records the
             unbiased one.
@@ -256,6 +260,7 @@ def conditional_batch_norm(
     check_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: expected [N, C, *], got {_shape(x)}")
+    check_positive("eps", eps)
     num_features = x.size(1)
     for name, coefficients in (("gain", gain), ("bias", bias)):
         check_floating(name, coefficients)
@@ -265,11 +270,17 @@ def conditional_batch_norm(
                 f"{name}: expected [N, C] = [{x.size(0)}, {num_features}] or [{num_features}], "
                 f"got {_shape(coefficients)}"
             )
-        _check_same_device(name, coefficients, "x", x)
+        check_same_device(name, coefficients, "x", x)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var: expected both or neither, got one")
+    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        if statistic is not None:
+            if statistic.shape != (num_features,):
+                raise ValueError(f"{name}: expected shape [{num_features}], got {_shape(statistic)}")
+            check_same_device(name, statistic, "x", x)
     use_batch = training or running_mean is None
-    if use_batch and process_group is None and x.numel() // num_features <= 1:
+    alone = process_group is None or process_group.size() == 1
+    if use_batch and alone and x.numel() <= num_features:
         raise ValueError(
             f"x: expected more than 1 value per channel to take batch statistics, got {_shape(x)}"
         )
@@ -279,20 +290,27 @@ def conditional_batch_norm(
         if training and running_mean is not None and running_var is not None:
             with torch.no_grad():
                 recorded = var.detach() if biased_running_var else var.detach() * (count / (count - 1))
-                running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
-                running_var.lerp_(recorded.to(running_var.dtype), momentum)
+                for statistic, batch in ((running_mean, mean.detach()), (running_var, recorded)):
+                    share = momentum.to(statistic.dtype) if isinstance(momentum, Tensor) else momentum
+                    statistic.lerp_(batch.to(statistic.dtype), share)
     else:
         assert running_mean is not None
         assert running_var is not None
-        for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
-            if statistic.shape != (num_features,):
-                raise ValueError(f"{name}: expected shape [{num_features}], got {_shape(statistic)}")
-            _check_same_device(name, statistic, "x", x)
         mean, var = running_mean.to(wide.dtype), running_var.to(wide.dtype)
     return reference.normalize(wide, mean, var, gain, bias, eps).to(x.dtype)
 
 
-# --- checks that the modules share ---------------------------------------------------------------------------
+# --- what the modules share ---------------------------------------------------------------------------
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which tensors of ``dtype`` are accumulated: float64 for itself, else float32."""
+    return reference.compute_dtype(dtype)
+
+
+def check_backend(name: str) -> None:
+    """Raise ``ValueError`` unless ``name`` is "auto" or a backend of :func:`attention`."""
+    dispatch.check_attention_backend_name(name)
 
 
 def check_positive(name: str, number: float) -> None:
@@ -357,7 +375,7 @@ def check_indices(name: str, indices: object, *, upper: int, like: Tensor) -> No
     """
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected an int64 or int32 tensor, got {_kind(indices)}")
-    _check_same_device(name, indices, "the module's parameters", like)
+    check_same_device(name, indices, "the module's parameters", like)
     if torch.compiler.is_compiling() or indices.is_meta or indices.numel() == 0:
         return
     if indices.device.type == "cpu" or _debug_checks:
@@ -393,7 +411,7 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"{name}: expected 3 axes [N, length, width], got {_shape(tensor)}")
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name}: expected the query's dtype {query.dtype}, got {tensor.dtype}")
-        _check_same_device(name, tensor, "the query", query)
+        check_same_device(name, tensor, "the query", query)
     batch, _, width = query.shape
     if key.size(0) != batch or key.size(2) != width or key.size(1) < 1 or width < 1:
         raise ValueError(f"key: expected [N, S, E] = [{batch}, S, {width}] with S, E >= 1, got {_shape(key)}")
@@ -404,7 +422,7 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_module_tensor(x: Tensor, like: Tensor) -> None:
-    _check_same_device("input", x, "the module's parameters", like)
+    check_same_device("input", x, "the module's parameters", like)
     if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
             f"input: expected the module's dtype {like.dtype}, got {x.dtype}; convert one, or use torch.autocast"
@@ -417,7 +435,8 @@ def check_floating(name: str, tensor: object) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor, got {_kind(tensor)}")
 
 
-def _check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ``ValueError`` unless both tensors are on one device."""
     if tensor.device != other.device:
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {tensor.device}")
 

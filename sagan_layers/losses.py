@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sagan_layers import functional
-from sagan_layers.ops.reference import compute_dtype
 
 __all__ = [
     "GradientPenalty",
@@ -164,7 +163,7 @@ def gradient_penalty(*, logits: Tensor, images: Tensor, kind: str = "r1", target
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True, allow_unused=True)
     if gradient is None:
         raise ValueError("logits: expected to depend on the images, but they do not")
-    squares = gradient.to(compute_dtype(gradient.dtype)).flatten(1).square().sum(1)  # [N]
+    squares = gradient.to(functional.accumulation_dtype(gradient.dtype)).flatten(1).square().sum(1)  # [N]
     if kind != "wgan-gp":
         return squares.mean()
     positive = squares > 0
@@ -186,8 +185,8 @@ def interpolate_images(
         - Output: [N, *], without the history of its inputs.
 
     Raises:
-        ValueError: if the shapes differ.
-        TypeError: if a tensor is not floating point.
+        ValueError: if the shapes or devices differ.
+        TypeError: if the dtypes differ or are not floating point.
 
     Reference:
         Gulrajani et al., Improved Training of Wasserstein GANs, algorithm 1.
@@ -204,6 +203,11 @@ def interpolate_images(
             f"fake_images: expected the shape of the real images {list(real_images.shape)}, "
             f"got {list(fake_images.shape)}"
         )
+    if real_images.dtype != fake_images.dtype:
+        raise TypeError(
+            f"fake_images: expected the dtype of the real images {real_images.dtype}, got {fake_images.dtype}"
+        )
+    functional.check_same_device("fake_images", fake_images, "the real images", real_images)
     shape = (real_images.size(0), *[1] * (real_images.dim() - 1))
     share = torch.rand(shape, generator=generator, device=real_images.device, dtype=real_images.dtype)
     return torch.lerp(real_images.detach(), fake_images.detach(), share).requires_grad_()
@@ -270,4 +274,4 @@ def _wide(name: str, tensor: Tensor) -> Tensor:
     functional.check_floating(name, tensor)
     if tensor.numel() == 0:
         raise ValueError(f"{name}: expected at least one entry, got shape {list(tensor.shape)}")
-    return tensor.to(compute_dtype(tensor.dtype))
+    return tensor.to(functional.accumulation_dtype(tensor.dtype))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 
 from sagan_layers import functional
-from sagan_layers.ops import reference
 
 __all__ = [
     "SNConv2d",
@@ -26,6 +25,12 @@ __all__ = [
 ]
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+
+
+class _Frozen(NamedTuple):
+    """The innermost enclosing :func:`frozen_spectral_norm`."""
+
+    iterate: bool | None
 
 
 class SpectralNormLayer(nn.Module):
@@ -43,6 +48,11 @@ class SpectralNormLayer(nn.Module):
             :func:`frozen_spectral_norm`): iterate from the stored u without storing the result, as the released
             code and BigGAN do (True), or take the stored u and v as they are, as
             ``torch.nn.utils.spectral_norm`` does in evaluation (False).
+
+    Example:
+        >>> model = nn.Sequential(SNConv2d(3, 8, kernel_size=3), nn.ReLU())
+        >>> [isinstance(layer, SpectralNormLayer) for layer in model]
+        [True, False]
     """
 
     weight: nn.Parameter
@@ -53,7 +63,7 @@ class SpectralNormLayer(nn.Module):
     iterate_when_frozen: bool
     _plain_class: type[nn.Module]
     _output_axis: int = 0
-    _spectral_norm_frozen: bool = False
+    _frozen_by: _Frozen | None = None
 
     def _init_spectral_norm(self, n_power_iterations: int, eps: float, iterate_when_frozen: bool) -> None:
         functional.check_sizes(n_power_iterations=n_power_iterations)
@@ -85,7 +95,7 @@ class SpectralNormLayer(nn.Module):
     @torch.no_grad()
     def reset_right_vector(self) -> None:
         """Set v to fit the weight and u: v = W^T u / ||W^T u||. For weights that come with u alone."""
-        dtype = reference.compute_dtype(self.weight.dtype)
+        dtype = functional.accumulation_dtype(self.weight.dtype)
         matrix = self.weight.to(dtype).transpose(0, self._output_axis).flatten(1)
         v = torch.mv(matrix.t(), self.weight_u.to(dtype))
         self.weight_v.copy_(v / torch.linalg.vector_norm(v).clamp_min(self.eps))
@@ -93,12 +103,14 @@ class SpectralNormLayer(nn.Module):
     @property
     def sigma(self) -> Tensor:
         """The spectral norm as evaluation would estimate it now, a scalar without gradient; moves nothing."""
-        return self._normalize(self.weight.detach(), moves=False).sigma
+        return self._normalize(self.weight.detach(), iterate=self.iterate_when_frozen).sigma
 
     def normalized_weight(self) -> Tensor:
         """Return ``weight / sigma`` in the weight's shape and dtype; in training, unless frozen, u and v move."""
-        moves = self.training and not self._spectral_norm_frozen
-        result = self._normalize(self.weight, moves=moves)
+        frozen = self._frozen_by
+        moves = self.training and frozen is None
+        iterate = self.iterate_when_frozen if frozen is None or frozen.iterate is None else frozen.iterate
+        result = self._normalize(self.weight, iterate=moves or iterate)
         if moves:
             # The gradient was given its own u and v, so an earlier forward's graph survives this.
             with torch.no_grad():
@@ -106,13 +118,13 @@ class SpectralNormLayer(nn.Module):
                 self.weight_v.copy_(result.v)
         return result.weight
 
-    def _normalize(self, weight: Tensor, *, moves: bool) -> functional.SpectralNormResult:
+    def _normalize(self, weight: Tensor, *, iterate: bool) -> functional.SpectralNormResult:
         return functional.spectral_normalize(
             weight,
             self.weight_u,
             self.weight_v,
             dim=self._output_axis,
-            n_power_iterations=self.n_power_iterations if moves or self.iterate_when_frozen else 0,
+            n_power_iterations=self.n_power_iterations if iterate else 0,
             eps=self.eps,
         )
 
@@ -130,7 +142,7 @@ class SpectralNormLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the frozen state of an enclosing context out of copies."""
         state = self.__dict__.copy()
-        state.pop("_spectral_norm_frozen", None)
+        state.pop("_frozen_by", None)
         return state
 
 
@@ -461,33 +473,40 @@ def _refuse_embedding_options(max_norm: float | None, sparse: bool) -> None:
 
 
 @contextlib.contextmanager
-def frozen_spectral_norm(module: nn.Module) -> Iterator[None]:
+def frozen_spectral_norm(module: nn.Module, *, iterate: bool | None = None) -> Iterator[None]:
     """Keep u and v of every spectrally normalised layer in ``module`` from moving inside a ``with`` block.
 
     The released code moves D's vectors on the real batch and not on the fake batch that follows. Gradients,
-    dropout and batch norm are as usual; only u and v stand still. Contexts nest; without spectrally normalised
-    layers nothing happens.
+    dropout and batch norm are as usual; only u and v stand still. Contexts nest, the innermost counts; without
+    spectrally normalised layers nothing happens.
 
     Args:
         module: a layer or a network that holds some.
+        iterate: what sigma is taken from: u and v iterated from the stored ones (True), or the stored ones as
+            they are (False), that is the very weight of the last forward that moved them. None leaves it to
+            each layer's ``iterate_when_frozen``. False is for passes that must repeat that forward: further
+            parts of an accumulated batch, and the recomputation of activation checkpointing.
 
     Example:
         >>> conv = SNConv2d(3, 8, kernel_size=3)
+        >>> x = torch.randn(2, 3, 16, 16)
+        >>> y = conv(x)  # moves u and v
         >>> before = conv.weight_u.clone()
-        >>> with frozen_spectral_norm(conv):
-        ...     _ = conv(torch.randn(2, 3, 16, 16))
-        >>> torch.equal(conv.weight_u, before)
-        True
+        >>> with frozen_spectral_norm(conv, iterate=False):
+        ...     repeated = conv(x)
+        >>> torch.equal(conv.weight_u, before), torch.equal(repeated, y)
+        (True, True)
     """
     layers = [layer for layer in module.modules() if isinstance(layer, SpectralNormLayer)]
-    before = [layer._spectral_norm_frozen for layer in layers]
+    before = [layer._frozen_by for layer in layers]
     for layer in layers:
-        layer._spectral_norm_frozen = True
+        layer._frozen_by = _Frozen(iterate)
     try:
         yield
     finally:
         for layer, frozen in zip(layers, before, strict=True):
-            layer._spectral_norm_frozen = frozen
+            if isinstance(layer, SpectralNormLayer):  # unless it was made a plain layer in between
+                layer._frozen_by = frozen
 
 
 @torch.no_grad()
@@ -511,10 +530,10 @@ def remove_spectral_norm(module: _ModuleT) -> _ModuleT:
     """
     for layer in module.modules():
         if isinstance(layer, SpectralNormLayer):
-            weight = layer._normalize(layer.weight, moves=False).weight
+            weight = layer._normalize(layer.weight, iterate=layer.iterate_when_frozen).weight
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
             del layer.weight_u, layer.weight_v
-            for name in ("n_power_iterations", "eps", "iterate_when_frozen", "_spectral_norm_frozen"):
+            for name in ("n_power_iterations", "eps", "iterate_when_frozen", "_frozen_by"):
                 layer.__dict__.pop(name, None)
             layer.__class__ = layer._plain_class  # type: ignore[assignment]
     return module
@@ -547,9 +566,9 @@ def apply_spectral_norm(
         ``model`` itself.
 
     Raises:
-        TypeError: if a weight layer cannot be normalised.
-        ValueError: if an entry of ``exclude`` matches nothing, or an argument is out of range. In either case
-            the model has not been changed.
+        TypeError: if a weight layer cannot be normalised, or ``exclude`` is a string.
+        ValueError: if an entry of ``exclude`` matches nothing, a weight is empty, or an argument is out of
+            range. In any case the model has not been changed.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))
@@ -563,6 +582,8 @@ def apply_spectral_norm(
     """
     functional.check_sizes(n_power_iterations=n_power_iterations)
     functional.check_positive("eps", eps)
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude: expected a collection, got the string {exclude!r}; write [{exclude!r}]")
     excluded = _excluded_modules(model, tuple(exclude))
     chosen: list[tuple[nn.Module, type[SpectralNormLayer]]] = []
     for name, layer in model.named_modules():
@@ -611,8 +632,14 @@ def _excluded_modules(
 def _check_convertible(name: str, layer: nn.Module) -> None:
     if isinstance(layer, nn.Embedding):
         _refuse_embedding_options(layer.max_norm, layer.sparse)
-    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+    weight = layer._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
         raise TypeError(
             f"the weight of {name or '(the model itself)'!r} is computed by something else (a hook such as "
             "torch.nn.utils.spectral_norm); remove that first, or put the layer's name into exclude"
+        )
+    if weight.numel() == 0:
+        raise ValueError(
+            f"the weight of {name or '(the model itself)'!r}: expected at least one element, got shape "
+            f"{list(weight.shape)}; put the layer's name into exclude to leave it as it is"
         )

@@ -135,7 +135,7 @@ def save_attention_figure(
             axes[row, 0].plot(x, y, "o", color=colour, markeredgecolor="white", markersize=6)
             axis = axes[row, number + 1]
             axis.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=255)
-            axis.imshow(large[row, number], cmap="inferno", alpha=0.75)
+            axis.imshow(large[row, number].numpy(), cmap="inferno", alpha=0.75)
             axis.plot(x, y, "o", color=colour, markeredgecolor="white", markersize=6)
         for axis in axes[row]:
             axis.set_xticks([])

@@ -80,6 +80,11 @@ class NetworkConfig:
             raise UserError(
                 f"base_width, latent_dim: expected at least 1, got {self.base_width}, {self.latent_dim}"
             )
+        if not min(self.sn_eps, self.bn_eps) > 0:
+            raise UserError(f"sn_eps, bn_eps: expected above 0, got {self.sn_eps}, {self.bn_eps}")
+        momenta = (self.bn_momentum, self.last_bn_momentum)
+        if not all(0 <= momentum <= 1 for momentum in momenta):
+            raise UserError(f"bn_momentum, last_bn_momentum: expected from 0 to 1, got {momenta}")
         for name, chosen, allowed in (
             ("g_attention", self.g_attention, [r for r, _ in _generator_widths(self)[1:]]),
             ("d_attention", self.d_attention, [r for r, _ in _discriminator_widths(self)]),

@@ -37,6 +37,13 @@ class OptimizerConfig:
     beta2: float = 0.9
     eps: float = 1e-8
 
+    def __post_init__(self) -> None:
+        for name in ("g_lr", "d_lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}: expected above 0, got {getattr(self, name)}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise UserError(f"beta1, beta2: expected from 0 to below 1, got {self.beta1}, {self.beta2}")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -149,6 +156,11 @@ class RunConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay: expected from 0 to below 1, got {self.ema_decay}")
+        if self.ema_start < 0:
+            raise UserError(f"ema_start: expected at least 0, got {self.ema_start}")
+        for name, choices in (("loss", ("hinge", "softplus")), ("precision", ("fp32", "bf16", "fp16"))):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
         if self.seed < 0:
             raise UserError(f"seed: expected at least 0, got {self.seed}")
 
@@ -252,7 +264,7 @@ def digits() -> RunConfig:
     return RunConfig(
         recipe="digits",
         out=Path("runs/demo"),
-        iterations=1500,
+        iterations=1200,
         batch_size=32,
         ema_decay=0.99,
         ema_start=200,

@@ -65,9 +65,13 @@ class Means:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
+    def now(self) -> dict[str, float]:
+        """Return the means so far."""
+        return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+
     def take(self) -> dict[str, float]:
         """Return the means, and start anew."""
-        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        means = self.now()
         self.sums, self.counts = {}, {}
         return means
 
@@ -130,7 +134,11 @@ class Trainer:
             self.batches_drawn += 1
             real = _to_unit_range(pixels.to(self.device, non_blocking=True))
             real_labels = labels.to(self.device, non_blocking=True)
-            with self._autocast(), self._vectors_move_once(part):
+            with (
+                self._autocast(),
+                _vectors_move_once(self.generator, part),
+                _vectors_move_once(self.discriminator, part),
+            ):
                 latents, fake_labels = self._draw(len(real))
                 with torch.no_grad():
                     fake = self.generator(latents, fake_labels)
@@ -151,12 +159,13 @@ class Trainer:
         _, loss_of_g = _LOSSES[self.config.loss]
         self.g_optimizer.zero_grad(set_to_none=True)
         for part in range(self.config.accumulation):
-            frozen = part > 0 or not self.config.d_vectors_move_in_g_step
             with (
                 self._autocast(),
-                self._vectors_move_once(part),
                 _without_weight_gradients(self.discriminator),
-                frozen_spectral_norm(self.discriminator) if frozen else contextlib.nullcontext(),
+                _vectors_move_once(self.generator, part),
+                _vectors_move_once(self.discriminator, part)
+                if self.config.d_vectors_move_in_g_step
+                else frozen_spectral_norm(self.discriminator),
             ):
                 latents, labels = self._draw(self.config.batch_size // self.config.accumulation)
                 loss = loss_of_g(fake_logits=self.discriminator(self.generator(latents, labels), labels))
@@ -178,15 +187,6 @@ class Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def _vectors_move_once(self, part: int) -> Iterator[None]:
-        """Let spectral normalisation move in the first part of an accumulated batch only."""
-        with contextlib.ExitStack() as stack:
-            if part > 0:
-                stack.enter_context(frozen_spectral_norm(self.generator))
-                stack.enter_context(frozen_spectral_norm(self.discriminator))
-            yield
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on."""
@@ -337,7 +337,8 @@ def train(
     with bar, _first_signal() as stop, metrics_path.open("a") as metrics:
         if trainer.iteration == 0:
             write_samples()
-        while trainer.iteration < config.iterations and not stop:
+        stopping = False
+        while trainer.iteration < config.iterations and not stopping:
             trainer.step(timed_batches)
             bar.update()
             last = trainer.iteration == config.iterations
@@ -349,13 +350,14 @@ def train(
                     **clock.rates(trainer.iteration, config),
                 }
                 _write_metrics(metrics, row, bar, progress)
-                _check_finite(row)
+                _check_finite(trainer.iteration, row)
             if trainer.iteration % output.sample_every == 0 or last:
                 write_samples()
-            if trainer.iteration % output.checkpoint_every == 0 or last or stop:
+            stopping = bool(stop)  # read once, so that the loop never ends without a checkpoint
+            if trainer.iteration % output.checkpoint_every == 0 or last or stopping:
+                _check_finite(trainer.iteration, trainer.means.now())
                 checkpoint = write_checkpoint()
-        if checkpoint is None:  # stopped before the first iteration
-            checkpoint = write_checkpoint()
+    assert checkpoint is not None
     return TrainingResult(
         out=config.out,
         checkpoint=checkpoint,
@@ -406,6 +408,11 @@ def _take_up(trainer: Trainer, fingerprint: str) -> None:
     trainer.load_state_dict(state)
 
 
+def _vectors_move_once(network: nn.Module, part: int) -> contextlib.AbstractContextManager[None]:
+    """Let spectral normalisation move in the first part of a batch; the others take the same weights."""
+    return frozen_spectral_norm(network, iterate=False) if part > 0 else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _without_weight_gradients(network: nn.Module) -> Iterator[None]:
     """Keep autograd from computing gradients of the weights of ``network``, which would be thrown away."""
@@ -452,20 +459,28 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def _check_finite(row: dict[str, Any]) -> None:
-    wrong = [name for name in ("d_loss", "g_loss") if not math.isfinite(row[name])]
+def _check_finite(iteration: int, means: dict[str, Any]) -> None:
+    wrong = [name for name in ("d_loss", "g_loss") if not math.isfinite(means.get(name, 0.0))]
     if wrong:
         raise TrainingError(
-            f"{' and '.join(wrong)} not finite at iteration {row['iteration']}; the last checkpoint is from "
-            "before. Lower learning rates or fp32 are the usual remedies"
+            f"{' and '.join(wrong)} not finite at iteration {iteration}; the last checkpoint is from before. "
+            "Lower learning rates or fp32 are the usual remedies"
         )
 
 
 def _drop_metrics_after(path: Path, iteration: int) -> None:
     """Remove the lines that a resumed run will write again."""
     if path.exists():
-        rows = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] <= iteration]
+        rows = [line for line in path.read_text().splitlines() if _iteration_of(line) <= iteration]
         path.write_text("".join(line + "\n" for line in rows))
+
+
+def _iteration_of(line: str) -> float:
+    """Return the iteration of a line of metrics; of one that a crash has torn, infinity."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except json.JSONDecodeError:
+        return math.inf
 
 
 @contextlib.contextmanager

@@ -62,15 +62,46 @@ def spectral_normalize(
         full = weight.to(dtype)
         matrix = full.transpose(0, dim).flatten(1)
         with torch.no_grad():
-            constant = matrix.detach()
-            u, v = u.to(dtype), v.to(dtype)
-            for _ in range(n_power_iterations):
-                v = _unit(torch.mv(constant.t(), u), eps, otherwise=v)
-                u = _unit(torch.mv(constant, v), eps, otherwise=u)
+            constant, u, v = matrix.detach(), u.to(dtype), v.to(dtype)
+            iterate = _opaque_power_iteration if torch.compiler.is_dynamo_compiling() else _power_iteration
+            u, v = iterate(constant, u, v, n_power_iterations, eps)
         sigma = torch.dot(u, torch.mv(matrix, v))
         # A weight without a spectral norm to speak of (all zeros) is left as it is.
         divisor = torch.where(sigma.abs() > eps, sigma, torch.ones_like(sigma))
         return SpectralNormResult((full / divisor).to(weight.dtype), sigma, u, v)
+
+
+def _power_iteration(
+    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return copies of u and v, moved: backward reads them after the caller's own have moved in place."""
+    u, v = u.clone(), v.clone()
+    for _ in range(n_power_iterations):
+        v = _unit(torch.mv(matrix.t(), u), eps, otherwise=v)
+        u = _unit(torch.mv(matrix, v), eps, otherwise=u)
+    return u, v
+
+
+@torch.library.custom_op(
+    "sagan_layers::power_iteration",
+    mutates_args=(),
+    schema="(Tensor matrix, Tensor u, Tensor v, int n_power_iterations, float eps) -> (Tensor, Tensor)",
+)
+def _opaque_power_iteration(
+    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The same as one operation, which torch.compile does not look into.
+
+    Its partitioner would otherwise recompute v in backward from the buffer u, which has moved by then, and so
+    return a wrong gradient (whenever the matrix has few rows).
+    """
+    with without_autocast(matrix.device):
+        return _power_iteration(matrix, u, v, n_power_iterations, eps)
+
+
+@_opaque_power_iteration.register_fake
+def _(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), torch.empty_like(v)
 
 
 def _unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:

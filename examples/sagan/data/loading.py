@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -196,8 +197,15 @@ def make_loader(
         generator=torch.Generator().manual_seed(seed),
         prefetch_factor=prefetch_factor if num_workers else None,
         multiprocessing_context=multiprocessing_context if num_workers else None,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
     return iter(loader)
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ignore what a terminal or a scheduler sends to all processes: the trainer's last step needs its batches."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _KeysOf(Sampler[IndexBatch]):

@@ -1,0 +1,221 @@
+"""The blocks of the package in every variant that the tests of the common contract run over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sagan_layers import (
+    ConditionalBatchNorm2d,
+    ProjectionDiscriminatorHead,
+    SelfAttention2d,
+    SNConv2d,
+    SNConvTranspose2d,
+    SNEmbedding,
+    SNLinear,
+    SpectralNormLayer,
+)
+
+CLASSES = 5
+CONDITION = 6
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module and inputs for it.
+
+    Attributes:
+        name: appears in the test's id.
+        make: constructs the module; takes device and dtype.
+        inputs: draws inputs, from a batch size and a generator.
+        state: the names in the state dict.
+        autocast_dtype: of the output for float32 inputs under bfloat16 autocast.
+    """
+
+    name: str
+    make: Callable[..., nn.Module]
+    inputs: Callable[[int, torch.Generator], tuple[Tensor, ...]]
+    state: tuple[str, ...]
+    autocast_dtype: torch.dtype = torch.float32
+
+
+def _image(*shape: int) -> Callable[[int, torch.Generator], tuple[Tensor, ...]]:
+    return lambda batch, generator: (torch.randn(batch, *shape, generator=generator),)
+
+
+def _with_labels(*shape: int) -> Callable[[int, torch.Generator], tuple[Tensor, ...]]:
+    return lambda batch, generator: (
+        torch.randn(batch, *shape, generator=generator),
+        torch.randint(CLASSES, (batch,), generator=generator),
+    )
+
+
+def _with_vectors(*shape: int) -> Callable[[int, torch.Generator], tuple[Tensor, ...]]:
+    return lambda batch, generator: (
+        torch.randn(batch, *shape, generator=generator),
+        torch.randn(batch, CONDITION, generator=generator),
+    )
+
+
+def _indices(batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return (torch.randint(CLASSES, (batch, 2), generator=generator),)
+
+
+def _state(*layers: str, bias: bool) -> tuple[str, ...]:
+    names = ("weight", "bias", "weight_u", "weight_v") if bias else ("weight", "weight_u", "weight_v")
+    return tuple(f"{layer}{name}" for layer in layers for name in names)
+
+
+_NORM_STATE = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
+
+BLOCKS = [
+    Block(
+        "attention",
+        lambda **to: SelfAttention2d(16, gamma_init=0.7, **to),
+        _image(16, 5, 7),
+        ("gamma", *_state("query.", "key.", "value.", "out.", bias=False)),
+    ),
+    Block(
+        "attention_paper",
+        lambda **to: SelfAttention2d(16, pool_size=1, value_channels=2, gamma_init=0.7, **to),
+        _image(16, 4, 3),
+        ("gamma", *_state("query.", "key.", "value.", "out.", bias=False)),
+    ),
+    Block(
+        "attention_plain_biased_without_output",
+        lambda **to: SelfAttention2d(
+            6, pool_size=1, output_projection=False, bias=True, spectral_norm=False, gamma_init=0.7, **to
+        ),
+        _image(6, 4, 3),
+        ("gamma", *(f"{part}.{name}" for part in ("query", "key", "value") for name in ("weight", "bias"))),
+    ),
+    Block(
+        "conv",
+        lambda **to: SNConv2d(4, 6, 3, padding=1, **to),
+        _image(4, 7, 5),
+        _state("", bias=True),
+        torch.bfloat16,
+    ),
+    Block(
+        "conv_grouped_strided",
+        lambda **to: SNConv2d(
+            4, 6, (3, 2), stride=2, groups=2, bias=False, padding_mode="reflect", padding=1, **to
+        ),
+        _image(4, 7, 5),
+        _state("", bias=False),
+        torch.bfloat16,
+    ),
+    Block(
+        "conv_transpose",
+        lambda **to: SNConvTranspose2d(4, 6, 4, stride=2, padding=1, groups=2, **to),
+        _image(4, 3, 5),
+        _state("", bias=True),
+        torch.bfloat16,
+    ),
+    Block(
+        "linear",
+        lambda **to: SNLinear(7, 4, n_power_iterations=2, **to),
+        _image(7),
+        _state("", bias=True),
+        torch.bfloat16,
+    ),
+    Block(
+        "embedding",
+        lambda **to: SNEmbedding(CLASSES, 4, **to),
+        _indices,
+        _state("", bias=False),
+    ),
+    Block(
+        "batch_norm_labels",
+        lambda **to: ConditionalBatchNorm2d(4, CLASSES, **to),
+        _with_labels(4, 3, 5),
+        ("weight", "bias", *_NORM_STATE),
+    ),
+    Block(
+        "batch_norm_vectors",
+        lambda **to: ConditionalBatchNorm2d(4, condition_features=CONDITION, spectral_norm=True, **to),
+        _with_vectors(4, 3, 5),
+        (*_state("weight_projection.", "bias_projection.", bias=False), *_NORM_STATE),
+    ),
+    Block(
+        "batch_norm_unconditional_biased_average",
+        lambda **to: ConditionalBatchNorm2d(4, momentum=None, biased_running_var=True, **to),
+        _image(4, 3, 5),
+        ("weight", "bias", *_NORM_STATE),
+    ),
+    Block(
+        "batch_norm_without_running_statistics",
+        lambda **to: ConditionalBatchNorm2d(4, CLASSES, track_running_stats=False, **to),
+        _with_labels(4, 3, 5),
+        ("weight", "bias"),
+    ),
+    Block(
+        "head",
+        lambda **to: ProjectionDiscriminatorHead(6, CLASSES, **to),
+        _with_labels(6, 3, 4),
+        (*_state("linear.", bias=True), *_state("embedding.", bias=False)),
+    ),
+    Block(
+        "head_plain_mean_unconditional",
+        lambda **to: ProjectionDiscriminatorHead(6, None, "mean", spectral_norm=False, **to),
+        _image(6, 3, 4),
+        ("linear.weight", "linear.bias"),
+        torch.bfloat16,
+    ),
+]
+
+
+def build(block: Block, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Construct the block with parameters none of which is at a special value."""
+    torch.manual_seed(seed)
+    module = block.make(dtype=dtype)
+    if isinstance(module, ConditionalBatchNorm2d) and module.weight is not None and module.bias is not None:
+        nn.init.normal_(module.weight, 1.0, 0.3)
+        nn.init.normal_(module.bias, 0.0, 0.3)
+    return module
+
+
+def draw_inputs(
+    block: Block, *, batch: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32, grad: bool = False
+) -> tuple[Tensor, ...]:
+    """Draw inputs; the floating-point ones in ``dtype``, requiring gradients if asked."""
+    drawn = block.inputs(batch, torch.Generator().manual_seed(seed))
+    return tuple(x.to(dtype).requires_grad_(grad) if x.is_floating_point() else x for x in drawn)
+
+
+def cotangent(y: Tensor) -> Tensor:
+    """A fixed, unsymmetric weight for each entry of an output, so that sum(y * cotangent) is a telling loss."""
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(y.dtype)
+
+
+def spectral_layers(module: nn.Module) -> list[SpectralNormLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, SpectralNormLayer)]
+
+
+def converge(module: nn.Module) -> None:
+    """Bring u and v of every spectrally normalised layer to the singular vectors."""
+    with torch.no_grad():
+        for layer in spectral_layers(module):
+            matrix = matrix_of(layer).double()
+            left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+            layer.weight_u.copy_(left[:, 0])
+            layer.weight_v.copy_(right[0])
+
+
+def hold_vectors(module: nn.Module) -> nn.Module:
+    """Make u and v constants of every forward, so that finite differences see what autograd sees."""
+    for layer in spectral_layers(module):
+        layer.eval()
+        layer.iterate_when_frozen = False
+    return module
+
+
+def matrix_of(layer: SpectralNormLayer) -> Tensor:
+    """The weight as the matrix [outputs, rest], by an explicit rule for each layer."""
+    weight = layer.weight.detach()
+    if isinstance(layer, SNConvTranspose2d):
+        weight = weight.permute(1, 0, 2, 3)
+    return weight.reshape(weight.size(0), -1)

@@ -1,0 +1,581 @@
+"""ConditionalBatchNorm2d and standing statistics."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sagan_layers import ConditionalBatchNorm2d, SNLinear, standing_statistics
+
+ZEROS = torch.zeros(4, dtype=torch.long)
+
+
+def randomised(module: ConditionalBatchNorm2d) -> ConditionalBatchNorm2d:
+    with torch.no_grad():
+        if module.weight is not None and module.bias is not None:
+            module.weight.normal_(1, 0.3)
+            module.bias.normal_()
+        if module.norm.running_mean is not None:
+            module.norm.running_mean.normal_()
+            module.norm.running_var.uniform_(0.5, 2)
+    return module
+
+
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- what it computes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.01}, {"momentum": None}, {"track_running_stats": False}]
+)
+@pytest.mark.parametrize("condition", ["none", "labels", "vectors"])
+def test_with_gain_one_and_bias_zero_it_is_torchs_batch_norm(options: dict[str, Any], condition: str) -> None:
+    arguments: dict[str, Any] = {"labels": {"num_classes": 3}, "vectors": {"condition_features": 2}}.get(
+        condition, {}
+    )
+    module = ConditionalBatchNorm2d(5, **arguments, **options, dtype=torch.float64)
+    if condition == "vectors":
+        nn.init.zeros_(module.weight_projection.weight)
+        nn.init.zeros_(module.bias_projection.weight)
+    extra = {
+        "none": (),
+        "labels": (torch.tensor([0, 2, 2]),),
+        "vectors": (torch.randn(3, 2, dtype=torch.float64),),
+    }[condition]
+    torchs = nn.BatchNorm2d(5, **options, dtype=torch.float64)
+    for step in range(3):
+        x = torch.randn(3, 5, 4, 3, dtype=torch.float64) * (step + 1) + step
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y = module(ours, *extra)
+        torch.testing.assert_close(y, torchs(theirs))
+        y.pow(3).sum().backward()
+        torchs(theirs.detach())  # torch's counts twice, so ours has to as well
+        module(ours.detach(), *extra)
+        (torch.nn.functional.batch_norm(theirs, None, None, training=True).pow(3)).sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    expected = {f"norm.{name}": buffer for name, buffer in torchs.named_buffers()}
+    actual = dict(module.named_buffers())
+    assert actual.keys() == expected.keys()
+    for name, buffer in actual.items():
+        torch.testing.assert_close(buffer, expected[name])
+    x = torch.randn(3, 5, 4, 3, dtype=torch.float64)
+    torch.testing.assert_close(module.eval()(x, *extra), torchs.eval()(x))
+
+
+@given(
+    batch=st.integers(1, 5),
+    channels=st.integers(1, 6),
+    height=st.integers(2, 5),
+    width=st.integers(1, 5),
+    classes=st.integers(1, 4),
+    training=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_labels_choose_rows_of_the_tables(
+    batch: int, channels: int, height: int, width: int, classes: int, training: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    module = randomised(ConditionalBatchNorm2d(channels, classes, dtype=torch.float64)).train(training)
+    x = torch.randn(batch, channels, height, width, dtype=torch.float64)
+    labels = torch.randint(classes, (batch,), dtype=torch.int32 if seed % 2 else torch.int64)
+    mean, var = module.norm.running_mean.clone(), module.norm.running_var.clone()
+    if training:
+        values = x.transpose(0, 1).flatten(1)
+        mean, var = values.mean(1), values.var(1, correction=0)
+    y = module(x, labels)
+    for n in range(batch):
+        for c in range(channels):
+            scaled = (x[n, c] - mean[c]) / (var[c] + 1e-5).sqrt()
+            row = int(labels[n])
+            torch.testing.assert_close(y[n, c], module.weight[row, c] * scaled + module.bias[row, c])
+
+
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_vectors_give_one_plus_a_projection_as_gain_and_another_as_bias(spectral_norm: bool) -> None:
+    module = ConditionalBatchNorm2d(
+        4, condition_features=3, spectral_norm=spectral_norm, dtype=torch.float64
+    ).eval()
+    x, vectors = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    assert type(module.weight_projection) is (SNLinear if spectral_norm else nn.Linear)
+    gain_matrix, bias_matrix = (
+        layer.normalized_weight() if spectral_norm else layer.weight
+        for layer in (module.weight_projection, module.bias_projection)
+    )
+    gain, bias = 1 + vectors @ gain_matrix.t(), vectors @ bias_matrix.t()
+    normalised = x / (1 + 1e-5) ** 0.5  # running mean 0 and variance 1
+    torch.testing.assert_close(module(x, vectors), gain[..., None, None] * normalised + bias[..., None, None])
+
+
+def test_fresh_tables_are_ones_and_zeros() -> None:
+    module = ConditionalBatchNorm2d(4, 3)
+    assert torch.equal(module.weight, torch.ones(3, 4))
+    assert torch.equal(module.bias, torch.zeros(3, 4))
+    unconditional = ConditionalBatchNorm2d(4)
+    assert unconditional.weight.shape == unconditional.bias.shape == (4,)
+    vectors = ConditionalBatchNorm2d(4, condition_features=2)
+    assert vectors.weight is None
+    assert vectors.bias is None
+    assert vectors.weight_projection.bias is None
+
+
+def test_only_rows_of_the_labels_get_gradients() -> None:
+    module = ConditionalBatchNorm2d(4, 5)
+    module(torch.randn(3, 4, 2, 2), torch.tensor([1, 1, 3])).square().sum().backward()
+    touched = module.bias.grad.abs().sum(1) + module.weight.grad.abs().sum(1)
+    assert (touched[[1, 3]] > 0).all()
+    assert torch.count_nonzero(touched[[0, 2, 4]]) == 0
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_running_variance_is_unbiased_as_torchs_or_biased_as_tensorflows(biased: bool) -> None:
+    module = ConditionalBatchNorm2d(3, momentum=0.25, biased_running_var=biased, dtype=torch.float64)
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    module(x)
+    values = x.transpose(0, 1).flatten(1)
+    expected = 0.75 + 0.25 * values.var(1, correction=0 if biased else 1)
+    torch.testing.assert_close(module.norm.running_var, expected)
+    torch.testing.assert_close(module.norm.running_mean, 0.25 * values.mean(1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_large_means_with_small_variances_keep_their_digits(training: bool) -> None:
+    module = ConditionalBatchNorm2d(4, eps=1e-12).train(training)
+    noise = torch.randn(8, 4, 16, 16, dtype=torch.float64)
+    x = (1000 + 0.05 * noise).float()
+    exact = x.double()
+    mean, var = exact.mean((0, 2, 3), keepdim=True), exact.var((0, 2, 3), correction=0, keepdim=True)
+    if not training:
+        module.norm.running_mean.copy_(mean.flatten())
+        module.norm.running_var.copy_(var.flatten())
+    y = module(x)
+    # The mean itself is rounded to float32: 3e-5 of a value near 1000, in units of 0.05.
+    rounding = 0.5 * torch.finfo(torch.float32).eps * 1024 / 0.05
+    expected = (exact - mean) / var.sqrt()
+    assert (y.double() - expected).abs().max() < 3 * rounding
+    assert (y.double().var((0, 2, 3), correction=0) - 1).abs().max() < 1e-4
+
+
+def test_float64_input_is_normalised_in_float64() -> None:
+    module = ConditionalBatchNorm2d(2, eps=1e-14, dtype=torch.float64)
+    x = 1e6 + 1e-3 * torch.randn(4, 2, 8, 8, dtype=torch.float64)
+    values = x - 1e6
+    mean, var = values.mean((0, 2, 3), keepdim=True), values.var((0, 2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(module(x), (values - mean) / (var + 1e-14).sqrt(), rtol=0, atol=1e-6)
+
+
+@given(
+    scale=st.floats(0.1, 10), shift=st.floats(-10, 10), seed=st.integers(0, 2**16), batch=st.integers(2, 4)
+)
+def test_training_output_is_invariant_to_scale_and_shift_of_the_input(
+    scale: float, shift: float, seed: int, batch: int
+) -> None:
+    torch.manual_seed(seed)
+    module = randomised(ConditionalBatchNorm2d(3, eps=1e-14, dtype=torch.float64))
+    x = torch.randn(batch, 3, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(module(scale * x + shift), module(x), rtol=1e-8, atol=1e-8)
+
+
+def test_constant_channels_give_the_bias_and_finite_gradients() -> None:
+    module = randomised(ConditionalBatchNorm2d(3, 2))
+    x = torch.full((4, 3, 2, 2), 5.0, requires_grad=True)
+    y = module(x, torch.tensor([0, 1, 0, 1]))
+    torch.testing.assert_close(y[:2], module.bias[..., None, None].expand(2, 3, 2, 2))
+    y.square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+# --- training and evaluation -----------------------------------------------------------------------------------
+
+
+def test_evaluation_changes_nothing() -> None:
+    module = randomised(ConditionalBatchNorm2d(3, 2)).eval()
+    before = statistics(module)
+    x, labels = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 0, 1])
+    assert torch.equal(module(x, labels), module(x, labels))
+    assert same(statistics(module), before)
+
+
+def test_freezing_every_batch_norm_of_a_network_freezes_this_one() -> None:
+    model = nn.ModuleList([ConditionalBatchNorm2d(3, 2)])
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    before = statistics(model)
+    x = torch.randn(4, 3, 2, 2) * 9
+    y = model[0](x, ZEROS)
+    assert same(statistics(model), before)
+    torch.testing.assert_close(y, x / (1 + 1e-5) ** 0.5)
+
+
+def test_batches_are_counted_only_in_training() -> None:
+    module = ConditionalBatchNorm2d(3)
+    for _ in range(3):
+        module(torch.randn(2, 3, 2, 2))
+    module.eval()(torch.randn(2, 3, 2, 2))
+    assert module.norm.num_batches_tracked.item() == 3
+
+
+def test_without_running_statistics_evaluation_uses_the_batchs() -> None:
+    module = ConditionalBatchNorm2d(3, track_running_stats=False)
+    x = torch.randn(4, 3, 2, 2) * 9 + 1
+    assert torch.equal(module.eval()(x), module.train()(x))
+    assert not dict(module.named_buffers())
+
+
+def test_reset_parameters_forgets_what_was_learned_and_seen() -> None:
+    for module in (ConditionalBatchNorm2d(3, 2), ConditionalBatchNorm2d(3)):
+        fresh = copy.deepcopy(module.state_dict())
+        randomised(module).norm.num_batches_tracked.fill_(7)
+        module.reset_parameters()
+        assert same(module.state_dict(), fresh)
+    vectors = ConditionalBatchNorm2d(3, condition_features=4, spectral_norm=True)
+    before = copy.deepcopy(vectors.state_dict())
+    vectors.reset_parameters()
+    assert not torch.equal(vectors.weight_projection.weight, before["weight_projection.weight"])
+    assert not torch.equal(vectors.bias_projection.weight_u, before["bias_projection.weight_u"])
+
+
+def test_eps_and_momentum_are_readable() -> None:
+    module = ConditionalBatchNorm2d(3, eps=1e-3, momentum=None)
+    assert module.eps == 1e-3
+    assert module.momentum is None
+
+
+def test_representation_names_the_condition() -> None:
+    assert ConditionalBatchNorm2d(3, 2).extra_repr() == "3, num_classes=2"
+    vectors = ConditionalBatchNorm2d(3, condition_features=4, biased_running_var=True)
+    assert vectors.extra_repr() == "3, condition_features=4, biased_running_var=True"
+
+
+# --- standing statistics ---------------------------------------------------------------------------------------
+
+
+def batches() -> list[Tensor]:
+    return [
+        torch.randn(n, 3, h, w, dtype=torch.float64) * (n + 1) + 10 * n
+        for n, h, w in ((1, 2, 3), (5, 4, 4), (2, 7, 1))
+    ]
+
+
+def of_all_values(parts: list[Tensor], correction: int) -> tuple[Tensor, Tensor]:
+    values = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
+    return values.mean(1), values.var(1, correction=correction)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("way", ["context", "method"])
+def test_standing_statistics_are_those_of_all_values_together(way: str, biased: bool) -> None:
+    module = ConditionalBatchNorm2d(3, biased_running_var=biased, dtype=torch.float64)
+    parts = batches()
+    if way == "context":
+        with torch.no_grad(), standing_statistics(module):
+            for part in parts:
+                module(part)
+    else:
+        module.begin_standing_statistics()
+        for part in parts:
+            module(part)
+        module.end_standing_statistics()
+    mean, var = of_all_values(parts, correction=0 if biased else 1)
+    torch.testing.assert_close(module.norm.running_mean, mean)
+    torch.testing.assert_close(module.norm.running_var, var)
+    assert module.norm.num_batches_tracked.item() == 0
+
+
+@given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5), seed=st.integers(0, 2**16))
+def test_standing_statistics_do_not_depend_on_how_values_are_split(sizes: list[int], seed: int) -> None:
+    values = (
+        torch.randn(sum(sizes), 2, 2, 3, generator=torch.Generator().manual_seed(seed)).double() * 3 + 100
+    )
+    module = ConditionalBatchNorm2d(2, dtype=torch.float64)
+    with torch.no_grad(), standing_statistics(module):
+        for part in values.split(sizes):
+            module(part)
+    mean, var = of_all_values([values], correction=1)
+    torch.testing.assert_close(module.norm.running_mean, mean)
+    torch.testing.assert_close(module.norm.running_var, var)
+
+
+def test_standing_passes_normalise_by_their_own_batch_and_begin_from_nothing() -> None:
+    module = randomised(ConditionalBatchNorm2d(3, 2)).eval()
+    x, labels = torch.randn(4, 3, 5, 5) * 4 + 2, torch.tensor([0, 1, 1, 0])
+    expected = copy.deepcopy(module).train()(x, labels)
+    for _ in range(2):
+        with torch.no_grad(), standing_statistics(module):
+            y = module(x, labels)
+    torch.testing.assert_close(y, expected.detach())
+    mean, var = of_all_values([x.double()], correction=1)
+    torch.testing.assert_close(module.norm.running_mean.double(), mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module.norm.running_var.double(), var, rtol=1e-5, atol=1e-5)
+
+
+def test_standing_statistics_restore_every_mode_and_hold_the_rest_in_evaluation() -> None:
+    model = nn.Sequential(ConditionalBatchNorm2d(3), nn.Dropout(0.9), nn.Flatten(), SNLinear(12, 2))
+    model[1].eval()
+    model[0].norm.eval()
+    modes = [module.training for module in model.modules()]
+    assert True in modes
+    assert False in modes
+    u = model[3].weight_u.clone()
+    x = torch.randn(4, 3, 2, 2)
+    with torch.no_grad(), standing_statistics(model):
+        assert not any(module.training for module in model.modules())
+        assert torch.equal(model(x), model(x))
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(model[3].weight_u, u)
+
+
+def test_standing_statistics_are_undone_by_an_exception() -> None:
+    model = nn.ModuleList([randomised(ConditionalBatchNorm2d(3)), nn.Dropout()])
+    before = statistics(model)
+
+    def interrupted() -> None:
+        with standing_statistics(model):
+            model[0](torch.randn(2, 3, 2, 2))
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        interrupted()
+    assert same(statistics(model), before)
+    assert all(module.training for module in model.modules())
+    model[0](torch.randn(2, 3, 2, 2))  # training as before, nothing is gathered any more
+    assert model[0].norm.num_batches_tracked.item() == 1
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))],
+    ids=["deepcopy", "pickle"],
+)
+def test_a_copy_made_while_gathering_does_not_gather(duplicate: Any) -> None:
+    module = ConditionalBatchNorm2d(3)
+    with torch.no_grad(), standing_statistics(module):
+        duplicated = duplicate(module)
+        module(torch.randn(2, 3, 2, 2))
+    with pytest.raises(ValueError, match="expected begin_standing_statistics first"):
+        duplicated.end_standing_statistics()
+
+
+def test_standing_statistics_of_a_single_value_per_channel_pass_of_many() -> None:
+    module = ConditionalBatchNorm2d(3)
+    with (
+        pytest.raises(ValueError, match=r"more than 1 value per channel.*got \[1, 3, 1, 1\]"),
+        standing_statistics(module),
+    ):
+        module(torch.randn(1, 3, 1, 1))
+    assert torch.equal(module.norm.running_var, torch.ones(3))
+
+
+def test_standing_statistics_refuse_a_foreign_batch_norm_and_name_it() -> None:
+    model = nn.Sequential(ConditionalBatchNorm2d(3), nn.BatchNorm2d(3))
+    with (
+        pytest.raises(
+            ValueError, match="expected ConditionalBatchNorm2d layers alone, got torch's batch norm at '1'"
+        ),
+        standing_statistics(model),
+    ):
+        pass
+    model[1] = nn.BatchNorm2d(3, track_running_stats=False)  # it has nothing that could go stale
+    with torch.no_grad(), standing_statistics(model):
+        model(torch.randn(2, 3, 2, 2))
+
+
+def test_standing_statistics_refuse_a_module_without_such_layers() -> None:
+    with (
+        pytest.raises(ValueError, match="expected ConditionalBatchNorm2d layers alone, got none"),
+        standing_statistics(nn.Linear(2, 2)),
+    ):
+        pass
+
+
+def test_standing_statistics_refuse_a_layer_without_running_statistics() -> None:
+    module = ConditionalBatchNorm2d(3, track_running_stats=False)
+    with pytest.raises(ValueError, match="standing statistics: expected track_running_stats=True"):
+        module.begin_standing_statistics()
+    with pytest.raises(ValueError, match="expected track_running_stats=True"), standing_statistics(module):
+        pass
+    assert module.training
+
+
+def test_standing_statistics_of_no_pass_are_an_error_and_change_nothing() -> None:
+    module = randomised(ConditionalBatchNorm2d(3))
+    before = statistics(module)
+    with (
+        pytest.raises(ValueError, match="expected at least one forward pass, got none"),
+        standing_statistics(module),
+    ):
+        pass
+    assert same(statistics(module), before)
+    assert module.training
+
+
+def test_ending_what_was_not_begun_is_an_error() -> None:
+    with pytest.raises(ValueError, match="expected begin_standing_statistics first"):
+        ConditionalBatchNorm2d(3).end_standing_statistics()
+
+
+# --- errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_features": 0}, ValueError, "num_features: expected at least 1, got 0"),
+        ({"num_features": 3, "num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
+        ({"num_features": 3, "num_classes": 2.0}, TypeError, r"num_classes: expected an int, got 2\.0"),
+        (
+            {"num_features": 3, "condition_features": 0},
+            ValueError,
+            "condition_features: expected at least 1, got 0",
+        ),
+        ({"num_features": 3, "eps": 0.0}, ValueError, r"eps: expected a positive number, got 0\.0"),
+        (
+            {"num_features": 3, "momentum": 1.5},
+            ValueError,
+            r"momentum: expected None or a number from 0 to 1, got 1\.5",
+        ),
+        ({"num_features": 3, "momentum": -0.1}, ValueError, r"momentum: expected None.*got -0\.1"),
+        (
+            {"num_features": 3, "num_classes": 2, "condition_features": 2},
+            ValueError,
+            "num_classes, condition_features: expected one at most, got both",
+        ),
+        (
+            {"num_features": 3, "num_classes": 2, "spectral_norm": True},
+            ValueError,
+            "spectral_norm: expected condition_features with it",
+        ),
+    ],
+)
+def test_impossible_options_are_refused(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ConditionalBatchNorm2d(**options)
+
+
+IMAGES = torch.ones(4, 3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs", "error", "message"),
+    [
+        (
+            {},
+            (torch.ones(4, 3, 2),),
+            ValueError,
+            r"input: expected \[N, C, H, W\] with C = 3, got \[4, 3, 2\]",
+        ),
+        ({}, (torch.ones(4, 2, 2, 2),), ValueError, r"with C = 3, got \[4, 2, 2, 2\]"),
+        ({}, (IMAGES.double(),), TypeError, "expected the module's dtype torch.float32, got torch.float64"),
+        ({}, (IMAGES.long(),), TypeError, "expected a floating-point tensor, got torch.int64"),
+        (
+            {},
+            (IMAGES.to("meta"),),
+            ValueError,
+            "expected the device of the module's parameters, cpu, got meta",
+        ),
+        (
+            {},
+            (torch.ones(1, 3, 1, 1),),
+            ValueError,
+            r"expected more than 1 value per channel.*got \[1, 3, 1, 1\]",
+        ),
+        (
+            {},
+            (IMAGES, ZEROS),
+            ValueError,
+            r"labels: expected None \(the module has no classes\), got a tensor",
+        ),
+        (
+            {"num_classes": 2},
+            (IMAGES,),
+            ValueError,
+            r"labels: expected class indices of shape \[N\] = \[4\], got None",
+        ),
+        (
+            {"num_classes": 2},
+            (IMAGES, ZEROS[:3]),
+            ValueError,
+            r"labels: expected shape \[N\] = \[4\], got \[3\]",
+        ),
+        ({"num_classes": 2}, (IMAGES, ZEROS[:, None]), ValueError, r"\[N\] = \[4\], got \[4, 1\]"),
+        (
+            {"num_classes": 2},
+            (IMAGES, ZEROS + 2),
+            ValueError,
+            "labels: expected values from 0 to 1, got values from 2 to 2",
+        ),
+        (
+            {"num_classes": 2},
+            (IMAGES, ZEROS - 1),
+            ValueError,
+            "expected values from 0 to 1, got values from -1 to -1",
+        ),
+        (
+            {"num_classes": 2},
+            (IMAGES, ZEROS.float()),
+            TypeError,
+            "labels: expected an int64 or int32 tensor, got torch.float32",
+        ),
+        (
+            {"num_classes": 2},
+            (IMAGES, ZEROS.to("meta")),
+            ValueError,
+            "labels: expected the device of the module's parameters, cpu, got meta",
+        ),
+        (
+            {"condition_features": 2},
+            (IMAGES,),
+            ValueError,
+            r"condition: expected vectors \[N, 2\] with N = 4, got None",
+        ),
+        (
+            {"condition_features": 2},
+            (IMAGES, torch.ones(4, 3)),
+            ValueError,
+            r"expected \[\*, 2\], got \[4, 3\]",
+        ),
+        (
+            {"condition_features": 2},
+            (IMAGES, torch.ones(3, 2)),
+            ValueError,
+            r"condition: expected \[4, 2\], got \[3, 2\]",
+        ),
+        (
+            {"condition_features": 2},
+            (IMAGES, torch.ones(4, 2).double()),
+            TypeError,
+            "expected the module's dtype torch.float32, got torch.float64",
+        ),
+        (
+            {"condition_features": 2},
+            (IMAGES, ZEROS),
+            TypeError,
+            "expected a floating-point tensor, got torch.int64",
+        ),
+    ],
+)
+def test_wrong_inputs_are_refused_before_statistics_move(
+    options: dict[str, Any], inputs: tuple[Tensor, ...], error: type[Exception], message: str
+) -> None:
+    module = ConditionalBatchNorm2d(3, **options)
+    mean = module.norm.running_mean.clone()
+    with pytest.raises(error, match=message):
+        module(*inputs)
+    assert torch.equal(module.norm.running_mean, mean)

@@ -1,0 +1,296 @@
+"""TensorFlow variables into the layers: mapping, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sagan_layers import (
+    ConditionalBatchNorm2d,
+    ProjectionDiscriminatorHead,
+    SelfAttention2d,
+    SNConv2d,
+    SNConvTranspose2d,
+    SNEmbedding,
+    SNLinear,
+)
+from sagan_layers.convert import TensorFlowLoader, load_tensorflow
+
+
+def array(*shape: int) -> np.ndarray:
+    """Distinct numbers, so that an axis out of place shows."""
+    return np.random.default_rng(len(shape)).standard_normal(shape).astype(np.float32)
+
+
+def tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+VARIABLES: dict[str, tuple[Callable[[], nn.Module], dict[str, np.ndarray]]] = {
+    "conv": (lambda: SNConv2d(3, 4, (2, 5)), {"w": array(2, 5, 3, 4), "u": array(1, 4), "biases": array(4)}),
+    "plain_conv_without_bias": (lambda: nn.Conv2d(3, 4, 2, bias=False), {"w": array(2, 2, 3, 4)}),
+    "conv_transpose": (
+        lambda: SNConvTranspose2d(3, 4, (2, 5)),
+        {"w": array(2, 5, 4, 3), "u": array(1, 4), "biases": array(4)},
+    ),
+    "linear": (lambda: SNLinear(3, 4), {"Matrix": array(3, 4), "u": array(1, 4), "bias": array(4)}),
+    "plain_linear": (lambda: nn.Linear(3, 4), {"Matrix": array(3, 4), "bias": array(4)}),
+    "embedding": (lambda: SNEmbedding(5, 4), {"embedding_map": array(5, 4), "u": array(1, 5)}),
+    "plain_embedding": (lambda: nn.Embedding(5, 4), {"embedding_map": array(5, 4)}),
+    "batch_norm": (
+        lambda: ConditionalBatchNorm2d(4, 5),
+        {"gamma": array(5, 4), "beta": array(5, 4), "mean": array(1, 1, 1, 4), "var": array(1, 1, 1, 4)},
+    ),
+    "batch_norm_unconditional": (
+        lambda: ConditionalBatchNorm2d(4),
+        {"gamma": array(4), "beta": array(4), "moving_mean": array(4), "moving_variance": array(4)},
+    ),
+    "batch_norm_without_statistics": (
+        lambda: ConditionalBatchNorm2d(4, 5, track_running_stats=False),
+        {"gamma": array(5, 4), "beta": array(5, 4)},
+    ),
+    "attention": (
+        lambda: SelfAttention2d(16),
+        {
+            "sn_conv_theta/w": array(1, 1, 16, 2),
+            "sn_conv_theta/u": array(1, 2),
+            "sn_conv_phi/w": array(1, 1, 16, 2),
+            "sn_conv_phi/u": array(1, 2),
+            "sn_conv_g/w": array(1, 1, 16, 8),
+            "sn_conv_g/u": array(1, 8),
+            "sn_conv_attn/w": array(1, 1, 8, 16),
+            "sn_conv_attn/u": array(1, 16),
+            "sigma_ratio": np.float32(0.5),
+        },
+    ),
+    "attention_without_output": (
+        lambda: SelfAttention2d(4, output_projection=False, spectral_norm=False),
+        {
+            "sn_conv_theta/w": array(1, 1, 4, 1),
+            "sn_conv_phi/w": array(1, 1, 4, 1),
+            "sn_conv_g/w": array(1, 1, 4, 4),
+            "sigma_ratio": np.float32(0.5),
+        },
+    ),
+    "head": (
+        lambda: ProjectionDiscriminatorHead(4, 5),
+        {
+            "d_sn_linear/Matrix": array(4, 1),
+            "d_sn_linear/u": array(1, 1),
+            "d_sn_linear/bias": array(1),
+            "d_embedding/embedding_map": array(5, 4),
+            "d_embedding/u": array(1, 5),
+        },
+    ),
+    "head_unconditional": (
+        lambda: ProjectionDiscriminatorHead(4, None),
+        {"d_sn_linear/Matrix": array(4, 1), "d_sn_linear/u": array(1, 1), "d_sn_linear/bias": array(1)},
+    ),
+}
+every_block = pytest.mark.parametrize("kind", VARIABLES)
+
+
+def case(kind: str) -> tuple[nn.Module, dict[str, np.ndarray]]:
+    make, variables = VARIABLES[kind]
+    return make(), dict(variables)
+
+
+@every_block
+def test_every_parameter_and_buffer_is_set(kind: str) -> None:
+    module, variables = case(kind)
+    with torch.no_grad():
+        for state in module.state_dict().values():
+            state.fill_(77)
+    load_tensorflow(module, variables)
+    for name, state in module.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert not torch.any(state == 77), name
+    values = {float(number) for state in module.state_dict().values() for number in state.flatten()}
+    for name, variable in variables.items():
+        assert {float(number) for number in np.ravel(variable)} <= values, name
+
+
+def test_convolution_axes_come_from_height_width_in_out() -> None:
+    module, variables = case("conv")
+    load_tensorflow(module, variables)
+    for row, column, inputs, outputs in np.ndindex(2, 5, 3, 4):
+        assert (
+            module.weight[outputs, inputs, row, column].item() == variables["w"][row, column, inputs, outputs]
+        )
+    assert torch.equal(module.bias, tensor(variables["biases"]))
+    assert torch.equal(module.weight_u, tensor(variables["u"][0]))
+
+
+def test_transposed_convolution_axes_come_from_height_width_out_in() -> None:
+    module, variables = case("conv_transpose")
+    load_tensorflow(module, variables)
+    for row, column, outputs, inputs in np.ndindex(2, 5, 4, 3):
+        assert (
+            module.weight[inputs, outputs, row, column].item() == variables["w"][row, column, outputs, inputs]
+        )
+
+
+def test_linear_matrix_is_transposed() -> None:
+    module, variables = case("linear")
+    load_tensorflow(module, variables)
+    assert torch.equal(module.weight, tensor(variables["Matrix"].T))
+
+
+@pytest.mark.parametrize("kind", ["conv", "conv_transpose", "linear", "embedding"])
+def test_the_right_vector_is_made_to_fit(kind: str) -> None:
+    module, variables = case(kind)
+    load_tensorflow(module, variables)
+    matrix = module.weight.detach().transpose(0, 1 if kind == "conv_transpose" else 0).flatten(1)
+    expected = nn.functional.normalize(matrix.t() @ module.weight_u, dim=0)
+    torch.testing.assert_close(module.weight_v, expected)
+
+
+def test_attention_and_head_parts_go_to_their_layers() -> None:
+    attention, variables = case("attention")
+    load_tensorflow(attention, variables)
+    for part, layer in (("theta", "query"), ("phi", "key"), ("g", "value"), ("attn", "out")):
+        weight = getattr(attention, layer).weight
+        assert torch.equal(weight, tensor(variables[f"sn_conv_{part}/w"]).permute(3, 2, 0, 1))
+    assert attention.gamma.item() == 0.5
+    head, variables = case("head")
+    load_tensorflow(head, variables)
+    assert torch.equal(head.linear.weight, tensor(variables["d_sn_linear/Matrix"].T))
+    assert torch.equal(head.embedding.weight, tensor(variables["d_embedding/embedding_map"]))
+
+
+@every_block
+@pytest.mark.parametrize("suffix", ["", ":0"])
+@pytest.mark.parametrize("scope", ["model/block", "/model/block/"])
+def test_a_scope_selects_the_names_below_it(kind: str, suffix: str, scope: str) -> None:
+    module, variables = case(kind)
+    expected = copy.deepcopy(module)
+    load_tensorflow(expected, variables)
+    named = {f"model/block/{name}{suffix}": value for name, value in variables.items()}
+    named |= {"model/block2/w": array(1), "global_step": array(1)}
+    load_tensorflow(module, named, scope)
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in module.state_dict().items())
+
+
+def test_variables_may_be_tensors_lists_or_float64() -> None:
+    module = SNLinear(2, 2)
+    load_tensorflow(
+        module,
+        {
+            "Matrix": torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True),
+            "u": [[0.6, 0.8]],
+            "bias": np.array([5.0, 6.0]),
+        },
+    )
+    assert module.weight.tolist() == [[1, 3], [2, 4]]
+    assert module.bias.tolist() == [5, 6]
+    assert module.weight.dtype == torch.float32
+    assert module.weight.requires_grad
+
+
+def test_spatial_reorders_the_outputs_from_height_width_channels() -> None:
+    height, width, channels = 2, 3, 4
+    module = SNLinear(5, height * width * channels)
+    matrix, bias, u = array(5, 24), array(24), array(1, 24)
+    loader = TensorFlowLoader({"l/Matrix": matrix, "l/bias": bias, "l/u": u})
+    loader.add(module, "l", spatial=(height, width))
+    loader.finish()
+    z = torch.randn(2, 5)
+    theirs = (z @ tensor(matrix) + tensor(bias)).view(2, height, width, channels).permute(0, 3, 1, 2)
+    plain = nn.functional.linear(z, module.weight, module.bias).view(2, channels, height, width)
+    torch.testing.assert_close(plain, theirs)
+    grid = tensor(u[0]).view(height, width, channels).permute(2, 0, 1).flatten()
+    assert torch.equal(module.weight_u, grid)
+
+
+def test_a_loader_fills_several_blocks_at_once() -> None:
+    first, second = SNLinear(2, 3), ConditionalBatchNorm2d(3)
+    variables = {
+        f"net/first/{name}": value
+        for name, value in {"Matrix": array(2, 3), "u": array(1, 3), "bias": array(3)}.items()
+    } | {f"net/bn/{name}": value for name, value in VARIABLES["batch_norm_unconditional"][1].items()}
+    variables |= {f"net/bn/{name}": array(3) for name in ("gamma", "beta", "moving_mean", "moving_variance")}
+    loader = TensorFlowLoader(variables, "net")
+    loader.add(first, "first")
+    loader.add(second, "bn")
+    assert not torch.equal(first.weight, tensor(variables["net/first/Matrix"].T))  # nothing before finish
+    loader.finish()
+    assert torch.equal(first.weight, tensor(variables["net/first/Matrix"].T))
+    assert torch.equal(second.norm.running_var, tensor(variables["net/bn/moving_variance"]))
+
+
+def assert_refused_and_unchanged(module: nn.Module, variables: dict[str, Any], message: str) -> None:
+    before = copy.deepcopy(module.state_dict())
+    scoped = {f"scope/{name}": value for name, value in variables.items()}
+    with pytest.raises(ValueError, match=message):
+        load_tensorflow(module, scoped, "scope")
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@every_block
+def test_each_missing_variable_is_named(kind: str) -> None:
+    for name in VARIABLES[kind][1]:
+        module, variables = case(kind)
+        del variables[name]
+        assert_refused_and_unchanged(
+            module, variables, f"^TensorFlow variables do not fit; missing: scope/{name}$"
+        )
+
+
+@every_block
+def test_a_left_over_variable_is_named(kind: str) -> None:
+    module, variables = case(kind)
+    variables["stranger"] = array(1)
+    assert_refused_and_unchanged(module, variables, "do not fit; left over: scope/stranger$")
+
+
+@every_block
+def test_each_misshapen_variable_is_named_with_both_shapes(kind: str) -> None:
+    for name, value in VARIABLES[kind][1].items():
+        module, variables = case(kind)
+        expected, wrong = list(np.shape(value)), np.zeros((*np.shape(value), 2))
+        variables[name] = wrong
+        message = f"of the wrong shape: scope/{name} (expected {expected}, got {list(wrong.shape)})"
+        assert_refused_and_unchanged(module, variables, _literally(message))
+
+
+def _literally(text: str) -> str:
+    for sign in "()[]":
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
+def test_transposed_weights_of_another_layout_are_refused() -> None:
+    module = SNConv2d(3, 4, 2)
+    variables = {"w": array(4, 3, 2, 2), "u": array(1, 4), "biases": array(4)}
+    assert_refused_and_unchanged(module, variables, r"expected \[2, 2, 3, 4\], got \[4, 3, 2, 2\]")
+
+
+def test_all_problems_are_named_together() -> None:
+    module = SNLinear(3, 4)
+    variables = {"Matrix": array(4, 3), "bias": array(4), "beta": array(4)}
+    assert_refused_and_unchanged(
+        module,
+        variables,
+        r"missing: scope/u; left over: scope/beta; of the wrong shape: scope/Matrix \(expected \[3, 4\], got",
+    )
+
+
+def test_u_left_over_by_an_unnormalised_layer_is_an_error() -> None:
+    variables = {"Matrix": array(3, 4), "bias": array(4), "u": array(1, 4)}
+    assert_refused_and_unchanged(nn.Linear(3, 4), variables, "left over: scope/u")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.BatchNorm2d(3), nn.Sequential(), ConditionalBatchNorm2d(3, condition_features=2), nn.Conv1d(1, 1, 1)],
+)
+def test_a_module_without_known_variables_is_refused(module: nn.Module) -> None:
+    name = type(module).__name__
+    with pytest.raises(TypeError, match=f"no TensorFlow variables are known for {name} at ''"):
+        load_tensorflow(module, {})

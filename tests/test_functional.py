@@ -1,0 +1,567 @@
+"""The stateless forms and their checks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sagan_layers import functional
+
+# --- attention -------------------------------------------------------------------------------------------------
+
+lengths = st.integers(1, 7)
+
+
+def triple(
+    batch: int, queries: int, keys: int, width: int, value_width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.randn(batch, queries, width, dtype=torch.float64),
+        torch.randn(batch, keys, width, dtype=torch.float64),
+        torch.randn(batch, keys, value_width, dtype=torch.float64),
+    )
+
+
+@given(
+    batch=st.integers(1, 3),
+    queries=lengths,
+    keys=lengths,
+    width=lengths,
+    value_width=lengths,
+    seed=st.integers(0, 2**16),
+)
+def test_attention_is_the_written_out_formula(
+    batch: int, queries: int, keys: int, width: int, value_width: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    query, key, value = triple(batch, queries, keys, width, value_width)
+    y = functional.attention(query, key, value, scale=0.7)
+    assert y.shape == (batch, queries, value_width)
+    for n in range(batch):
+        for i in range(queries):
+            exponentials = torch.stack([(0.7 * query[n, i] @ key[n, j]).exp() for j in range(keys)])
+            expected = (exponentials[:, None] * value[n]).sum(0) / exponentials.sum()
+            torch.testing.assert_close(y[n, i], expected)
+
+
+@given(queries=lengths, keys=lengths, seed=st.integers(0, 2**16))
+def test_attention_does_not_depend_on_the_order_of_key_value_pairs(
+    queries: int, keys: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    query, key, value = triple(2, queries, keys, 3, 5)
+    order = torch.randperm(keys)
+    torch.testing.assert_close(
+        functional.attention(query, key[:, order], value[:, order]), functional.attention(query, key, value)
+    )
+    torch.testing.assert_close(
+        functional.attention_weights(query, key[:, order]),
+        functional.attention_weights(query, key)[..., order],
+    )
+
+
+@given(queries=lengths, keys=lengths, seed=st.integers(0, 2**16))
+def test_attention_is_equivariant_to_the_order_of_queries(queries: int, keys: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    query, key, value = triple(2, queries, keys, 3, 5)
+    order = torch.randperm(queries)
+    torch.testing.assert_close(
+        functional.attention(query[:, order], key, value), functional.attention(query, key, value)[:, order]
+    )
+
+
+@given(queries=lengths, keys=lengths, seed=st.integers(0, 2**16))
+def test_attention_output_lies_between_the_values(queries: int, keys: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    query, key, value = triple(2, queries, keys, 3, 5)
+    y = functional.attention(10 * query, key, value)
+    assert (y <= value.amax(1, keepdim=True) + 1e-12).all()
+    assert (y >= value.amin(1, keepdim=True) - 1e-12).all()
+
+
+@given(keys=lengths, shift=st.floats(-100, 100), seed=st.integers(0, 2**16))
+def test_attention_does_not_change_when_every_key_moves_alike(keys: int, shift: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    query, key, value = triple(2, 4, keys, 3, 5)
+    torch.testing.assert_close(
+        functional.attention(query, key + shift, value),
+        functional.attention(query, key, value),
+        rtol=1e-6,
+        atol=1e-9,
+    )
+
+
+def test_attention_of_equal_keys_is_the_mean_of_the_values() -> None:
+    query, key, value = triple(2, 3, 4, 2, 5)
+    y = functional.attention(query, torch.zeros_like(key), value)
+    torch.testing.assert_close(y, value.mean(1, keepdim=True).expand_as(y))
+
+
+def test_attention_weights_sum_to_one_over_keys() -> None:
+    query, key, _ = triple(2, 3, 5, 4, 1)
+    weights = functional.attention_weights(100 * query, key, scale=2.0)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, dtype=torch.float64))
+    assert weights.shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_attention_weights_come_in_the_accumulation_dtype(dtype: torch.dtype, expected: torch.dtype) -> None:
+    query, key, _ = (tensor.to(dtype) for tensor in triple(1, 2, 3, 4, 5))
+    assert functional.attention_weights(query, key).dtype == expected
+
+
+def test_attention_output_has_the_dtype_of_the_value() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        query, key, value = (tensor.to(dtype) for tensor in triple(1, 2, 3, 4, 5))
+        assert functional.attention(query, key, value).dtype == dtype
+
+
+QUERY, KEY, VALUE = torch.ones(2, 3, 4), torch.ones(2, 5, 4), torch.ones(2, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "error", "message"),
+    [
+        (QUERY[0], KEY, VALUE, ValueError, r"query: expected 3 axes \[N, length, width\], got \[3, 4\]"),
+        (
+            QUERY,
+            KEY[None],
+            VALUE,
+            ValueError,
+            r"key: expected 3 axes \[N, length, width\], got \[1, 2, 5, 4\]",
+        ),
+        (QUERY, KEY, VALUE[0], ValueError, r"value: expected 3 axes.*got \[5, 6\]"),
+        (QUERY, KEY[:1], VALUE, ValueError, r"key: expected \[N, S, E\] = \[2, S, 4\].*got \[1, 5, 4\]"),
+        (QUERY, KEY[..., :3], VALUE, ValueError, r"key: expected \[N, S, E\] = \[2, S, 4\].*got \[2, 5, 3\]"),
+        (QUERY, KEY[:, :0], VALUE[:, :0], ValueError, r"key: .*with S, E >= 1, got \[2, 0, 4\]"),
+        (
+            QUERY[..., :0],
+            KEY[..., :0],
+            VALUE,
+            ValueError,
+            r"key: .*= \[2, S, 0\] with S, E >= 1, got \[2, 5, 0\]",
+        ),
+        (
+            QUERY,
+            KEY,
+            VALUE[:, :4],
+            ValueError,
+            r"value: expected \[N, S, Ev\] = \[2, 5, Ev\].*got \[2, 4, 6\]",
+        ),
+        (QUERY, KEY, VALUE[:1], ValueError, r"value: expected \[N, S, Ev\] = \[2, 5, Ev\].*got \[1, 5, 6\]"),
+        (QUERY, KEY, VALUE[..., :0], ValueError, r"value: .*with Ev >= 1, got \[2, 5, 0\]"),
+        (QUERY.long(), KEY, VALUE, TypeError, "query: expected a floating-point tensor, got torch.int64"),
+        (QUERY, KEY, None, TypeError, "value: expected a floating-point tensor, got NoneType"),
+        (
+            QUERY,
+            KEY.double(),
+            VALUE,
+            TypeError,
+            "key: expected the query's dtype torch.float32, got torch.float64",
+        ),
+        (
+            QUERY,
+            KEY,
+            VALUE.half(),
+            TypeError,
+            "value: expected the query's dtype torch.float32, got torch.float16",
+        ),
+        (QUERY, KEY.to("meta"), VALUE, ValueError, "key: expected the device of the query, cpu, got meta"),
+        (QUERY, KEY, VALUE.to("meta"), ValueError, "value: expected the device of the query, cpu, got meta"),
+    ],
+)
+def test_attention_refuses_inputs_that_do_not_fit(
+    query: Any, key: Any, value: Any, error: type[Exception], message: str
+) -> None:
+    for function in (functional.attention, functional.select_backend):
+        with pytest.raises(error, match=message):
+            function(query, key, value)
+    if value is VALUE:
+        with pytest.raises(error, match=message):
+            functional.attention_weights(query, key)
+
+
+# --- spectral norm ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3), (4, 6, 3, 2)])
+def test_spectral_normalize_converges_to_the_singular_vectors(shape: tuple[int, ...], dim: int) -> None:
+    weight = torch.randn(shape, dtype=torch.float64)
+    outputs = shape[dim]
+    rest = weight.numel() // outputs
+    result = functional.spectral_normalize(
+        weight,
+        torch.randn(outputs, dtype=torch.float64),
+        torch.randn(rest, dtype=torch.float64),
+        dim=dim,
+        n_power_iterations=1000,
+    )
+    matrix = weight.movedim(dim, 0).reshape(outputs, rest) if dim == 0 else weight.transpose(0, 1).flatten(1)
+    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    torch.testing.assert_close(result.sigma, singular[0])
+    torch.testing.assert_close(result.weight, weight / singular[0])
+    sign = torch.sign(result.u @ left[:, 0])
+    torch.testing.assert_close(result.u, sign * left[:, 0])
+    torch.testing.assert_close(result.v, sign * right[0])
+
+
+def test_spectral_normalize_changes_nothing_in_place_and_returns_its_own_vectors() -> None:
+    weight, u, v = torch.randn(3, 4), torch.randn(3), torch.randn(4)
+    copies = [tensor.clone() for tensor in (weight, u, v)]
+    for iterations in (0, 1):
+        result = functional.spectral_normalize(weight, u, v, n_power_iterations=iterations)
+        result.u.zero_()
+        result.v.zero_()
+        assert all(torch.equal(*pair) for pair in zip((weight, u, v), copies, strict=True))
+
+
+def test_spectral_normalize_without_iterations_takes_the_vectors_as_they_are() -> None:
+    weight, u, v = torch.randn(3, 4), torch.randn(3), torch.randn(4)
+    result = functional.spectral_normalize(weight, u, v, n_power_iterations=0)
+    torch.testing.assert_close(result.sigma, u @ weight @ v)
+    torch.testing.assert_close(result.weight, weight / (u @ weight @ v))
+
+
+def test_backward_survives_a_change_of_the_callers_vectors() -> None:
+    weight, u, v = torch.randn(3, 4, requires_grad=True), torch.randn(3), torch.randn(4)
+    result = functional.spectral_normalize(weight, u, v, n_power_iterations=0)
+    (expected,) = torch.autograd.grad(result.weight.square().sum(), weight, retain_graph=True)
+    u.zero_()
+    v.zero_()
+    (gradient,) = torch.autograd.grad(result.weight.square().sum(), weight)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sigma_of_half_precision_weights_is_computed_in_float32(dtype: torch.dtype) -> None:
+    weight = torch.randn(31, 47).to(dtype)
+    result = functional.spectral_normalize(
+        weight, torch.randn(31).to(dtype), torch.randn(47).to(dtype), n_power_iterations=300
+    )
+    assert result.weight.dtype == dtype
+    assert result.sigma.dtype == torch.float32
+    exact = torch.linalg.svdvals(weight.double())[0]
+    assert result.sigma.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_the_power_iteration_runs_with_autocast_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    # CPU autocast leaves torch.mv alone and CUDA autocast lowers it, so the values here would not tell.
+    states = []
+    product = torch.mv
+
+    def watched(matrix: Tensor, vector: Tensor) -> Tensor:
+        states.append(torch.is_autocast_enabled("cpu"))
+        return product(matrix, vector)
+
+    monkeypatch.setattr(torch, "mv", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_enabled("cpu")
+        result = functional.spectral_normalize(torch.randn(3, 4), torch.randn(3), torch.randn(4))
+        assert torch.is_autocast_enabled("cpu")
+    assert len(states) == 3
+    assert not any(states)
+    assert result.sigma.dtype == result.weight.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_sigma_under_autocast_on_a_gpu_is_that_of_float64() -> None:
+    weight, u, v = torch.randn(64, 96), torch.randn(64), torch.randn(96)
+    exact = functional.spectral_normalize(weight.double(), u.double(), v.double(), n_power_iterations=3)
+    with torch.autocast("cuda", torch.bfloat16):
+        result = functional.spectral_normalize(weight.cuda(), u.cuda(), v.cuda(), n_power_iterations=3)
+    assert result.sigma.item() == pytest.approx(exact.sigma.item(), rel=1e-5)
+
+
+def test_weight_with_a_spectral_norm_not_above_eps_is_returned_as_it_is() -> None:
+    weight = 1e-3 * torch.randn(3, 4)
+    u, v = torch.randn(3), torch.randn(4)
+    assert torch.equal(functional.spectral_normalize(weight, u, v, eps=1.0).weight, weight)
+    assert not torch.equal(functional.spectral_normalize(weight, u, v, eps=1e-8).weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (
+            (torch.ones(3), torch.ones(3), torch.ones(1)),
+            {},
+            ValueError,
+            r"at least 2 axes and dim 0 or 1, got \[3\] and dim 0",
+        ),
+        ((torch.ones(3, 4), torch.ones(3), torch.ones(4)), {"dim": 2}, ValueError, r"got \[3, 4\] and dim 2"),
+        (
+            (torch.ones(3, 4), torch.ones(4), torch.ones(4)),
+            {},
+            ValueError,
+            r"u: expected shape \[3\], got \[4\]",
+        ),
+        (
+            (torch.ones(3, 4), torch.ones(3), torch.ones(3)),
+            {},
+            ValueError,
+            r"v: expected shape \[4\], got \[3\]",
+        ),
+        (
+            (torch.ones(3, 4), torch.ones(3), torch.ones(4)),
+            {"dim": 1},
+            ValueError,
+            r"u: expected shape \[4\], got \[3\]",
+        ),
+        (
+            (torch.ones(3, 4).long(), torch.ones(3), torch.ones(4)),
+            {},
+            TypeError,
+            "weight: expected a floating-point tensor, got torch.int64",
+        ),
+        (
+            (torch.ones(3, 4), torch.ones(3).long(), torch.ones(4)),
+            {},
+            TypeError,
+            "u: expected a floating-point tensor",
+        ),
+        (
+            (torch.ones(3, 4), torch.ones(3), None),
+            {},
+            TypeError,
+            "v: expected a floating-point tensor, got NoneType",
+        ),
+        (
+            (torch.ones(3, 4), torch.ones(3, device="meta"), torch.ones(4)),
+            {},
+            ValueError,
+            "u: expected the device of the weight, cpu, got meta",
+        ),
+        (
+            (torch.ones(3, 4), torch.ones(3), torch.ones(4)),
+            {"n_power_iterations": -1},
+            ValueError,
+            "n_power_iterations: expected at least 0, got -1",
+        ),
+        (
+            (torch.ones(3, 4), torch.ones(3), torch.ones(4)),
+            {"eps": 0.0},
+            ValueError,
+            r"eps: expected a positive number, got 0\.0",
+        ),
+    ],
+)
+def test_spectral_normalize_refuses_what_does_not_fit(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        functional.spectral_normalize(*arguments, **options)
+
+
+# --- conditional batch norm --------------------------------------------------------------------------------------
+
+
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=0, max_size=3),
+    batch=st.integers(2, 4),
+    channels=st.integers(1, 4),
+    per_sample=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_conditional_batch_norm_of_any_rank_is_torchs_with_a_gain_and_bias(
+    shape: list[int], batch: int, channels: int, per_sample: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(batch, channels, *shape, dtype=torch.float64)
+    gain, bias = (
+        torch.randn((batch, channels) if per_sample else (channels,), dtype=torch.float64) for _ in range(2)
+    )
+    y = functional.conditional_batch_norm(x, gain, bias, training=True)
+    normalised = nn.functional.batch_norm(x, None, None, training=True)
+
+    def spread(coefficients: Tensor) -> Tensor:
+        return coefficients.expand(batch, channels).reshape(batch, channels, *[1] * len(shape))
+
+    torch.testing.assert_close(y, spread(gain) * normalised + spread(bias))
+
+
+def test_momentum_may_be_a_tensor() -> None:
+    x = torch.randn(4, 3, 2, 2)
+    states = []
+    for momentum in (0.25, torch.tensor(0.25, dtype=torch.float64)):
+        mean, var = torch.zeros(3), torch.ones(3)
+        functional.conditional_batch_norm(
+            x, torch.ones(3), torch.zeros(3), mean, var, training=True, momentum=momentum
+        )
+        states.append(torch.cat([mean, var]))
+    torch.testing.assert_close(*states)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_half_precision_inputs_are_taken_in_float32(dtype: torch.dtype) -> None:
+    x = (torch.randn(16, 3, 32, 32) * 0.5 + 30).to(dtype)
+    mean, var = torch.zeros(3), torch.ones(3)
+    y = functional.conditional_batch_norm(
+        x, torch.ones(3), torch.zeros(3), mean, var, training=True, momentum=1.0
+    )
+    assert y.dtype == dtype
+    exact = x.double()
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), exact.var((0, 2, 3)), rtol=1e-5, atol=0)
+
+
+X, GAIN = torch.ones(4, 3, 2), torch.ones(4, 3)
+MEAN = torch.zeros(3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((torch.ones(3), GAIN, GAIN), {}, ValueError, r"x: expected \[N, C, \*\], got \[3\]"),
+        ((X.long(), GAIN, GAIN), {}, TypeError, "x: expected a floating-point tensor, got torch.int64"),
+        ((X, GAIN[:2], GAIN), {}, ValueError, r"gain: expected \[N, C\] = \[4, 3\] or \[3\], got \[2, 3\]"),
+        ((X, GAIN, torch.ones(4)), {}, ValueError, r"bias: expected \[N, C\] = \[4, 3\] or \[3\], got \[4\]"),
+        ((X, GAIN, GAIN[..., None]), {}, ValueError, r"bias: expected.*got \[4, 3, 1\]"),
+        ((X, GAIN.long(), GAIN), {}, TypeError, "gain: expected a floating-point tensor, got torch.int64"),
+        ((X, GAIN, GAIN.to("meta")), {}, ValueError, "bias: expected the device of x, cpu, got meta"),
+        (
+            (X, GAIN, GAIN, MEAN),
+            {},
+            ValueError,
+            "running_mean and running_var: expected both or neither, got one",
+        ),
+        ((X, GAIN, GAIN, None, MEAN), {}, ValueError, "expected both or neither, got one"),
+        (
+            (X, GAIN, GAIN, MEAN, torch.ones(2)),
+            {},
+            ValueError,
+            r"running_var: expected shape \[3\], got \[2\]",
+        ),
+        ((X, GAIN, GAIN, MEAN[:1], MEAN), {}, ValueError, r"running_mean: expected shape \[3\], got \[1\]"),
+        (
+            (X, GAIN, GAIN, MEAN.to("meta"), MEAN),
+            {},
+            ValueError,
+            "running_mean: expected the device of x, cpu, got meta",
+        ),
+        ((X, GAIN, GAIN), {"eps": -1e-5}, ValueError, "eps: expected a positive number, got -1e-05"),
+        (
+            (X[:1, :, :1], GAIN[:1], GAIN[:1]),
+            {},
+            ValueError,
+            r"more than 1 value per channel.*got \[1, 3, 1\]",
+        ),
+        (
+            (X[:, :0], GAIN[:, :0], GAIN[:, :0]),
+            {},
+            ValueError,
+            r"more than 1 value per channel.*got \[4, 0, 2\]",
+        ),
+    ],
+)
+def test_conditional_batch_norm_refuses_what_does_not_fit(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str, training: bool
+) -> None:
+    with pytest.raises(error, match=message):
+        functional.conditional_batch_norm(*arguments, training=training, **options)
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+class OnAGpu:
+    """Stands in for labels on a GPU: counts how often their values are looked at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *bounds: int) -> None:
+        self.looked = 0
+
+        def aminmax(_: Tensor) -> tuple[Tensor, ...]:
+            self.looked += 1
+            return tuple(torch.tensor(bound) for bound in bounds)
+
+        monkeypatch.setattr(torch, "aminmax", aminmax)
+
+    @staticmethod
+    def labels() -> Tensor:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            return torch.zeros(3, dtype=torch.long, device="cuda")
+
+
+def test_label_values_on_a_gpu_are_looked_at_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = OnAGpu(monkeypatch, 0, 9)
+    labels = gpu.labels()
+    functional.check_labels(labels, num_classes=5, batch=3, like=labels)
+    assert gpu.looked == 0
+    functional.set_debug_checks(True)
+    try:
+        with pytest.raises(ValueError, match="labels: expected values from 0 to 4, got values from 0 to 9"):
+            functional.check_labels(labels, num_classes=5, batch=3, like=labels)
+    finally:
+        functional.set_debug_checks(False)
+    assert gpu.looked == 1
+    functional.check_labels(labels, num_classes=5, batch=3, like=labels)
+    assert gpu.looked == 1
+
+
+def test_the_environment_turns_debug_checks_on() -> None:
+    script = """
+import importlib, os
+from sagan_layers import functional
+for value in (None, "", "0", "1"):
+    os.environ.pop("SAGAN_LAYERS_DEBUG_CHECKS", None)
+    if value is not None:
+        os.environ["SAGAN_LAYERS_DEBUG_CHECKS"] = value
+    print(importlib.reload(functional)._debug_checks)
+"""
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert completed.stdout.split() == ["False", "False", "False", "True"]
+
+
+@pytest.mark.gpu
+def test_a_step_with_labels_on_a_gpu_does_not_wait_for_it() -> None:
+    from sagan_layers import ConditionalBatchNorm2d, ProjectionDiscriminatorHead
+
+    norm = ConditionalBatchNorm2d(4, 3, momentum=None, device="cuda")
+    head = ProjectionDiscriminatorHead(4, 3, device="cuda")
+    x = torch.randn(2, 4, 3, 3, device="cuda", requires_grad=True)
+    labels = torch.tensor([0, 2], device="cuda")
+    head(norm(x, labels), labels).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        head(norm(x, labels), labels).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(x.grad).all()
+
+
+def test_empty_labels_of_an_empty_batch_pass() -> None:
+    labels = torch.empty(0, dtype=torch.long)
+    functional.check_labels(labels, num_classes=5, batch=0, like=labels)
+
+
+@pytest.mark.parametrize("number", [0, -1.0, float("nan")])
+def test_check_positive_refuses_what_is_not_above_zero(number: float) -> None:
+    with pytest.raises(ValueError, match=f"x: expected a positive number, got {number!r}"):
+        functional.check_positive("x", number)
+
+
+def test_check_sizes_takes_positive_integers_only() -> None:
+    functional.check_sizes(first=1, second=5)
+    for wrong in (1.0, "1", True, None):
+        with pytest.raises(TypeError, match="second: expected an int, got"):
+            functional.check_sizes(first=1, second=wrong)
+    with pytest.raises(ValueError, match="second: expected at least 1, got 0"):
+        functional.check_sizes(first=1, second=0)

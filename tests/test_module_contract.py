@@ -1,0 +1,393 @@
+"""What every block does as an nn.Module, in every variant of tests/blocks.py."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from blocks import BLOCKS, Block, build, cotangent, draw_inputs, hold_vectors, matrix_of, spectral_layers
+from torch import Tensor, nn
+
+from sagan_layers import ConditionalBatchNorm2d, SelfAttention2d, SNLinear, frozen_spectral_norm
+
+every_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+image_blocks = pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if draw_inputs(block)[0].dim() == 4], ids=lambda block: block.name
+)
+both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same_state(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def step(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Output, gradients of inputs and parameters, and the buffers after a forward and backward."""
+    leaves = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs)
+    module.zero_grad()
+    y = module(*leaves)
+    (y * cotangent(y)).sum().backward()
+    results = {"output": y.detach().clone()}
+    results |= {f"grad of input {i}": x.grad for i, x in enumerate(leaves) if x.is_floating_point()}
+    results |= {f"grad of {name}": parameter.grad.clone() for name, parameter in module.named_parameters()}
+    results |= {f"buffer {name}": buffer.clone() for name, buffer in module.named_buffers()}
+    return results
+
+
+def assert_close_results(
+    ours: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5, atol: float = 1e-6
+) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(
+            value, expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# --- state -------------------------------------------------------------------------------------------------------
+
+
+@every_block
+def test_names_in_the_state_dict_are_stable(block: Block) -> None:
+    assert set(build(block).state_dict()) == set(block.state)
+
+
+@every_block
+def test_state_dict_round_trip_gives_the_same_outputs(block: Block) -> None:
+    module, inputs = build(block), draw_inputs(block)
+    for _ in range(2):
+        module(*inputs)
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    other = build(block, seed=1)
+    assert not torch.equal(other.eval()(*inputs), module.eval()(*inputs))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(*inputs), module(*inputs))
+    assert_close_results(step(other.train(), inputs), step(module.train(), inputs), rtol=0, atol=0)
+
+
+@every_block
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies_are_equal_and_independent(block: Block, duplicate: object) -> None:
+    module, inputs = build(block), draw_inputs(block)
+    module(*inputs)
+    duplicated = duplicate(module)
+    assert type(duplicated) is type(module)
+    assert repr(duplicated) == repr(module)
+    before = state_of(module)
+    assert_same_state(state_of(duplicated), before)
+    expected = step(copy.deepcopy(module), inputs)
+    assert_close_results(step(duplicated, inputs), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        for value in duplicated.state_dict().values():
+            value.zero_()
+    assert_same_state(state_of(module), before)
+
+
+@every_block
+def test_meta_construction_then_to_empty_and_reset_gives_a_fresh_module(block: Block) -> None:
+    module = block.make(device="meta")
+    assert all(value.is_meta for value in module.state_dict().values())
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        for value in module.state_dict().values():
+            value.fill_(torch.nan if value.is_floating_point() else -1)
+    for inner in module.modules():  # as PyTorch's own deferred initialisation does
+        if hasattr(inner, "reset_parameters"):
+            inner.reset_parameters()
+    for name, value in module.state_dict().items():
+        assert torch.isfinite(value).all(), name
+        assert (value >= 0).all() or value.is_floating_point(), name
+    y = module(*draw_inputs(block))
+    assert torch.isfinite(y).all()
+    for layer in spectral_layers(module):
+        assert torch.linalg.vector_norm(layer.weight_u).item() == pytest.approx(1, abs=1e-5)
+
+
+@every_block
+def test_constructor_places_everything_by_device_and_dtype(block: Block) -> None:
+    module = block.make(device="meta", dtype=torch.float64)
+    for name, value in module.state_dict().items():
+        assert value.is_meta, name
+        assert value.dtype == (torch.float64 if value.is_floating_point() else torch.int64), name
+
+
+@every_block
+def test_two_optimizer_steps_lower_the_loss(block: Block) -> None:
+    module, inputs = build(block), draw_inputs(block)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.no_grad():
+            reference = copy.deepcopy(module)(*inputs)
+        loss = (module(*inputs) - torch.tanh(cotangent(reference))).square().sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------
+
+
+@every_block
+@both_modes
+def test_every_parameter_and_input_gets_a_gradient(block: Block, training: bool) -> None:
+    module = build(block).train(training)
+    inputs = draw_inputs(block, grad=True)
+    y = module(*inputs)
+    (y * cotangent(y)).sum().backward()
+    for name, tensor in [*module.named_parameters(), *((f"input {i}", x) for i, x in enumerate(inputs))]:
+        if not tensor.is_floating_point():
+            continue
+        assert tensor.grad is not None, name
+        assert torch.isfinite(tensor.grad).all(), name
+        if name != "key.bias":  # softmax does not see what all keys have in common
+            assert torch.count_nonzero(tensor.grad) > 0, name
+
+
+@every_block
+@both_modes
+def test_derivatives_of_first_and_second_order_pass_the_numerical_check(block: Block, training: bool) -> None:
+    module = hold_vectors(build(block, dtype=torch.float64).train(training))
+    inputs = draw_inputs(block, batch=2, dtype=torch.float64)
+    parameters = dict(module.named_parameters())
+    floating = [i for i, x in enumerate(inputs) if x.is_floating_point()]
+
+    def forward(*tensors: Tensor) -> Tensor:
+        filled = list(inputs)
+        for i, tensor in zip(floating, tensors, strict=False):
+            filled[i] = tensor
+        named = dict(zip(parameters, tensors[len(floating) :], strict=True))
+        output: Tensor = torch.func.functional_call(module, named, tuple(filled))
+        return output
+
+    arguments = (
+        *(inputs[i].clone().requires_grad_() for i in floating),
+        *(parameter.detach().clone().requires_grad_() for parameter in parameters.values()),
+    )
+    assert torch.autograd.gradcheck(forward, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(forward, arguments, fast_mode=True)
+
+
+# --- dtypes --------------------------------------------------------------------------------------------------------
+
+
+@every_block
+@both_modes
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_converted_module_computes_in_its_dtype(block: Block, dtype: torch.dtype, training: bool) -> None:
+    module = build(block).to(dtype).train(training)
+    exact = copy.deepcopy(module).double()
+    inputs = draw_inputs(block, dtype=dtype)
+    for name, value in module.state_dict().items():
+        assert value.dtype == (dtype if value.is_floating_point() else torch.int64), name
+    y = module(*inputs)
+    assert y.dtype == dtype
+    expected = exact(*(x.double() if x.is_floating_point() else x for x in inputs))
+    # A block rounds weights, intermediate maps and the output, each by half a unit.
+    tolerance = 1e-12 if dtype == torch.float64 else 5 * torch.finfo(dtype).eps
+    error = (y.double() - expected).abs().max() / expected.abs().max()
+    assert error.item() <= tolerance
+    y.float().square().sum().backward()
+    assert all(parameter.grad.dtype == dtype for parameter in module.parameters())
+    assert all(torch.isfinite(parameter.grad).all() for parameter in module.parameters())
+    assert all(torch.isfinite(buffer).all() for buffer in module.buffers())
+
+
+@every_block
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_constructed_in_half_precision_it_works(block: Block, dtype: torch.dtype) -> None:
+    module = build(block, dtype=dtype)
+    y = module(*draw_inputs(block, dtype=dtype))
+    assert y.dtype == dtype
+    assert torch.isfinite(y).all()
+    for layer in spectral_layers(module):
+        assert torch.linalg.vector_norm(layer.weight_u.float()).item() == pytest.approx(1, abs=0.02)
+
+
+@every_block
+@both_modes
+def test_autocast_lowers_products_but_not_sigma_nor_statistics(block: Block, training: bool) -> None:
+    module = build(block).train(training)
+    plain = copy.deepcopy(module)
+    inputs = draw_inputs(block, grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(*inputs)
+    assert y.dtype == block.autocast_dtype
+    expected = plain(*(x.detach() for x in inputs))
+    error = (y.double() - expected.double()).abs().max() / expected.abs().max()
+    assert error.item() <= 5 * torch.finfo(torch.bfloat16).eps
+    # Buffers are those of the float32 pass: to the bit, for the power iteration saw the same float32 weights.
+    assert_same_state(state_of(module), state_of(plain))
+    for layer in spectral_layers(module):
+        with torch.autocast("cpu", torch.bfloat16):
+            sigma = layer.sigma
+        assert sigma.dtype == torch.float32
+        matrix, u = matrix_of(layer).double(), layer.weight_u.double()
+        for _ in range(layer.n_power_iterations):
+            v = nn.functional.normalize(matrix.t() @ u, dim=0)
+            u = nn.functional.normalize(matrix @ v, dim=0)
+        assert sigma.item() == pytest.approx((u @ matrix @ v).item(), rel=1e-5)
+    (y * cotangent(y)).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+@image_blocks
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_input_under_autocast_is_accepted(block: Block, autocast_dtype: torch.dtype) -> None:
+    module = build(block)
+    inputs = draw_inputs(block, dtype=torch.bfloat16)
+    with torch.autocast("cpu", autocast_dtype):
+        y = module(*inputs)
+    if isinstance(module, (ConditionalBatchNorm2d, SelfAttention2d)):
+        assert y.dtype == torch.bfloat16  # the input's, whatever autocast lowers to
+    else:
+        assert y.dtype == (autocast_dtype if block.autocast_dtype == torch.bfloat16 else torch.float32)
+    assert torch.isfinite(y).all()
+
+
+# --- memory formats ------------------------------------------------------------------------------------------------
+
+
+@image_blocks
+@both_modes
+def test_channels_last_input_gives_channels_last_output_of_equal_values(block: Block, training: bool) -> None:
+    module = build(block).train(training)
+    other = copy.deepcopy(module)
+    inputs = draw_inputs(block)
+    strided = (inputs[0].to(memory_format=torch.channels_last), *inputs[1:])
+    y, expected = other(*strided), module(*inputs)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    if y.dim() == 4:
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert expected.is_contiguous()
+    ours, plain = step(other, strided), step(module, inputs)
+    assert_close_results(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@image_blocks
+def test_a_channels_last_module_keeps_the_values(block: Block) -> None:
+    module = build(block)
+    other = copy.deepcopy(module).to(memory_format=torch.channels_last)
+    inputs = draw_inputs(block)
+    strided = (inputs[0].to(memory_format=torch.channels_last), *inputs[1:])
+    assert_close_results(step(other, strided), step(module, inputs), rtol=1e-4, atol=1e-5)
+
+
+@image_blocks
+def test_slices_and_expanded_inputs_give_the_values_of_their_copies(block: Block) -> None:
+    module = build(block).eval()
+    inputs = draw_inputs(block)
+    large = torch.full([size + 2 for size in inputs[0].shape], torch.nan)
+    inner = large[1:-1, 1:-1, 1:-1, 1:-1]
+    inner.copy_(inputs[0])
+    torch.testing.assert_close(module(inner, *inputs[1:]), module(*inputs))
+    expanded = inputs[0][:1].expand_as(inputs[0])
+    torch.testing.assert_close(module(expanded, *inputs[1:]), module(expanded.clone(), *inputs[1:]))
+
+
+# --- compilation ---------------------------------------------------------------------------------------------------
+
+
+def assert_compiled_equals_eager(block: Block, backend: str, training: bool, tolerance: float) -> None:
+    module = build(block).train(training)
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for seed in range(2):  # buffers of the first step are inputs of the second
+        inputs = draw_inputs(block, seed=seed)
+        leaves = tuple(x.requires_grad_() if x.is_floating_point() else x for x in inputs)
+        module.zero_grad()
+        y = compiled(*leaves)
+        (y * cotangent(y)).sum().backward()
+        ours = {"output": y.detach()}
+        ours |= {f"grad of input {i}": x.grad for i, x in enumerate(leaves) if x.is_floating_point()}
+        ours |= {f"grad of {name}": parameter.grad for name, parameter in module.named_parameters()}
+        ours |= {f"buffer {name}": buffer for name, buffer in module.named_buffers()}
+        expected = step(eager, tuple(x.detach() for x in inputs))
+        assert_close_results(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@every_block
+@both_modes
+def test_compiled_without_graph_breaks_it_equals_eager(block: Block, training: bool) -> None:
+    # Unlike "aot_eager" this backend decides, as inductor does, what backward recomputes.
+    assert_compiled_equals_eager(block, "aot_eager_decomp_partition", training, 1e-5)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("outputs", [1, 2, 3, 5])
+def test_compiled_gradient_takes_the_vectors_of_its_own_forward(outputs: int) -> None:
+    # With few outputs it is cheap to recompute v from the buffer u, which has moved by the time of backward.
+    layer = SNLinear(64, outputs)
+    eager, x = copy.deepcopy(layer), torch.randn(3, 64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
+    for module, function in ((layer, compiled), (eager, eager)):
+        real = function(x).square().sum()
+        with frozen_spectral_norm(module):
+            fake = function(2 * x).square().sum()
+        moved_again = function(3 * x).square().sum()
+        (real + fake + moved_again).backward()
+    torch.testing.assert_close(layer.weight.grad, eager.weight.grad)
+    torch.testing.assert_close(layer.weight_u, eager.weight_u)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+@every_block
+def test_compiled_by_inductor_it_equals_eager(block: Block) -> None:
+    assert_compiled_equals_eager(block, "inductor", True, 1e-4)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@every_block
+@both_modes
+def test_exported_with_a_dynamic_batch_it_equals_eager(block: Block, training: bool) -> None:
+    module = build(block).train(training)
+    eager = copy.deepcopy(module)
+    inputs = draw_inputs(block, batch=3)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(module, inputs, dynamic_shapes=({0: batch},) * len(inputs))
+    exported = program.module()
+    for size in (3, 7, 2):
+        fresh = draw_inputs(block, batch=size, seed=size)
+        torch.testing.assert_close(exported(*fresh), eager(*fresh), rtol=1e-5, atol=1e-5)
+    buffers = dict(eager.named_buffers())
+    ours = dict(exported.named_buffers())
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(ours[name], buffer, rtol=1e-5, atol=1e-6)
+
+
+@every_block
+def test_functional_call_computes_with_the_parameters_given(block: Block) -> None:
+    module, other, inputs = build(block).eval(), build(block, seed=1).eval(), draw_inputs(block)
+    y = module(*inputs)
+    given = {name: tensor.detach() for name, tensor in other.state_dict().items()}
+    assert torch.equal(torch.func.functional_call(module, given, inputs), other(*inputs))
+    assert torch.equal(module(*inputs), y)

@@ -1,0 +1,207 @@
+"""ProjectionDiscriminatorHead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sagan_layers import ProjectionDiscriminatorHead, SNEmbedding, SNLinear
+
+
+def weights(head: ProjectionDiscriminatorHead) -> tuple[Tensor, Tensor | None]:
+    """The linear row and the embedding table that the head applies in evaluation."""
+
+    def of(layer: nn.Module | None) -> Tensor | None:
+        if layer is None:
+            return None
+        return layer.weight / layer.sigma if isinstance(layer, (SNLinear, SNEmbedding)) else layer.weight
+
+    row = of(head.linear)
+    assert row is not None
+    return row, of(head.embedding)
+
+
+@given(
+    batch=st.integers(1, 4),
+    channels=st.integers(1, 7),
+    size=st.integers(1, 5),
+    classes=st.integers(1, 4),
+    pooling=st.sampled_from(["sum", "mean"]),
+    spectral_norm=st.booleans(),
+    conditional=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_logit_is_the_written_out_formula(
+    batch: int,
+    channels: int,
+    size: int,
+    classes: int,
+    pooling: str,
+    spectral_norm: bool,
+    conditional: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    head = ProjectionDiscriminatorHead(
+        channels, classes if conditional else None, pooling, spectral_norm, dtype=torch.float64
+    ).eval()
+    x = torch.randn(batch, channels, size, size + 1, dtype=torch.float64)
+    labels = torch.randint(classes, (batch,)) if conditional else None
+    row, table = weights(head)
+    logits = head(x, labels)
+    assert logits.shape == (batch, 1)
+    for n in range(batch):
+        pooled = x[n].clamp(min=0).flatten(1).sum(1)
+        if pooling == "mean":
+            pooled = pooled / (size * (size + 1))
+        expected = row[0] @ pooled + head.linear.bias[0]
+        if table is not None:
+            assert labels is not None
+            expected = expected + table[labels[n]] @ pooled
+        torch.testing.assert_close(logits[n, 0], expected)
+
+
+def test_defaults_are_the_released_codes() -> None:
+    head = ProjectionDiscriminatorHead(4, 3)
+    assert head.pooling == "sum"
+    assert type(head.linear) is SNLinear
+    assert type(head.embedding) is SNEmbedding
+    assert head.linear.weight.shape == (1, 4)
+    assert head.embedding.weight.shape == (3, 4)
+
+
+def test_without_spectral_norm_the_layers_are_plain() -> None:
+    head = ProjectionDiscriminatorHead(4, 3, spectral_norm=False)
+    assert type(head.linear) is nn.Linear
+    assert type(head.embedding) is nn.Embedding
+
+
+def test_sum_is_mean_times_the_number_of_positions() -> None:
+    total, mean = (
+        ProjectionDiscriminatorHead(4, 3, pooling, dtype=torch.float64).eval() for pooling in ("sum", "mean")
+    )
+    mean.load_state_dict(total.state_dict())
+    x, labels = torch.randn(2, 4, 3, 5, dtype=torch.float64), torch.tensor([0, 2])
+    bias = total.linear.bias
+    torch.testing.assert_close(total(x, labels) - bias, 15 * (mean(x, labels) - bias))
+
+
+def test_activated_features_give_the_same_logits() -> None:
+    head = ProjectionDiscriminatorHead(4, 3).eval()
+    x, labels = torch.randn(2, 4, 3, 3), torch.tensor([0, 2])
+    assert torch.equal(head(x, labels), head(torch.relu(x), labels))
+
+
+def test_int32_labels_are_as_good() -> None:
+    head = ProjectionDiscriminatorHead(4, 3).eval()
+    x, labels = torch.randn(2, 4, 3, 3), torch.tensor([0, 2])
+    assert torch.equal(head(x, labels), head(x, labels.int()))
+
+
+def test_power_iteration_options_reach_both_layers() -> None:
+    head = ProjectionDiscriminatorHead(4, 3, n_power_iterations=3, eps=1e-8)
+    assert [(layer.n_power_iterations, layer.eps) for layer in (head.linear, head.embedding)] == [
+        (3, 1e-8)
+    ] * 2
+
+
+@pytest.mark.parametrize("spectral_norm", [True, False])
+def test_reset_parameters_draws_both_layers_anew(spectral_norm: bool) -> None:
+    head = ProjectionDiscriminatorHead(4, 3, spectral_norm=spectral_norm)
+    before = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
+    head.reset_parameters()
+    assert not any(torch.equal(parameter, before[name]) for name, parameter in head.named_parameters())
+
+
+def test_representation_names_classes_and_pooling() -> None:
+    text = ProjectionDiscriminatorHead(4, None, "mean").extra_repr()
+    assert text == "4, num_classes=None, pooling='mean'"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, 3), ValueError, "in_channels: expected at least 1, got 0"),
+        ((4, 0), ValueError, "num_classes: expected at least 1, got 0"),
+        ((4, "3"), TypeError, "num_classes: expected an int, got '3'"),
+        ((4, 3, "max"), ValueError, "pooling: expected 'sum' or 'mean', got 'max'"),
+    ],
+)
+def test_impossible_options_are_refused(
+    arguments: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ProjectionDiscriminatorHead(*arguments)
+
+
+FEATURES = torch.ones(2, 4, 3, 3)
+LABELS = torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize(
+    ("classes", "inputs", "error", "message"),
+    [
+        (3, (torch.ones(2, 4), LABELS), ValueError, r"expected \[N, C, H, W\] with C = 4, got \[2, 4\]"),
+        (3, (torch.ones(2, 5, 3, 3), LABELS), ValueError, r"with C = 4, got \[2, 5, 3, 3\]"),
+        (
+            3,
+            (FEATURES.double(), LABELS),
+            TypeError,
+            "expected the module's dtype torch.float32, got torch.float64",
+        ),
+        (
+            3,
+            (FEATURES.to("meta"), LABELS),
+            ValueError,
+            "expected the device of the module's parameters, cpu, got meta",
+        ),
+        (3, (FEATURES,), ValueError, r"labels: expected class indices of shape \[N\] = \[2\], got None"),
+        (
+            3,
+            (FEATURES, torch.tensor([0, 3])),
+            ValueError,
+            "expected values from 0 to 2, got values from 0 to 3",
+        ),
+        (
+            3,
+            (FEATURES, torch.tensor([-1, 0])),
+            ValueError,
+            "expected values from 0 to 2, got values from -1 to 0",
+        ),
+        (3, (FEATURES, LABELS[:1]), ValueError, r"labels: expected shape \[N\] = \[2\], got \[1\]"),
+        (
+            3,
+            (FEATURES, nn.functional.one_hot(LABELS)),
+            ValueError,
+            r"labels: expected shape \[N\] = \[2\], got \[2, 3\]",
+        ),
+        (
+            3,
+            (FEATURES, LABELS.float()),
+            TypeError,
+            "labels: expected an int64 or int32 tensor, got torch.float32",
+        ),
+        (
+            3,
+            (FEATURES, LABELS.to("meta")),
+            ValueError,
+            "labels: expected the device of the module's parameters",
+        ),
+        (
+            None,
+            (FEATURES, LABELS),
+            ValueError,
+            r"labels: expected None \(the module has no classes\), got a tensor",
+        ),
+    ],
+)
+def test_wrong_inputs_are_refused(
+    classes: int | None, inputs: tuple[Tensor, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ProjectionDiscriminatorHead(4, classes)(*inputs)

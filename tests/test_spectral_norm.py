@@ -1,0 +1,873 @@
+"""Spectrally normalised layers, and the control of when their vectors move."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from blocks import converge, hold_vectors, matrix_of
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from sagan_layers import (
+    SelfAttention2d,
+    SNConv2d,
+    SNConvTranspose2d,
+    SNEmbedding,
+    SNLinear,
+    SpectralNormLayer,
+    apply_spectral_norm,
+    frozen_spectral_norm,
+    remove_spectral_norm,
+)
+
+LAYERS: dict[str, Callable[..., SpectralNormLayer]] = {
+    "conv": lambda **options: SNConv2d(4, 6, 3, padding=1, **options),
+    "conv_grouped": lambda **options: SNConv2d(4, 6, (3, 2), groups=2, **options),
+    "conv_depthwise_dilated": lambda **options: SNConv2d(4, 4, 3, groups=4, dilation=2, padding=2, **options),
+    "conv_same_circular": lambda **options: SNConv2d(
+        4, 6, 3, padding="same", padding_mode="circular", **options
+    ),
+    "transpose": lambda **options: SNConvTranspose2d(4, 6, 4, stride=2, padding=1, **options),
+    "transpose_grouped": lambda **options: SNConvTranspose2d(
+        4, 6, 3, stride=2, output_padding=1, groups=2, dilation=2, **options
+    ),
+    "linear": lambda **options: SNLinear(4, 6, **options),
+    "embedding": lambda **options: SNEmbedding(7, 6, **options),
+}
+every_layer = pytest.mark.parametrize("kind", LAYERS)
+
+
+def input_of(layer: SpectralNormLayer, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(layer, SNEmbedding):
+        return torch.randint(7, (5,), generator=generator)
+    shape = (3, 4) if isinstance(layer, SNLinear) else (3, 4, 7, 6)
+    return torch.randn(shape, generator=generator).to(layer.weight.dtype)
+
+
+def vectors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def normalized_matrix(layer: SpectralNormLayer) -> Tensor:
+    return matrix_of(layer) * (layer.normalized_weight().detach().norm() / layer.weight.detach().norm())
+
+
+# --- what it computes ------------------------------------------------------------------------------------------
+
+
+@every_layer
+def test_sigma_is_the_largest_singular_value_at_convergence(kind: str) -> None:
+    layer = LAYERS[kind](dtype=torch.float64)
+    for _ in range(500):
+        layer.normalized_weight()
+    exact = torch.linalg.svdvals(matrix_of(layer))[0]
+    torch.testing.assert_close(layer.sigma, exact)
+    weight = layer.normalized_weight().detach()
+    torch.testing.assert_close(weight, layer.weight.detach() / exact)
+    torch.testing.assert_close(torch.linalg.svdvals(normalized_matrix(layer))[0].item(), 1.0)
+
+
+@every_layer
+def test_output_is_the_plain_layers_with_the_normalised_weight(kind: str) -> None:
+    layer = LAYERS[kind]().eval()
+    plain = copy.deepcopy(layer)
+    plain.__class__ = type(layer)._plain_class
+    plain.weight = nn.Parameter(layer.weight.detach() / layer.sigma)
+    x = input_of(layer)
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+@every_layer
+def test_one_forward_moves_u_and_v_by_one_iteration_of_the_matrix(kind: str) -> None:
+    layer = LAYERS[kind](dtype=torch.float64)
+    matrix, u = matrix_of(layer), layer.weight_u.clone()
+    v = nn.functional.normalize(matrix.t() @ u, dim=0)
+    u = nn.functional.normalize(matrix @ v, dim=0)
+    weight = layer.normalized_weight().detach()
+    torch.testing.assert_close(layer.weight_v, v)
+    torch.testing.assert_close(layer.weight_u, u)
+    torch.testing.assert_close(weight, layer.weight.detach() / (u @ matrix @ v))
+
+
+def test_several_iterations_at_a_forward_are_as_many_forwards() -> None:
+    one, three = SNLinear(9, 5), SNLinear(9, 5, n_power_iterations=3)
+    three.load_state_dict(one.state_dict())
+    for _ in range(2):
+        one.normalized_weight()
+    torch.testing.assert_close(one.normalized_weight(), three.normalized_weight())
+    torch.testing.assert_close(one.weight_u, three.weight_u)
+
+
+@pytest.mark.parametrize("kind", ["conv", "transpose", "linear", "embedding"])
+def test_agrees_with_torchs_parametrization_at_convergence(kind: str) -> None:
+    layer = LAYERS[kind](dtype=torch.float64)
+    converge(layer)
+    plain = copy.deepcopy(layer)
+    plain.__class__ = type(layer)._plain_class
+    reference = parametrizations.spectral_norm(plain, n_power_iterations=1000).eval()
+    x = input_of(layer)
+    ours, theirs = layer(x), reference(x)
+    torch.testing.assert_close(ours, theirs)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, reference.parametrizations.weight.original.grad)
+
+
+@given(
+    exponent=st.integers(-20, 20),
+    negative=st.booleans(),
+    seed=st.integers(0, 2**16),
+    kind=st.sampled_from(sorted(LAYERS)),
+)
+def test_normalised_weight_does_not_depend_on_the_scale_of_the_weight(
+    exponent: int, negative: bool, seed: int, kind: str
+) -> None:
+    torch.manual_seed(seed)
+    layer = LAYERS[kind](eps=1e-30)
+    scaled = copy.deepcopy(layer)
+    with torch.no_grad():
+        scaled.weight.mul_((-1 if negative else 1) * 2.0**exponent)
+    expected = -layer.normalized_weight() if negative else layer.normalized_weight()
+    torch.testing.assert_close(scaled.normalized_weight(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scaled.sigma, layer.sigma * 2.0**exponent, rtol=1e-5, atol=0)
+
+
+@given(seed=st.integers(0, 2**16), kind=st.sampled_from(sorted(LAYERS)))
+def test_sigma_is_never_above_the_spectral_norm_and_rises_to_it(seed: int, kind: str) -> None:
+    torch.manual_seed(seed)
+    layer = LAYERS[kind](dtype=torch.float64)
+    exact = torch.linalg.svdvals(matrix_of(layer))[0].item()
+    estimates = []
+    for _ in range(20):
+        layer.normalized_weight()
+        estimates.append(layer.sigma.item())
+    assert all(later >= earlier - 1e-12 for earlier, later in itertools.pairwise(estimates))
+    assert 0 < estimates[-1] <= exact * (1 + 1e-12)
+
+
+@every_layer
+def test_gradient_takes_u_and_v_as_constants(kind: str) -> None:
+    layer = LAYERS[kind](dtype=torch.float64)
+    u0 = layer.weight_u.clone()
+    y = layer(input_of(layer))
+    u, v = layer.weight_u.clone(), layer.weight_v.clone()
+    assert not torch.equal(u, u0)
+    y.square().sum().backward()
+
+    constants = copy.deepcopy(layer)
+    constants.zero_grad()
+    hold_vectors(constants)
+    constants(input_of(layer)).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, constants.weight.grad)
+    # u^T W v is linear in W, so the normalised weight, and with it the output, is invariant to scale.
+    dot = (layer.weight.grad * layer.weight.detach()).sum()
+    assert abs(dot.item()) < 1e-10 * layer.weight.grad.abs().sum().item()
+    assert torch.isfinite(torch.outer(u, v)).all()
+
+
+@every_layer
+def test_gradients_of_first_and_second_order_pass_the_numerical_check(kind: str) -> None:
+    layer = hold_vectors(LAYERS[kind](dtype=torch.float64))
+    x = input_of(layer)
+    if x.is_floating_point():
+        x = x[:1, ..., :4, :3].clone() if x.dim() == 4 else x
+        if kind.startswith("conv_depthwise"):
+            x = input_of(layer)[:1]
+    floating = (x.requires_grad_(),) if x.is_floating_point() else ()
+    parameters = dict(layer.named_parameters())
+
+    def forward(*tensors: Tensor) -> Tensor:
+        inputs = tensors[: len(floating)] or (x,)
+        given_parameters = dict(zip(parameters, tensors[len(floating) :], strict=True))
+        return torch.func.functional_call(layer, given_parameters, inputs)
+
+    arguments = (*floating, *parameters.values())
+    assert torch.autograd.gradcheck(forward, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(forward, arguments, fast_mode=True)
+
+
+def test_double_backward_works_while_u_moves() -> None:
+    layer = SNConv2d(3, 4, 3)
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    layer(x)  # moves u and v between the two derivatives
+    gradient.square().sum().backward()
+    assert torch.isfinite(layer.weight.grad).all()
+    assert torch.count_nonzero(layer.weight.grad) > 0
+
+
+# --- real and fake passes, when u moves ------------------------------------------------------------------------
+
+
+@every_layer
+@pytest.mark.parametrize("iterate_when_frozen", [True, False])
+@pytest.mark.parametrize("order", ["both_move", "fake_frozen", "frozen_first"])
+def test_real_and_fake_passes_before_one_backward_add_their_gradients(
+    kind: str, iterate_when_frozen: bool, order: str
+) -> None:
+    layer = LAYERS[kind](dtype=torch.float64, iterate_when_frozen=iterate_when_frozen)
+    separate = copy.deepcopy(layer)
+    frozen = {"both_move": (False, False), "fake_frozen": (False, True), "frozen_first": (True, False)}[order]
+
+    def call(module: SpectralNormLayer, index: int) -> Tensor:
+        x = input_of(module, seed=index)
+        if not frozen[index]:
+            return module(x).square().sum()
+        with frozen_spectral_norm(module):
+            return module(x).square().sum()
+
+    (call(layer, 0) + 2 * call(layer, 1)).backward()
+    call(separate, 0).backward()
+    (2 * call(separate, 1)).backward()
+    torch.testing.assert_close(layer.weight.grad, separate.weight.grad)
+    assert same(vectors(layer), vectors(separate))
+
+
+@every_layer
+@pytest.mark.parametrize("iterate_when_frozen", [True, False])
+def test_evaluation_is_a_pure_function(kind: str, iterate_when_frozen: bool) -> None:
+    layer = LAYERS[kind](iterate_when_frozen=iterate_when_frozen).eval()
+    x, before = input_of(layer), vectors(layer)
+    first = layer(x)
+    assert torch.equal(layer(x), first)
+    assert torch.equal(layer.sigma, layer.sigma)
+    assert same(vectors(layer), before)
+    layer.train()
+    layer(x)
+    layer(x)  # v fitted the first u already
+    after = vectors(layer)
+    assert not torch.equal(after["weight_u"], before["weight_u"])
+    assert not torch.equal(after["weight_v"], before["weight_v"])
+
+
+def test_reading_sigma_moves_nothing_in_training_and_has_no_gradient() -> None:
+    layer = SNLinear(5, 4)
+    before = vectors(layer)
+    sigma = layer.sigma
+    assert sigma.shape == ()
+    assert not sigma.requires_grad
+    assert same(vectors(layer), before)
+    weight = layer.normalized_weight()
+    torch.testing.assert_close(weight, layer.weight / sigma)  # what the next training step divided by
+
+
+def test_a_frozen_pass_iterates_from_the_stored_u_or_takes_the_stored_vectors() -> None:
+    iterating = SNLinear(5, 4, dtype=torch.float64)
+    stored = SNLinear(5, 4, dtype=torch.float64, iterate_when_frozen=False)
+    stored.load_state_dict(iterating.state_dict())
+    with torch.no_grad():
+        stored.weight_v.copy_(nn.functional.normalize(torch.randn(5, dtype=torch.float64), dim=0))
+        iterating.weight_v.copy_(stored.weight_v)
+    for layer in (iterating, stored):
+        layer.eval()
+    as_stored = stored.weight_u @ stored.weight @ stored.weight_v
+    torch.testing.assert_close(stored.sigma, as_stored.detach())
+    torch.testing.assert_close(stored.normalized_weight(), stored.weight / as_stored)
+    v = nn.functional.normalize(iterating.weight.t() @ iterating.weight_u, dim=0)
+    torch.testing.assert_close(iterating.sigma, torch.linalg.vector_norm(iterating.weight @ v).detach())
+
+
+def test_frozen_contexts_nest() -> None:
+    model = nn.Sequential(SNLinear(4, 4), nn.ReLU(), SNLinear(4, 4))
+    x, before = torch.randn(2, 4), vectors(model)
+    with frozen_spectral_norm(model):
+        with frozen_spectral_norm(model[0]):
+            model(x)
+        model(x)
+        assert same(vectors(model), before)
+    with frozen_spectral_norm(model[0]):
+        model(x)
+    after = vectors(model)
+    assert torch.equal(after["0.weight_u"], before["0.weight_u"])
+    assert not torch.equal(after["2.weight_u"], before["2.weight_u"])
+
+
+def test_frozen_context_ends_after_an_exception() -> None:
+    layer = SNLinear(4, 4)
+    before = vectors(layer)
+    with pytest.raises(RuntimeError, match="in the middle"), frozen_spectral_norm(layer):
+        raise RuntimeError("in the middle")
+    layer(torch.randn(2, 4))
+    assert not same(vectors(layer), before)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, copy.copy, lambda module: pickle.loads(pickle.dumps(module))]
+)
+def test_a_copy_made_inside_the_frozen_context_is_not_frozen(
+    duplicate: Callable[[nn.Module], nn.Module],
+) -> None:
+    layer = SNLinear(4, 4)
+    before = vectors(layer)
+    with frozen_spectral_norm(layer):
+        duplicated = duplicate(layer)
+    duplicated(torch.randn(2, 4))
+    assert not same(vectors(duplicated), before)
+
+
+def test_frozen_context_keeps_gradients_and_the_training_mode() -> None:
+    model = nn.Sequential(SNLinear(4, 4), nn.Dropout(0.5))
+    with frozen_spectral_norm(model):
+        assert model.training
+        model(torch.randn(2, 4)).sum().backward()
+    assert torch.isfinite(model[0].weight.grad).all()
+
+
+def test_frozen_context_of_a_model_without_normalised_layers_does_nothing() -> None:
+    model = nn.Linear(2, 2)
+    state = set(vars(model))
+    with frozen_spectral_norm(model):
+        model(torch.randn(1, 2))
+    assert set(vars(model)) == state
+
+
+# --- zero weights ----------------------------------------------------------------------------------------------
+
+
+@every_layer
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("iterate_when_frozen", [True, False])
+def test_a_zero_weight_gives_zeros_and_finite_gradients(
+    kind: str, training: bool, iterate_when_frozen: bool
+) -> None:
+    layer = LAYERS[kind](iterate_when_frozen=iterate_when_frozen).train(training)
+    nn.init.zeros_(layer.weight)
+    x = input_of(layer)
+    y = layer(x)
+    bias = getattr(layer, "bias", None)
+    expected = torch.zeros_like(y) if bias is None else bias.reshape(-1, *[1] * (x.dim() - 2)).expand_as(y)
+    assert torch.equal(y, expected)
+    assert layer.sigma.item() == 0
+    y.sum().backward()
+    assert torch.isfinite(layer.weight.grad).all()
+    assert torch.count_nonzero(layer.weight.grad) > 0
+    assert all(torch.isfinite(buffer).all() for buffer in layer.buffers())
+
+
+@every_layer
+def test_a_zero_weight_recovers_when_it_becomes_non_zero(kind: str) -> None:
+    layer = LAYERS[kind](dtype=torch.float64)
+    weight = layer.weight.detach().clone()
+    nn.init.zeros_(layer.weight)
+    layer.reset_spectral_norm()  # v has nothing to fit
+    for _ in range(3):
+        layer(input_of(layer))
+    assert torch.linalg.vector_norm(layer.weight_u).item() == pytest.approx(1)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    for _ in range(500):
+        layer.normalized_weight()
+    torch.testing.assert_close(layer.sigma, torch.linalg.svdvals(matrix_of(layer))[0])
+
+
+# --- construction, state ---------------------------------------------------------------------------------------
+
+
+@every_layer
+def test_vectors_start_with_length_one_and_v_fits_u(kind: str) -> None:
+    layer = LAYERS[kind](dtype=torch.float64)
+    matrix = matrix_of(layer)
+    assert layer.weight_u.shape == (matrix.size(0),)
+    assert layer.weight_v.shape == (matrix.size(1),)
+    assert torch.linalg.vector_norm(layer.weight_u).item() == pytest.approx(1)
+    torch.testing.assert_close(layer.weight_v, nn.functional.normalize(matrix.t() @ layer.weight_u, dim=0))
+
+
+@every_layer
+def test_weights_start_as_the_plain_layers(kind: str) -> None:
+    torch.manual_seed(3)
+    layer = LAYERS[kind]()
+    torch.manual_seed(3)
+    plain = type(layer)._plain_class(*_plain_arguments(kind))
+    assert torch.equal(layer.weight, plain.weight)
+    assert isinstance(layer, type(plain))
+
+
+def _plain_arguments(kind: str) -> tuple[Any, ...]:
+    return {
+        "conv": (4, 6, 3),
+        "conv_grouped": (4, 6, (3, 2), 1, 0, 1, 2),
+        "conv_depthwise_dilated": (4, 4, 3, 1, 2, 2, 4),
+        "conv_same_circular": (4, 6, 3, 1, "same"),
+        "transpose": (4, 6, 4),
+        "transpose_grouped": (4, 6, 3, 2, 0, 1, 2),
+        "linear": (4, 6),
+        "embedding": (7, 6),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("normalised", "plain"),
+    [
+        (SNConv2d, nn.Conv2d),
+        (SNConvTranspose2d, nn.ConvTranspose2d),
+        (SNLinear, nn.Linear),
+        (SNEmbedding, nn.Embedding),
+    ],
+)
+def test_positional_arguments_are_torchs(normalised: type[nn.Module], plain: type[nn.Module]) -> None:
+    code = plain.__init__.__code__
+    torchs = code.co_varnames[: code.co_argcount]
+    ours = normalised.__init__.__code__.co_varnames[: normalised.__init__.__code__.co_argcount]
+    assert ours == torchs
+
+
+def test_reset_parameters_draws_weight_and_vectors_anew() -> None:
+    layer = SNConv2d(3, 4, 3)
+    before = copy.deepcopy(layer.state_dict())
+    layer.reset_parameters()
+    assert not any(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    matrix = matrix_of(layer)
+    torch.testing.assert_close(layer.weight_v, nn.functional.normalize(matrix.t() @ layer.weight_u, dim=0))
+
+
+def test_transposed_convolution_takes_an_output_size() -> None:
+    layer = SNConvTranspose2d(4, 6, 3, stride=2, padding=1)
+    x = torch.randn(1, 4, 5, 5)
+    assert layer(x).shape == (1, 6, 9, 9)
+    assert layer(x, output_size=[10, 10]).shape == (1, 6, 10, 10)
+
+
+def test_convolutions_take_a_single_image() -> None:
+    for layer in (SNConv2d(4, 6, 3).eval(), SNConvTranspose2d(4, 6, 3).eval()):
+        x = torch.randn(4, 5, 5)
+        torch.testing.assert_close(layer(x), layer(x[None])[0])
+
+
+def test_padding_row_of_an_embedding_gets_no_gradient() -> None:
+    layer = SNEmbedding(5, 3, padding_idx=2)
+    assert torch.count_nonzero(layer.weight[2]) == 0
+    layer(torch.tensor([2, 2, 0, 4])).sum().backward()
+    assert torch.count_nonzero(layer.weight.grad[2]) == 0
+    assert torch.count_nonzero(layer.weight.grad[0]) > 0
+
+
+def test_embedding_scales_gradients_by_frequency_when_asked() -> None:
+    layers = [SNEmbedding(5, 3, scale_grad_by_freq=scale, dtype=torch.float64) for scale in (False, True)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer in layers:
+        nn.init.zeros_(layer.weight)  # sigma takes no part in the gradient
+        layer(torch.tensor([1, 1, 1, 4])).sum().backward()
+    torch.testing.assert_close(layers[0].weight.grad[1], 3 * layers[1].weight.grad[1])
+
+
+def test_representation_names_what_differs_from_the_defaults() -> None:
+    assert repr(SNLinear(2, 3)) == "SNLinear(in_features=2, out_features=3, bias=True)"
+    text = repr(SNLinear(2, 3, n_power_iterations=2, eps=1e-8, iterate_when_frozen=False))
+    assert text.endswith("n_power_iterations=2, eps=1e-08, iterate_when_frozen=False)")
+
+
+def test_another_parametrization_of_the_weight_is_a_good_neighbour() -> None:
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    layer = SNLinear(4, 3)
+    parametrize.register_parametrization(layer, "weight", Double())
+    original = layer.parametrizations.weight.original
+    y = layer(torch.eye(4))
+    weight = (y - layer.bias).t()
+    torch.testing.assert_close(weight, 2 * original / (layer.weight_u @ (2 * original) @ layer.weight_v))
+    y.square().sum().backward()
+    assert torch.count_nonzero(original.grad) > 0
+
+
+def test_averaged_model_averages_the_weight_and_copies_u() -> None:
+    model = nn.Sequential(SNConv2d(3, 4, 3), nn.Flatten(), SNLinear(16, 1))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average.update_parameters(model)
+    before = model[0].weight.detach().clone()
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    average.update_parameters(model)
+    torch.testing.assert_close(
+        average.module[0].weight.detach(), 0.9 * before + 0.1 * model[0].weight.detach()
+    )
+    assert same(vectors(average.module), vectors(model))
+    assert average.eval()(torch.randn(2, 3, 4, 4)).isfinite().all()
+
+
+# --- removing --------------------------------------------------------------------------------------------------
+
+
+@every_layer
+@pytest.mark.parametrize("iterate_when_frozen", [True, False])
+def test_removing_leaves_the_plain_layer_with_the_same_outputs(kind: str, iterate_when_frozen: bool) -> None:
+    layer = LAYERS[kind](iterate_when_frozen=iterate_when_frozen)
+    plain_class = type(layer)._plain_class
+    x = input_of(layer)
+    layer(x)
+    layer.eval()
+    y = layer(x)
+    removed = remove_spectral_norm(layer)
+    assert removed is layer
+    assert type(removed) is plain_class
+    assert torch.equal(removed(x), y)
+    pristine = plain_class(*_plain_arguments(kind))
+    assert removed.state_dict().keys() == pristine.state_dict().keys()
+    assert set(vars(removed)) == set(vars(pristine))
+
+
+def test_removing_reaches_every_layer_and_keeps_requires_grad() -> None:
+    model = nn.Sequential(SelfAttention2d(8, gamma_init=1.0), nn.ReLU(), SNConv2d(8, 2, 1)).eval()
+    model[2].weight.requires_grad_(False)
+    x = torch.randn(1, 8, 4, 4)
+    y = model(x)
+    remove_spectral_norm(model)
+    assert not any(isinstance(layer, SpectralNormLayer) for layer in model.modules())
+    assert type(model[0].query) is nn.Conv2d
+    assert not model[2].weight.requires_grad
+    assert model[0].query.weight.requires_grad
+    assert torch.equal(model(x), y)
+
+
+def test_removing_inside_the_frozen_context_leaves_no_trace() -> None:
+    layer = SNLinear(2, 2)
+    with frozen_spectral_norm(layer):
+        remove_spectral_norm(layer)
+    assert set(vars(layer)) == set(vars(nn.Linear(2, 2)))
+
+
+def test_removing_from_a_plain_model_changes_nothing() -> None:
+    model = nn.Linear(2, 2)
+    weight = model.weight
+    assert remove_spectral_norm(model).weight is weight
+
+
+# --- applying --------------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()) for _ in range(2))
+        self.up = nn.ConvTranspose2d(4, 4, 2)
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(4, 1))
+
+
+def normalised_names(model: nn.Module) -> set[str]:
+    return {name for name, layer in model.named_modules() if isinstance(layer, SpectralNormLayer)}
+
+
+EVERY_NAME = {"embed", "blocks.0.0", "blocks.1.0", "up", "head.1"}
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left_out"),
+    [
+        ([], set()),
+        (["up"], {"up"}),
+        (["blocks.*"], {"blocks.0.0", "blocks.1.0"}),
+        (["blocks"], {"blocks.0.0", "blocks.1.0"}),
+        (["blocks.?.0", "head"], {"blocks.0.0", "blocks.1.0", "head.1"}),
+        ([nn.Embedding], {"embed"}),
+        ([nn.Sequential], {"blocks.0.0", "blocks.1.0", "head.1"}),
+        ([nn.modules.conv._ConvNd, "embed"], {"blocks.0.0", "blocks.1.0", "up", "embed"}),
+        ((name for name in ("up", "embed")), {"up", "embed"}),
+    ],
+)
+def test_applying_excludes_names_patterns_and_classes(exclude: Any, left_out: set[str]) -> None:
+    model = apply_spectral_norm(Network(), exclude=exclude)
+    assert normalised_names(model) == EVERY_NAME - left_out
+
+
+def test_applying_excludes_modules() -> None:
+    model = Network()
+    apply_spectral_norm(model, exclude=[model.head, model.blocks[1][0]])
+    assert normalised_names(model) == EVERY_NAME - {"head.1", "blocks.1.0"}
+
+
+def test_applying_keeps_layers_parameters_hooks_and_the_optimizer() -> None:
+    model = Network()
+    layers = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    called = []
+    model.head[1].register_forward_hook(lambda *_: called.append(True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert apply_spectral_norm(model, n_power_iterations=2, eps=1e-8, iterate_when_frozen=False) is model
+    assert all(layer is layers[name] for name, layer in model.named_modules())
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert (model.up.n_power_iterations, model.up.eps, model.up.iterate_when_frozen) == (2, 1e-8, False)
+    weight = model.head[1].weight.detach().clone()
+    model.head(torch.randn(2, 4, 1, 1)).sum().backward()
+    optimizer.step()
+    assert called
+    assert not torch.equal(model.head[1].weight, weight)
+
+
+def test_applied_layers_equal_constructed_ones() -> None:
+    applied = apply_spectral_norm(nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode="reflect"))
+    constructed = SNConv2d(4, 6, 3, stride=2, padding=1, padding_mode="reflect")
+    assert type(applied) is SNConv2d
+    constructed.load_state_dict(applied.state_dict())
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(applied(x), constructed(x))
+    assert set(vars(applied)) == set(vars(constructed))
+    assert repr(applied) == repr(constructed)
+
+
+def test_applying_and_removing_returns_the_same_class_and_normalised_weight() -> None:
+    model = Network()
+    weight = model.up.weight.detach().clone()
+    remove_spectral_norm(apply_spectral_norm(model))
+    assert type(model.up) is nn.ConvTranspose2d
+    ratio = model.up.weight / weight
+    torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio))
+
+
+def test_applying_leaves_normalised_layers_alone() -> None:
+    model = nn.Sequential(SNLinear(2, 2, n_power_iterations=4), nn.Linear(2, 2))
+    before = vectors(model[0])
+    apply_spectral_norm(apply_spectral_norm(model))
+    assert model[0].n_power_iterations == 4
+    assert same(vectors(model[0]), before)
+    assert type(model[1]) is SNLinear
+
+
+def test_applying_finds_a_shared_layer_once() -> None:
+    shared = nn.Linear(3, 3)
+    model = apply_spectral_norm(nn.Sequential(shared, nn.ReLU(), shared))
+    assert model[0] is model[2]
+    assert model(torch.randn(2, 3)).shape == (2, 3)
+
+
+class CustomLinear(nn.Linear):
+    """A subclass, which may have a forward of its own."""
+
+
+def _parametrised() -> nn.Module:
+    return parametrizations.weight_norm(nn.Linear(2, 2))
+
+
+def _hooked() -> nn.Module:
+    return nn.utils.spectral_norm(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: nn.Conv1d(2, 2, 1), TypeError, "no spectrally normalised form of Conv1d at '1'.*exclude"),
+        (lambda: nn.Conv3d(2, 2, 1), TypeError, "no spectrally normalised form of Conv3d at '1'"),
+        (lambda: nn.ConvTranspose1d(2, 2, 1), TypeError, "form of ConvTranspose1d at '1'"),
+        (lambda: nn.Bilinear(2, 2, 2), TypeError, "form of Bilinear at '1'"),
+        (lambda: nn.EmbeddingBag(2, 2), TypeError, "form of EmbeddingBag at '1'"),
+        (lambda: nn.LazyConv2d(2, 1), TypeError, "form of LazyConv2d at '1'"),
+        (lambda: CustomLinear(2, 2), TypeError, "form of CustomLinear at '1'"),
+        (lambda: nn.MultiheadAttention(2, 1), TypeError, "NonDynamicallyQuantizableLinear at '1.out_proj'"),
+        (_parametrised, TypeError, "form of ParametrizedLinear at '1'"),
+        (_hooked, TypeError, "the weight of '1' is computed by something else.*remove that first"),
+        (lambda: nn.Embedding(3, 2, max_norm=1.0), ValueError, "max_norm: expected None"),
+        (lambda: nn.Embedding(3, 2, sparse=True), ValueError, "sparse: expected False"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.spectral_norm.*:FutureWarning")
+def test_applying_refuses_what_it_cannot_normalise_and_changes_nothing(
+    make: Callable[[], nn.Module], error: type[Exception], message: str
+) -> None:
+    odd = make()
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), odd, nn.Linear(2, 2))
+    with pytest.raises(error, match=message):
+        apply_spectral_norm(model)
+    assert type(model[0]) is nn.Conv2d
+    assert type(model[2]) is nn.Linear
+    assert normalised_names(model) == set()
+    apply_spectral_norm(model, exclude=["1"])
+    assert normalised_names(model) == {"0", "2"}
+    assert model[1] is odd
+
+
+def test_applying_refuses_an_empty_weight_and_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = nn.Parameter(torch.empty(0, 2))
+    with pytest.raises(
+        ValueError, match=r"the weight of '1': expected at least one element, got shape \[0, 2\]"
+    ):
+        apply_spectral_norm(model)
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"exclude": ["heat"]}, ValueError, "exclude: expected names, classes or modules.*got 'heat'"),
+        ({"exclude": ["heads.*"]}, ValueError, r"got 'heads\.\*'"),
+        ({"exclude": [nn.Conv3d]}, ValueError, "got <class 'torch.nn.modules.conv.Conv3d'>"),
+        ({"exclude": [nn.Linear(2, 2)]}, ValueError, "exclude: expected names, classes or modules"),
+        ({"exclude": "up"}, TypeError, r"exclude: expected a collection, got the string 'up'"),
+        ({"n_power_iterations": 0}, ValueError, "n_power_iterations: expected at least 1, got 0"),
+        ({"eps": -1.0}, ValueError, r"eps: expected a positive number, got -1\.0"),
+    ],
+)
+def test_applying_with_a_mistaken_argument_changes_nothing(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = Network()
+    with pytest.raises(error, match=message):
+        apply_spectral_norm(model, **options)
+    assert normalised_names(model) == set()
+
+
+# --- errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: SNConv2d(0, 2, 1), ValueError, "in_channels: expected at least 1, got 0"),
+        (lambda: SNConv2d(2, -2, 1), ValueError, "out_channels: expected at least 1, got -2"),
+        (lambda: SNConv2d(2, 2.0, 1), TypeError, r"out_channels: expected an int, got 2\.0"),
+        (
+            lambda: SNConv2d(2, 2, 0),
+            ValueError,
+            r"weight: expected at least one element, got shape \[2, 2, 0",
+        ),
+        (lambda: SNConvTranspose2d(0, 2, 1), ValueError, "in_channels: expected at least 1, got 0"),
+        (lambda: SNLinear(0, 2), ValueError, "in_features: expected at least 1, got 0"),
+        (lambda: SNLinear(2, 0), ValueError, "out_features: expected at least 1, got 0"),
+        (lambda: SNEmbedding(0, 2), ValueError, "num_embeddings: expected at least 1, got 0"),
+        (lambda: SNEmbedding(2, 0), ValueError, "embedding_dim: expected at least 1, got 0"),
+        (lambda: SNEmbedding(2, 2, max_norm=1.0), ValueError, "max_norm: expected None"),
+        (lambda: SNEmbedding(2, 2, sparse=True), ValueError, "sparse: expected False"),
+        (lambda: SNLinear(2, 2, n_power_iterations=0), ValueError, "n_power_iterations: expected at least 1"),
+        (lambda: SNLinear(2, 2, n_power_iterations=1.5), TypeError, "expected an int, got 1.5"),
+        (lambda: SNLinear(2, 2, eps=0), ValueError, "eps: expected a positive number, got 0"),
+        (lambda: SNLinear(2, 2, eps=float("nan")), ValueError, "eps: expected a positive number, got nan"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_impossible_arguments_are_refused(
+    make: Callable[[], nn.Module], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "error", "message"),
+    [
+        (
+            SNConv2d(3, 2, 1),
+            torch.ones(1, 4, 2, 2),
+            ValueError,
+            r"expected \[N, C, H, W\] or \[C, H, W\] with C = 3, got \[1, 4, 2, 2\]",
+        ),
+        (SNConv2d(3, 2, 1), torch.ones(3, 2), ValueError, r"with C = 3, got \[3, 2\]"),
+        (SNConvTranspose2d(3, 2, 1), torch.ones(4, 2, 2), ValueError, r"with C = 3, got \[4, 2, 2\]"),
+        (
+            SNConvTranspose2d(3, 2, 1),
+            torch.ones(3, 2, 2).half(),
+            TypeError,
+            r"expected the module's dtype torch.float32, got torch.float16; convert one",
+        ),
+        (
+            SNConv2d(3, 2, 1),
+            torch.ones(3, 2, 2, device="meta"),
+            ValueError,
+            "expected the device of the module's parameters, cpu, got meta",
+        ),
+        (SNLinear(3, 2), torch.ones(2, 4), ValueError, r"input: expected \[\*, 3\], got \[2, 4\]"),
+        (SNLinear(3, 2), torch.tensor(1.0), ValueError, r"input: expected \[\*, 3\], got \[\]"),
+        (
+            SNLinear(3, 2),
+            torch.ones(2, 3).double(),
+            TypeError,
+            "expected the module's dtype torch.float32, got torch.float64",
+        ),
+        (SNLinear(3, 2), "x", TypeError, "input: expected a floating-point tensor, got str"),
+        (
+            SNEmbedding(3, 2),
+            torch.tensor([0, 3]),
+            ValueError,
+            "expected values from 0 to 2, got values from 0 to 3",
+        ),
+        (
+            SNEmbedding(3, 2),
+            torch.tensor([-1]),
+            ValueError,
+            "expected values from 0 to 2, got values from -1",
+        ),
+        (
+            SNEmbedding(3, 2),
+            torch.tensor([1.0]),
+            TypeError,
+            "expected an int64 or int32 tensor, got torch.float32",
+        ),
+        (SNEmbedding(3, 2), [1], TypeError, "expected an int64 or int32 tensor, got list"),
+        (
+            SNEmbedding(3, 2),
+            torch.zeros(1, dtype=torch.long, device="meta"),
+            ValueError,
+            "expected the device of the module's parameters, cpu, got meta",
+        ),
+    ],
+)
+def test_wrong_inputs_are_refused_before_u_moves(
+    layer: SpectralNormLayer, x: Any, error: type[Exception], message: str
+) -> None:
+    before = vectors(layer)
+    with pytest.raises(error, match=message):
+        layer(x)
+    assert same(vectors(layer), before)
+
+
+@pytest.mark.parametrize("iterate_when_frozen", [True, False])
+def test_a_frozen_pass_without_iteration_repeats_the_last_moving_pass_bit_for_bit(
+    iterate_when_frozen: bool,
+) -> None:
+    layer = SNLinear(6, 4, iterate_when_frozen=iterate_when_frozen)
+    x = torch.randn(8, 6)
+    moved = layer(x)
+    u, v = layer.weight_u.clone(), layer.weight_v.clone()
+    with frozen_spectral_norm(layer, iterate=False):
+        assert torch.equal(layer(x), moved)
+    with frozen_spectral_norm(layer, iterate=True):
+        assert not torch.equal(layer(x), moved)
+    assert torch.equal(layer.weight_u, u)
+    assert torch.equal(layer.weight_v, v)
+
+
+def test_parts_of_a_batch_frozen_after_the_first_give_the_gradient_of_the_whole() -> None:
+    whole = SNLinear(6, 4).double()
+    parts = copy.deepcopy(whole)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    whole(x).square().mean().backward()
+    first, second = x.chunk(2)
+    (parts(first).square().mean() / 2).backward()
+    with frozen_spectral_norm(parts, iterate=False):
+        (parts(second).square().mean() / 2).backward()
+    torch.testing.assert_close(parts.weight.grad, whole.weight.grad, rtol=1e-12, atol=1e-14)
+    assert torch.equal(parts.weight_u, whole.weight_u)
+
+
+def test_checkpointing_with_a_frozen_recomputation_gives_the_plain_gradient() -> None:
+    plain = nn.Sequential(SNConv2d(3, 8, 3), nn.ReLU(), SNConv2d(8, 8, 3)).double()
+    block = copy.deepcopy(plain)
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    plain(x).square().sum().backward()
+    checkpoint(
+        block,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), frozen_spectral_norm(block, iterate=False)),
+    ).square().sum().backward()
+    for ours, theirs in zip(block.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+    for ours, theirs in zip(block.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
