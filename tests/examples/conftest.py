@@ -1,0 +1,76 @@
+"""A small data set, and a run trained on it, for the tests of the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from image_trees import WNIDS, write_image_tree
+
+from sagan.data import ImageFolderDataset, scan_image_tree
+from sagan.networks import NetworkConfig
+from sagan.recipes import DataConfig, OutputConfig, RunConfig
+from sagan.training import TrainingResult, train
+
+Train = Callable[..., TrainingResult]
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of five JPEGs: root/train/<class>/."""
+    root = tmp_path_factory.mktemp("images")
+    sizes = [(48, 40), (37, 50), (33, 33)]
+    write_image_tree(root / "train", class_names=WNIDS[:3], images_per_class=5, sizes=sizes)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_config(image_folder: Path) -> RunConfig:
+    """A run of a few seconds, with an average and flips."""
+    return RunConfig(
+        recipe="best_known",
+        data=image_folder,
+        iterations=2,
+        batch_size=4,
+        ema_decay=0.8,
+        device="cpu",
+        network=NetworkConfig(
+            resolution=32,
+            base_width=2,
+            num_classes=3,
+            latent_dim=6,
+            g_attention=(8, 16),
+            d_attention=(8,),
+            bn_momentum=0.1,
+        ),
+        images=DataConfig(horizontal_flip=True),
+        output=OutputConfig(grid_columns=2),
+    )
+
+
+@pytest.fixture(scope="session")
+def run_training() -> Train:
+    """``run_training(config, **arguments of train)``: train on the folder of the configuration, quietly."""
+
+    def run(config: RunConfig, **arguments: Any) -> TrainingResult:
+        assert config.data is not None
+        tree = scan_image_tree(config.data)
+        dataset = ImageFolderDataset(tree, config.network.resolution, cache_mib=config.images.cache_mib)
+        arguments = {"fingerprint": tree.fingerprint(), "progress": False, **arguments}
+        return train(config, dataset, **arguments)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained_run(
+    tiny_config: RunConfig, run_training: Train, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a run whose samples differ visibly from each other and from those of the raw weights."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    optimizer = replace(tiny_config.optimizer, g_lr=0.02, d_lr=0.02)
+    run_training(replace(tiny_config, out=out, iterations=4, optimizer=optimizer))
+    return out

@@ -1,0 +1,169 @@
+"""Checkpoints: whole or absent, found, kept, and read without running anything from them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sagan import checkpoints
+from sagan.checkpoints import (
+    CheckpointError,
+    checkpoints_in,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from sagan.errors import UserError
+
+
+def save(folder: Path, iteration: int, keep: int = 10) -> Path:
+    return save_checkpoint(folder, {"iteration": iteration}, iteration=iteration, keep=keep)
+
+
+class TouchesAFile:
+    """Unpickled, it creates a file: what a malicious checkpoint could do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mknod, (str(self.path),)
+
+
+class TestSaving:
+    def test_contents_come_back_as_they_were(self, tmp_path: Path) -> None:
+        contents = {
+            "weights": {"a": torch.randn(3, 2), "half": torch.ones(2, dtype=torch.bfloat16)},
+            "numbers": [1, 2.5, None, True],
+            "names": ["n01440764", "ä"],
+            "random": torch.Generator().manual_seed(3).get_state(),
+        }
+        path = save_checkpoint(tmp_path / "new" / "folder", contents, iteration=12, keep=1)
+        found = load_checkpoint(path)
+        for name, tensor in contents["weights"].items():
+            assert found["weights"][name].equal(tensor)
+            assert found["weights"][name].dtype == tensor.dtype
+        assert found["numbers"] == contents["numbers"]
+        assert found["names"] == contents["names"]
+        assert found["random"].equal(contents["random"])
+
+    def test_file_names_sort_by_iteration(self, tmp_path: Path) -> None:
+        paths = [save(tmp_path, iteration) for iteration in (1000, 9, 20, 1_000_000)]
+        assert checkpoints_in(tmp_path) == [paths[1], paths[2], paths[0], paths[3]]
+
+    @pytest.mark.parametrize("keep", [1, 3])
+    def test_only_the_latest_are_kept(self, tmp_path: Path, keep: int) -> None:
+        for iteration in range(1, 6):
+            save(tmp_path, iteration, keep)
+        iterations = [load_checkpoint(path)["iteration"] for path in checkpoints_in(tmp_path)]
+        assert iterations == list(range(6 - keep, 6))
+        assert len(list(tmp_path.iterdir())) == keep
+
+    def test_a_crash_while_writing_leaves_the_earlier_checkpoint_and_none_that_is_torn(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        earlier = save(tmp_path, 1, keep=1)
+
+        def torn_save(contents: object, file: Any) -> None:
+            file.write(b"PK\3\4 half of a file")
+            raise OSError("No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints.torch, "save", torn_save)
+            with pytest.raises(OSError, match="No space left"):
+                save(tmp_path, 2, keep=1)
+        assert checkpoints_in(tmp_path) == [earlier]
+        assert find_checkpoint(tmp_path) == earlier
+        assert load_checkpoint(earlier)["iteration"] == 1
+        later = save(tmp_path, 2, keep=1)  # the same name, after the leftover
+        assert [path.name for path in tmp_path.iterdir()] == [later.name]
+
+    def test_the_file_gets_its_name_only_when_complete(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        complete_at_naming: list[bool] = []
+        replace = Path.replace
+
+        def recording_replace(self: Path, target: Path) -> Path:
+            complete_at_naming.append(torch.load(self, weights_only=True)["iteration"] == 3)
+            assert not target.exists()
+            return replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", recording_replace)
+        path = save(tmp_path, 3)
+        assert complete_at_naming == [True]
+        assert list(tmp_path.iterdir()) == [path]
+
+
+class TestFinding:
+    def test_a_file_a_run_and_a_folder_of_checkpoints_are_all_accepted(self, tmp_path: Path) -> None:
+        first, last = save(tmp_path / "run" / "checkpoints", 1), save(tmp_path / "run" / "checkpoints", 2)
+        assert find_checkpoint(first) == first
+        assert find_checkpoint(tmp_path / "run") == last
+        assert find_checkpoint(tmp_path / "run" / "checkpoints") == last
+
+    def test_other_files_in_the_folder_are_not_checkpoints(self, tmp_path: Path) -> None:
+        path = save(tmp_path, 1)
+        for name in ("iteration_000000002.partial", "iteration_3.pt", "best.pt", "xiteration_000000004.pt"):
+            (tmp_path / name).write_bytes(b"")
+        assert checkpoints_in(tmp_path) == [path]
+
+    def test_a_missing_folder_holds_none(self, tmp_path: Path) -> None:
+        assert checkpoints_in(tmp_path / "nowhere") == []
+
+    def test_errors_tell_a_missing_path_from_a_run_without_checkpoints(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="found no file or folder"):
+            find_checkpoint(tmp_path / "nowhere")
+        with pytest.raises(CheckpointError, match="found a run's folder without checkpoints"):
+            find_checkpoint(tmp_path)
+
+
+class TestLoading:
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+    def test_a_torn_file_is_refused(self, tmp_path: Path, share: float) -> None:
+        path = save_checkpoint(tmp_path, {"weights": torch.randn(1000)}, iteration=1, keep=1)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(CheckpointError, match="is not a readable checkpoint") as caught:
+            load_checkpoint(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="is not a readable checkpoint"):
+            load_checkpoint(tmp_path / "iteration_000000001.pt")
+
+    @pytest.mark.parametrize("writer", [pickle.dumps, "torch.save", "torch.save, old format"])
+    def test_code_in_a_foreign_file_is_never_run(self, tmp_path: Path, writer: Any) -> None:
+        trap, path = tmp_path / "was_run", tmp_path / "foreign.pt"
+        contents = {"format": checkpoints.FORMAT, "version": checkpoints.VERSION, "x": TouchesAFile(trap)}
+        if callable(writer):
+            path.write_bytes(writer(contents))
+        else:
+            torch.save(contents, path, _use_new_zipfile_serialization="old" not in writer)
+        with pytest.raises(CheckpointError, match="is not a readable checkpoint"):
+            load_checkpoint(path)
+        assert not trap.exists()
+        torch.load(path, weights_only=False) if not callable(writer) else pickle.loads(path.read_bytes())
+        assert trap.exists()  # the trap works
+
+    @pytest.mark.parametrize("contents", [{"weights": torch.ones(2)}, [1, 2], {"format": "another program"}])
+    def test_another_programs_file_is_refused(self, tmp_path: Path, contents: Any) -> None:
+        path = tmp_path / "other.pt"
+        torch.save(contents, path)
+        with pytest.raises(CheckpointError, match="is not a checkpoint of this trainer"):
+            load_checkpoint(path)
+
+    def test_a_newer_version_is_refused_with_both_numbers(self, tmp_path: Path) -> None:
+        path = tmp_path / "newer.pt"
+        torch.save({"format": checkpoints.FORMAT, "version": 99}, path)
+        with pytest.raises(CheckpointError, match="is of version 99; this trainer reads version 1"):
+            load_checkpoint(path)
+
+    def test_checkpoint_errors_are_shown_to_users_without_traceback(self) -> None:
+        assert issubclass(CheckpointError, UserError)

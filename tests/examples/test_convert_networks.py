@@ -1,0 +1,349 @@
+"""The released TensorFlow code's whole networks (tests/golden), and the loaders of their variables."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sagan.convert import load_tensorflow_discriminator, load_tensorflow_generator
+from sagan.networks import Discriminator, Generator, NetworkConfig
+from sagan_layers import (
+    ConditionalBatchNorm2d,
+    SelfAttention2d,
+    SpectralNormLayer,
+    frozen_spectral_norm,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TOLERANCE = 1e-4
+Arrays = dict[str, np.ndarray]
+
+
+def load(name: str) -> Arrays:
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def below(arrays: Arrays, prefix: str) -> Arrays:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def assert_agrees(ours: Tensor, recorded: np.ndarray, what: str) -> None:
+    theirs = torch.from_numpy(recorded).double()
+    assert ours.shape == theirs.shape, what
+    error, scale = (ours.detach().double() - theirs).abs().max().item(), theirs.abs().max().item()
+    assert error <= TOLERANCE * scale, f"{what}: error {error:.2e} of {scale:.2e}"
+
+
+def nchw(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
+
+
+def pixels(array: np.ndarray) -> Tensor:
+    return nchw(array.astype(np.float32) / 127.5 - 1)
+
+
+# --- names and layouts, written down a second time: ours to TensorFlow's ------------------------------------
+
+
+def to_tensorflow(values: Tensor, axes: tuple[int, ...]) -> np.ndarray:
+    return values.detach().permute(axes).numpy().copy()
+
+
+def layer_variables(layer: nn.Module, what: str = "weight") -> Arrays:
+    """Return a layer's weight, bias and u, or its gradients, in TensorFlow's layout."""
+
+    def of(parameter: Tensor) -> Tensor:
+        if what == "grad":
+            assert parameter.grad is not None
+            return parameter.grad
+        return parameter
+
+    if isinstance(layer, nn.Conv2d):
+        variables = {"w": to_tensorflow(of(layer.weight), (2, 3, 1, 0))}
+        if layer.bias is not None:
+            variables["biases"] = of(layer.bias).detach().numpy().copy()
+    elif isinstance(layer, nn.Linear):
+        variables = {
+            "Matrix": to_tensorflow(of(layer.weight), (1, 0)),
+            "bias": of(layer.bias).detach().numpy().copy(),
+        }
+    else:
+        assert isinstance(layer, nn.Embedding)
+        variables = {"embedding_map": of(layer.weight).detach().numpy().copy()}
+    if what == "weight" and isinstance(layer, SpectralNormLayer):
+        variables["u"] = layer.weight_u.numpy().copy()[None]
+    return variables
+
+
+def norm_variables(norm: ConditionalBatchNorm2d) -> Arrays:
+    names = ("mean", "var") if norm.num_classes else ("moving_mean", "moving_variance")
+    statistics = [norm.norm.running_mean.numpy().copy(), norm.norm.running_var.numpy().copy()]
+    if norm.num_classes:
+        statistics = [values[None, None, None] for values in statistics]
+    tables = {"gamma": norm.weight.detach().numpy().copy(), "beta": norm.bias.detach().numpy().copy()}
+    return {**tables, **dict(zip(names, statistics, strict=True))}
+
+
+def attention_variables(layer: SelfAttention2d, what: str = "weight") -> Arrays:
+    gamma = layer.gamma.grad if what == "grad" else layer.gamma
+    variables = {"sigma_ratio": gamma.detach().numpy().copy()}
+    for theirs, ours in (("theta", layer.query), ("phi", layer.key), ("g", layer.value), ("attn", layer.out)):
+        variables.update(scoped(f"sn_conv_{theirs}", layer_variables(ours, what)))
+    return variables
+
+
+def scoped(scope: str, variables: Arrays) -> Arrays:
+    return {f"{scope}/{name}": array for name, array in variables.items()}
+
+
+def generator_variables(generator: Generator) -> Arrays:
+    channels = generator.first_shape[0]
+    linear = {
+        name: array.reshape(*array.shape[:-1], channels, 16).swapaxes(-1, -2).reshape(array.shape)
+        for name, array in layer_variables(generator.linear).items()
+    }
+    variables = scoped("g_snh0", linear)
+    for number, block in enumerate(generator.blocks, 1):
+        for name, norm in (("cbn_0", block.norm1), ("cbn_1", block.norm2)):
+            variables.update(scoped(f"g_block{number}/{name}", norm_variables(norm)))
+        for name, conv in (("snconv1", block.conv1), ("snconv2", block.conv2), ("snconv3", block.shortcut)):
+            variables.update(scoped(f"g_block{number}/{name}", layer_variables(conv)))
+    scopes = ("g_non_local", "g_non_local_1", "g_non_local_2")
+    for scope, mixer in zip(scopes, generator.mixers.values(), strict=False):
+        variables.update(scoped(scope, attention_variables(mixer)))
+    variables.update(scoped("g_bn", norm_variables(generator.last_norm)))
+    variables.update(scoped("g_snconv_last", layer_variables(generator.last_conv)))
+    return scoped("model", variables)
+
+
+def discriminator_variables(discriminator: Discriminator, what: str = "weight") -> Arrays:
+    variables: Arrays = {}
+    blocks = [*discriminator.blocks, discriminator.last_block]
+    for number, block in enumerate(blocks, 1):
+        scope = f"d_block{number}" if number > 1 else "d_optimized_block1"
+        convs = {"sn_conv1": block.conv1, "sn_conv2": block.conv2}
+        if number < len(blocks):
+            convs["sn_conv3"] = block.shortcut
+        for name, conv in convs.items():
+            variables.update(scoped(f"{scope}/{name}", layer_variables(conv, what)))
+    scopes = ("d_non_local", "d_non_local_1", "d_non_local_2")
+    for scope, mixer in zip(scopes, discriminator.mixers.values(), strict=False):
+        variables.update(scoped(scope, attention_variables(mixer, what)))
+    variables.update(scoped("d_sn_linear", layer_variables(discriminator.head.linear, what)))
+    variables.update(scoped("d_embedding", layer_variables(discriminator.head.embedding, what)))
+    return scoped("model", variables)
+
+
+# --- against the released code -----------------------------------------------------------------------------
+
+G_CONFIG = NetworkConfig(resolution=128, base_width=2, num_classes=6)
+D_CONFIG = NetworkConfig(resolution=128, base_width=4, num_classes=6)
+
+
+@pytest.fixture(scope="module")
+def g_arrays() -> Arrays:
+    return load("generator_attention32")
+
+
+@pytest.fixture(scope="module")
+def d_arrays() -> Arrays:
+    return load("discriminator_attention32")
+
+
+@pytest.fixture
+def generator(g_arrays: Arrays) -> Generator:
+    network = Generator(G_CONFIG)
+    load_tensorflow_generator(network, below(g_arrays, "before/"))
+    return network
+
+
+@pytest.fixture
+def discriminator(d_arrays: Arrays) -> Discriminator:
+    network = Discriminator(D_CONFIG)
+    load_tensorflow_discriminator(network, below(d_arrays, "before/"))
+    return network
+
+
+class TestGeneratorAgainstTheReleasedCode:
+    def test_training_output_and_vectors_after_it(self, generator: Generator, g_arrays: Arrays) -> None:
+        assert generator.mixers["32"].gamma.item() != 0
+        images = generator(torch.from_numpy(g_arrays["z"]), torch.from_numpy(g_arrays["labels"]))
+        assert_agrees(images, nchw(g_arrays["y_train"]).numpy(), "y_train")
+        recorded = below(g_arrays, "after/")
+        ours = generator_variables(generator)
+        assert len(recorded) == 21
+        for name, array in recorded.items():
+            assert_agrees(torch.from_numpy(ours[name]), array, name)
+
+    def test_evaluation_output_leaves_everything_as_it_was(
+        self, generator: Generator, g_arrays: Arrays
+    ) -> None:
+        generator.eval()
+        before = copy.deepcopy(generator.state_dict())
+        images = generator(torch.from_numpy(g_arrays["z"]), torch.from_numpy(g_arrays["labels"]))
+        assert_agrees(images, nchw(g_arrays["y_eval"]).numpy(), "y_eval")
+        assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+        assert np.abs(g_arrays["y_eval"] - g_arrays["y_train"]).max() > 0.01  # the two are told apart
+
+
+class TestDiscriminatorAgainstTheReleasedCode:
+    def test_logits_losses_and_every_gradient(self, discriminator: Discriminator, d_arrays: Arrays) -> None:
+        before = below(d_arrays, "before/")
+        images = torch.cat([pixels(d_arrays["real_uint8"]), pixels(d_arrays["fake_uint8"])])
+        labels = torch.from_numpy(np.concatenate([d_arrays["labels_real"], d_arrays["labels_fake"]]))
+        with frozen_spectral_norm(discriminator):
+            real_logits, fake_logits = discriminator(images, labels).chunk(2)
+        assert_agrees(real_logits, d_arrays["logits_real"], "logits_real")
+        assert_agrees(fake_logits, d_arrays["logits_fake"], "logits_fake")
+        d_loss = hinge_discriminator_loss(real_logits=real_logits, fake_logits=fake_logits)
+        g_loss = hinge_generator_loss(fake_logits=fake_logits)
+        assert_agrees(d_loss, d_arrays["d_loss"], "d_loss")
+        assert_agrees(g_loss, d_arrays["g_loss"], "g_loss")
+        d_loss.backward()
+        ours = discriminator_variables(discriminator, "grad")
+        recorded = below(d_arrays, "grad/")
+        assert set(ours) == set(recorded)
+        for name, array in recorded.items():
+            assert_agrees(torch.from_numpy(ours[name]), array, f"gradient of {name}")
+        for name, array in discriminator_variables(discriminator).items():
+            if name.endswith("/u"):
+                assert np.array_equal(array, before[name]), name
+
+    def test_a_real_batch_moves_the_vectors_and_a_frozen_fake_batch_follows_them(
+        self, d_arrays: Arrays
+    ) -> None:
+        discriminator = Discriminator(D_CONFIG)
+        variables = {**below(d_arrays, "before/"), **below(d_arrays, "random_u/before/")}
+        load_tensorflow_discriminator(discriminator, variables)
+        real_labels = torch.from_numpy(d_arrays["labels_real"])
+        fake_labels = torch.from_numpy(d_arrays["labels_fake"])
+        real_logits = discriminator(pixels(d_arrays["real_uint8"]), real_labels)
+        assert_agrees(real_logits, d_arrays["random_u/logits_real"], "logits_real")
+        after = below(d_arrays, "random_u/after/")
+        assert len(after) == 23
+        self.assert_vectors(discriminator, after)
+        with frozen_spectral_norm(discriminator):
+            fake_logits = discriminator(pixels(d_arrays["fake_uint8"]), fake_labels)
+        assert_agrees(fake_logits, d_arrays["random_u/logits_fake_after_update"], "logits_fake")
+        self.assert_vectors(discriminator, after)
+
+    @staticmethod
+    def assert_vectors(discriminator: Discriminator, recorded: Arrays) -> None:
+        ours = discriminator_variables(discriminator)
+        for name, array in recorded.items():
+            assert_agrees(torch.from_numpy(ours[name]), array, name)
+
+
+# --- the loaders -------------------------------------------------------------------------------------------
+
+TINY = NetworkConfig(
+    resolution=32, base_width=2, num_classes=3, latent_dim=5, g_attention=(8, 32), d_attention=(16, 4)
+)
+NETWORKS = [
+    pytest.param(Generator, generator_variables, load_tensorflow_generator, id="generator"),
+    pytest.param(Discriminator, discriminator_variables, load_tensorflow_discriminator, id="discriminator"),
+]
+
+
+def random_network(kind: type, config: NetworkConfig, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    network = kind(config)
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(0.5, 2)
+            elif value.is_floating_point() and not name.endswith(("weight_u", "weight_v")):
+                value.normal_()
+    return network
+
+
+class TestLoaders:
+    @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
+    @pytest.mark.parametrize("places", [(), (16,), (8, 16)])
+    def test_every_variable_reaches_its_place_at_any_number_of_attentions(
+        self, kind, export, loader, places
+    ) -> None:
+        config = replace(TINY, g_attention=places, d_attention=places)
+        source, target = random_network(kind, config, 1), random_network(kind, config, 2)
+        loader(target, export(source))
+        for name, value in source.state_dict().items():
+            if "num_batches_tracked" in name:
+                continue
+            if name.endswith("weight_v"):  # TensorFlow has none
+                continue
+            assert torch.equal(target.state_dict()[name], value), name
+        assert target.eval()(*self.inputs(kind)).equal(source.eval()(*self.inputs(kind)))
+
+    @staticmethod
+    def inputs(kind: type) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(5)
+        shape = (5,) if kind is Generator else (3, 32, 32)
+        return torch.randn(2, *shape), torch.tensor([0, 2])
+
+    def test_first_linear_layer_goes_from_height_width_channels_to_channels_height_width(
+        self, generator: Generator, g_arrays: Arrays
+    ) -> None:
+        matrix = g_arrays["before/model/g_snh0/Matrix"]
+        bias, u = g_arrays["before/model/g_snh0/bias"], g_arrays["before/model/g_snh0/u"]
+        for channel, row, column in ((0, 0, 0), (0, 0, 1), (1, 0, 0), (31, 3, 2), (7, 2, 0)):
+            theirs, ours = (row * 4 + column) * 32 + channel, (channel * 4 + row) * 4 + column
+            assert np.array_equal(generator.linear.weight[ours].detach().numpy(), matrix[:, theirs])
+            assert generator.linear.bias[ours].item() == bias[theirs]
+            assert generator.linear.weight_u[ours].item() == u[0, theirs]
+
+    @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
+    def test_right_vectors_are_set_to_fit(self, kind, export, loader) -> None:
+        target = kind(TINY)
+        loader(target, export(random_network(kind, TINY, 1)))
+        for layer in target.modules():
+            if isinstance(layer, SpectralNormLayer):
+                fitting = nn.functional.normalize(layer.weight.detach().flatten(1).T @ layer.weight_u, dim=0)
+                torch.testing.assert_close(layer.weight_v, fitting, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
+    def test_missing_left_over_and_misshapen_variables_are_all_named_and_nothing_is_loaded(
+        self, kind, export, loader
+    ) -> None:
+        variables = export(random_network(kind, TINY, 1))
+        target = random_network(kind, TINY, 2)
+        before = copy.deepcopy(target.state_dict())
+        names = [name for name in variables if name.endswith("/w")]
+        del variables[names[0]]
+        variables[names[1]] = variables[names[1]].transpose(3, 2, 1, 0)[..., :1]
+        variables["model/stray/w"] = np.zeros(3)
+        with pytest.raises(ValueError, match="do not fit") as caught:
+            loader(target, variables)
+        message = str(caught.value)
+        assert f"missing: {names[0]};" in message
+        assert "left over: model/stray/w;" in message
+        assert f"of the wrong shape: {names[1]} (expected [" in message
+        assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+    @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
+    def test_variables_of_another_number_of_classes_are_refused(self, kind, export, loader) -> None:
+        variables = export(random_network(kind, replace(TINY, num_classes=4), 1))
+        with pytest.raises(ValueError, match=r"expected \[3, \d+\], got \[4, \d+\]"):
+            loader(kind(TINY), variables)
+
+    @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
+    def test_attention_in_fewer_places_than_the_variables_have_is_refused(self, kind, export, loader) -> None:
+        variables = export(random_network(kind, TINY, 1))
+        smaller = kind(replace(TINY, g_attention=(8,), d_attention=(16,)))
+        with pytest.raises(ValueError, match=r"left over: model/[gd]_non_local_1/"):
+            loader(smaller, variables)
+
+    @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
+    def test_only_variables_below_the_scope_are_looked_at(self, kind, export, loader) -> None:
+        source, target = random_network(kind, TINY, 1), random_network(kind, TINY, 2)
+        moved = {name.replace("model/", "ema/net/", 1): value for name, value in export(source).items()}
+        loader(target, {**moved, "global_step": np.array(7), "model/x": np.zeros(2)}, scope="ema/net")
+        assert torch.equal(next(target.parameters()), next(source.parameters()))

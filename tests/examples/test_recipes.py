@@ -1,0 +1,216 @@
+"""The recipes against the published settings, and the configuration's own rules."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sagan.errors import UserError
+from sagan.networks import NetworkConfig
+from sagan.recipes import (
+    DEFAULT_RECIPE,
+    RECIPES,
+    DataConfig,
+    OptimizerConfig,
+    OutputConfig,
+    RunConfig,
+    config_from_dict,
+    differences,
+)
+
+EVERY_RECIPE = pytest.mark.parametrize("name", list(RECIPES))
+# The ICML paper's settings, by dotted name.
+PAPER = {
+    "iterations": 1_000_000,
+    "batch_size": 256,
+    "accumulation": 1,
+    "d_steps": 1,
+    "loss": "hinge",
+    "d_vectors_move_in_g_step": False,
+    "ema_decay": 0.0,
+    "ema_start": 0,
+    "precision": "fp32",
+    "network.resolution": 128,
+    "network.base_width": 64,
+    "network.num_classes": None,
+    "network.latent_dim": 128,
+    "network.g_attention": [32],
+    "network.d_attention": [32],
+    "network.mixer": "attention",
+    "network.g_spectral_norm": True,
+    "network.d_spectral_norm": True,
+    "network.sn_eps": 1e-12,
+    "network.bn_eps": 1e-5,
+    "network.bn_momentum": 0.001,
+    "network.last_bn_momentum": 0.0001,
+    "network.biased_running_var": True,
+    "network.init": "xavier_uniform",
+    "optimizer.g_lr": 1e-4,
+    "optimizer.d_lr": 4e-4,
+    "optimizer.beta1": 0.0,
+    "optimizer.beta2": 0.9,
+    "optimizer.eps": 1e-8,
+    "images.horizontal_flip": False,
+}
+NO_ATTENTION: dict[str, Any] = {"network.g_attention": [], "network.d_attention": []}
+BEST_KNOWN = {
+    "d_vectors_move_in_g_step": True,
+    "ema_decay": 0.999,
+    "ema_start": 2000,
+    "network.sn_eps": 1e-8,
+    "network.bn_momentum": 0.1,
+    "network.last_bn_momentum": 0.1,
+    "network.biased_running_var": False,
+    "optimizer.beta2": 0.999,
+}
+# What each recipe changes against the paper.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released_code": {"iterations": 2_000_000, "optimizer.beta2": 0.999},
+    "best_known": BEST_KNOWN,
+    "sn_on_d_only": {**NO_ATTENTION, "network.g_spectral_norm": False, "optimizer.d_lr": 1e-4},
+    "sn_on_gd": {**NO_ATTENTION, "optimizer.d_lr": 1e-4},
+    "sn_on_gd_ttur": NO_ATTENTION,
+    **{
+        f"{mixer}_{size}": {
+            "network.mixer": mixer,
+            "network.g_attention": [size],
+            "network.d_attention": [size],
+        }
+        for mixer in ("attention", "residual")
+        for size in (8, 16, 32, 64)
+    },
+}
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            result.update(flat(value, f"{prefix}{name}."))
+        else:
+            result[prefix + name] = value
+    return result
+
+
+class TestRecipes:
+    def test_there_is_one_for_each_published_setting_and_the_demo(self) -> None:
+        assert set(RECIPES) == {*PUBLISHED, "digits"}
+        assert DEFAULT_RECIPE == "best_known"
+
+    @pytest.mark.parametrize("name", list(PUBLISHED))
+    def test_values_are_the_published_ones(self, name: str) -> None:
+        values = flat(RECIPES[name]().to_dict())
+        expected = {**PAPER, **PUBLISHED[name]}
+        assert {key: values[key] for key in expected} == expected
+        unnamed = {
+            key: value
+            for key, value in values.items()
+            if key not in expected and not key.startswith(("images.", "output."))
+        }
+        assert unnamed == {
+            "recipe": name,
+            "data": None,
+            "out": "runs/sagan",
+            "device": "auto",
+            "seed": 0,
+        }
+
+    def test_table_1_at_32_is_the_paper_but_for_its_name(self) -> None:
+        found = differences(RECIPES["paper"](), RECIPES["attention_32"]())
+        assert found == {"recipe": ("paper", "attention_32")}
+
+    def test_digits_differ_from_the_paper_where_its_docstring_says(self) -> None:
+        run = RECIPES["digits"]()
+        assert (run.network.resolution, run.network.g_attention, run.loss) == (32, (16,), "hinge")
+        assert run.optimizer.d_lr == 4 * run.optimizer.g_lr
+        assert run.ema_decay > 0
+
+    @EVERY_RECIPE
+    def test_recipes_carry_their_own_name_and_a_published_result(self, name: str) -> None:
+        assert RECIPES[name]().recipe == name
+        builder: Any = RECIPES[name]
+        text = getattr(builder, "func", builder).__doc__
+        assert "Published" in text or name == "digits"
+
+
+class TestRunConfig:
+    @EVERY_RECIPE
+    def test_round_trip_through_json(self, name: str) -> None:
+        config = replace(RECIPES[name](), data=Path("some/where"))
+        again = config_from_dict(json.loads(json.dumps(config.to_dict())))
+        assert again == config
+        assert asdict(again) == asdict(config)
+
+    def test_a_missing_data_folder_survives_the_round_trip(self) -> None:
+        assert config_from_dict(RunConfig(recipe="paper").to_dict()).data is None
+
+    @pytest.mark.parametrize("group", [None, "network", "optimizer", "images", "output"])
+    def test_unknown_and_missing_fields_are_refused_by_name(self, group: str | None) -> None:
+        values = RunConfig(recipe="paper").to_dict()
+        part = values if group is None else values[group]
+        removed = next(key for key in part if key not in ("network", "optimizer", "images", "output"))
+        value = part.pop(removed)
+        with pytest.raises(UserError, match=rf"unknown \[\], missing \['{removed}'\]"):
+            config_from_dict(values)
+        part.update({removed: value, "lerning_rate": 1})
+        with pytest.raises(UserError, match=r"unknown \['lerning_rate'\], missing \[\]"):
+            config_from_dict(values)
+
+    def test_values_out_of_range_are_refused_when_read(self) -> None:
+        values = RunConfig(recipe="paper").to_dict()
+        values["network"]["resolution"] = 100
+        with pytest.raises(UserError, match="resolution"):
+            config_from_dict(values)
+
+    @pytest.mark.parametrize(
+        "config",
+        [RunConfig(recipe="paper"), NetworkConfig(), OptimizerConfig(), DataConfig(), OutputConfig()],
+    )
+    def test_configurations_are_frozen(self, config: Any) -> None:
+        name = next(iter(asdict(config)))
+        with pytest.raises(FrozenInstanceError):
+            setattr(config, name, 1)
+
+    def test_differences_name_fields_by_their_dotted_path_with_both_values(self) -> None:
+        one = RECIPES["paper"]()
+        other = replace(one, seed=3, network=replace(one.network, g_attention=(8, 16)))
+        assert differences(one, other) == {"seed": (0, 3), "network.g_attention": ([32], [8, 16])}
+        assert differences(one, one) == {}
+
+    @pytest.mark.parametrize(
+        ("kind", "changes", "message"),
+        [
+            (RunConfig, {"iterations": 0}, "iterations: expected at least 1, got 0"),
+            (RunConfig, {"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+            (RunConfig, {"accumulation": 0}, "accumulation: expected at least 1, got 0"),
+            (RunConfig, {"d_steps": 0}, "d_steps: expected at least 1, got 0"),
+            (RunConfig, {"accumulation": 3}, "accumulation: expected a divisor of batch_size = 256, got 3"),
+            (RunConfig, {"ema_decay": 1.0}, "ema_decay: expected from 0 to below 1, got 1.0"),
+            (RunConfig, {"ema_decay": -0.1}, "ema_decay: expected from 0 to below 1, got -0.1"),
+            (RunConfig, {"ema_start": -1}, "ema_start: expected at least 0, got -1"),
+            (RunConfig, {"seed": -1}, "seed: expected at least 0, got -1"),
+            (RunConfig, {"loss": "wasserstein"}, "loss: expected one of .*, got 'wasserstein'"),
+            (RunConfig, {"precision": "fp8"}, "precision: expected one of .*, got 'fp8'"),
+            (OptimizerConfig, {"g_lr": 0.0}, "g_lr: expected above 0, got 0.0"),
+            (OptimizerConfig, {"d_lr": -1.0}, "d_lr: expected above 0, got -1.0"),
+            (OptimizerConfig, {"eps": float("nan")}, "eps: expected above 0, got nan"),
+            (OptimizerConfig, {"beta1": 1.0}, "beta1, beta2: expected from 0 to below 1, got 1.0, 0.9"),
+            (OptimizerConfig, {"beta2": -0.1}, "beta1, beta2: expected from 0 to below 1, got 0.0, -0.1"),
+            (DataConfig, {"resample": "cubic"}, "resample: expected one of bilinear, .*, got 'cubic'"),
+            (DataConfig, {"workers": -1}, "workers, cache_mib: expected at least 0"),
+            (DataConfig, {"cache_mib": -1}, "workers, cache_mib: expected at least 0"),
+            (OutputConfig, {"log_every": 0}, "log_every: expected at least 1, got 0"),
+            (OutputConfig, {"keep_checkpoints": 0}, "keep_checkpoints: expected at least 1, got 0"),
+        ],
+    )
+    def test_settings_out_of_range_are_refused_by_name(
+        self, kind: Any, changes: dict[str, Any], message: str
+    ) -> None:
+        required = {"recipe": "paper"} if kind is RunConfig else {}
+        with pytest.raises(UserError, match=message):
+            kind(**required, **changes)

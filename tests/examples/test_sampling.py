@@ -1,0 +1,235 @@
+"""Numbered samples: the same whoever makes them, and however many are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sagan.checkpoints import CheckpointError, find_checkpoint, load_checkpoint
+from sagan.errors import UserError
+from sagan.networks import Generator, NetworkConfig
+from sagan.recipes import RunConfig
+from sagan.sampling import (
+    TrainedGenerator,
+    generate,
+    load_generator,
+    numbered_samples,
+    sample_inputs,
+    to_uint8,
+)
+from sagan.training import TrainingResult
+
+CPU = torch.device("cpu")
+NETWORK = NetworkConfig(resolution=32, base_width=2, num_classes=3, latent_dim=6, d_attention=())
+
+
+@pytest.fixture(scope="module")
+def trained(trained_run: Path) -> TrainedGenerator:
+    return load_generator(trained_run, CPU)
+
+
+def made(trained: TrainedGenerator, count: int, **settings: Any) -> dict[int, tuple[Tensor, int]]:
+    settings = {"seed": 0, "batch_size": 4, **settings}
+    found: dict[int, tuple[Tensor, int]] = {}
+    for numbers, images, labels in numbered_samples(trained, count, **settings):
+        assert len(numbers) == len(images) == len(labels)
+        for number, image, label in zip(numbers, images, labels.tolist(), strict=True):
+            assert number not in found
+            found[number] = image, label
+    return found
+
+
+def assert_same_samples(some: dict[int, tuple[Tensor, int]], others: dict[int, tuple[Tensor, int]]) -> None:
+    for number, (image, label) in some.items():
+        assert torch.equal(image, others[number][0]), number
+        assert label == others[number][1]
+
+
+class TestInputs:
+    def test_a_sample_depends_on_seed_and_number_alone(self) -> None:
+        latents, labels = sample_inputs(range(10), NETWORK, 5)
+        for number in (0, 3, 9):
+            alone, label = sample_inputs([number], NETWORK, 5)
+            assert torch.equal(alone[0], latents[number])
+            assert label[0] == labels[number] == number % 3
+        backwards, _ = sample_inputs(range(9, -1, -1), NETWORK, 5)
+        assert torch.equal(backwards.flip(0), latents)
+
+    def test_the_global_random_state_is_neither_read_nor_moved(self) -> None:
+        before = torch.get_rng_state()
+        first, _ = sample_inputs(range(4), NETWORK, 0)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(12345)
+        assert torch.equal(sample_inputs(range(4), NETWORK, 0)[0], first)
+
+    def test_seeds_and_numbers_give_unrelated_normal_latents(self) -> None:
+        wide = replace(NETWORK, latent_dim=64)
+        latents = torch.cat([sample_inputs(range(100), wide, seed)[0] for seed in (0, 1, 2, 10**9)])
+        assert latents.mean().abs() < 0.03
+        assert latents.std().item() == pytest.approx(1, abs=0.03)
+        correlations = torch.corrcoef(latents).fill_diagonal_(0)
+        assert correlations.abs().max() < 0.7  # 80,000 pairs at a deviation of 1/8
+        assert correlations.std().item() == pytest.approx(1 / 8, rel=0.1)
+
+    def test_seed_and_number_do_not_stand_in_for_each_other(self) -> None:
+        latents = [sample_inputs([number], NETWORK, seed)[0] for seed, number in ((0, 1), (1, 0), (1, 1))]
+        assert not torch.equal(latents[0], latents[1])
+        assert not torch.equal(latents[0], latents[2])
+
+    def test_classes_are_gone_through_in_turn(self) -> None:
+        _, labels = sample_inputs(range(5), NETWORK, 0, torch.tensor([2, 0]))
+        assert labels.tolist() == [2, 0, 2, 0, 2]
+        _, labels = sample_inputs([7], NETWORK, 0)
+        assert labels.tolist() == [1]
+        assert labels.dtype == torch.int64
+
+    def test_unconditional_samples_carry_label_zero(self) -> None:
+        _, labels = sample_inputs(range(3), replace(NETWORK, num_classes=0), 0)
+        assert labels.tolist() == [0, 0, 0]
+
+
+class TestNumberedSamples:
+    @pytest.mark.parametrize("count", [1, 4, 6, 9])
+    def test_samples_do_not_depend_on_how_many_are_asked_for(
+        self, trained: TrainedGenerator, count: int
+    ) -> None:
+        samples = made(trained, count)
+        assert sorted(samples) == list(range(count))
+        assert_same_samples(samples, made(trained, 13))
+
+    def test_every_block_is_made_full_so_that_its_arithmetic_is_the_same(
+        self, trained: TrainedGenerator
+    ) -> None:
+        sizes: list[int] = []
+        hook = trained.generator.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        with hook:
+            made(trained, 6)
+            made(trained, 1)
+        assert sizes == [4, 4, 4]
+
+    @pytest.mark.parametrize("processes", [2, 3, 5])
+    def test_processes_make_each_sample_once_and_the_same(
+        self, trained: TrainedGenerator, processes: int
+    ) -> None:
+        alone = made(trained, 13)
+        shared = [made(trained, 13, rank=rank, num_processes=processes) for rank in range(processes)]
+        assert sum(map(len, shared)) == 13
+        for part in shared:
+            assert_same_samples(part, alone)
+        assert {number for part in shared for number in part} == set(range(13))
+
+    def test_seeds_give_other_images_and_numbers_too(self, trained: TrainedGenerator) -> None:
+        one, other = made(trained, 6), made(trained, 6, seed=1)
+        assert not any(torch.equal(one[number][0], other[number][0]) for number in range(6))
+        images = torch.stack([image for image, _ in one.values()]).flatten(1)
+        assert len(images.unique(dim=0)) == 6
+
+    def test_labels_go_through_the_classes_that_had_images(self, trained: TrainedGenerator) -> None:
+        assert [label for _, label in made(trained, 5).values()] == [0, 1, 2, 0, 1]
+        chosen = made(trained, 3, labels_in_use=torch.tensor([2]))
+        assert [label for _, label in chosen.values()] == [2, 2, 2]
+        fewer = replace(trained, labels_in_use=torch.tensor([0, 2]))
+        assert [label for _, label in made(fewer, 4).values()] == [0, 2, 0, 2]
+
+    def test_images_are_those_of_the_generator_for_latents_and_labels(
+        self, trained: TrainedGenerator
+    ) -> None:
+        latents, labels = sample_inputs(range(4), trained.config.network, 0)
+        with torch.no_grad():
+            expected = to_uint8(trained.generator(latents, labels))
+        assert torch.equal(torch.stack([image for image, _ in made(trained, 4).values()]), expected)
+
+    def test_the_generator_is_not_changed(self, trained: TrainedGenerator) -> None:
+        before = {name: value.clone() for name, value in trained.generator.state_dict().items()}
+        made(trained, 6)
+        assert all(value.equal(before[name]) for name, value in trained.generator.state_dict().items())
+
+
+class TestGenerate:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_mode_and_vectors_are_as_before_and_images_those_of_evaluation(self, training: bool) -> None:
+        network = Generator(NETWORK).train(training)
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        latents, labels = sample_inputs(range(5), NETWORK, 0)
+        images = generate(network, latents, labels, batch_size=2)
+        assert (images.shape, images.dtype) == ((5, 3, 32, 32), torch.uint8)
+        assert network.training == training
+        assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+        assert not images.requires_grad
+        with torch.no_grad():
+            expected = to_uint8(network.eval()(latents[4:], labels[4:]))
+        assert torch.equal(images[4:], expected)
+
+    def test_mode_is_restored_after_an_error(self) -> None:
+        network = Generator(NETWORK).train()
+        latents, _ = sample_inputs(range(2), NETWORK, 0)
+        with pytest.raises(ValueError, match="labels"):
+            generate(network, latents, torch.tensor([0, 9]), batch_size=2)
+        assert network.training
+
+    def test_generators_without_classes_are_given_no_labels(self) -> None:
+        network = Generator(replace(NETWORK, num_classes=0))
+        latents, labels = sample_inputs(range(2), network.config, 0)
+        assert generate(network, latents, labels, batch_size=2).shape == (2, 3, 32, 32)
+
+    def test_pixels_are_rounded_and_clamped(self) -> None:
+        values = torch.tensor([-2.0, -1.0, -0.999, 0.0, 1 / 127.5, 0.999, 1.0, 2.0])
+        assert to_uint8(values).tolist() == [0, 0, 0, 128, 128, 255, 255, 255]
+        every = torch.arange(256)
+        assert torch.equal(to_uint8(every / 127.5 - 1), every.to(torch.uint8))
+        assert to_uint8(torch.zeros(2, dtype=torch.bfloat16)).dtype == torch.uint8
+
+
+class TestLoading:
+    def test_what_a_run_knows_of_itself_is_loaded(self, trained_run: Path, trained: TrainedGenerator) -> None:
+        assert trained.iteration == 4
+        assert trained.class_names == ["n01440764", "n01443537", "n01484850"]
+        assert trained.labels_in_use.tolist() == [0, 1, 2]
+        assert trained.config.out == trained_run
+        assert not trained.generator.training
+
+    def test_average_and_raw_weights_are_told_apart(self, trained_run: Path) -> None:
+        state = load_checkpoint(find_checkpoint(trained_run))
+        name = "blocks.0.conv1.weight"
+        loaded = {
+            weights: load_generator(trained_run, CPU, weights=weights) for weights in ("auto", "ema", "raw")
+        }
+        weights = {key: each.generator.get_parameter(name) for key, each in loaded.items()}
+        assert torch.equal(weights["ema"], state["average"][f"module.{name}"])
+        assert torch.equal(weights["auto"], weights["ema"])
+        assert torch.equal(weights["raw"], state["generator"][name])
+        assert not torch.equal(weights["raw"], weights["ema"])
+        assert {key: each.averaged for key, each in loaded.items()} == {
+            "auto": True,
+            "ema": True,
+            "raw": False,
+        }
+
+    def test_without_an_average_raw_weights_are_taken_and_ema_is_refused(
+        self, tiny_config: RunConfig, run_training: Callable[..., TrainingResult], tmp_path: Path
+    ) -> None:
+        run = run_training(replace(tiny_config, iterations=1, ema_decay=0.0, out=tmp_path / "run"))
+        loaded = load_generator(run.out, CPU)
+        assert not loaded.averaged
+        assert_state_equal(loaded.generator, run.trainer.generator)
+        with pytest.raises(UserError, match="expected a run with a moving average for 'ema'"):
+            load_generator(run.out, CPU, weights="ema")
+
+    def test_a_checkpoint_file_is_accepted(self, trained_run: Path, trained: TrainedGenerator) -> None:
+        assert_state_equal(load_generator(find_checkpoint(trained_run), CPU).generator, trained.generator)
+
+    def test_a_folder_without_checkpoints_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="without checkpoints"):
+            load_generator(tmp_path, CPU)
+
+
+def assert_state_equal(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    theirs = other.state_dict()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, theirs[name]), name
