@@ -256,8 +256,10 @@ def wrong_nothing(root: Path) -> Path:
 def test_wrong_layout_says_what_was_found_what_was_expected_and_the_fix(
     tmp_path: Path, build, found: str, fix: str
 ) -> None:
+    root = tmp_path / "alone" / "root"  # the search for the fix looks at the folders beside
+    root.mkdir(parents=True)
     with pytest.raises(DatasetError) as caught:
-        scan_image_tree(build(tmp_path))
+        scan_image_tree(build(root))
     message = str(caught.value)
     assert isinstance(caught.value, ValueError)
     told, expected_and_fix = message.split("Expected:")

@@ -137,6 +137,15 @@ class TestFinishedDemo:
             assert row["frechet"] > 0
             assert math.isfinite(row["frechet"])
 
+    def test_quality_measured_anew_after_a_crash_takes_the_place_of_what_was_there(
+        self, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        observe = demo._quality_curve(_judges[0], tmp_path / "quality.jsonl")
+        for iteration in (0, 2, 4, 2):
+            monkeypatch.setattr(finished.result.trainer, "iteration", iteration)
+            observe(finished.result.trainer)
+        assert [row["iteration"] for row in rows_of(tmp_path / "quality.jsonl")] == [0, 2]
+
     def test_the_run_is_on_the_digits_with_ten_classes(self, finished: Finished) -> None:
         state = load_checkpoint(find_checkpoint(finished.config.out))
         assert state["iteration"] == 4

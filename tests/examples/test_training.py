@@ -476,8 +476,12 @@ class TestResuming:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-        with pytest.raises(KeyboardInterrupt):
-            run_training(changed(tiny_config, out=tmp_path / "run"), observe=send_two)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                run_training(changed(tiny_config, out=tmp_path / "run"), observe=send_two)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def test_after_a_crash_the_lines_and_iterations_since_the_checkpoint_are_made_again(
         self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
