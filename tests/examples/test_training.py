@@ -255,7 +255,7 @@ class TestGradients:
     def test_accumulated_gradients_are_those_of_one_large_batch(
         self, tiny_config: RunConfig, sn: bool
     ) -> None:
-        """Without batch norm, which sees parts; with SN from converged vectors, where an iteration changes nothing."""
+        """Without batch norm, which sees the parts alone."""
         gradients = []
         for accumulation in (1, 2, 4):
             trainer = make_trainer(
@@ -267,11 +267,6 @@ class TestGradients:
                 optimizer__d_lr=1e-12,
             )
             self.replace_generator(trainer)
-            layers = [m for m in trainer.discriminator.modules() if isinstance(m, SpectralNormLayer)]
-            assert bool(layers) == sn
-            with torch.no_grad():
-                for layer in layers * 100:
-                    layer.normalized_weight()
             pixels, labels = next(Batches(4))
             size = 4 // accumulation
             trainer._update_discriminator(zip(pixels.split(size), labels.split(size), strict=True))
@@ -280,7 +275,7 @@ class TestGradients:
             gradients.append([p.grad.clone() for p in parameters])
         for several in gradients[1:]:
             for one, summed in zip(gradients[0], several, strict=True):
-                torch.testing.assert_close(summed, one, rtol=1e-3, atol=2e-6)
+                torch.testing.assert_close(summed, one, rtol=1e-4, atol=1e-6)
         assert max(gradient.abs().max() for gradient in gradients[0]) > 1e-2
 
     @staticmethod
