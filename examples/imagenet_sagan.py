@@ -50,6 +50,9 @@ def main(arguments: Sequence[str]) -> int:
     except (UserError, OSError) as error:
         print(f"imagenet_sagan.py {name}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before or after the loop, which saves a checkpoint itself
+        print(f"imagenet_sagan.py {name}: interrupted", file=sys.stderr)
+        return 130
     return 2
 
 

@@ -20,7 +20,8 @@ class SelfAttention2d(nn.Module):
 
     The four W are 1x1 convolutions, ``query``, ``key``, ``value`` and ``out``; attention is
     :func:`sagan_layers.functional.attention` over the positions, without a scale on the logits. ``gamma``
-    starts at 0, so that a freshly inserted layer returns its input bit for bit.
+    starts at 0, so that a freshly inserted layer returns its input bit for bit (as long as what it gathers is
+    finite).
 
     The defaults are the released code's. Others in use:
 
@@ -102,6 +103,7 @@ class SelfAttention2d(nn.Module):
                 f"got {value_channels}"
             )
         functional.check_backend(backend)
+        functional.check_parameter_dtype(dtype)
 
         def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
             if not spectral_norm:
@@ -127,7 +129,7 @@ class SelfAttention2d(nn.Module):
         self.key = conv1x1(in_channels, key_channels)
         self.value = conv1x1(in_channels, value_channels)
         self.out = conv1x1(value_channels, in_channels) if output_projection else nn.Identity()
-        self.gamma = nn.Parameter(torch.full((), gamma_init, device=device, dtype=dtype))
+        self.gamma = nn.Parameter(torch.full((), float(gamma_init), device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Draw the convolutions' weights anew and set gamma back to ``gamma_init``."""

@@ -90,6 +90,7 @@ class ConditionalBatchNorm2d(nn.Module):
     ) -> None:
         super().__init__()
         functional.check_sizes(num_features=num_features)
+        functional.check_parameter_dtype(dtype)
         functional.check_positive("eps", eps)
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"momentum: expected None or a number from 0 to 1, got {momentum!r}")
@@ -180,8 +181,10 @@ class ConditionalBatchNorm2d(nn.Module):
         :func:`standing_statistics` does this for a whole network.
 
         Raises:
-            ValueError: if the layer has no running statistics to set.
+            ValueError: if the layer has no running statistics to set, or is gathering already.
         """
+        if self._standing is not None:
+            raise ValueError("standing statistics: expected a layer that is not gathering them already")
         if self.norm.running_mean is None:
             raise ValueError("standing statistics: expected track_running_stats=True")
         self._standing = _StandingStatistics(self.num_features, self.norm.running_mean.device)
@@ -196,21 +199,31 @@ class ConditionalBatchNorm2d(nn.Module):
         Raises:
             ValueError: if nothing was gathered. The running statistics are then as before.
         """
-        standing, self._standing = self._standing, None
-        if standing is None:
+        if self._standing is None:
             raise ValueError("standing statistics: expected begin_standing_statistics first")
+        try:
+            self._gather_standing_statistics(process_group)
+            self._set_standing_statistics()
+        finally:
+            self._standing = None
+
+    def _gather_standing_statistics(self, process_group: ProcessGroup | None) -> None:
+        assert self._standing is not None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            standing.gather(process_group)
-        if standing.count == 0:
-            raise ValueError("standing statistics: expected at least one forward pass, got none")
+            self._standing.gather(process_group)
+        if self._standing.count == 0:
+            raise ValueError(
+                "standing statistics: expected at least one forward pass of each layer, got none"
+            )
+
+    def _set_standing_statistics(self) -> None:
+        standing = self._standing
+        assert standing is not None
         assert self.norm.running_mean is not None
         assert self.norm.running_var is not None
         correction = 0 if self.biased_running_var or standing.count == 1 else 1
         self.norm.running_mean.copy_(standing.mean)
         self.norm.running_var.copy_(standing.squares / (standing.count - correction))
-
-    def _abort_standing_statistics(self) -> None:
-        self._standing = None
 
     def _gain_and_bias(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         batch = x.size(0)
@@ -219,7 +232,9 @@ class ConditionalBatchNorm2d(nn.Module):
                 raise ValueError(
                     f"condition: expected vectors [N, {self.condition_features}] with N = {batch}, got None"
                 )
-            functional.check_features(condition, features=self.condition_features, like=self._any_parameter())
+            functional.check_features(
+                condition, features=self.condition_features, like=self._any_parameter(), name="condition"
+            )
             if condition.shape != (batch, self.condition_features):
                 raise ValueError(
                     f"condition: expected [{batch}, {self.condition_features}], got {list(condition.shape)}"
@@ -310,6 +325,8 @@ def standing_statistics(module: nn.Module, *, process_group: ProcessGroup | None
     if not layers or foreign:
         found = f"torch's batch norm at {', '.join(map(repr, foreign))}" if foreign else "none"
         raise ValueError(f"standing statistics: expected ConditionalBatchNorm2d layers alone, got {found}")
+    if any(layer._standing is not None for layer in layers):
+        raise ValueError("standing statistics: expected layers that are not gathering them already")
     modes = [(layer, layer.training) for layer in module.modules()]
     module.eval()
     try:
@@ -317,10 +334,12 @@ def standing_statistics(module: nn.Module, *, process_group: ProcessGroup | None
             layer.begin_standing_statistics()
         yield
         for layer in layers:
-            layer.end_standing_statistics(process_group)
+            layer._gather_standing_statistics(process_group)
+        for layer in layers:  # all of them, now that nothing can go wrong
+            layer._set_standing_statistics()
     finally:
         for layer in layers:
-            layer._abort_standing_statistics()
+            layer._standing = None
         for inner, training in modes:
             inner.training = training
 

@@ -6,11 +6,13 @@ expected and what came. Shape letters: N batch, C channels, H height, W width, L
 
 from __future__ import annotations
 
+import numbers
 import os
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.common_types import _size_2_t
 
 from sagan_layers.ops import dispatch, reference
 from sagan_layers.ops.reference import SpectralNormResult
@@ -319,13 +321,34 @@ def check_positive(name: str, number: float) -> None:
         raise ValueError(f"{name}: expected a positive number, got {number!r}")
 
 
-def check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: object) -> None:
     """Raise ``TypeError`` unless every size is an integer, ``ValueError`` unless it is at least 1."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral):
             raise TypeError(f"{name}: expected an int, got {size!r}")
-        if size < 1:
+        if int(size) < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
+
+
+def check_parameter_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ``TypeError`` unless parameters can have this dtype."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+
+
+def check_convolution(
+    kernel_size: _size_2_t, stride: _size_2_t, padding: str | _size_2_t, dilation: _size_2_t
+) -> None:
+    """Raise unless kernel size, stride and dilation are at least 1, and the padding is not negative."""
+    for name, value, least in (
+        ("kernel_size", kernel_size, 1),
+        ("stride", stride, 1),
+        ("dilation", dilation, 1),
+        ("padding", padding, 0),
+    ):
+        for size in value if isinstance(value, (tuple, list)) else (value,):
+            if not isinstance(size, str) and not size >= least:
+                raise ValueError(f"{name}: expected at least {least}, got {value!r}")
 
 
 def check_input(
@@ -348,20 +371,20 @@ def check_input(
     check_floating("input", x)
     if x.dim() not in dims or x.size(channel_axis) != channels:
         raise ValueError(f"input: expected {layout} with C = {channels}, got {_shape(x)}")
-    _check_module_tensor(x, like)
+    _check_module_tensor("input", x, like)
 
 
-def check_features(x: Tensor, *, features: int, like: Tensor) -> None:
+def check_features(x: Tensor, *, features: int, like: Tensor, name: str = "input") -> None:
     """Raise unless the last axis of x has ``features`` entries, in the dtype and on the device of ``like``.
 
     Raises:
         ValueError: for the size or device.
         TypeError: if x is not a floating-point tensor of the module's dtype.
     """
-    check_floating("input", x)
+    check_floating(name, x)
     if x.dim() < 1 or x.size(-1) != features:
-        raise ValueError(f"input: expected [*, {features}], got {_shape(x)}")
-    _check_module_tensor(x, like)
+        raise ValueError(f"{name}: expected [*, {features}], got {_shape(x)}")
+    _check_module_tensor(name, x, like)
 
 
 def check_indices(name: str, indices: object, *, upper: int, like: Tensor) -> None:
@@ -421,11 +444,11 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _check_module_tensor(x: Tensor, like: Tensor) -> None:
-    check_same_device("input", x, "the module's parameters", like)
+def _check_module_tensor(name: str, x: Tensor, like: Tensor) -> None:
+    check_same_device(name, x, "the module's parameters", like)
     if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
-            f"input: expected the module's dtype {like.dtype}, got {x.dtype}; convert one, or use torch.autocast"
+            f"{name}: expected the module's dtype {like.dtype}, got {x.dtype}; convert one, or use torch.autocast"
         )
 
 

@@ -204,6 +204,8 @@ class SNConv2d(SpectralNormLayer, nn.Conv2d):  # type: ignore[misc]
         iterate_when_frozen: bool = True,
     ) -> None:
         functional.check_sizes(in_channels=in_channels, out_channels=out_channels)
+        functional.check_convolution(kernel_size, stride, padding, dilation)
+        functional.check_parameter_dtype(dtype)
         nn.Conv2d.__init__(
             self,
             in_channels,
@@ -281,6 +283,8 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
         iterate_when_frozen: bool = True,
     ) -> None:
         functional.check_sizes(in_channels=in_channels, out_channels=out_channels)
+        functional.check_convolution(kernel_size, stride, padding, dilation)
+        functional.check_parameter_dtype(dtype)
         nn.ConvTranspose2d.__init__(
             self,
             in_channels,
@@ -365,6 +369,7 @@ class SNLinear(SpectralNormLayer, nn.Linear):  # type: ignore[misc]
         iterate_when_frozen: bool = True,
     ) -> None:
         functional.check_sizes(in_features=in_features, out_features=out_features)
+        functional.check_parameter_dtype(dtype)
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
 
@@ -426,6 +431,7 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
         iterate_when_frozen: bool = True,
     ) -> None:
         functional.check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        functional.check_parameter_dtype(dtype)
         _refuse_embedding_options(max_norm, sparse)
         nn.Embedding.__init__(
             self,
@@ -515,7 +521,7 @@ def remove_spectral_norm(module: _ModuleT) -> _ModuleT:
 
     Each layer stays the same object, of class ``nn.Conv2d``, ``nn.ConvTranspose2d``, ``nn.Linear`` or
     ``nn.Embedding``, and computes what it computed in evaluation before. Its ``weight`` is a new parameter, so
-    an optimizer of the old one has to be made anew.
+    an optimizer of the old one has to be made anew, and weights that two layers shared are shared no longer.
 
     Args:
         module: a layer or a network.
@@ -551,8 +557,9 @@ def apply_spectral_norm(
 
     Each layer stays the same object with the same parameters, so optimizers, hooks and shared modules are
     undisturbed. Layers that are normalised already are left alone. A weight layer for which there is no
-    normalised form here (1-d and 3-d convolutions, subclasses with a forward of their own, layers that are
-    parametrised) is an error that names it, unless excluded: nothing is skipped in silence.
+    normalised form here (1-d and 3-d convolutions, recurrent layers, multi-head attention, subclasses with a
+    forward of their own, parametrised layers) is an error that names it, unless excluded: none of torch's weight
+    layers is skipped in silence.
 
     Args:
         model: a layer or a network.
@@ -609,7 +616,16 @@ _NORMALIZED_CLASSES: dict[type[nn.Module], type[SpectralNormLayer]] = {
     layer_class._plain_class: layer_class
     for layer_class in (SNConv2d, SNConvTranspose2d, SNLinear, SNEmbedding)
 }
-_WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
+_WEIGHT_LAYERS = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
 
 
 def _excluded_modules(

@@ -416,7 +416,7 @@ def test_standing_statistics_of_no_pass_are_an_error_and_change_nothing() -> Non
     module = randomised(ConditionalBatchNorm2d(3))
     before = statistics(module)
     with (
-        pytest.raises(ValueError, match="expected at least one forward pass, got none"),
+        pytest.raises(ValueError, match="expected at least one forward pass of each layer, got none"),
         standing_statistics(module),
     ):
         pass
@@ -579,3 +579,28 @@ def test_wrong_inputs_are_refused_before_statistics_move(
     with pytest.raises(error, match=message):
         module(*inputs)
     assert torch.equal(module.norm.running_mean, mean)
+
+
+def test_standing_statistics_of_a_network_are_set_for_all_layers_or_for_none() -> None:
+    network = nn.Sequential(ConditionalBatchNorm2d(6), ConditionalBatchNorm2d(6))
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match="each layer"), standing_statistics(network):
+        network[0](torch.randn(4, 6, 5, 5))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_standing_statistics_do_not_nest() -> None:
+    norm = ConditionalBatchNorm2d(6)
+    with standing_statistics(norm):
+        norm(torch.randn(4, 6, 5, 5))
+        with pytest.raises(ValueError, match="not gathering them already"), standing_statistics(norm):
+            pass
+        with pytest.raises(ValueError, match="not gathering them already"):
+            norm.begin_standing_statistics()
+
+
+def test_a_wrong_condition_is_called_by_its_name() -> None:
+    norm = ConditionalBatchNorm2d(6, None, condition_features=4)
+    with pytest.raises(ValueError, match=r"condition: expected \[\*, 4\], got \[4, 5\]"):
+        norm(torch.randn(4, 6, 5, 5), torch.randn(4, 5))

@@ -307,7 +307,8 @@ def test_processes_refuse_what_one_process_refuses(ranks: list[dict[str, Any]]) 
         assert results["refusals"] == {
             "single value in a group of one": "x: expected more than 1 value per channel to take batch "
             f"statistics, got [1, {CHANNELS}, 1, 1]",
-            "nothing gathered anywhere": "standing statistics: expected at least one forward pass, got none",
+            "nothing gathered anywhere": "standing statistics: expected at least one forward pass "
+            "of each layer, got none",
         }
 
 

@@ -670,7 +670,7 @@ def _hooked() -> nn.Module:
         (lambda: nn.EmbeddingBag(2, 2), TypeError, "form of EmbeddingBag at '1'"),
         (lambda: nn.LazyConv2d(2, 1), TypeError, "form of LazyConv2d at '1'"),
         (lambda: CustomLinear(2, 2), TypeError, "form of CustomLinear at '1'"),
-        (lambda: nn.MultiheadAttention(2, 1), TypeError, "NonDynamicallyQuantizableLinear at '1.out_proj'"),
+        (lambda: nn.MultiheadAttention(2, 1), TypeError, "form of MultiheadAttention at '1'"),
         (_parametrised, TypeError, "form of ParametrizedLinear at '1'"),
         (_hooked, TypeError, "the weight of '1' is computed by something else.*remove that first"),
         (lambda: nn.Embedding(3, 2, max_norm=1.0), ValueError, "max_norm: expected None"),
@@ -733,11 +733,7 @@ def test_applying_with_a_mistaken_argument_changes_nothing(
         (lambda: SNConv2d(0, 2, 1), ValueError, "in_channels: expected at least 1, got 0"),
         (lambda: SNConv2d(2, -2, 1), ValueError, "out_channels: expected at least 1, got -2"),
         (lambda: SNConv2d(2, 2.0, 1), TypeError, r"out_channels: expected an int, got 2\.0"),
-        (
-            lambda: SNConv2d(2, 2, 0),
-            ValueError,
-            r"weight: expected at least one element, got shape \[2, 2, 0",
-        ),
+        (lambda: SNConv2d(2, 2, 0), ValueError, "kernel_size: expected at least 1, got 0"),
         (lambda: SNConvTranspose2d(0, 2, 1), ValueError, "in_channels: expected at least 1, got 0"),
         (lambda: SNLinear(0, 2), ValueError, "in_features: expected at least 1, got 0"),
         (lambda: SNLinear(2, 0), ValueError, "out_features: expected at least 1, got 0"),
@@ -871,3 +867,40 @@ def test_checkpointing_with_a_frozen_recomputation_gives_the_plain_gradient() ->
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
     for ours, theirs in zip(block.buffers(), plain.buffers(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(4, 4), nn.GRUCell(4, 4), nn.MultiheadAttention(8, 2)])
+def test_applying_to_a_weight_layer_without_normalised_form_names_it(layer: nn.Module) -> None:
+    with pytest.raises(TypeError, match=f"no spectrally normalised form of {type(layer).__name__} at '0'"):
+        apply_spectral_norm(nn.Sequential(layer, nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel_size": 0}, "kernel_size: expected at least 1, got 0"),
+        ({"kernel_size": (3, -1)}, r"kernel_size: expected at least 1, got \(3, -1\)"),
+        ({"kernel_size": 3, "stride": 0}, "stride: expected at least 1, got 0"),
+        ({"kernel_size": 3, "dilation": 0}, "dilation: expected at least 1, got 0"),
+        ({"kernel_size": 3, "padding": -1}, "padding: expected at least 0, got -1"),
+    ],
+)
+@pytest.mark.parametrize("layer", [SNConv2d, SNConvTranspose2d])
+def test_a_convolution_refuses_sizes_out_of_range(
+    layer: type[SNConv2d | SNConvTranspose2d], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer(2, 2, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
+def test_parameters_are_floating_point(dtype: torch.dtype) -> None:
+    for make in (
+        lambda: SNConv2d(2, 2, 3, dtype=dtype),
+        lambda: SNConvTranspose2d(2, 2, 3, dtype=dtype),
+        lambda: SNLinear(2, 2, dtype=dtype),
+        lambda: SNEmbedding(2, 2, dtype=dtype),
+        lambda: SelfAttention2d(8, dtype=dtype),
+    ):
+        with pytest.raises(TypeError, match="dtype: expected a floating-point dtype, got"):
+            make()

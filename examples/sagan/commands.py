@@ -19,7 +19,7 @@ from sagan.figures import attention_maps, default_points, save_attention_figure,
 from sagan.networks import Discriminator, Generator, count_parameters
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, differences
 from sagan.sampling import TrainedGenerator, load_generator, numbered_samples, sample_inputs, to_uint8
-from sagan.training import pick_device, save_config, train
+from sagan.training import check_start, pick_device, save_config, train
 
 T = TypeVar("T")
 INTERRUPTED = 75  # exit code: stopped by a signal, a checkpoint is saved
@@ -55,7 +55,8 @@ class Sample:
         source: folder of a run, or a checkpoint.
         out: where to: for a grid the PNG (or a folder to put grid.png into), else the folder.
         layout: "grid" or "folders".
-        count: number of images; for a grid rounded up to whole rows.
+        count: number of images; for a grid rounded up to whole rows, one for each
+            of --classes at least.
         classes: labels (numbers from 0) or names of the classes; by default all, and for a grid ten of them.
         seed: of the set of samples.
         weights: moving average ("ema"), the weights themselves ("raw"), or the average if there is one.
@@ -131,11 +132,15 @@ def run_train(command: Train) -> int:
         config = _with_classes(config, tree.num_classes)
     print(describe_config(config))
     if command.dry_run:
-        if not checkpoints_in(config.out / "checkpoints"):
+        if checkpoints_in(config.out / "checkpoints"):
+            print(f"\nNot saved: {config.out} holds a run already. Dry run: stopping here.")
+        else:
             print(f"\nSaved as {save_config(config)}. Dry run: stopping here.")
         return 0
     assert tree is not None
     print()
+    pick_device(config.device)
+    check_start(config, resume=command.resume)
     config.out.mkdir(parents=True, exist_ok=True)
     report = preflight(
         tree,
@@ -197,7 +202,7 @@ def run_sample(command: Sample) -> int:
 def _sample_grid(command: Sample, trained: TrainedGenerator, labels_in_use: torch.Tensor) -> int:
     if command.num_processes > 1:
         raise UserError("layout: expected 'folders' with several processes, got 'grid'")
-    rows = -(-command.count // command.columns)
+    rows = max(-(-command.count // command.columns), len(command.classes))
     conditional = bool(trained.config.network.num_classes)
     if conditional and not command.classes and len(labels_in_use) > rows:
         places = torch.linspace(0, len(labels_in_use) - 1, rows).round().long()
@@ -301,7 +306,7 @@ def _chosen_classes(classes: Sequence[str], trained: TrainedGenerator) -> torch.
     for text in classes:
         if text in trained.class_names:  # a name first: the digits' names are numbers
             labels.append(trained.class_names.index(text))
-        elif text.isdigit() and int(text) < len(trained.class_names):
+        elif text.isdecimal() and int(text) < len(trained.class_names):
             labels.append(int(text))
         else:
             raise UserError(
@@ -316,7 +321,7 @@ def _class_name(trained: TrainedGenerator, label: int) -> str | None:
 
 def _point(text: str) -> tuple[int, int]:
     parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
         raise UserError(f"points: expected ROW,COLUMN such as 16,20, got {text!r}")
     return int(parts[0]), int(parts[1])
 

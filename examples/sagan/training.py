@@ -279,15 +279,14 @@ def train(
         TrainingError: if a loss is not finite.
     """
     device = pick_device(config.device)
+    state = check_start(config, resume=resume)
     labels_in_use = torch.unique(dataset.labels)
     trainer = Trainer(config, labels_in_use, device)
     checkpoints = config.out / "checkpoints"
-    if resume:
-        _take_up(trainer, fingerprint)
-    elif checkpoints_in(checkpoints):
-        raise CheckpointError(
-            f"{config.out} holds a run already; go on with it by --resume, or choose another --out"
-        )
+    if state is not None:
+        if state["fingerprint"] != fingerprint:
+            raise CheckpointError(f"the run in {config.out} was made with other images than those found now")
+        trainer.load_state_dict(state)
     config.out.mkdir(parents=True, exist_ok=True)
     save_config(config)
     metrics_path = config.out / "metrics.jsonl"
@@ -367,6 +366,36 @@ def train(
     )
 
 
+def check_start(config: RunConfig, *, resume: bool) -> dict[str, Any] | None:
+    """Return the checkpoint to go on from, None for a new run; what needs no images is checked.
+
+    Args:
+        config: the whole run.
+        resume: whether to go on with the run in its folder.
+
+    Raises:
+        CheckpointError: if there is a run in the folder already and ``resume`` is False, or none to resume, or
+            one that was made with another configuration.
+    """
+    if not resume:
+        if checkpoints_in(config.out / "checkpoints"):
+            raise CheckpointError(
+                f"{config.out} holds a run already; go on with it by --resume, or choose another --out"
+            )
+        return None
+    path = find_checkpoint(config.out)
+    state = load_checkpoint(path)
+    refused = {
+        name: values
+        for name, values in differences(config_from_dict(state["config"]), config).items()
+        if name not in _MAY_CHANGE_ON_RESUME and not name.startswith(_MAY_CHANGE_GROUPS)
+    }
+    if refused:
+        changes = "; ".join(f"{name} was {was!r}, now {now!r}" for name, (was, now) in refused.items())
+        raise CheckpointError(f"{path} was made with another configuration: {changes}")
+    return state
+
+
 def pick_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is the first GPU, or the CPU without one.
 
@@ -390,22 +419,6 @@ def save_config(config: RunConfig) -> Path:
     path = config.out / "config.json"
     path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     return path
-
-
-def _take_up(trainer: Trainer, fingerprint: str) -> None:
-    path = find_checkpoint(trainer.config.out)
-    state = load_checkpoint(path)
-    refused = {
-        name: values
-        for name, values in differences(config_from_dict(state["config"]), trainer.config).items()
-        if name not in _MAY_CHANGE_ON_RESUME and not name.startswith(_MAY_CHANGE_GROUPS)
-    }
-    if refused:
-        changes = "; ".join(f"{name} was {was!r}, now {now!r}" for name, (was, now) in refused.items())
-        raise CheckpointError(f"{path} was made with another configuration: {changes}")
-    if state["fingerprint"] != fingerprint:
-        raise CheckpointError(f"{path} was made with other images than those found now")
-    trainer.load_state_dict(state)
 
 
 def _vectors_move_once(network: nn.Module, part: int) -> contextlib.AbstractContextManager[None]:

@@ -683,3 +683,70 @@ class TestDemo:
         assert main("demo", "--out", tmp_path, "--iterations", 34, "--seed", 5) == code
         assert configs == [replace(RECIPES["digits"](), out=tmp_path, iterations=34, seed=5)]
         assert ("Stopped at iteration 12" in capsys.readouterr().out) == (verdict is None)
+
+
+class TestChecksBeforeTheImages:
+    """What needs no images is refused before the preflight, which takes long on ImageNet and writes a report."""
+
+    @pytest.fixture(autouse=True)
+    def _no_preflight(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise AssertionError("the images were looked at")
+
+        monkeypatch.setattr(commands, "preflight", fail)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--device", "nonsense"), "device: expected auto, cpu or cuda"),
+            (("--resume",), "expected a checkpoint or the folder of a run"),
+        ],
+    )
+    def test_a_new_run(
+        self,
+        image_folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        options: tuple[str, ...],
+        message: str,
+    ) -> None:
+        assert main("train", "--data", image_folder, "--out", tmp_path / "new", *options) == 1
+        assert message in one_line(capsys.readouterr().err)
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [((), "holds a run already"), (("--resume", "--batch-size", "64"), "batch_size was 4, now 64")],
+    )
+    def test_a_folder_with_a_run(
+        self,
+        trained_run: Path,
+        image_folder: Path,
+        capsys: pytest.CaptureFixture[str],
+        options: tuple[str, ...],
+        message: str,
+    ) -> None:
+        before = files_below(trained_run)
+        assert main("train", "--data", image_folder, "--out", trained_run, *options) == 1
+        assert message in one_line(capsys.readouterr().err)
+        assert files_below(trained_run) == before
+
+
+def test_a_grid_has_a_row_for_each_class_asked_for(trained_run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "grid.png"
+    main(
+        "sample",
+        "--source",
+        trained_run,
+        "--out",
+        path,
+        "--count",
+        "2",
+        "--columns",
+        "2",
+        "--classes",
+        0,
+        1,
+        2,
+    )
+    assert read(path).shape[1] == 3 * (32 + 2) + 2
