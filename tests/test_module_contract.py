@@ -380,9 +380,10 @@ def test_exported_with_a_dynamic_batch_it_equals_eager(block: Block, training: b
         torch.testing.assert_close(exported(*fresh), eager(*fresh), rtol=1e-5, atol=1e-5)
     buffers = dict(eager.named_buffers())
     ours = dict(exported.named_buffers())
-    # In evaluation some releases of torch leave out buffers that are not read.
-    for name in buffers if training else ours:
-        torch.testing.assert_close(ours[name], buffers[name], rtol=1e-5, atol=1e-6)
+    for name, buffer in buffers.items():
+        if not training and name.endswith("num_batches_tracked") and name not in ours:
+            continue  # torch 2.6 leaves out what evaluation does not read
+        torch.testing.assert_close(ours[name], buffer, rtol=1e-5, atol=1e-6)
 
 
 @every_block
