@@ -45,7 +45,7 @@ class SelfAttention2d(nn.Module):
         bias: whether the 1x1 convolutions have biases.
         spectral_norm: whether they are :class:`~sagan_layers.SNConv2d`, or ``nn.Conv2d``.
         gamma_init: where gamma starts.
-        backend: "auto" or a backend of :func:`sagan_layers.functional.attention`.
+        backend: "auto" or a backend of :func:`sagan_layers.functional.self_attention_2d`.
         n_power_iterations, eps: as for :class:`~sagan_layers.SNConv2d`; without effect if not
             ``spectral_norm``.
         device, dtype: of the parameters.
@@ -102,7 +102,7 @@ class SelfAttention2d(nn.Module):
                 f"value_channels: expected in_channels = {in_channels} without an output projection, "
                 f"got {value_channels}"
             )
-        functional.check_backend(backend)
+        functional.check_block_backend(backend)
         functional.check_parameter_dtype(dtype)
 
         def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
@@ -141,16 +141,32 @@ class SelfAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x plus gamma times what each position gathered from the others."""
         self._check_input(x)
-        attended = functional.attention(
-            _positions(self.query(x)),
-            _positions(self._pool(self.key(x))),
-            _positions(self._pool(self.value(x))),
-            backend=self.backend,
+        projections = self.query, self.key, self.value, self.out
+        if all(_is_plain(layer) for layer in projections):
+            query, key, value, out = (_weight(layer) for layer in projections)
+            assert query is not None
+            assert key is not None
+            assert value is not None
+            query_bias, key_bias, value_bias, out_bias = (
+                layer.bias if isinstance(layer, nn.Conv2d) else None for layer in projections
+            )
+            return functional.self_attention_2d(
+                x,
+                query,
+                key,
+                value,
+                out,
+                self.gamma,
+                query_bias=query_bias,
+                key_bias=key_bias,
+                value_bias=value_bias,
+                out_bias=out_bias,
+                pool_size=self.pool_size,
+                backend=self.backend,
+            )
+        return functional.compose_self_attention(
+            x, *projections, self.gamma, pool_size=self.pool_size, backend=self.backend
         )
-        gathered = self.out(_feature_map(attended, x))
-        # Subtracted from zero twice, because at gamma 0 a plain sum would turn -0.0 into 0.0.
-        y: Tensor = x - (0.0 - self.gamma * gathered).to(x.dtype)
-        return y
 
     def attention_weights(
         self, x: Tensor, queries: Tensor | Sequence[tuple[int, int]], *, key_grid: bool = True
@@ -192,11 +208,11 @@ class SelfAttention2d(nn.Module):
         functional.check_indices("queries (row)", points[..., 0], upper=height, like=self.gamma)
         functional.check_indices("queries (column)", points[..., 1], upper=width, like=self.gamma)
         with frozen_spectral_norm(self):
-            query = _positions(self.query(x))  # [N, L, E]
+            query = functional.positions(self.query(x))  # [N, L, E]
             key = self._pool(self.key(x))
         flat = (points[..., 0] * width + points[..., 1]).long()  # [N, Q]
         chosen = query.gather(1, flat.unsqueeze(-1).expand(-1, -1, query.size(2)))  # [N, Q, E]
-        weights = functional.attention_weights(chosen, _positions(key))
+        weights = functional.attention_weights(chosen, functional.positions(key))
         return weights.view(*weights.shape[:2], *key.shape[2:]) if key_grid else weights
 
     def extra_repr(self) -> str:
@@ -219,11 +235,16 @@ class SelfAttention2d(nn.Module):
             )
 
 
-def _positions(features: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, H*W, C], a view where the memory format allows it."""
-    return features.flatten(2).transpose(1, 2)
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether the layer is no more than its weight and bias: exactly a convolution, and nobody listens to it."""
+    hooks = (
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
+    return type(layer) in (nn.Conv2d, SNConv2d, nn.Identity) and not hooks
 
 
-def _feature_map(positions: Tensor, like: Tensor) -> Tensor:
-    """[N, H*W, C] -> [N, C, H, W] of the size of ``like``, a view."""
-    return positions.transpose(1, 2).reshape(like.size(0), positions.size(2), *like.shape[2:])
+def _weight(layer: nn.Module) -> Tensor | None:
+    """The layer's weight, normalised; None for the identity."""
+    if isinstance(layer, SNConv2d):
+        return layer.normalized_weight()
+    return layer.weight if isinstance(layer, nn.Conv2d) else None

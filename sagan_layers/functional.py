@@ -6,8 +6,11 @@ expected and what came. Shape letters: N batch, C channels, H height, W width, L
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 from torch.nn.common_types import _size_2_t
 
 from sagan_layers.ops import dispatch, reference
-from sagan_layers.ops.reference import SpectralNormResult
+from sagan_layers.ops.reference import SelfAttentionWeights, SpectralNormResult
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,7 +28,11 @@ __all__ = [
     "attention",
     "attention_weights",
     "conditional_batch_norm",
+    "explain_backends",
+    "force_backend",
+    "record_backends",
     "select_backend",
+    "self_attention_2d",
     "set_debug_checks",
     "spectral_normalize",
 ]
@@ -91,8 +98,7 @@ def attention(
         torch.Size([2, 9, 16])
     """
     _check_attention_inputs(query, key, value)
-    chosen = dispatch.select_attention_backend(query, key, value, backend)
-    return chosen.run(query, key, value, float(scale))
+    return dispatch.run_attention(query, key, value, float(scale), backend)
 
 
 def select_backend(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto") -> str:
@@ -114,6 +120,149 @@ def select_backend(query: Tensor, key: Tensor, value: Tensor, *, backend: str = 
     """
     _check_attention_inputs(query, key, value)
     return dispatch.select_attention_backend(query, key, value, backend).name
+
+
+def explain_backends(query: Tensor, key: Tensor, value: Tensor) -> dict[str, str]:
+    """Return for every backend of :func:`attention` whether it would serve these inputs, and why not.
+
+    Args:
+        query: [N, L, E].
+        key: [N, S, E].
+        value: [N, S, Ev].
+
+    Returns:
+        A sentence for each name, in the order in which "auto" asks.
+
+    Raises:
+        ValueError: as :func:`attention`.
+        TypeError: as :func:`attention`.
+
+    Example:
+        >>> query, key, value = torch.randn(2, 9, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 16)
+        >>> explain_backends(query, key, value)["sdpa"]
+        "serves when named: on a CPU 'chunked' is faster"
+    """
+    _check_attention_inputs(query, key, value)
+    chosen = dispatch.select_attention_backend(query, key, value, "auto").name
+    sentences = {}
+    for name, (against, unasked) in dispatch.reasons_against_attention_backends(query, key, value).items():
+        if against:
+            sentences[name] = f"cannot serve: {'; '.join(against)}"
+        elif name == chosen:
+            sentences[name] = "chosen"
+        else:
+            sentences[name] = f"serves when named: {'; '.join(unasked) or f'{chosen!r} comes first'}"
+    return sentences
+
+
+def force_backend(backend: str) -> contextlib.AbstractContextManager[None]:
+    """Make every attention inside a ``with`` block use one backend, whatever its own ``backend`` says.
+
+    Modules, functions and networks that were built with other choices all follow; contexts nest, the innermost
+    holds. A backend that cannot serve raises as it does when named. The choice falls in forward: backward uses
+    the same backend also after the block has ended. It holds for all threads of the process.
+
+    Args:
+        backend: "auto", a backend of :func:`attention`, or "fused" (of :func:`self_attention_2d`).
+
+    Raises:
+        ValueError: for an unknown name.
+
+    Example:
+        >>> with force_backend("reference"), record_backends() as served:
+        ...     _ = attention(torch.randn(1, 4096, 2), torch.randn(1, 1024, 2), torch.randn(1, 1024, 2))
+        >>> served
+        ['reference']
+    """
+    return dispatch.force_attention_backend(backend)
+
+
+def record_backends() -> contextlib.AbstractContextManager[list[str]]:
+    """Return a context that yields a list, to which every attention inside adds the name of what served it.
+
+    Calls inside ``torch.compile`` are recorded when they are traced, not when the compiled code runs.
+
+    Example:
+        >>> with record_backends() as served:
+        ...     _ = attention(torch.randn(1, 4096, 2), torch.randn(1, 1024, 2), torch.randn(1, 1024, 2))
+        >>> served
+        ['chunked']
+    """
+    return dispatch.record_attention_backends()
+
+
+def self_attention_2d(
+    x: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    out_weight: Tensor | None,
+    gamma: Tensor,
+    *,
+    query_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    pool_size: int = 2,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Return x plus gamma times what each position of a feature map gathers from all the others.
+
+    .. math:: y = x + \gamma\, W_o\, \mathrm{attention}(W_q x,\; \mathrm{pool}(W_k x),\; \mathrm{pool}(W_v x))
+
+    The stateless form of :class:`~sagan_layers.SelfAttention2d`. Weights come in ready: spectral normalisation
+    is the caller's.
+
+    Args:
+        x: [N, C, H, W], floating point.
+        query_weight: [E, C] or [E, C, 1, 1].
+        key_weight: as ``query_weight``.
+        value_weight: [Ev, C] or [Ev, C, 1, 1].
+        out_weight: [C, Ev] or [C, Ev, 1, 1]; None for the identity (then Ev must be C).
+        gamma: a scalar, or one element.
+        query_bias: [E] or None.
+        key_bias: [E] or None.
+        value_bias: [Ev] or None.
+        out_bias: [C] or None.
+        pool_size: side and stride of the max-pool over keys and values; 1 for none.
+        backend: "fused" for two kernels on CUDA; a backend of :func:`attention` for projections, pooling and
+            attention one by one; "auto" for the first of these that serves.
+
+    Shape:
+        - Output: [N, C, H, W], in the dtype and memory format of x.
+
+    Raises:
+        ValueError: if shapes or devices disagree, or the named backend does not exist or cannot serve.
+        TypeError: if a tensor is not floating point.
+
+    Note:
+        Logits and softmax are accumulated in float32 for half-precision inputs. Under autocast the projections
+        are computed in autocast's dtype. Derivatives of every order; the second-order ones of "fused" are
+        those of the composed form.
+
+    Reference:
+        Zhang et al., Self-Attention Generative Adversarial Networks, section 3.
+
+    Example:
+        >>> x, (wq, wk), wv = torch.randn(2, 16, 8, 8), torch.randn(2, 2, 16), torch.randn(8, 16)
+        >>> self_attention_2d(x, wq, wk, wv, torch.randn(16, 8), torch.tensor(0.1)).shape
+        torch.Size([2, 16, 8, 8])
+    """
+    weights = _self_attention_weights(
+        x,
+        {"query_weight": query_weight, "key_weight": key_weight, "value_weight": value_weight},
+        out_weight,
+        gamma,
+        {"query_bias": query_bias, "key_bias": key_bias, "value_bias": value_bias, "out_bias": out_bias},
+    )
+    check_sizes(pool_size=pool_size)
+    check_block_backend(backend)
+    if min(x.shape[2:]) < pool_size:
+        raise ValueError(f"x: expected height and width of at least pool_size = {pool_size}, got {_shape(x)}")
+    fused = dispatch.run_self_attention(x, weights, pool_size, backend)
+    if fused is not None:
+        return fused
+    return reference.self_attention_2d(x, weights, pool_size, partial(_attend, backend=backend))
 
 
 def attention_weights(query: Tensor, key: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -310,9 +459,103 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return reference.compute_dtype(dtype)
 
 
-def check_backend(name: str) -> None:
-    """Raise ``ValueError`` unless ``name`` is "auto" or a backend of :func:`attention`."""
-    dispatch.check_attention_backend_name(name)
+def check_block_backend(name: str) -> None:
+    """Raise ``ValueError`` unless ``name`` is "auto" or a backend of :func:`self_attention_2d`."""
+    dispatch.check_attention_backend_name(name, also=(dispatch.FUSED,))
+
+
+def compose_self_attention(
+    x: Tensor,
+    query: Callable[[Tensor], Tensor],
+    key: Callable[[Tensor], Tensor],
+    value: Callable[[Tensor], Tensor],
+    out: Callable[[Tensor], Tensor],
+    gamma: Tensor,
+    *,
+    pool_size: int,
+    backend: str,
+) -> Tensor:
+    """Return :func:`self_attention_2d` with projections of any kind, which are called as they are.
+
+    Raises:
+        ValueError: if ``backend`` cannot serve; "fused" cannot, as it needs weights.
+    """
+    if backend == dispatch.FUSED:
+        raise ValueError(
+            "no self-attention backend serves these inputs (fused: a projection is not a plain 1x1 convolution, "
+            "or has hooks)"
+        )
+    return reference.compose_self_attention(
+        x, query, key, value, out, gamma, pool_size, partial(_attend, backend=backend)
+    )
+
+
+def positions(features: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, H*W, C], a view where the memory format allows it."""
+    return reference.positions(features)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *, backend: str) -> Tensor:
+    return attention(query, key, value, backend=backend)
+
+
+def _self_attention_weights(
+    x: Tensor,
+    projections: dict[str, Tensor],
+    out_weight: Tensor | None,
+    gamma: Tensor,
+    biases: dict[str, Tensor | None],
+) -> SelfAttentionWeights:
+    """Return the parameters of a block without their spatial axes, after all checks.
+
+    Raises:
+        ValueError: if shapes or devices disagree.
+        TypeError: if a tensor is not floating point.
+    """
+    check_floating("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected [N, C, H, W], got {_shape(x)}")
+    C = x.size(1)
+    query, key, value = (_matrix(name, weight, x, columns=C) for name, weight in projections.items())
+    if key.size(0) != query.size(0):
+        raise ValueError(f"key_weight: expected [E, C] = [{query.size(0)}, {C}], got {_shape(key)}")
+    out = None if out_weight is None else _matrix("out_weight", out_weight, x, columns=value.size(0))
+    if (value if out is None else out).size(0) != C:
+        name, got = ("value_weight", value) if out is None else ("out_weight", out)
+        raise ValueError(f"{name}: expected C = {C} rows, got {_shape(got)}")
+    if out is None and biases["out_bias"] is not None:
+        raise ValueError("out_bias: expected None without out_weight, got a tensor")
+    for (name, bias), rows in zip(biases.items(), (query, key, value, out), strict=True):
+        if bias is not None:
+            assert rows is not None
+            check_floating(name, bias)
+            check_same_device(name, bias, "x", x)
+            _check_same_dtype(name, bias, x)
+            if bias.shape != rows.shape[:1]:
+                raise ValueError(f"{name}: expected [{rows.size(0)}], got {_shape(bias)}")
+    check_floating("gamma", gamma)
+    check_same_device("gamma", gamma, "x", x)
+    if gamma.numel() != 1:
+        raise ValueError(f"gamma: expected one element, got {_shape(gamma)}")
+    return SelfAttentionWeights(query, key, value, out, **biases, gamma=gamma.reshape(()))
+
+
+def _matrix(name: str, weight: Tensor, x: Tensor, *, columns: int) -> Tensor:
+    check_floating(name, weight)
+    check_same_device(name, weight, "x", x)
+    if weight.dim() == 4 and weight.shape[2:] == (1, 1):
+        weight = weight.flatten(1)
+    _check_same_dtype(name, weight, x)
+    if weight.dim() != 2 or weight.size(1) != columns or weight.size(0) < 1:
+        raise ValueError(
+            f"{name}: expected [rows, {columns}] or [rows, {columns}, 1, 1], got {_shape(weight)}"
+        )
+    return weight
+
+
+def _check_same_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
 def check_positive(name: str, number: float) -> None:

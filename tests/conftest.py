@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 
-import pytest
 import torch
+
+# Triton reads this when kernels are defined; its interpreter runs them on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
 from hypothesis import settings
 
 # The examples drawn are the same at every run. To look for new ones: HYPOTHESIS_PROFILE=explore.

@@ -565,3 +565,198 @@ def test_check_sizes_takes_positive_integers_only() -> None:
             functional.check_sizes(first=1, second=wrong)
     with pytest.raises(ValueError, match="second: expected at least 1, got 0"):
         functional.check_sizes(first=1, second=0)
+
+
+# --- the whole block, and the choice of a backend ----------------------------------------------------------------
+
+
+def block(
+    C: int = 8, E: int = 2, Ev: int = 4, bias: bool = False, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor | None]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype)
+
+    return {
+        "query_weight": draw(E, C),
+        "key_weight": draw(E, C),
+        "value_weight": draw(Ev, C),
+        "out_weight": draw(C, Ev),
+        "gamma": draw(()),
+        "query_bias": draw(E) if bias else None,
+        "key_bias": draw(E) if bias else None,
+        "value_bias": draw(Ev) if bias else None,
+        "out_bias": draw(C) if bias else None,
+    }
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "chunked", "fused"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("pool_size", [1, 2])
+def test_self_attention_2d_is_the_written_out_formula(backend: str, bias: bool, pool_size: int) -> None:
+    parameters = block(bias=bias)
+    x = torch.randn(2, 8, 5, 6, dtype=torch.float64)
+
+    def project(name: str, features: Tensor) -> Tensor:
+        projected = torch.einsum("oc,nchw->nohw", parameters[f"{name}_weight"], features)
+        return projected if not bias else projected + parameters[f"{name}_bias"][:, None, None]
+
+    query = project("query", x).flatten(2)
+    key, value = (
+        torch.nn.functional.max_pool2d(project(name, x), pool_size).flatten(2) for name in ("key", "value")
+    )
+    weights = torch.einsum("nel,nes->nls", query, key).softmax(-1)
+    gathered = project("out", torch.einsum("nls,nvs->nvl", weights, value).view(2, 4, 5, 6))
+    with functional.record_backends() as served:
+        y = functional.self_attention_2d(x, **parameters, pool_size=pool_size, backend=backend)
+    assert served == ["reference" if backend == "auto" else backend]
+    torch.testing.assert_close(y, x + parameters["gamma"] * gathered)
+
+
+def test_self_attention_2d_without_an_output_projection_takes_the_value_for_it() -> None:
+    parameters = {**block(Ev=8), "out_weight": None}
+    x = torch.randn(1, 8, 4, 4, dtype=torch.float64)
+    identity = {**parameters, "out_weight": torch.eye(8, dtype=torch.float64)}
+    for backend in ("reference", "fused"):
+        torch.testing.assert_close(
+            functional.self_attention_2d(x, **parameters, backend=backend),
+            functional.self_attention_2d(x, **identity, backend=backend),
+        )
+
+
+def test_self_attention_2d_takes_the_weights_of_convolutions_and_gamma_of_one_element() -> None:
+    parameters = block()
+    x = torch.randn(1, 8, 4, 4, dtype=torch.float64)
+    expected = functional.self_attention_2d(x, **parameters)
+    for name in ("query_weight", "key_weight", "value_weight", "out_weight"):
+        parameters[name] = parameters[name][..., None, None]
+    parameters["gamma"] = parameters["gamma"].reshape(1)
+    assert torch.equal(functional.self_attention_2d(x, **parameters), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.randn(8, 4, 4)}, ValueError, r"x: expected \[N, C, H, W\], got \[8, 4, 4\]"),
+        ({"x": torch.ones(1, 8, 4, 4, dtype=torch.int64)}, TypeError, "x: expected a floating-point tensor"),
+        ({"x": torch.randn(1, 8, 1, 4)}, ValueError, r"at least pool_size = 2, got \[1, 8, 1, 4\]"),
+        (
+            {"query_weight": torch.randn(2, 7)},
+            ValueError,
+            r"query_weight: expected \[rows, 8\] or .* got \[2, 7\]",
+        ),
+        ({"query_weight": torch.randn(2, 8, 3, 3)}, ValueError, r"query_weight: .* got \[2, 8, 3, 3\]"),
+        (
+            {"key_weight": torch.randn(3, 8)},
+            ValueError,
+            r"key_weight: expected \[E, C\] = \[2, 8\], got \[3, 8\]",
+        ),
+        (
+            {"key_weight": torch.randn(2, 8).double()},
+            TypeError,
+            "key_weight: expected the dtype of x, torch.float32",
+        ),
+        (
+            {"value_weight": torch.randn(2, 8, device="meta")},
+            ValueError,
+            "value_weight: expected the device of x",
+        ),
+        ({"out_weight": torch.randn(8, 5)}, ValueError, r"out_weight: expected \[rows, 4\]"),
+        ({"out_weight": torch.randn(7, 4)}, ValueError, r"out_weight: expected C = 8 rows, got \[7, 4\]"),
+        ({"out_weight": None}, ValueError, r"value_weight: expected C = 8 rows, got \[4, 8\]"),
+        ({"value_bias": torch.randn(3)}, ValueError, r"value_bias: expected \[4\], got \[3\]"),
+        ({"gamma": torch.randn(2)}, ValueError, r"gamma: expected one element, got \[2\]"),
+        ({"pool_size": 0}, ValueError, "pool_size: expected at least 1"),
+        ({"backend": "flash"}, ValueError, "backend: expected one of 'auto', .*'fused', got 'flash'"),
+    ],
+)
+def test_self_attention_2d_refuses_what_does_not_fit(
+    changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    arguments = {"x": torch.randn(1, 8, 4, 4), **block(dtype=torch.float32), **changes}
+    with pytest.raises(error, match=message):
+        functional.self_attention_2d(**arguments)
+
+
+def test_self_attention_2d_refuses_a_bias_for_no_projection() -> None:
+    parameters = {**block(Ev=8, bias=True), "out_weight": None}
+    with pytest.raises(ValueError, match="out_bias: expected None without out_weight"):
+        functional.self_attention_2d(torch.randn(1, 8, 4, 4, dtype=torch.float64), **parameters)
+
+
+def test_the_fused_block_says_why_it_cannot_serve() -> None:
+    x = torch.randn(1, 8, 6, 6, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=r"no self-attention backend serves .*fused: pool_size = 3 is above 2"
+    ):
+        functional.self_attention_2d(x, **block(), pool_size=3, backend="fused")
+    wide = block(E=2, Ev=300)
+    with pytest.raises(ValueError, match=r"fused: .*300"):
+        functional.self_attention_2d(x, **wide, backend="fused")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_fused_block_under_autocast_serves_what_autocast_projects_in(dtype: torch.dtype) -> None:
+    x, parameters = torch.randn(1, 8, 4, 4).to(dtype), block(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        if dtype == torch.float32:
+            with pytest.raises(
+                ValueError, match=r"autocast projects in torch.bfloat16, and x is torch.float32"
+            ):
+                functional.self_attention_2d(x, **parameters, backend="fused")
+            return
+        fused = functional.self_attention_2d(x, **parameters, backend="fused")
+        composed = functional.self_attention_2d(x, **parameters, backend="reference")
+    assert fused.dtype == composed.dtype == torch.bfloat16
+    torch.testing.assert_close(fused, composed, rtol=0.05, atol=0.1)
+
+
+ATTENTION_INPUTS = torch.randn(1, 1024, 2), torch.randn(1, 512, 2), torch.randn(1, 512, 3)
+
+
+def test_a_forced_backend_serves_every_call_inside() -> None:
+    with functional.record_backends() as served:
+        functional.attention(*ATTENTION_INPUTS)
+        with functional.force_backend("sdpa"):
+            functional.attention(*ATTENTION_INPUTS, backend="chunked")
+            assert functional.select_backend(*ATTENTION_INPUTS) == "sdpa"
+            with functional.force_backend("reference"):
+                functional.attention(*ATTENTION_INPUTS)
+            functional.attention(*ATTENTION_INPUTS)
+        functional.attention(*ATTENTION_INPUTS, backend="chunked")
+    assert served == ["chunked", "sdpa", "reference", "sdpa", "chunked"]
+
+
+def test_the_force_ends_with_an_exception() -> None:
+    with pytest.raises(RuntimeError, match="inside"), functional.force_backend("sdpa"):
+        raise RuntimeError("inside")
+    assert functional.select_backend(*ATTENTION_INPUTS) == "chunked"
+
+
+def test_a_forced_backend_is_checked_by_name_and_refuses_as_when_named() -> None:
+    with pytest.raises(ValueError, match="backend: expected one of"), functional.force_backend("flash"):
+        pass
+    half = [tensor.to(torch.float8_e4m3fn) for tensor in ATTENTION_INPUTS]
+    with functional.force_backend("triton"), pytest.raises(ValueError, match=r"\(triton: .*float8"):
+        functional.attention(*half)
+
+
+def test_forcing_the_fused_block_leaves_attention_alone_to_choose() -> None:
+    x = torch.randn(1, 8, 4, 4, dtype=torch.float64)
+    with functional.force_backend("fused"), functional.record_backends() as served:
+        functional.self_attention_2d(x, **block(), backend="reference")
+        functional.attention(*ATTENTION_INPUTS)
+    assert served == ["fused", "chunked"]
+
+
+def test_backends_explain_themselves() -> None:
+    sentences = functional.explain_backends(*ATTENTION_INPUTS)
+    assert list(sentences) == ["triton", "sdpa", "chunked", "reference"]
+    assert sentences["chunked"] == "chosen"
+    assert sentences["triton"].startswith(("serves when named", "cannot serve"))
+    assert sentences["reference"] == "serves when named: 'chunked' comes first"
+    few = [tensor[:, :8] for tensor in ATTENTION_INPUTS]
+    assert functional.explain_backends(*few)["chunked"].startswith("serves when named: with fewer than")
+    for name, sentence in sentences.items():
+        if sentence.startswith("cannot serve"):
+            with pytest.raises(ValueError, match=name):
+                functional.attention(*ATTENTION_INPUTS, backend=name)

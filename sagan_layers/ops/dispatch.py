@@ -1,18 +1,38 @@
 """Which backend serves given inputs, and why the others do not.
 
-A backend is a name, a function that lists the reasons against serving some inputs, and the function that
-computes. ``"auto"`` takes the first without a reason, in the order of the table; naming one that cannot serve
-raises with every reason. A backend changes speed, memory and the last bits, never what is computed.
+A backend lists its reasons against serving some inputs, and further reasons against being taken unasked: on
+these inputs another one was measured to be faster (docs/attention.md). ``"auto"`` takes the first of the table
+without any; naming one that cannot serve raises with every reason. A backend changes speed, memory and the last
+bits, never what is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from sagan_layers.ops import reference
+from sagan_layers.ops import attention_chunked, attention_sdpa, reference
+from sagan_layers.ops.attention_autograd import AttentionKernels, register_attention
+from sagan_layers.ops.reference import SelfAttentionWeights
+from sagan_layers.ops.self_attention_autograd import register_self_attention
+
+Reasons = Callable[[Tensor, Tensor, Tensor], list[str]]
+
+# Triton reads this when it first sees a kernel; its interpreter then runs kernels on the CPU, for tests.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# Below so many weights a sample the reference is as fast on a CPU.
+_FEW_WEIGHTS = 2**18
+# Weights of the whole batch that may be kept for backward, where computing them again costs more.
+_MOST_KEPT_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -23,37 +43,293 @@ class AttentionBackend:
         name: what a caller writes as ``backend=``.
         reasons_against: takes (query, key, value); returns why they cannot be served, empty if they can.
         run: takes (query, key, value, scale); returns [N, L, Ev] with derivatives of every order.
+        reasons_against_unasked: as ``reasons_against``; why "auto" should take a later one nevertheless.
     """
 
     name: str
-    reasons_against: Callable[[Tensor, Tensor, Tensor], list[str]]
+    reasons_against: Reasons
     run: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    reasons_against_unasked: Reasons = lambda query, key, value: []
 
 
 def _serves_everything(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     return []
 
 
+# --- triton -------------------------------------------------------------------------------------------------
+
+
+def _triton_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    if query.device.type != "cuda" and not (_INTERPRETING and query.device.type == "cpu"):
+        return [f"its kernels run on CUDA, and the tensors are on {query.device}"]
+    if not _HAS_TRITON:
+        return ["Triton is not installed"]
+    from sagan_layers.ops import attention_triton
+
+    return attention_triton.reasons_against(query, key, value)
+
+
+def _triton_reasons_unasked(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    return ["on a CPU only Triton's interpreter runs it, for tests"] if query.device.type == "cpu" else []
+
+
+def _triton_forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, keep_weights: bool
+) -> tuple[Tensor, Tensor]:
+    from sagan_layers.ops import attention_triton
+
+    return attention_triton.forward(query, key, value, scale)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from sagan_layers.ops import attention_triton
+
+    return attention_triton.backward(*args)
+
+
+def _triton_double_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from sagan_layers.ops import attention_triton
+
+    return attention_triton.double_backward(*args)
+
+
+_triton_attention = register_attention(
+    "triton",
+    AttentionKernels(
+        forward=_triton_forward,
+        backward=_triton_backward,
+        double_backward=_triton_double_backward,
+        kept=lambda query, key, value, scale, keep_weights: (
+            (query.size(0), query.size(1)),
+            reference.compute_dtype(query.dtype),
+        ),
+        channels_first=False,
+    ),
+)
+
+
+# --- sdpa ---------------------------------------------------------------------------------------------------
+
+
+def _sdpa_reasons_unasked(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    return ["on a CPU 'chunked' is faster"] if query.device.type == "cpu" else []
+
+
+def _sdpa_double_backward(
+    query: Tensor, key: Tensor, value: Tensor, y: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Torch has no kernel for it.
+    of_query, of_key, of_value, of_grad = (
+        gradient.contiguous() for gradient in attention_chunked.double_backward(query, key, value, *rest)
+    )
+    return of_query, of_key, of_value, of_grad
+
+
+_sdpa_attention = register_attention(
+    "sdpa",
+    AttentionKernels(
+        forward=lambda query, key, value, scale, keep_weights: attention_sdpa.forward(
+            query, key, value, scale
+        ),
+        backward=attention_sdpa.backward,
+        double_backward=_sdpa_double_backward,
+        kept=lambda query, key, value, scale, keep_weights: (
+            (query.size(0), 1, attention_sdpa.lse_length(query, value)),
+            reference.compute_dtype(query.dtype),
+        ),
+        channels_first=False,
+    ),
+)
+
+
+# --- chunked ------------------------------------------------------------------------------------------------
+
+
+def _chunked_reasons_unasked(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    if query.device.type not in ("cpu", "cuda"):
+        return [f"it was never tried on {query.device.type}"]
+    few = _is_known(query.size(1) * key.size(1) < _FEW_WEIGHTS)
+    if few and query.dtype in (torch.float32, torch.float64):
+        return [f"with fewer than {_FEW_WEIGHTS} weights a sample 'reference' is as fast"]
+    return []
+
+
+def _is_known(condition: bool | torch.SymBool) -> bool:
+    """Return a condition on sizes, False where torch.compile or torch.export leaves them open."""
+    return condition if isinstance(condition, bool) else False
+
+
+def _chunked_double_backward(
+    query: Tensor, key: Tensor, value: Tensor, y: Tensor, kept: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return attention_chunked.double_backward(query, key, value, *rest)
+
+
+_chunked_operation = register_attention(
+    "chunked",
+    AttentionKernels(
+        forward=attention_chunked.forward,
+        backward=attention_chunked.backward,
+        double_backward=_chunked_double_backward,
+        kept=attention_chunked.kept,
+        channels_first=True,
+    ),
+)
+
+
+def _chunked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    weights = query.size(0) * query.size(1) * key.size(1)
+    keep = (
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in (query, key, value))
+        and _is_known(weights * query.element_size() <= _MOST_KEPT_BYTES)
+    )
+    return _chunked_operation(query, key, value, scale, keep)
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
 ATTENTION_BACKENDS: tuple[AttentionBackend, ...] = (
+    AttentionBackend(
+        "triton",
+        _triton_reasons,
+        lambda query, key, value, scale: _triton_attention(query, key, value, scale, False),
+        _triton_reasons_unasked,
+    ),
+    AttentionBackend(
+        "sdpa",
+        attention_sdpa.reasons_against,
+        lambda query, key, value, scale: _sdpa_attention(query, key, value, scale, False),
+        _sdpa_reasons_unasked,
+    ),
+    AttentionBackend("chunked", _serves_everything, _chunked_attention, _chunked_reasons_unasked),
     AttentionBackend("reference", _serves_everything, reference.attention),
 )
 
 
-def check_attention_backend_name(name: str) -> None:
-    """Raise ``ValueError`` unless ``name`` is "auto" or a backend of the table."""
-    known = ["auto", *(backend.name for backend in ATTENTION_BACKENDS)]
+def check_attention_backend_name(name: str, *, also: tuple[str, ...] = ()) -> None:
+    """Raise ``ValueError`` unless ``name`` is "auto", a backend of the table or one of ``also``."""
+    known = ["auto", *(backend.name for backend in ATTENTION_BACKENDS), *also]
     if name not in known:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, known))}, got {name!r}")
 
 
+def reasons_against_attention_backends(
+    query: Tensor, key: Tensor, value: Tensor
+) -> dict[str, tuple[list[str], list[str]]]:
+    """Return for every backend why it cannot serve, and why it is not taken unasked."""
+    return {
+        backend.name: (
+            backend.reasons_against(query, key, value),
+            backend.reasons_against_unasked(query, key, value),
+        )
+        for backend in ATTENTION_BACKENDS
+    }
+
+
 def select_attention_backend(query: Tensor, key: Tensor, value: Tensor, name: str) -> AttentionBackend:
     """Return the backend that serves these inputs, or raise ``ValueError`` with every reason against."""
+    name = _forced[-1] if _forced else name
+    if _forced and name == FUSED:
+        name = "auto"  # attention alone has no such form
     check_attention_backend_name(name)
     refusals = []
     for backend in ATTENTION_BACKENDS:
         if name in ("auto", backend.name):
-            reasons = backend.reasons_against(query, key, value)
+            reasons = list(backend.reasons_against(query, key, value))
+            if name == "auto":
+                reasons += backend.reasons_against_unasked(query, key, value)
             if not reasons:
                 return backend
             refusals.append(f"{backend.name}: {'; '.join(reasons)}")
     raise ValueError(f"no attention backend serves these inputs ({' | '.join(refusals)})")
+
+
+# --- the whole block ----------------------------------------------------------------------------------------
+
+FUSED = "fused"
+
+_fused_self_attention = register_self_attention(
+    lambda query, key, value: run_attention(query, key, value, 1.0, "auto")
+)
+
+
+def reasons_against_fused(x: Tensor, weights: SelfAttentionWeights, pool_size: int) -> list[str]:
+    """Return why the kernels of the whole block cannot serve, empty if they can."""
+    if x.device.type != "cuda" and not (_INTERPRETING and x.device.type == "cpu"):
+        return [f"its kernels run on CUDA, and the tensors are on {x.device}"]
+    if not _HAS_TRITON:
+        return ["Triton is not installed"]
+    from sagan_layers.ops import self_attention_triton
+
+    reasons = []
+    if torch.is_autocast_enabled(x.device.type):
+        computed = torch.get_autocast_dtype(x.device.type)
+        if x.dtype == computed:
+            weights = weights.to(computed)
+        else:
+            reasons.append(f"autocast projects in {computed}, and x is {x.dtype}")
+    if pool_size > 2:
+        reasons.append(f"pool_size = {pool_size} is above 2")
+    if weights.out is None and weights.out_bias is not None:
+        reasons.append("a bias without an output projection")
+    matrices = weights.query, weights.key, weights.value, weights.out
+    return reasons + self_attention_triton.reasons_against(x, *matrices)
+
+
+def run_self_attention(x: Tensor, weights: SelfAttentionWeights, pool_size: int, name: str) -> Tensor | None:
+    """Compute the whole block in fused kernels where they were chosen; else return None.
+
+    Raises:
+        ValueError: if they were asked for by name and cannot serve.
+    """
+    name = _forced[-1] if _forced else name
+    if name not in ("auto", FUSED):
+        return None
+    reasons = reasons_against_fused(x, weights, pool_size)
+    if reasons and name == FUSED:
+        raise ValueError(f"no self-attention backend serves these inputs ({FUSED}: {'; '.join(reasons)})")
+    if reasons or (name == "auto" and x.device.type == "cpu"):
+        return None
+    for served in _records:
+        served.append(FUSED)
+    weights = weights.to(x.dtype)  # no more than what autocast does
+    tensors = [tensor for tensor in (x, *weights) if tensor is not None]
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return _fused_self_attention(x, weights, pool_size, save)
+
+
+# --- choices that hold for a stretch of code ----------------------------------------------------------------
+
+_forced: list[str] = []
+_records: list[list[str]] = []
+
+
+@contextlib.contextmanager
+def force_attention_backend(name: str) -> Iterator[None]:
+    """Make every call choose ``name`` until the context ends."""
+    check_attention_backend_name(name, also=(FUSED,))
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@contextlib.contextmanager
+def record_attention_backends() -> Iterator[list[str]]:
+    """Yield a list to which the name of the backend of every call is added."""
+    served: list[str] = []
+    _records.append(served)
+    try:
+        yield served
+    finally:
+        _records.remove(served)
+
+
+def run_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, name: str) -> Tensor:
+    """Compute attention on the selected backend."""
+    backend = select_attention_backend(query, key, value, name)
+    for served in _records:
+        served.append(backend.name)
+    return backend.run(query, key, value, scale)

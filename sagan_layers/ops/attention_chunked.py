@@ -1,0 +1,240 @@
+"""Attention in blocks of queries: plain torch on any device, memory linear in L + S, first and second order.
+
+A block holds so many rows of the weights that its few intermediates stay in a CPU's cache; small samples are
+taken several at a time instead. Nothing of size L x S is kept for backward, which computes the weights again,
+unless the caller asks to keep them. docs/attention.md derives the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sagan_layers.ops.reference import compute_dtype, without_autocast
+
+# Entries of one block of weights (4 MiB in float32), and the rows that it has at least: fewer would starve the
+# matrix products.
+BLOCK_ENTRIES = 2**20
+LEAST_ROWS = 128
+
+Block = tuple[slice, slice]
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, keep_weights: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the output, [N, L, Ev], and the weights, [N, L, S], or an empty tensor unless they are kept."""
+    N, L, S, Ev = *query.shape[:2], *value.shape[1:]
+    y = value.new_empty(N, L, Ev)
+    shape, dtype = kept(query, key, value, scale, keep_weights)
+    saved = query.new_empty(shape, dtype=dtype)
+    with without_autocast(query.device):
+        softmax = _Softmax(query, key, scale)
+        value = value.to(dtype).contiguous()
+        for block in _blocks(N, L, S):
+            weights = softmax(block, out=saved[block] if keep_weights else None)
+            if y.dtype == weights.dtype:
+                _matmul(weights, value[block[0]], out=y[block])
+            else:
+                y[block] = weights @ value[block[0]]
+    return y, saved
+
+
+def kept(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, keep_weights: bool
+) -> tuple[Sequence[int], torch.dtype]:
+    """Return shape and dtype of what :func:`forward` keeps for backward."""
+    shape = (query.size(0), query.size(1), key.size(1)) if keep_weights else (query.size(0), 0)
+    return shape, _matrix_dtype(query)
+
+
+def backward(
+    query: Tensor, key: Tensor, value: Tensor, y: Tensor, saved: Tensor, grad_y: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value."""
+    N, L, S = *query.shape[:2], key.size(1)
+    dtype = _matrix_dtype(query)
+    with without_autocast(query.device):
+        softmax = None if saved.numel() else _Softmax(query, key, scale)
+        key_t, value_t = (_channels_first(tensor, dtype) for tensor in (key, value))
+        query_t, grad_t = query.to(dtype).mT, grad_y.to(dtype).mT
+        # Channels-first results: such products with narrow results are several times faster on a CPU.
+        grad_query = query_t.new_empty(query_t.shape)
+        grad_key, grad_value = _Sum(key_t, L), _Sum(value_t, L)
+        scratch = query_t.new_empty(_largest(N, L, S))
+        for block in _blocks(N, L, S):
+            n, rows = block
+            weights = saved[block] if softmax is None else softmax(block)
+            grad_logits = _view(scratch, weights.shape)
+            grad_value.add(n, grad_t[n, :, rows], weights)
+            _matmul(grad_t[n, :, rows].mT, value_t[n], out=grad_logits)
+            _softmax_backward_(grad_logits, weights)
+            _matmul(key_t[n], grad_logits.mT, out=grad_query[n, :, rows])
+            grad_key.add(n, query_t[n, :, rows], grad_logits)
+        results = _scaled(grad_query, scale), _scaled(grad_key.total, scale), grad_value.total
+        grad_q, grad_k, grad_v = (result.to(query.dtype).mT for result in results)
+        return grad_q, grad_k, grad_v
+
+
+def double_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_y: Tensor,
+    grad_grad_query: Tensor,
+    grad_grad_key: Tensor,
+    grad_grad_value: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and grad_y, given those of what :func:`backward` returned."""
+    N, L, S = *query.shape[:2], key.size(1)
+    dtype = compute_dtype(query.dtype)
+    with without_autocast(query.device):
+        softmax = _Softmax(query, key, scale)
+        keys, values, key_direction, value_direction = (
+            _channels_first(tensor, dtype) for tensor in (key, value, grad_grad_key, grad_grad_value)
+        )
+        queries, query_direction, grad = (tensor.to(dtype).mT for tensor in (query, grad_grad_query, grad_y))
+        grad_query, grad_grad = queries.new_empty(queries.shape), grad.new_empty(grad.shape)
+        grad_key, second_grad_key, grad_value = _Sum(keys, L), _Sum(keys, L), _Sum(values, L)
+        scratch = queries.new_empty(4, _largest(N, L, S))
+        for block in _blocks(N, L, S):
+            n, rows = block
+            weights = softmax(block, out=None, wide=True)
+            q, a, g = (tensor[n, :, rows] for tensor in (queries, query_direction, grad))
+            tangent, grad_weights, second, product = (_view(flat, weights.shape) for flat in scratch)
+            # How the logits move along the direction, centred over the keys.
+            _matmul(a.mT, keys[n], out=tangent)
+            _matmul(q.mT, key_direction[n], out=product)
+            tangent.add_(product).mul_(scale)
+            tangent.sub_(_row_sums(weights, tangent, product))
+            _matmul(g.mT, values[n], out=grad_weights)
+            grad_weights.sub_(_row_sums(weights, grad_weights, product))
+            _matmul(g.mT, value_direction[n], out=second)
+            second.addcmul_(grad_weights, tangent)
+            second.sub_(_row_sums(weights, second, product)).mul_(weights)
+            grad_logits = grad_weights.mul_(weights)
+            moved = tangent.mul_(weights)
+            grad_grad[n, :, rows] = values[n] @ moved.mT + value_direction[n] @ weights.mT
+            grad_value.add(n, g, moved)
+            grad_query[n, :, rows] = keys[n] @ second.mT + key_direction[n] @ grad_logits.mT
+            grad_key.add(n, q, second)
+            second_grad_key.add(n, a, grad_logits)
+        total = grad_key.total.add_(second_grad_key.total)
+        results = _scaled(grad_query, scale), _scaled(total, scale), grad_value.total, grad_grad
+        grad_q, grad_k, grad_v, grad_g = (result.to(query.dtype).mT for result in results)
+        return grad_q, grad_k, grad_v, grad_g
+
+
+class _Softmax:
+    """Computes a block of the weights, in the accumulation dtype and then in the one of the matrix products."""
+
+    def __init__(self, query: Tensor, key: Tensor, scale: float) -> None:
+        wide = compute_dtype(query.dtype)
+        self.query = query.to(wide)
+        self.key = key.to(wide) * scale if scale != 1.0 else key.to(wide)
+        self.key = self.key.contiguous()
+        self.dtype = _matrix_dtype(query)
+        N, L, S = *query.shape[:2], key.size(1)
+        entries = _largest(N, L, S)
+        self.logits = self.query.new_empty(entries)
+        self.narrow = self.logits if self.dtype == wide else query.new_empty(entries, dtype=self.dtype)
+
+    def __call__(self, block: Block, *, out: Tensor | None = None, wide: bool = False) -> Tensor:
+        n, _ = block
+        query = self.query[block]
+        shape = torch.Size((*query.shape[:2], self.key.size(1)))
+        same = wide or self.dtype == self.logits.dtype
+        logits = out if out is not None and same else _view(self.logits, shape)
+        _matmul(query, self.key[n].mT, out=logits)
+        torch.ops.aten._softmax.out(logits, -1, False, out=logits)
+        if same:
+            return logits
+        return (_view(self.narrow, shape) if out is None else out).copy_(logits)
+
+
+class _Sum:
+    """Sums over the blocks of queries of each sample, [N, width, S]."""
+
+    def __init__(self, like: Tensor, L: int) -> None:
+        S = like.size(2)
+        self.in_one_block = _rows(L, S) == L
+        # Several blocks are added up in the accumulation dtype.
+        dtype = like.dtype if self.in_one_block else compute_dtype(like.dtype)
+        self.total = like.new_empty(like.shape, dtype=dtype)
+        if not self.in_one_block:
+            self.total.zero_()
+
+    def add(self, n: slice, left: Tensor, right: Tensor) -> None:
+        total = self.total[n]
+        if self.in_one_block:
+            _matmul(left, right, out=total)
+        elif total.dtype != left.dtype:
+            total.add_(left @ right)
+        else:
+            total[0].addmm_(left[0], right[0])
+
+
+def _matrix_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: a CPU has fast ones for bfloat16, and float16's range is too small."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
+def _rows(L: int, S: int) -> int:
+    """Return how many queries of a sample a block has."""
+    return min(L, max(BLOCK_ENTRIES // S, LEAST_ROWS))
+
+
+def _blocks(N: int, L: int, S: int) -> Iterator[Block]:
+    """Yield the samples and queries of each block: rows of one sample, or several whole samples."""
+    rows = _rows(L, S)
+    samples = max(1, BLOCK_ENTRIES // (L * S)) if rows == L else 1
+    for n in range(0, N, samples):
+        for start in range(0, L, rows):
+            yield slice(n, min(n + samples, N)), slice(start, min(start + rows, L))
+
+
+def _largest(N: int, L: int, S: int) -> int:
+    """Return the entries of the first block, which no other exceeds."""
+    n, rows = next(_blocks(N, L, S))
+    samples: int = n.stop - n.start
+    queries: int = rows.stop - rows.start
+    return samples * queries * S
+
+
+def _view(flat: Tensor, shape: torch.Size) -> Tensor:
+    return flat[: shape.numel()].view(shape)
+
+
+def _softmax_backward_(grad: Tensor, weights: Tensor) -> None:
+    """Turn the gradient of the weights into that of the logits, in place."""
+    if grad.dtype == torch.bfloat16 and grad.size(-1) < 32:
+        # Torch's fused form takes one number at a time on rows as short as this.
+        products = grad * weights
+        grad.sub_(products.sum(-1, keepdim=True)).mul_(weights)
+    else:
+        torch.ops.aten._softmax_backward_data.out(grad, weights, -1, grad.dtype, grad_input=grad)
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1.0 else tensor.mul_(scale)
+
+
+def _channels_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).mT.contiguous()
+
+
+def _row_sums(weights: Tensor, other: Tensor, scratch: Tensor) -> Tensor:
+    return torch.mul(weights, other, out=scratch).sum(-1, keepdim=True)
+
+
+def _matmul(left: Tensor, right: Tensor, *, out: Tensor) -> None:
+    """Write left @ right; a single sample goes to the faster product of two matrices."""
+    if not out.is_contiguous():
+        out.copy_(left @ right)
+    elif out.size(0) == 1:
+        torch.mm(left[0], right[0], out=out[0])
+    else:
+        torch.bmm(left, right, out=out)

@@ -1,0 +1,416 @@
+"""Derivatives of attention beyond the first, and what torch's compilers and transforms make of the operations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sagan_layers import (
+    ProjectionDiscriminatorHead,
+    SelfAttention2d,
+    SNConv2d,
+    functional,
+    gradient_penalty,
+    interpolate_images,
+)
+from sagan_layers.ops import attention_chunked, attention_sdpa, dispatch, reference
+from sagan_layers.ops.dispatch import ATTENTION_BACKENDS
+
+BACKENDS = {backend.name: backend for backend in ATTENTION_BACKENDS}
+OURS = ["triton", "sdpa", "chunked"]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def inputs_of(
+    dtype: torch.dtype = torch.float64, batch: int = 2, queries: int = 5, keys: int = 4
+) -> list[Tensor]:
+    shapes = ((batch, queries, 3), (batch, keys, 3), (batch, keys, 2))
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def attention_on(name: str, scale: float = 0.7) -> Attention:
+    return lambda query, key, value: BACKENDS[name].run(query, key, value, scale)
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, entries: int, rows: int) -> None:
+    monkeypatch.setattr(attention_chunked, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(attention_chunked, "LEAST_ROWS", rows)
+
+
+# --- the second and third order -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OURS)
+def test_the_second_derivative_is_as_accurate_as_the_references(name: str, dtype: torch.dtype) -> None:
+    shapes = ((2, 37, 8), (2, 23, 8), (2, 23, 16), (2, 37, 16))  # the last is the gradient of the output
+    cotangent_shapes = shapes[:3]
+    drawn = [torch.randn(shape).to(dtype) for shape in (*shapes, *cotangent_shapes)]
+
+    def second(backend: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        query, key, value, grad_y = leaves = [tensor.clone().requires_grad_() for tensor in tensors[:4]]
+        y = attention_on(backend, 1.0)(query, key, value)
+        first = torch.autograd.grad(y, leaves[:3], grad_y, create_graph=True)
+        return torch.autograd.grad(first, leaves, tensors[4:])
+
+    ours, plain = second(name, drawn), second("reference", drawn)
+    exact = second("reference", [tensor.double() for tensor in drawn])
+    unit = torch.finfo(dtype).eps
+    for what, got, same_dtype, wanted in zip("qkvg", ours, plain, exact, strict=True):
+        assert got.dtype == dtype
+        error, allowed = ((tensor.double() - wanted).norm() for tensor in (got, same_dtype))
+        assert error <= 2 * allowed + unit * wanted.norm(), what
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_third_derivative_is_the_references(name: str) -> None:
+    inputs = inputs_of()
+    cotangents = [torch.randn_like(tensor) for tensor in inputs]
+
+    def third(attention: Attention) -> tuple[Tensor, ...]:
+        # The gradient of the output depends on the inputs, so that every order mixes with the others.
+        objective = attention(*inputs).pow(3).sum()
+        for _ in range(2):
+            gradients = torch.autograd.grad(objective, inputs, create_graph=True)
+            objective = sum((g * c).sum() for g, c in zip(gradients, cotangents, strict=True)).pow(2)
+        return torch.autograd.grad(objective, inputs)
+
+    for got, wanted in zip(third(attention_on(name)), third(attention_on("reference")), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_second_derivatives_are_the_same_with_and_without_a_graph_of_them(
+    name: str, create_graph: bool
+) -> None:
+    inputs = inputs_of()
+
+    def second(attention: Attention) -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad(attention(*inputs).pow(2).sum(), inputs, create_graph=True)
+        penalty = sum(gradient.pow(2).sum() for gradient in gradients)
+        return torch.autograd.grad(penalty, inputs, create_graph=create_graph)
+
+    for got, wanted in zip(second(attention_on(name)), second(attention_on("reference")), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_only_some_inputs_need_gradients(name: str, wanted: tuple[int, ...]) -> None:
+    inputs = [tensor.detach() for tensor in inputs_of()]
+    leaves = [inputs[i].requires_grad_() for i in wanted]
+
+    def gradients(attention: Attention, create_graph: bool) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(attention(*inputs).pow(2).sum(), leaves, create_graph=True)
+        penalty = sum(gradient.pow(2).sum() for gradient in first)
+        return *first, *torch.autograd.grad(penalty, leaves, create_graph=create_graph)
+
+    for create_graph in (False, True):
+        pairs = zip(
+            gradients(attention_on(name), create_graph),
+            gradients(attention_on("reference"), create_graph),
+            strict=True,
+        )
+        for got, expected in pairs:
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+class Discriminator(nn.Module):
+    """Attention between convolutions, as in SAGAN's D."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.stem = SNConv2d(3, 8, 3, padding=1)
+        self.attention = SelfAttention2d(8, gamma_init=0.5, backend=backend)
+        self.head = ProjectionDiscriminatorHead(8, num_classes=3)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.head(self.attention(torch.tanh(self.stem(images))), labels)
+
+
+def r1(network: Discriminator, images: Tensor, labels: Tensor) -> Tensor:
+    images = images.clone().requires_grad_()
+    return gradient_penalty(logits=network(images, labels), images=images, kind="r1")
+
+
+def wgan_gp(network: Discriminator, images: Tensor, labels: Tensor) -> Tensor:
+    torch.manual_seed(2)
+    mixed = interpolate_images(real_images=images, fake_images=images.flip(0)).requires_grad_()
+    return gradient_penalty(logits=network(mixed, labels), images=mixed, kind="wgan-gp")
+
+
+def path_length(network: Discriminator, images: Tensor, labels: Tensor) -> Tensor:
+    images = images.clone().requires_grad_()
+    features = network.attention(network.stem(images))
+    (gradient,) = torch.autograd.grad((features * 0.3).sum(), images, create_graph=True)
+    return (gradient.square().sum((1, 2, 3)).sqrt() - 1).square().mean()
+
+
+@pytest.mark.parametrize("penalty", [r1, wgan_gp, path_length])
+@pytest.mark.parametrize("name", [*OURS, "fused"])
+def test_gradient_penalties_through_a_whole_discriminator_are_the_references(
+    name: str, penalty: Callable[[Discriminator, Tensor, Tensor], Tensor]
+) -> None:
+    torch.manual_seed(1)
+    network = Discriminator(name).double().eval()
+    images, labels = torch.randn(2, 3, 5, 6, dtype=torch.float64), torch.tensor([0, 2])
+
+    def values() -> list[Tensor]:
+        value = penalty(network, images, labels)
+        return [value, *torch.autograd.grad(value, list(network.parameters()), allow_unused=True)]
+
+    with functional.record_backends() as served:
+        ours = values()
+    assert name in served
+    with functional.force_backend("reference"):
+        expected = values()
+    for got, wanted in zip(ours, expected, strict=True):
+        assert (got is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+
+
+# --- torch's own checks, compilers and transforms -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("keep_weights", [False, True])
+def test_the_registered_operations_pass_torchs_checks(name: str, keep_weights: bool) -> None:
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    dtype = torch.float32
+    inputs = inputs_of(dtype)
+    forward = getattr(torch.ops.sagan_layers, f"attention_{name}")
+    torch.library.opcheck(forward, (*inputs, 0.7, keep_weights), test_utils=tests)
+    saved = [tensor.detach() for tensor in forward(*inputs, 0.7, keep_weights)]
+    grad_y = torch.randn_like(saved[0])
+    backward = getattr(torch.ops.sagan_layers, f"attention_{name}_backward")
+    torch.library.opcheck(backward, (*inputs, *saved, grad_y, 0.7), test_utils=tests)
+    cotangents = [torch.randn_like(tensor) for tensor in inputs]
+    double_backward = getattr(torch.ops.sagan_layers, f"attention_{name}_double_backward")
+    plain = [tensor.detach() for tensor in inputs]
+    torch.library.opcheck(
+        double_backward,
+        (*plain, *saved, grad_y, *cotangents, 0.7),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_compiled_attention_is_one_graph_with_the_same_results(name: str) -> None:
+    inputs = inputs_of(torch.float32, queries=9, keys=7)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return functional.attention(*tensors, backend=name).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # inductor's own
+        value = compiled(*inputs)
+        gradients = torch.autograd.grad(value, inputs)
+    torch.testing.assert_close(value, loss(*inputs))
+    for got, wanted in zip(gradients, torch.autograd.grad(loss(*inputs), inputs), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_exported_attention_takes_any_batch(name: str) -> None:
+    module = SelfAttention2d(8, gamma_init=0.5, backend=name).eval()
+    x = torch.randn(2, 8, 6, 6)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("N")},))
+    for batch in (2, 5):
+        larger = torch.randn(batch, 8, 6, 6)
+        torch.testing.assert_close(program.module()(larger), module(larger))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_vmap_folds_its_axis_into_the_batch(name: str) -> None:
+    query, key, value = (tensor.detach() for tensor in inputs_of(torch.float32, batch=3))
+    attention = attention_on(name)
+
+    def penalty(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def loss(k: Tensor) -> Tensor:
+            return attention(q[None], k[None], v[None]).square().sum()
+
+        return torch.func.grad(loss)(k).square().sum()
+
+    over_samples = torch.func.vmap(torch.func.grad(penalty))(query, key, value)
+    one_by_one = torch.stack(
+        [torch.func.grad(penalty)(*sample) for sample in zip(query, key, value, strict=True)]
+    )
+    torch.testing.assert_close(over_samples, one_by_one)
+    shared_key = torch.func.vmap(attention, in_dims=(0, None, None))(query.unsqueeze(1), key[:1], value[:1])
+    torch.testing.assert_close(shared_key[1], attention(query[1:2], key[:1], value[:1]))
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(("batch", "queries"), [(0, 5), (2, 0)])
+def test_empty_batches_and_no_queries_pass(name: str, batch: int, queries: int) -> None:
+    inputs = inputs_of(batch=batch, queries=queries)
+    y = attention_on(name)(*inputs)
+    assert y.shape == (batch, queries, 2)
+    gradients = torch.autograd.grad(y.sum(), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), inputs)
+    for tensor, first, other in zip(inputs, gradients, second, strict=True):
+        assert torch.equal(first, torch.zeros_like(tensor))
+        assert torch.equal(other, torch.zeros_like(tensor))
+
+
+# --- chunked ------------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most entries that any operation returned."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize(("entries", "rows"), [(1, 1), (8, 2), (20, 1), (45, 1), (2**20, 128)])
+@pytest.mark.parametrize("keep_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_size_of_the_blocks_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch, entries: int, rows: int, keep_weights: bool, dtype: torch.dtype
+) -> None:
+    small_blocks(monkeypatch, entries, rows)
+    monkeypatch.setattr(dispatch, "_MOST_KEPT_BYTES", 2**24 if keep_weights else 0)
+    inputs = inputs_of(dtype, batch=5)
+
+    def results(name: str) -> list[Tensor]:
+        y = attention_on(name)(*inputs)
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)]
+
+    tolerance = {"rtol": 1e-11, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 0.1, "atol": 0.15}
+    for got, wanted in zip(results("chunked"), results("reference"), strict=True):
+        torch.testing.assert_close(got, wanted, **tolerance)
+
+
+def test_blocks_cover_every_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for entries, least, N, L, S in ((12, 2, 3, 7, 4), (100, 1, 5, 4, 3), (1, 1, 2, 3, 5), (28, 1, 3, 7, 4)):
+        small_blocks(monkeypatch, entries, least)
+        seen = torch.zeros(N, L)
+        for samples, rows in attention_chunked._blocks(N, L, S):
+            seen[samples, rows] += 1
+        assert seen.eq(1).all()
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "double_backward"])
+def test_no_tensor_of_the_chunked_backend_grows_with_l_times_s(order: str) -> None:
+    L = S = 4096
+    query, key, value = torch.randn(1, L, 2), torch.randn(1, S, 2), torch.randn(1, S, 2)
+    largest = LargestTensor()
+    with largest:
+        y, kept = attention_chunked.forward(query, key, value, 1.0, False)
+        if order == "backward":
+            attention_chunked.backward(query, key, value, y, kept, torch.ones_like(y), 1.0)
+        if order == "double_backward":
+            cotangents = query, key, value
+            attention_chunked.double_backward(query, key, value, torch.ones_like(y), *cotangents, 1.0)
+    assert kept.numel() == 0
+    assert 0 < largest.entries <= 4 * attention_chunked.BLOCK_ENTRIES < L * S
+
+
+def test_weights_are_kept_only_while_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, keep_weights: bool) -> Tensor:
+        kept.append(keep_weights)
+        return reference.attention(query, key, value, scale)
+
+    monkeypatch.setattr(dispatch, "_chunked_operation", forward)
+    few, many = ([torch.randn(n, 256, 2, requires_grad=True) for _ in range(3)] for n in (64, 65))
+    for inputs in (few, many):
+        BACKENDS["chunked"].run(*inputs, 1.0)
+    with torch.no_grad():
+        BACKENDS["chunked"].run(*few, 1.0)
+    BACKENDS["chunked"].run(*(tensor.detach() for tensor in few), 1.0)
+    assert kept == [True, False, False, False]
+
+
+# --- sdpa ---------------------------------------------------------------------------------------------------
+
+
+class Called(TorchDispatchMode):
+    """Remembers the names of the operations that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("width", "value_width"), [(2, 8), (8, 2), (5, 5)])
+def test_the_flash_kernel_serves_every_pair_of_widths_on_a_cpu(width: int, value_width: int) -> None:
+    query, key = torch.randn(2, 7, width), torch.randn(2, 5, width)
+    value = torch.randn(
+        2, value_width, 5
+    ).mT  # as a feature map gives it: the widths are not next to each other
+    assert attention_sdpa.served_by(query, value) == "flash_for_cpu"
+    with Called() as called:
+        y, lse = attention_sdpa.forward(query, key, value, 1.0)
+        attention_sdpa.backward(query, key, value, y, lse, torch.ones_like(y), 1.0)
+    assert called.names.count("aten::_scaled_dot_product_flash_attention_for_cpu") == 1
+    assert called.names.count("aten::_scaled_dot_product_flash_attention_for_cpu_backward") == 1
+    assert not [name for name in called.names if "softmax" in name]
+    torch.testing.assert_close(y, reference.attention(query, key, value, 1.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "sdpa", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("width", "value_width"), [(8, 32), (32, 128), (64, 256), (72, 288), (5, 7)])
+def test_results_and_derivatives_on_a_gpu_are_the_references(
+    name: str, dtype: torch.dtype, width: int, value_width: int
+) -> None:
+    shapes = ((2, 300, width), (2, 130, width), (2, 130, value_width))
+    inputs = [torch.randn(s, device="cuda").mul(0.5).to(dtype).requires_grad_() for s in shapes]
+    if reasons := BACKENDS[name].reasons_against(*inputs):
+        pytest.skip("; ".join(reasons))
+
+    def results(backend: str, tensors: list[Tensor]) -> list[Tensor]:
+        y = attention_on(backend, 1.0)(*tensors)
+        first = torch.autograd.grad(y.sum(), tensors, torch.ones_like(y.sum()), create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), tensors)]
+
+    exact = results("reference", [tensor.detach().double().requires_grad_() for tensor in inputs])
+    plain = results("reference", inputs)
+    for got, same_dtype, wanted in zip(results(name, inputs), plain, exact, strict=True):
+        error, allowed = ((tensor.double() - wanted).norm() for tensor in (got, same_dtype))
+        assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OURS)
+def test_a_step_can_be_captured_in_a_cuda_graph(name: str) -> None:
+    inputs = [tensor.detach().cuda().requires_grad_() for tensor in inputs_of(torch.float32, queries=70)]
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attention_on(name)(*inputs).square().sum(), inputs)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in captured:
+        tensor.fill_(torch.nan)
+    graph.replay()
+    for got, wanted in zip(captured, expected, strict=True):
+        torch.testing.assert_close(got, wanted)

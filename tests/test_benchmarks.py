@@ -1,0 +1,355 @@
+"""The benchmarks measure what they say: time, memory, and nothing before the result is checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bench_attention, gpu, harness
+from benchmarks.harness import Case, Outputs, Refused, Row, Run, Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = Settings(max_rounds=5, target_s=0.1, sample_ms=1.0, memory=False)
+calls: list[str] = []
+
+
+def right() -> Outputs:
+    return {"y": torch.ones(3)}
+
+
+def sleeps(seconds: float) -> Run:
+    def run() -> Outputs:
+        time.sleep(seconds)
+        return right()
+
+    return run
+
+
+def allocates_64_mib() -> Outputs:
+    torch.ones(16 * 2**20)
+    return right()
+
+
+def wrong() -> Outputs:
+    calls.append("wrong")
+    return {"y": torch.tensor([1.0, 1.0, 1.1])}
+
+
+def fails() -> Outputs:
+    raise RuntimeError("no kernel image is available\nand a long story")
+
+
+def runs_out() -> Outputs:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 999 GiB")
+
+
+def ends_its_process() -> Outputs:
+    if os.getpid() != int(os.environ["BENCHMARK_TEST_PID"]):
+        os._exit(7)
+    return right()
+
+
+RUNS: dict[str, Callable[[], Outputs]] = {
+    "textbook": right,
+    "sleeps": sleeps(0.02),
+    "sleeps twice": sleeps(0.04),
+    "allocates": allocates_64_mib,
+    "wrong": wrong,
+    "fails": fails,
+    "runs out": runs_out,
+    "ends": ends_its_process,
+}
+
+
+@dataclass(frozen=True)
+class ToyCase(Case):
+    names: tuple[str, ...]
+    suite: str = "toys"
+    device: str = "cpu"
+    label: str = "a toy"
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def describe(self) -> Row:
+        return {"N": 3}
+
+    def contenders(self) -> list[str]:
+        return list(self.names)
+
+    def inputs(self) -> Any:
+        return None
+
+    def prepare(self, contender: str, inputs: Any) -> Run:
+        if contender == "refuses":
+            raise Refused("the widths differ")
+        return RUNS[contender]
+
+    def expected(self, inputs: Any) -> Outputs:
+        return {"y": torch.ones(3, dtype=torch.float64)}
+
+
+def measure(*names: str, settings: Settings = FAST) -> dict[str, Row]:
+    return {row["contender"]: row for row in harness.measure_case(ToyCase(names), settings)}
+
+
+# --- measuring --------------------------------------------------------------------------------------------
+
+
+def test_a_contender_that_sleeps_twice_as_long_takes_twice_the_time() -> None:
+    rows = measure("sleeps", "sleeps twice")
+    assert rows["sleeps"]["time_ms"] >= 20
+    assert 1.5 < rows["sleeps twice"]["time_ms"] / rows["sleeps"]["time_ms"] < 2.5
+    first, third = rows["sleeps"]["time_quartiles_ms"]
+    assert first <= rows["sleeps"]["time_ms"] <= third
+    assert rows["sleeps"]["samples"] >= 3
+
+
+def test_a_fast_contender_is_repeated_until_a_sample_is_long_enough() -> None:
+    timing = harness.time_contenders({"fast": right}, "cpu", Settings(max_rounds=3, sample_ms=5.0))["fast"]
+    assert timing.repeats >= 5
+    assert timing.median_ms() < 1.0
+
+
+def test_contenders_are_timed_in_turn() -> None:
+    order: list[str] = []
+
+    def logged(name: str) -> Run:
+        def run() -> Outputs:
+            order.append(name)
+            time.sleep(0.003)
+            return {}
+
+        return run
+
+    settings = Settings(max_rounds=4, min_rounds=4, sample_ms=1.0)
+    harness.time_contenders({name: logged(name) for name in "abc"}, "cpu", settings)
+    turns = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(turns) == 4
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert len(set(turns)) > 1  # nobody is always first
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_peak_memory_is_that_of_each_contender_alone() -> None:
+    rows = measure("allocates", "textbook", settings=Settings(max_rounds=3, target_s=0.1, sample_ms=1.0))
+    assert 60 <= rows["allocates"]["peak_mib"] < 80
+    assert rows["textbook"]["peak_mib"] < 10
+
+
+def test_without_proc_memory_is_none_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise FileNotFoundError("/proc/self/clear_refs")
+
+    monkeypatch.setattr(harness, "_reset_peak", absent)
+    peak_mib, reason = harness.cpu_peak_mib(ToyCase(("textbook",)), "textbook", 60)
+    assert peak_mib is None
+    assert reason is not None
+    assert "clear_refs" in reason
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_a_memory_process_that_dies_leaves_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCHMARK_TEST_PID", str(os.getpid()))
+    peak_mib, reason = harness.cpu_peak_mib(ToyCase(("ends",)), "ends", 60)
+    assert peak_mib is None
+    assert reason is not None
+
+
+def test_a_wrong_contender_is_refused_before_it_is_timed() -> None:
+    calls.clear()
+    rows = measure("wrong", "textbook")
+    assert calls == ["wrong"]
+    assert rows["wrong"]["status"] == "wrong"
+    assert "y is off by" in rows["wrong"]["reason"]
+    assert "time_ms" not in rows["wrong"]
+    assert harness.any_wrong(rows.values())
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [{}, {"y": torch.ones(4)}, {"y": torch.full((3,), torch.nan)}, {"y": torch.zeros(3)}],
+    ids=["missing", "shape", "nan", "zeros"],
+)
+def test_a_missing_misshapen_or_nan_result_is_wrong(outputs: Outputs) -> None:
+    with pytest.raises(harness.WrongResultError, match="y "):
+        harness.compare(outputs, {"y": torch.ones(3)}, 1e-3)
+
+
+def test_contenders_that_cannot_run_leave_their_reason_and_the_others_run() -> None:
+    rows = measure("refuses", "fails", "runs out", "textbook")
+    assert (rows["refuses"]["status"], rows["refuses"]["reason"]) == ("refused", "the widths differ")
+    assert (rows["fails"]["status"], rows["fails"]["reason"]) == (
+        "failed",
+        "RuntimeError: no kernel image is available",
+    )
+    assert rows["runs out"]["reason"] == "out of memory"
+    assert rows["textbook"]["status"] == "ok"
+    assert rows["textbook"]["time_ratio"] == 1.0
+
+
+# --- results ----------------------------------------------------------------------------------------------
+
+ENVIRONMENT = (
+    "date command device cpu cores_used load_average python torch triton sagan_layers commit dirty gpu driver"
+)
+
+
+def test_results_say_where_when_and_what_was_measured(tmp_path: Path) -> None:
+    results = harness.Results(tmp_path / "toys.json", "cpu")
+    harness.run_cases([ToyCase(("sleeps", "textbook", "fails"))], results, FAST)
+    assert json.loads(results.path.read_text())["complete"] is False
+    results.finish()
+    data = json.loads(results.path.read_text())
+    assert data["complete"] is True
+    assert set(ENVIRONMENT.split()) <= set(data["environment"])
+    assert data["environment"]["torch"] == torch.__version__
+    sleeper, _, failed = data["rows"]
+    assert {"suite", "case", "contender", "time_ms", "time_quartiles_ms", "time_ratio", "N"} <= set(sleeper)
+    text = harness.markdown(data)
+    assert "| a toy |" in text
+    assert "no kernel image" in text
+    assert failed["status"] == "failed"
+
+
+def test_past_the_budget_cases_are_recorded_as_skipped(tmp_path: Path) -> None:
+    results = harness.Results(tmp_path / "toys.json", "cpu")
+    cases = [ToyCase(("sleeps",)), ToyCase(("sleeps",), label="another")]
+    harness.run_cases(cases, results, FAST, budget_s=0.01)
+    assert [row["status"] for row in results.rows] == ["ok", "skipped"]
+    assert "budget" in results.rows[1]["reason"]
+
+
+KILLED_MIDWAY = """
+import os, sys
+sys.path.insert(0, "tests")
+import test_benchmarks as t
+from pathlib import Path
+t.RUNS["kills"] = lambda: os.kill(os.getpid(), 9)
+results = t.harness.Results(Path(sys.argv[1]), "cpu")
+t.harness.run_cases([t.ToyCase(("sleeps",)), t.ToyCase(("kills",), label="deadly")], results, t.FAST)
+"""
+
+
+def run_python(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_killed_run_leaves_what_it_has(tmp_path: Path) -> None:
+    done = run_python("-c", KILLED_MIDWAY, str(tmp_path / "toys.json"))
+    assert done.returncode == -9, done.stderr
+    data = json.loads((tmp_path / "toys.json").read_text())
+    assert data["complete"] is False
+    assert [row["status"] for row in data["rows"]] == ["ok"]
+
+
+# --- the suite --------------------------------------------------------------------------------------------
+
+
+def test_the_attention_suite_runs_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "attention.json"
+    only = r"(core forward|block R1) \| N16"
+    done = run_python("-m", "benchmarks.bench_attention", "--quick", "--out", str(out), "--only", only)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    data = json.loads(out.read_text())
+    assert data["complete"] is True
+    assert {row["suite"] for row in data["rows"]} == {"core forward", "block R1"}
+    ours = [row for row in data["rows"] if row["contender"] == "ours"]
+    assert len(ours) == 2
+    for row in ours:
+        assert row["status"] == "ok"
+        assert row["time_ms"] > 0
+        assert row["relative_error"] < 1e-3
+        assert row["peak_mib"] is None or row["peak_mib"] > 0
+        assert row["served_by"]
+    table = out.with_suffix(".md").read_text()
+    assert "## block R1" in table
+    assert "textbook" in table
+
+
+@pytest.mark.parametrize("suite", bench_attention.SUITES)
+@pytest.mark.parametrize("pool_size", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_baseline_computes_the_same_as_the_reference(suite: str, pool_size: int, dtype: str) -> None:
+    case = bench_attention.AttentionCase(suite, (2, 16, 6), pool_size, dtype, "cpu")
+    rows = {row["contender"]: row for row in harness.measure_case(case, FAST)}
+    for name in ("ours", "textbook", "SDPA", "SDPA padded"):
+        assert rows[name]["status"] == "ok" or suite == bench_attention.BLOCK_R1, rows[name]
+    assert not harness.any_wrong(rows.values())
+    assert rows["textbook"]["status"] == "ok"
+
+
+def test_the_check_covers_every_output_and_gradient() -> None:
+    case = bench_attention.AttentionCase(bench_attention.BLOCK_R1, (2, 16, 6), 2, "float32", "cpu")
+    expected = case.expected(case.inputs())
+    weights = {f"grad_parameter_{name}" for name in ("gamma", "theta", "phi", "g", "o")}
+    assert set(expected) == {"y", "slope", "grad_x", *weights}
+    assert all(tensor.norm() > 0 for tensor in expected.values())
+
+
+def test_the_floor_is_the_slowest_of_bytes_products_and_exponentials() -> None:
+    case = bench_attention.AttentionCase(bench_attention.CORE_FORWARD, (2, 64, 8), 1, "float32", "cpu")
+    fast = {"copy_bytes": 1e30, "matmul_flops_float32": 1e30, "exponentials": 1e30}
+    assert case.floor_ms({**fast, "exponentials": 1e6}) == pytest.approx(2 * 64 * 64 / 1e6 * 1e3)
+    assert case.floor_ms({**fast, "matmul_flops_float32": 1e6}) == pytest.approx(
+        2 * 2 * 64 * 64 * 40 / 1e6 * 1e3
+    )
+    assert case.floor_ms({**fast, "copy_bytes": 1e6}) == pytest.approx(2 * 64 * 80 * 4 / 1e6 * 1e3)
+
+
+# --- the command for a GPU --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize(
+    "command", [["benchmarks.gpu"], ["benchmarks.bench_attention", "--device", "cuda"]], ids=lambda c: c[0]
+)
+def test_without_cuda_the_command_says_so_and_fails(command: Sequence[str]) -> None:
+    done = run_python("-m", *command)
+    assert done.returncode == 2
+    assert done.stdout.startswith("There is no CUDA device here")
+    assert done.stderr == ""
+
+
+def step(name: str, script: str, limit_s: float = 60, not_run: str = "") -> gpu.Step:
+    return gpu.Step(name, (sys.executable, "-c", script), limit_s, not_run=not_run)
+
+
+def test_a_step_that_hangs_fails_or_is_absent_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    steps = [
+        step("hangs", "print('before'); import time; time.sleep(600)", limit_s=6),
+        step("fails", "raise SystemExit(3)"),
+        step("absent", "", not_run="the tool is missing"),
+        step("works", "print('measured')"),
+    ]
+    outcomes = {outcome.name: outcome for outcome in gpu.run_steps(steps, tmp_path, 500)}
+    assert [outcome.status for outcome in outcomes.values()] == ["timed out", "failed", "not run", "ok"]
+    assert outcomes["fails"].reason.startswith("exit status 3")
+    assert (tmp_path / "hangs.log").read_text() == "before\n"
+    recorded = json.loads((tmp_path / "status.json").read_text())["steps"]
+    assert [entry["name"] for entry in recorded] == list(outcomes)
+    assert "| absent | not run | 0 | the tool is missing |" in gpu.summary(list(outcomes.values()), tmp_path)
+
+
+def test_steps_past_the_budget_are_not_begun(tmp_path: Path) -> None:
+    (outcome,) = gpu.run_steps([step("late", "print('ran')")], tmp_path, 1)
+    assert (outcome.status, outcome.reason) == ("not run", "the time was spent")

@@ -1,0 +1,111 @@
+"""What compiled kernels need of a chip, read without one: a handful compiled here, the rest as recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks" / "kernel_resources.py").exists():
+    pytest.skip("needs a checkout: benchmarks are not packaged", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import kernel_resources  # noqa: E402 (found through the line above)
+
+REPRESENTATIVE = (
+    "forward 16x32 bf16 even",
+    "row 16x64 bf16 even",
+    "column 16x32 bf16 masked",
+    "double_row 16x32 bf16 even",
+    "double_column 16x32 bf16 even",
+    "forward 16x64 fp32 tf32x3 masked",
+)
+
+
+def run(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command where kernels are compiled, not interpreted."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.kernel_resources", *arguments],
+        cwd=ROOT,
+        env={**inherited, "TRITON_CACHE_DIR": str(cache), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_representative_kernels_compile_without_spills_to_matrix_instructions(tmp_path: Path) -> None:
+    labels = [argument for label in REPRESENTATIVE for argument in ("--label", label)]
+    done = run("--check", "--arch", "90", "--kernel", "attention_triton", *labels, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "sm_90" in line]
+    assert {line.split("|")[1].strip() for line in lines} == set(REPRESENTATIVE)
+    assert all("HGMMA" in line or "HMMA" in line for line in lines)
+
+
+def test_interpreted_kernels_are_not_compiled(tmp_path: Path) -> None:
+    done = run("--check", cache=tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "unset TRITON_INTERPRET" in done.stderr
+
+
+def recorded() -> dict[str, object]:
+    assert kernel_resources.RESULTS.exists(), f"run: {kernel_resources.COMMAND}"
+    record: dict[str, object] = json.loads(kernel_resources.RESULTS.read_text())
+    return record
+
+
+def test_the_recorded_resources_are_of_these_kernel_files() -> None:
+    stale = recorded()["sources"] != kernel_resources.source_hashes()
+    assert not stale, f"kernel files have changed since they were measured; run: {kernel_resources.COMMAND}"
+
+
+def test_every_recorded_configuration_fits_without_spills() -> None:
+    rows = [kernel_resources.Row(**row) for row in recorded()["rows"]]
+    assert {row.arch for row in rows} == set(kernel_resources.CHIPS)
+    assert [complaint for row in rows for complaint in row.complaints()] == []
+
+
+def test_what_does_not_fit_is_complained_about() -> None:
+    good = {
+        "module": "m",
+        "label": "it",
+        "kernel": "k",
+        "arch": 90,
+        "tile": {},
+        "registers": 128,
+        "spill_bytes": 0,
+        "shared_bytes": 1024,
+        "blocks_per_sm": 4,
+        "warps_per_sm": 16,
+        "matrix_instructions": {"HGMMA": 3},
+    }
+    assert kernel_resources.Row(**good).complaints() == []
+    for change, complaint in (
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 228 * 1024}, "needs 233472 bytes of shared memory"),
+        ({"arch": 80, "shared_bytes": 164 * 1024}, "the chip has 166912"),
+        ({"matrix_instructions": {}}, "has no matrix instructions"),
+    ):
+        (found,) = kernel_resources.Row(**{**good, **change}).complaints()
+        assert complaint in found
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared_bytes", "num_warps", "blocks"),
+    [(128, 0, 4, 4), (255, 0, 8, 1), (32, 0, 1, 32), (32, 100 * 1024, 4, 2), (64, 0, 16, 2)],
+)
+def test_occupancy_is_bounded_by_what_runs_out_first(
+    registers: int, shared_bytes: int, num_warps: int, blocks: int
+) -> None:
+    assert (
+        kernel_resources.occupancy(kernel_resources.CHIPS[90], registers, shared_bytes, num_warps) == blocks
+    )
