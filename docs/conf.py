@@ -62,7 +62,7 @@ python_maximum_signature_line_length = 88
 nitpicky = True
 # No inventory of another project is fetched while building, so names of other projects stay without a link.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|np|numpy|collections)(\..+)?"),
+    ("py:.*", r"(torch|np|numpy|collections|contextlib)(\..+)?"),
     ("py:.*", r"(Tensor|nn\..+|ProcessGroup|ArrayLike|NDArray|Mapping|Iterable|Iterator|Sequence)"),
     ("py:.*", r"(_ModuleT|_size_2_t|.*\._ModuleT)"),  # private type variables and aliases in signatures
 ]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,9 +24,12 @@ REPRESENTATIVE = (
     "forward 16x32 bf16 even",
     "row 16x64 bf16 even",
     "column 16x32 bf16 masked",
-    "double_row 16x32 bf16 even",
-    "double_column 16x32 bf16 even",
+    "double_row with_query 16x32 bf16 even",
+    "double_column with_key 16x32 bf16 even",
     "forward 16x64 fp32 tf32x3 masked",
+    "project pool=2 C=128 bf16 nchw even",
+    "attend with out C=128 bf16 nchw even",
+    "weight gradient pool=2 C=128 bf16 channels_last masked",
 )
 
 
@@ -44,7 +48,7 @@ def run(*arguments: str, cache: Path, **environment: str) -> subprocess.Complete
 
 def test_representative_kernels_compile_without_spills_to_matrix_instructions(tmp_path: Path) -> None:
     labels = [argument for label in REPRESENTATIVE for argument in ("--label", label)]
-    done = run("--check", "--arch", "90", "--kernel", "attention_triton", *labels, cache=tmp_path)
+    done = run("--check", "--arch", "90", *labels, cache=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if "sm_90" in line]
     assert {line.split("|")[1].strip() for line in lines} == set(REPRESENTATIVE)
@@ -57,15 +61,31 @@ def test_interpreted_kernels_are_not_compiled(tmp_path: Path) -> None:
     assert "unset TRITON_INTERPRET" in done.stderr
 
 
-def recorded() -> dict[str, object]:
+def recorded() -> dict[str, Any]:
     assert kernel_resources.RESULTS.exists(), f"run: {kernel_resources.COMMAND}"
-    record: dict[str, object] = json.loads(kernel_resources.RESULTS.read_text())
+    record: dict[str, Any] = json.loads(kernel_resources.RESULTS.read_text())
     return record
 
 
 def test_the_recorded_resources_are_of_these_kernel_files() -> None:
     stale = recorded()["sources"] != kernel_resources.source_hashes()
     assert not stale, f"kernel files have changed since they were measured; run: {kernel_resources.COMMAND}"
+
+
+def test_the_recorded_configurations_are_all_that_launchers_can_choose() -> None:
+    rows = [kernel_resources.Row(**row) for row in recorded()["rows"]]
+    wanted = [
+        (module, job[4], arch)
+        for module, job in kernel_resources.all_jobs()
+        for arch in kernel_resources.CHIPS
+    ]
+    assert sorted((row.module, row.label, row.arch) for row in rows) == sorted(wanted)
+
+
+def test_the_docs_page_is_made_from_the_record() -> None:
+    assert kernel_resources.PAGE.read_text() == kernel_resources.page(recorded()), (
+        f"run: {kernel_resources.COMMAND} --docs"
+    )
 
 
 def test_every_recorded_configuration_fits_without_spills() -> None:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from sagan_layers.ops.reference import compute_dtype, without_autocast
 
-# Entries of one block of weights (4 MiB in float32), and the rows that it has at least: fewer would starve the
-# matrix products.
+# Entries of one block of weights (4 MiB in float32).
 BLOCK_ENTRIES = 2**20
+# Products of narrow matrices keep more than one core busy only when there are several of them.
+FEW_SAMPLES = 4
+# Fewer rows would starve the products.
 LEAST_ROWS = 128
 
 Block = tuple[slice, slice]
@@ -102,7 +104,7 @@ def double_backward(
         scratch = queries.new_empty(4, _largest(N, L, S))
         for block in _blocks(N, L, S):
             n, rows = block
-            weights = softmax(block, out=None, wide=True)
+            weights = softmax(block, wide=True)
             q, a, g = (tensor[n, :, rows] for tensor in (queries, query_direction, grad))
             tangent, grad_weights, second, product = (_view(flat, weights.shape) for flat in scratch)
             # How the logits move along the direction, centred over the keys.
@@ -147,12 +149,13 @@ class _Softmax:
         query = self.query[block]
         shape = torch.Size((*query.shape[:2], self.key.size(1)))
         same = wide or self.dtype == self.logits.dtype
-        logits = out if out is not None and same else _view(self.logits, shape)
+        in_place = same and out is not None and out.is_contiguous()
+        logits = out if in_place and out is not None else _view(self.logits, shape)
         _matmul(query, self.key[n].mT, out=logits)
         torch.ops.aten._softmax.out(logits, -1, False, out=logits)
-        if same:
-            return logits
-        return (_view(self.narrow, shape) if out is None else out).copy_(logits)
+        if out is None:
+            return logits if same else _view(self.narrow, shape).copy_(logits)
+        return out if in_place else out.copy_(logits)
 
 
 class _Sum:
@@ -160,7 +163,7 @@ class _Sum:
 
     def __init__(self, like: Tensor, L: int) -> None:
         S = like.size(2)
-        self.in_one_block = _rows(L, S) == L
+        self.in_one_block = _block_size(len(like), L, S)[1] == L
         # Several blocks are added up in the accumulation dtype.
         dtype = like.dtype if self.in_one_block else compute_dtype(like.dtype)
         self.total = like.new_empty(like.shape, dtype=dtype)
@@ -173,8 +176,10 @@ class _Sum:
             _matmul(left, right, out=total)
         elif total.dtype != left.dtype:
             total.add_(left @ right)
-        else:
+        elif total.size(0) == 1:
             total[0].addmm_(left[0], right[0])
+        else:
+            total.baddbmm_(left, right)
 
 
 def _matrix_dtype(tensor: Tensor) -> torch.dtype:
@@ -182,15 +187,17 @@ def _matrix_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
-def _rows(L: int, S: int) -> int:
-    """Return how many queries of a sample a block has."""
-    return min(L, max(BLOCK_ENTRIES // S, LEAST_ROWS))
+def _block_size(N: int, L: int, S: int) -> tuple[int, int]:
+    """Return samples and queries of a block: several whole samples, or rows of a few."""
+    if L * S * FEW_SAMPLES <= BLOCK_ENTRIES:
+        return min(N, BLOCK_ENTRIES // (L * S)), L
+    samples = max(1, min(N, FEW_SAMPLES, BLOCK_ENTRIES // (LEAST_ROWS * S)))
+    return samples, min(L, max(BLOCK_ENTRIES // (samples * S), LEAST_ROWS))
 
 
 def _blocks(N: int, L: int, S: int) -> Iterator[Block]:
-    """Yield the samples and queries of each block: rows of one sample, or several whole samples."""
-    rows = _rows(L, S)
-    samples = max(1, BLOCK_ENTRIES // (L * S)) if rows == L else 1
+    """Yield the samples and queries of each block."""
+    samples, rows = _block_size(N, L, S)
     for n in range(0, N, samples):
         for start in range(0, L, rows):
             yield slice(n, min(n + samples, N)), slice(start, min(start + rows, L))
@@ -212,8 +219,8 @@ def _softmax_backward_(grad: Tensor, weights: Tensor) -> None:
     """Turn the gradient of the weights into that of the logits, in place."""
     if grad.dtype == torch.bfloat16 and grad.size(-1) < 32:
         # Torch's fused form takes one number at a time on rows as short as this.
-        products = grad * weights
-        grad.sub_(products.sum(-1, keepdim=True)).mul_(weights)
+        wide = grad.float()
+        grad.copy_(wide.sub_((wide * weights).sum(-1, keepdim=True)).mul_(weights))
     else:
         torch.ops.aten._softmax_backward_data.out(grad, weights, -1, grad.dtype, grad_input=grad)
 

@@ -435,6 +435,16 @@ def test_compiled_kernels_refuse_wide_elements_and_odd_widths(
     assert wanted in block.reasons_against(*inputs[:5])
 
 
+def test_compiled_kernels_without_output_projection_refuse_masked_widths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = [inputs_of(Case(1, C, 8, C, 4, 4, 2, out=False), torch.float16)[:5] for C in (24, 32)]
+    monkeypatch.setattr(block, "_INTERPRETED", False)
+    reason = "without an output projection serves powers of two from 16 as Ev, got 24"
+    assert reason in block.reasons_against(*inputs[0])
+    assert not any("projection" in reason for reason in block.reasons_against(*inputs[1]))
+
+
 def test_float32_products_are_as_torch_has_been_told() -> None:
     before = torch.get_float32_matmul_precision()
     try:

@@ -18,6 +18,7 @@ SDIST_REQUIRED = {
     "Makefile",
     "PKG-INFO",
     "README.md",
+    "benchmarks",
     "constraints.txt",
     "docs",
     "examples",

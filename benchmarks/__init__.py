@@ -1,0 +1,1 @@
+"""Benchmarks of sagan_layers; not part of the installed package."""

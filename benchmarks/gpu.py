@@ -1,0 +1,231 @@
+"""Everything that a CUDA machine can tell in under 10 minutes: ``python -m benchmarks.gpu --out DIR``.
+
+The tests marked gpu first, then every suite, the most valuable first. Each step is a process with a limit of its
+own, so that one that hangs takes nothing from the others; results are written as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+
+# Small launches of every backend, forward and backward, odd sizes: what compute-sanitizer looks at.
+KERNELS = """
+import torch
+from sagan_layers import functional
+from sagan_layers.ops import dispatch
+for dtype in (torch.float32, torch.bfloat16):
+    for L, S, E, Ev in ((64, 16, 8, 32), (77, 19, 5, 33)):
+        for backend in dispatch.ATTENTION_BACKENDS:
+            shapes = ((2, E, L), (2, E, S), (2, Ev, S))
+            leaves = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+            inputs = [leaf.transpose(1, 2) for leaf in leaves]
+            try:
+                functional.select_backend(*inputs, backend=backend.name)
+            except ValueError as error:
+                print("refused:", error)
+                continue
+            y = functional.attention(*inputs, backend=backend.name)
+            grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+            sum(grad.square().sum() for grad in grads).backward()
+            torch.cuda.synchronize()
+            print("ran:", backend.name, dtype, L, S)
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process of the run.
+
+    Attributes:
+        name: its log is ``<name>.log``.
+        command: what runs, from the repository's root.
+        limit_s: after so long it is killed.
+        takes_minutes: whether it takes ``--minutes``, and so stops in good order by itself.
+        not_run: if not empty, why it cannot run here.
+        fine: exit statuses that are no failure.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    takes_minutes: bool = False
+    not_run: str = ""
+    fine: tuple[int, ...] = (0,)
+
+
+@dataclass
+class Outcome:
+    """What became of a step."""
+
+    name: str
+    status: str
+    wall_s: float = 0.0
+    reason: str = ""
+
+
+def make_steps(out: Path, peer: Path | None) -> list[Step]:
+    """Return the steps, the most valuable first; a new suite is one more line."""
+    python = sys.executable
+    attention = [python, "-u", "-m", "benchmarks.bench_attention", "--device", "cuda"]
+    attention += ["--out", str(out / "attention_cuda.json"), *(["--peer", str(peer)] if peer else [])]
+    tests = [
+        python,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={out / 'gpu_tests.xml'}",
+    ]
+    resources = importlib.util.find_spec("benchmarks.kernel_resources")
+    sanitizer = shutil.which("compute-sanitizer")
+    return [
+        Step(
+            "gpu_tests",
+            tuple(tests),
+            150,
+            not_run="" if importlib.util.find_spec("pytest") else "pytest is not installed",
+        ),
+        Step("attention", tuple(attention), 330, takes_minutes=True),
+        Step(
+            "sanitizer",
+            (sanitizer or "", "--tool", "memcheck", "--error-exitcode", "9", python, "-c", KERNELS),
+            60,
+            not_run="" if sanitizer else "compute-sanitizer is not on the PATH",
+        ),
+        Step(
+            "kernel_resources",
+            (python, "-u", "-m", "benchmarks.kernel_resources"),
+            60,
+            not_run="" if resources else "there is no benchmarks.kernel_resources",
+        ),
+    ]
+
+
+def run_step(step: Step, out: Path, limit_s: float) -> Outcome:
+    """Run one step with its output in a log, and kill it with all it started when its time is over."""
+    if step.not_run:
+        return Outcome(step.name, "not run", reason=step.not_run)
+    command = list(step.command)
+    if step.takes_minutes:
+        # The last case begun and the report come on top.
+        command += ["--minutes", f"{max(limit_s - 45, limit_s / 2) / 60:.2f}"]
+    started = time.monotonic()
+    log = out / f"{step.name}.log"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with log.open("w", encoding="utf-8") as stream:
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=harness.ROOT,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Outcome(step.name, "failed", reason=str(error))
+        try:
+            status = process.wait(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            return Outcome(
+                step.name, "timed out", time.monotonic() - started, f"killed after {limit_s:.0f} s"
+            )
+        except BaseException:
+            _kill(process)
+            raise
+    wall_s = time.monotonic() - started
+    if step.name == "gpu_tests" and status == 5:
+        return Outcome(step.name, "not run", wall_s, "no test is marked gpu")
+    if status not in step.fine:
+        return Outcome(step.name, "failed", wall_s, f"exit status {status}, see {log.name}")
+    return Outcome(step.name, "ok", wall_s)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and those it started: it leads a session of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_steps(steps: Sequence[Step], out: Path, budget_s: float) -> list[Outcome]:
+    """Run the steps within the budget; ``status.json`` in ``out`` says how far it is."""
+    deadline = time.monotonic() + budget_s
+    outcomes: list[Outcome] = []
+    for step in steps:
+        limit_s = min(step.limit_s, deadline - time.monotonic())
+        if limit_s < 5 and not step.not_run:
+            outcome = Outcome(step.name, "not run", reason="the time was spent")
+        else:
+            print(f"== {step.name} (at most {limit_s:.0f} s)", flush=True)
+            outcome = run_step(step, out, limit_s)
+            log = out / f"{step.name}.log"
+            if log.exists():
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+                print("\n".join(lines[-200:]), flush=True)
+        outcomes.append(outcome)
+        _write_status(out, outcomes)
+        print(f"== {step.name}: {outcome.status} {outcome.reason} ({outcome.wall_s:.0f} s)", flush=True)
+    return outcomes
+
+
+def _write_status(out: Path, outcomes: Sequence[Outcome]) -> None:
+    data = {"environment": harness.environment("cuda"), "steps": [vars(outcome) for outcome in outcomes]}
+    partial = out / "status.json.partial"
+    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    partial.replace(out / "status.json")
+
+
+def summary(outcomes: Sequence[Outcome], out: Path) -> str:
+    """Return the tables of what was measured, and last what became of each step."""
+    parts = []
+    for path in sorted(out.glob("*_cuda.json")):
+        parts.append(harness.markdown(json.loads(path.read_text(encoding="utf-8"))))
+    parts += ["| step | result | seconds | |", "|---|---|---:|---|"]
+    parts += [f"| {each.name} | {each.status} | {each.wall_s:.0f} | {each.reason} |" for each in outcomes]
+    return "\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run every step; return 0 if none failed, 1 if one did, 2 without CUDA."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=harness.ROOT / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--minutes", type=float, default=9.5)
+    parser.add_argument("--peer", type=Path, help="a checkout of BigGAN-PyTorch")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("There is no CUDA device here (torch.cuda.is_available() is false): nothing was run.")
+        return 2
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, value in harness.environment("cuda").items():
+        print(f"{name}: {value}")
+    peer = options.peer.resolve() if options.peer else None
+    outcomes = run_steps(make_steps(out, peer), out, options.minutes * 60 - 10)
+    text = summary(outcomes, out)
+    (out / "summary.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 1 if any(outcome.status in ("failed", "timed out") for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
