@@ -249,7 +249,8 @@ def run_python(*arguments: str, timeout: float = 300) -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Benchmarks are not for Triton's interpreter, which the tests turn on.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
     )
 
 

@@ -118,6 +118,7 @@ def _run_double_backward(
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, ctx.scale, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for what was kept, which nobody reads
     ctx.save_for_backward(query, key, value, *output)
 
 
@@ -127,8 +128,10 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _differentiate_forward(
-    backward: Callable[..., Any], ctx: Any, grad_y: Tensor
+    backward: Callable[..., Any], ctx: Any, grad_y: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 5
     return *backward(*ctx.saved_tensors, grad_y, ctx.scale), None, None
 
 
@@ -186,7 +189,7 @@ def _as_functions(kernels: AttentionKernels) -> Callable[..., Any]:
         setup_context = staticmethod(_save_forward)
 
         @staticmethod
-        def backward(ctx: Any, grad_y: Tensor, _: object) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, grad_y: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
             return _differentiate_forward(Backward.apply, ctx, grad_y)
 
         @staticmethod

@@ -925,8 +925,8 @@ class Tile:
 
 # Padded (E, Ev) that kernels are compiled for; inputs take the first that covers both. SAGAN's have Ev = 4 E.
 WIDTHS = ((16, 32), (16, 64), (32, 128), (64, 256))
-# The widest are for 16-bit elements: with float32 the double backward would spill.
-WIDTHS_OF_WIDE_ELEMENTS = WIDTHS[:-1]
+# The widest are for bfloat16: with operands of 32 bits, which float16 takes in backward, they would spill.
+WIDTHS_OF_OTHERS = WIDTHS[:-1]
 
 # Wider values are cut into chunks, for the accumulators of a block to fit into registers: by bytes of an operand.
 LARGEST_CHUNK = {2: 128, 4: 64}
@@ -936,7 +936,7 @@ LARGEST_CHUNK_OF_DOUBLE = 32
 # By kernel, padded value width and bytes of an operand (float64, interpreted only, takes float32's). Chosen with
 # benchmarks/kernel_resources.py: none spills and each fits on every supported chip.
 TILES = {
-    ("_forward_kernel", 32, 2): Tile(64, 64, 4, 2),
+    ("_forward_kernel", 32, 2): Tile(64, 32, 4, 2),
     ("_forward_kernel", 64, 2): Tile(64, 64, 4, 2),
     ("_forward_kernel", 128, 2): Tile(64, 32, 8, 1),
     ("_forward_kernel", 256, 2): Tile(64, 64, 8, 2),
@@ -947,26 +947,23 @@ TILES = {
     ("_row_kernel", 64, 2): Tile(64, 64, 4, 2),
     ("_row_kernel", 128, 2): Tile(64, 32, 4, 2),
     ("_row_kernel", 256, 2): Tile(64, 32, 8, 1),
-    ("_row_kernel", 32, 4): Tile(64, 32, 4, 2),
-    ("_row_kernel", 64, 4): Tile(64, 32, 4, 2),
-    ("_row_kernel", 128, 4): Tile(16, 16, 4, 1),
-    ("_row_kernel", 256, 4): Tile(16, 16, 4, 1),
-    ("_column_kernel", 32, 2): Tile(64, 64, 4, 2),
+    ("_row_kernel", 32, 4): Tile(32, 32, 4, 2),
+    ("_row_kernel", 64, 4): Tile(32, 16, 4, 1),
+    ("_row_kernel", 128, 4): Tile(16, 32, 8, 1),
+    ("_column_kernel", 32, 2): Tile(32, 64, 4, 2),
     ("_column_kernel", 64, 2): Tile(64, 64, 4, 2),
-    ("_column_kernel", 128, 2): Tile(32, 64, 8, 1),
-    ("_column_kernel", 256, 2): Tile(32, 64, 8, 1),
+    ("_column_kernel", 128, 2): Tile(16, 64, 4, 1),
+    ("_column_kernel", 256, 2): Tile(16, 64, 4, 1),
     ("_column_kernel", 32, 4): Tile(32, 64, 4, 2),
-    ("_column_kernel", 64, 4): Tile(32, 64, 4, 1),
-    ("_column_kernel", 128, 4): Tile(16, 16, 8, 1),
-    ("_column_kernel", 256, 4): Tile(16, 16, 8, 1),
+    ("_column_kernel", 64, 4): Tile(16, 32, 8, 1),
+    ("_column_kernel", 128, 4): Tile(16, 64, 4, 1),
     ("_double_row_kernel", 32, 2): Tile(64, 32, 4, 1),
-    ("_double_row_kernel", 64, 2): Tile(64, 32, 4, 1),
-    ("_double_row_kernel", 128, 2): Tile(32, 32, 4, 1),
+    ("_double_row_kernel", 64, 2): Tile(32, 32, 4, 1),
+    ("_double_row_kernel", 128, 2): Tile(32, 32, 8, 1),
     ("_double_row_kernel", 256, 2): Tile(16, 16, 4, 1),
-    ("_double_row_kernel", 32, 4): Tile(16, 16, 4, 1),
-    ("_double_row_kernel", 64, 4): Tile(16, 16, 4, 1),
+    ("_double_row_kernel", 32, 4): Tile(16, 16, 8, 1),
+    ("_double_row_kernel", 64, 4): Tile(16, 16, 8, 1),
     ("_double_row_kernel", 128, 4): Tile(16, 16, 4, 1),
-    ("_double_row_kernel", 256, 4): Tile(16, 16, 4, 1),
     ("_double_column_kernel", 32, 2): Tile(32, 64, 4, 1),
     ("_double_column_kernel", 64, 2): Tile(32, 64, 4, 1),
     ("_double_column_kernel", 128, 2): Tile(32, 64, 4, 1),
@@ -974,7 +971,6 @@ TILES = {
     ("_double_column_kernel", 32, 4): Tile(16, 32, 4, 1),
     ("_double_column_kernel", 64, 4): Tile(16, 16, 4, 1),
     ("_double_column_kernel", 128, 4): Tile(16, 16, 4, 1),
-    ("_double_column_kernel", 256, 4): Tile(16, 16, 4, 1),
 }
 
 
@@ -1004,7 +1000,9 @@ def _products(kernel: Any, dtype: torch.dtype, float32_product: str) -> tuple[st
     if dtype == torch.float64:
         return "ieee", "ieee"
     if dtype == torch.float32:
-        return float32_product, float32_product
+        # Second derivatives are taken of few samples or rarely, and sum what cancels.
+        product = "tf32x3" if kernel in _DOUBLE_KERNELS else float32_product
+        return product, product
     if dtype == torch.bfloat16:
         product = "upcast" if _interpreting() else "native"
         return product, product
@@ -1029,7 +1027,7 @@ def _launches(
     # What float16 multiplies as TF32 takes the space of float32.
     size = 2 if dtype.itemsize == 2 and computed != "tf32" else 4
     block_e, padded_ev = widths
-    double = kernel in (_double_row_kernel, _double_column_kernel)
+    double = kernel in _DOUBLE_KERNELS
     block_ev = min(padded_ev, LARGEST_CHUNK_OF_DOUBLE if double else LARGEST_CHUNK[size])
     chunks = padded_ev // block_ev
     tile = TILES[kernel.__name__, padded_ev, size]
@@ -1063,12 +1061,13 @@ _PARTS = {
     "_double_row_kernel": ("WITH_QUERY", "WITH_GRAD_Y"),
     "_double_column_kernel": ("WITH_KEY", "WITH_VALUE"),
 }
-_KERNELS = (_forward_kernel, _row_kernel, _column_kernel, _double_row_kernel, _double_column_kernel)
+_DOUBLE_KERNELS = (_double_row_kernel, _double_column_kernel)
+_KERNELS = (_forward_kernel, _row_kernel, _column_kernel, *_DOUBLE_KERNELS)
 
 
 def widths_of(dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
     """Return the padded (E, Ev) that are served in this dtype."""
-    return WIDTHS if dtype.itemsize == 2 else WIDTHS_OF_WIDE_ELEMENTS
+    return WIDTHS if dtype == torch.bfloat16 else WIDTHS_OF_OTHERS
 
 
 def _run(kernel: Any, tensors: dict[str, Tensor], strided: dict[str, Tensor], scale: float) -> None:
@@ -1319,7 +1318,7 @@ def compile_jobs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Tile, 
     """
     for kernel in _KERNELS:
         for dtype, element, float32_products in _ELEMENTS:
-            for float32_product in float32_products:
+            for float32_product in float32_products[: 1 if kernel in _DOUBLE_KERNELS else None]:
                 for widths in widths_of(dtype):
                     for launch in _launches(kernel, dtype, widths, float32_product):
                         for even in (True, False):

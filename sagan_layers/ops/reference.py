@@ -64,7 +64,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which autocast does not lower the precision of operations on ``device``."""
-    if device.type == "meta":  # which autocast does not know
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # autocast does not know meta
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 

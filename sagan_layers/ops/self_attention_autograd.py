@@ -143,7 +143,7 @@ def register_self_attention(attend: Attend) -> Callable[[Tensor, SelfAttentionWe
         setup_context = staticmethod(_save_inputs)
 
         @staticmethod
-        def backward(ctx: Any, grad_y: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, grad_y: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
             return _differentiate(attend, _run_backward, ctx, grad_y)
 
     _forward.register_autograd(
@@ -162,12 +162,15 @@ def register_self_attention(attend: Attend) -> Callable[[Tensor, SelfAttentionWe
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.pool_size, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for the rest of the outputs, which nobody reads
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _differentiate(
-    attend: Attend, backward: Callable[..., list[Tensor]], ctx: Any, grad_y: Tensor
+    attend: Attend, backward: Callable[..., list[Tensor]], ctx: Any, grad_y: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 12
     inputs = ctx.saved_tensors[:10]
     if torch.is_grad_enabled():
         return *_composed_gradients(attend, inputs, grad_y, ctx.pool_size), None, None

@@ -73,8 +73,8 @@ INPUT_GRADIENT_TILES = {
 }
 WEIGHT_GRADIENT_TILES = {
     64: Tile(64, 64, 0, 1, 4, 3),
-    128: Tile(64, 64, 0, 2, 4, 3),
-    256: Tile(64, 64, 0, 4, 4, 3),
+    128: Tile(64, 64, 0, 2, 4, 2),
+    256: Tile(64, 64, 0, 4, 4, 2),
 }
 
 
@@ -715,6 +715,9 @@ def reasons_against(
     # Loads would be of single elements, and their addresses would take the registers.
     if not _INTERPRETED and any(width % 8 for width in (C, E, EV)):
         reasons.append(f"serves widths that are multiples of 8, got C = {C}, E = {E}, Ev = {EV}")
+    # There values and features meet in one block, and masks of both would not fit into registers.
+    if not _INTERPRETED and out_weight is None and _padded(EV) != EV:
+        reasons.append(f"without an output projection serves powers of two from 16 as Ev, got {EV}")
     return reasons
 
 
@@ -1170,7 +1173,7 @@ def _compile_jobs_of(
             VALUE_WIDTH=_padded(EV, tile.parts),
         )
     tile = ATTENTION_TILES[width_class]
-    for projected in (True, False):
+    for projected in (True, False) if even_widths else (True,):
         yield job(
             _attend_kernel,
             tile,

@@ -298,7 +298,13 @@ def test_the_size_of_the_blocks_does_not_matter(
 
 
 def test_blocks_cover_every_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for entries, least, N, L, S in ((12, 2, 3, 7, 4), (100, 1, 5, 4, 3), (1, 1, 2, 3, 5), (28, 1, 3, 7, 4), (16, 1, 6, 5, 4)):
+    for entries, least, N, L, S in (
+        (12, 2, 3, 7, 4),
+        (100, 1, 5, 4, 3),
+        (1, 1, 2, 3, 5),
+        (28, 1, 3, 7, 4),
+        (16, 1, 6, 5, 4),
+    ):
         small_blocks(monkeypatch, entries, least)
         seen = torch.zeros(N, L)
         for samples, rows in attention_chunked._blocks(N, L, S):

@@ -146,8 +146,8 @@ def test_every_result_is_as_accurate_as_the_references(
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_any_strides_are_read_and_nothing_beyond_the_ends(layout: str, dtype: torch.dtype) -> None:
     case = case_of((2, 7, 19, 5, 11), dtype, layout=layout)
     assert_same_bits(run(case, 0.7), run(contiguous(case), 0.7))
@@ -212,15 +212,15 @@ def test_every_tile_of_the_table_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @interpreted
-@pytest.mark.parametrize("scale", [0.0, -1.0, -0.3, 2.5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_any_scale_will_do(dtype: torch.dtype, scale: float) -> None:
     assert_as_accurate_as_the_reference(case_of((1, 19, 23, 5, 11), dtype), scale)
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spread", [4.0, 12.0, 40.0])
+@pytest.mark.parametrize("spread", [4.0, 40.0])
 def test_saturated_rows_are_as_accurate_as_the_references(dtype: torch.dtype, spread: float) -> None:
     case = case_of((1, 19, 37, 16, 7), dtype, spread=spread)
     logits = case.query.double() @ case.key.double().transpose(1, 2)
@@ -229,7 +229,7 @@ def test_saturated_rows_are_as_accurate_as_the_references(dtype: torch.dtype, sp
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_rows_whose_logits_are_all_far_from_zero_stay_finite(dtype: torch.dtype, sign: float) -> None:
     case = case_of((1, 19, 29, 8, 5), dtype)
@@ -281,14 +281,14 @@ def test_nothing_is_launched_for_no_samples_or_queries(
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_the_same_input_gives_the_same_bits(dtype: torch.dtype) -> None:
-    case = case_of((2, 35, 19, 8, 32), dtype)
+    case = case_of((1, 19, 19, 8, 32), dtype)
     assert_same_bits(run(case, 1.0), run(case, 1.0))
 
 
 @interpreted
 def test_the_fused_exponent_of_compiled_kernels_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_triton, "_interpreting", lambda: False)
-    assert_as_accurate_as_the_reference(case_of((1, 35, 19, 8, 32), torch.float32))
+    assert_as_accurate_as_the_reference(case_of((1, 19, 19, 8, 32), torch.float32))
 
 
 @interpreted
@@ -334,7 +334,7 @@ def test_another_device_is_refused() -> None:
 
 
 def test_widths_beyond_the_table_are_refused_by_name() -> None:
-    for dtype, E, EV in ((torch.float16, 64, 256), (torch.float32, 32, 128)):
+    for dtype, E, EV in ((torch.bfloat16, 64, 256), (torch.float16, 32, 128), (torch.float32, 32, 128)):
         reasons = attention_triton.reasons_against(*tensors(E + 1, EV + 1, dtype))
         assert f"serves E up to {E} in {dtype}, got {E + 1}" in reasons
         assert f"serves Ev up to {EV} in {dtype}, got {EV + 1}" in reasons
@@ -399,8 +399,16 @@ GPU_SIZES = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_first", "inside_larger"])
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("sizes", GPU_SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        (sizes, dtype)
+        for dtype in DTYPES[1:]
+        for sizes in GPU_SIZES
+        if sizes[4] <= attention_triton.widths_of(dtype)[-1][1]
+    ],
+    ids=str,
+)
 def test_compiled_kernels_are_as_accurate_as_the_reference(
     sizes: tuple[int, int, int, int, int], dtype: torch.dtype, layout: str
 ) -> None:

@@ -373,7 +373,7 @@ def test_sums_over_positions_are_shared_by_a_bounded_number_of_programs(
 @pytest.mark.parametrize("width_class", block.ATTENTION_TILES)
 def test_every_tile_is_right(width_class: int) -> None:
     case = Case(1, width_class + 8, width_class // 4, width_class - 8, 9, 8, 2)
-    inputs = inputs_of(case, torch.float16)
+    inputs = inputs_of(case, torch.bfloat16)
     assert block._width_class(case.E, case.EV) == width_class
     assert_accurate(inputs, torch.randn(inputs.x.shape).to(inputs.x), 2)
 
