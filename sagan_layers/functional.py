@@ -37,6 +37,8 @@ __all__ = [
     "spectral_normalize",
 ]
 
+_ATTENTION_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 _debug_checks = os.environ.get("SAGAN_LAYERS_DEBUG_CHECKS", "0") not in ("", "0")
 
 
@@ -75,7 +77,7 @@ def attention(
         query: [N, L, E], floating point.
         key: [N, S, E].
         value: [N, S, Ev]; Ev need not equal E.
-        scale: factor on the logits.
+        scale: factor on the logits, a number; for one that learns, multiply the query by it.
         backend: "auto", or the name of a backend to insist on (:func:`select_backend` tells which serves).
 
     Shape:
@@ -98,6 +100,7 @@ def attention(
         torch.Size([2, 9, 16])
     """
     _check_attention_inputs(query, key, value)
+    check_number("scale", scale)
     return dispatch.run_attention(query, key, value, float(scale), backend)
 
 
@@ -159,8 +162,9 @@ def force_backend(backend: str) -> contextlib.AbstractContextManager[None]:
     """Make every attention inside a ``with`` block use one backend, whatever its own ``backend`` says.
 
     Modules, functions and networks that were built with other choices all follow; contexts nest, the innermost
-    holds. A backend that cannot serve raises as it does when named. The choice falls in forward: backward uses
-    the same backend also after the block has ended. It holds for all threads of the process.
+    holds. A backend that cannot serve raises as it does when named; under "fused" every block must be served so,
+    and :func:`attention` outside a block chooses for itself. The choice falls in forward: backward uses the same
+    backend also after the ``with`` block has ended. It holds for all threads of the process.
 
     Args:
         backend: "auto", a backend of :func:`attention`, or "fused" (of :func:`self_attention_2d`).
@@ -289,6 +293,7 @@ def attention_weights(query: Tensor, key: Tensor, *, scale: float = 1.0) -> Tens
         True
     """
     _check_attention_inputs(query, key, key)
+    check_number("scale", scale)
     return reference.attention_weights(query, key, float(scale))
 
 
@@ -480,7 +485,7 @@ def compose_self_attention(
     Raises:
         ValueError: if ``backend`` cannot serve; "fused" cannot, as it needs weights.
     """
-    if backend == dispatch.FUSED:
+    if dispatch.chosen_name(backend) == dispatch.FUSED:
         raise ValueError(
             "no self-attention backend serves these inputs (fused: a projection is not a plain 1x1 convolution, "
             "or has hooks)"
@@ -556,6 +561,12 @@ def _matrix(name: str, weight: Tensor, x: Tensor, *, columns: int) -> Tensor:
 def _check_same_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
+
+
+def check_number(name: str, number: object) -> None:
+    """Raise ``TypeError`` unless this is a real number; a tensor would lose its gradient."""
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {_kind(number)}")
 
 
 def check_positive(name: str, number: float) -> None:
@@ -675,6 +686,8 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         check_floating(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(f"{name}: expected 3 axes [N, length, width], got {_shape(tensor)}")
+        if tensor.dtype not in _ATTENTION_DTYPES:
+            raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name}: expected the query's dtype {query.dtype}, got {tensor.dtype}")
         check_same_device(name, tensor, "the query", query)

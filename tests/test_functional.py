@@ -735,9 +735,34 @@ def test_the_force_ends_with_an_exception() -> None:
 def test_a_forced_backend_is_checked_by_name_and_refuses_as_when_named() -> None:
     with pytest.raises(ValueError, match="backend: expected one of"), functional.force_backend("flash"):
         pass
-    half = [tensor.to(torch.float8_e4m3fn) for tensor in ATTENTION_INPUTS]
-    with functional.force_backend("triton"), pytest.raises(ValueError, match=r"\(triton: .*float8"):
-        functional.attention(*half)
+    wide = torch.randn(1, 4, 2), torch.randn(1, 4, 2), torch.randn(1, 4, 600)
+    with functional.force_backend("triton"), pytest.raises(ValueError, match=r"\(triton: .*600"):
+        functional.attention(*wide)
+
+
+def test_forced_backends_of_several_threads_need_not_end_in_order() -> None:
+    first, second = functional.force_backend("sdpa"), functional.force_backend("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert functional.select_backend(*ATTENTION_INPUTS) == "reference"
+    second.__exit__(None, None, None)
+    assert functional.select_backend(*ATTENTION_INPUTS) == "chunked"
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(2.0, requires_grad=True), "2", None, True])
+def test_the_scale_is_a_number(scale: object) -> None:
+    for function in (
+        functional.attention,
+        lambda q, k, v, scale: functional.attention_weights(q, k, scale=scale),
+    ):
+        with pytest.raises(TypeError, match="scale: expected a number"):
+            function(*ATTENTION_INPUTS, scale=scale)
+
+
+def test_dtypes_without_arithmetic_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"query: expected float64, .* got torch.float8_e4m3fn"):
+        functional.attention(*(tensor.to(torch.float8_e4m3fn) for tensor in ATTENTION_INPUTS))
 
 
 def test_forcing_the_fused_block_leaves_attention_alone_to_choose() -> None:

@@ -34,10 +34,12 @@ class AttentionKernels:
         forward: takes (query, key, value, scale, keep_weights); returns y, contiguous, and what it keeps for
             backward. ``keep_weights`` allows it to keep something of size L x S.
         backward: takes (query, key, value, y, kept, grad_y, scale); returns the gradients of the first three.
+            y is None unless ``reads_output``.
         double_backward: takes (query, key, value, y, kept, grad_y, their three cotangents, scale); returns the
             gradients of query, key, value and grad_y.
         kept: takes the arguments of ``forward``; returns shape and dtype of what it keeps.
         channels_first: whether the gradients lie in memory as [N, width, length].
+        reads_output: whether the derivatives read y, so that it is saved and must not be changed in place.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
@@ -45,6 +47,7 @@ class AttentionKernels:
     double_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     kept: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Sequence[int], torch.dtype]]
     channels_first: bool
+    reads_output: bool
 
     def empty_forward(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, keep_weights: bool
@@ -102,7 +105,7 @@ def _run_double_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     kept: Tensor,
     grad_y: Tensor,
     *rest: Any,
@@ -115,11 +118,14 @@ def _run_double_backward(
 # --- how one is the derivative of the other -----------------------------------------------------------------
 
 
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_forward(
+    kernels: AttentionKernels, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
     query, key, value, ctx.scale, _ = inputs
-    ctx.mark_non_differentiable(output[1])
+    y, kept = output
+    ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)  # zeros for what was kept, which nobody reads
-    ctx.save_for_backward(query, key, value, *output)
+    ctx.save_for_backward(query, key, value, y if kernels.reads_output else None, kept)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -186,11 +192,20 @@ def _as_functions(kernels: AttentionKernels) -> Callable[..., Any]:
         def forward(*args: Any) -> tuple[Tensor, Tensor]:
             return _run_forward(kernels, *args)
 
-        setup_context = staticmethod(_save_forward)
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+            _save_forward(kernels, ctx, inputs, output)
 
         @staticmethod
         def backward(ctx: Any, grad_y: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
             return _differentiate_forward(Backward.apply, ctx, grad_y)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: object) -> Any:
+            raise NotImplementedError(
+                "of attention's backends only 'reference' has forward-mode derivatives: name it, or use "
+                "functional.force_backend('reference')"
+            )
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -211,12 +226,12 @@ def _as_operations(name: str, kernels: AttentionKernels) -> Callable[..., Any]:
     forward = operation("", f"({_INPUTS}, float scale, bool keep_weights) -> (Tensor, Tensor)", _run_forward)
     backward = operation(
         "_backward",
-        f"({_INPUTS}, Tensor y, Tensor kept, Tensor grad_y, float scale) -> (Tensor, Tensor, Tensor)",
+        f"({_INPUTS}, Tensor? y, Tensor kept, Tensor grad_y, float scale) -> (Tensor, Tensor, Tensor)",
         _run_backward,
     )
     double_backward = operation(
         "_double_backward",
-        f"({_INPUTS}, Tensor y, Tensor kept, Tensor grad_y, Tensor grad_grad_query, Tensor grad_grad_key, "
+        f"({_INPUTS}, Tensor? y, Tensor kept, Tensor grad_y, Tensor grad_grad_query, Tensor grad_grad_key, "
         "Tensor grad_grad_value, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
         _run_double_backward,
     )
@@ -232,7 +247,8 @@ def _as_operations(name: str, kernels: AttentionKernels) -> Callable[..., Any]:
         )
     )
     forward.register_autograd(
-        lambda ctx, grad_y, _: _differentiate_forward(backward, ctx, grad_y), setup_context=_save_forward
+        lambda ctx, grad_y, _: _differentiate_forward(backward, ctx, grad_y),
+        setup_context=lambda ctx, inputs, output: _save_forward(kernels, ctx, inputs, output),
     )
     backward.register_autograd(
         lambda ctx, *cotangents: _differentiate_backward(double_backward, ctx, cotangents),

@@ -53,7 +53,7 @@ def kept(
 
 
 def backward(
-    query: Tensor, key: Tensor, value: Tensor, y: Tensor, saved: Tensor, grad_y: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, saved: Tensor, grad_y: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
     N, L, S = *query.shape[:2], key.size(1)

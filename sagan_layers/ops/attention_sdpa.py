@@ -27,6 +27,8 @@ def reasons_against(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     if device.type != "cuda":
         return [f"torch's fused attention is used on CPU and CUDA, and the tensors are on {device}"]
     reasons = []
+    if torch.version.hip is not None:
+        reasons.append("torch's kernels for ROCm were never tried")
     if query.dtype == torch.float64:
         reasons.append("no fused kernel of torch takes float64 on CUDA")
     if query.size(0) > _MOST_SAMPLES_ON_CUDA:
@@ -41,7 +43,10 @@ def served_by(query: Tensor, value: Tensor) -> str:
     if query.device.type == "cpu":
         return "flash_for_cpu"
     half = query.dtype in _HALF and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    fits = max(query.size(2), value.size(2)) <= _WIDEST_FLASH_ON_CUDA
+    widest = max(query.size(2), value.size(2))
+    large = torch.cuda.get_device_capability(query.device) in ((8, 0), (9, 0), (10, 0))
+    # On smaller chips flash attention's backward leaves out the widths between 192 and 224.
+    fits = widest <= _WIDEST_FLASH_ON_CUDA and (large or not 192 < widest <= 224)
     return "flash" if half and fits else "efficient"
 
 
@@ -49,7 +54,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
     """Return the output, [N, L, Ev], and the kernel's log-sum-exp, [N, 1, >= L], float32 or float64."""
     width = value.size(2)
     kernel = served_by(query, value)
+    factor, scale = _positive(scale)
     with without_autocast(query.device):
+        query = query if factor == 1.0 else query * factor
         query, key, value = _as_heads(kernel, query, key, value)
         if kernel == "flash_for_cpu":
             y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -71,7 +78,9 @@ def backward(
     """Return the gradients of query, key and value."""
     kernel = served_by(query, value)
     widths = query.size(2), key.size(2), value.size(2)
+    factor, scale = _positive(scale)
     with without_autocast(query.device):
+        query = query if factor == 1.0 else query * factor
         query, key, value = _as_heads(kernel, query, key, value)
         y, grad_y = (_padded(tensor, value.size(3)) for tensor in (y, grad_y))
         if kernel == "flash_for_cpu":
@@ -94,7 +103,17 @@ def backward(
         gradient[:, 0, :, :width].clone(memory_format=torch.contiguous_format)
         for gradient, width in zip(gradients, widths, strict=True)
     )
-    return grad_query, grad_key, grad_value
+    return grad_query if factor == 1.0 else grad_query * factor, grad_key, grad_value
+
+
+def _positive(scale: float) -> tuple[float, float]:
+    """Return a factor of the query, exact in every dtype, and a scale above 0.
+
+    Flash attention on CUDA looks for the largest logit before it multiplies by the scale.
+    """
+    if scale > 0:
+        return 1.0, scale
+    return (-1.0, -scale) if scale < 0 else (0.0, 1.0)
 
 
 def lse_length(query: Tensor, value: Tensor) -> int:
@@ -115,4 +134,6 @@ def _as_heads(kernel: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[T
 def _padded(tensor: Tensor, width: int) -> Tensor:
     missing = width - tensor.size(2)
     # The kernels read along the width without asking for its stride.
-    return (F.pad(tensor, (0, missing)) if missing else tensor.contiguous()).unsqueeze(1)
+    tensor = F.pad(tensor, (0, missing)) if missing else tensor.contiguous()
+    # Not unsqueeze: where the length is 1, the new axis would get a stride that some kernels refuse.
+    return tensor.view(tensor.size(0), 1, *tensor.shape[1:])

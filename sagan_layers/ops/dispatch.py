@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sagan_layers.ops import attention_chunked, attention_sdpa, reference
 from sagan_layers.ops.attention_autograd import AttentionKernels, register_attention
@@ -62,6 +63,8 @@ def _serves_everything(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
 def _triton_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     if query.device.type != "cuda" and not (_INTERPRETING and query.device.type == "cpu"):
         return [f"its kernels run on CUDA, and the tensors are on {query.device}"]
+    if torch.version.hip is not None:
+        return ["its kernels were never compiled for ROCm"]
     if not _HAS_TRITON:
         return ["Triton is not installed"]
     from sagan_layers.ops import attention_triton
@@ -104,6 +107,7 @@ _triton_attention = register_attention(
             reference.compute_dtype(query.dtype),
         ),
         channels_first=False,
+        reads_output=True,
     ),
 )
 
@@ -138,6 +142,7 @@ _sdpa_attention = register_attention(
             reference.compute_dtype(query.dtype),
         ),
         channels_first=False,
+        reads_output=True,
     ),
 )
 
@@ -156,11 +161,18 @@ def _chunked_reasons_unasked(query: Tensor, key: Tensor, value: Tensor) -> list[
 
 def _is_known(condition: bool | torch.SymBool) -> bool:
     """Return a condition on sizes, False where torch.compile or torch.export leaves them open."""
-    return condition if isinstance(condition, bool) else False
+    known: bool = statically_known_true(condition)
+    return known
+
+
+def _chunked_backward(
+    query: Tensor, key: Tensor, value: Tensor, y: None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_chunked.backward(query, key, value, *rest)
 
 
 def _chunked_double_backward(
-    query: Tensor, key: Tensor, value: Tensor, y: Tensor, kept: Tensor, *rest: Any
+    query: Tensor, key: Tensor, value: Tensor, y: None, kept: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return attention_chunked.double_backward(query, key, value, *rest)
 
@@ -169,10 +181,11 @@ _chunked_operation = register_attention(
     "chunked",
     AttentionKernels(
         forward=attention_chunked.forward,
-        backward=attention_chunked.backward,
+        backward=_chunked_backward,
         double_backward=_chunked_double_backward,
         kept=attention_chunked.kept,
         channels_first=True,
+        reads_output=False,
     ),
 )
 
@@ -207,6 +220,11 @@ ATTENTION_BACKENDS: tuple[AttentionBackend, ...] = (
 )
 
 
+def chosen_name(name: str) -> str:
+    """Return the backend's name that holds: the one that is forced, else ``name``."""
+    return _forced[-1][0] if _forced else name
+
+
 def check_attention_backend_name(name: str, *, also: tuple[str, ...] = ()) -> None:
     """Raise ``ValueError`` unless ``name`` is "auto", a backend of the table or one of ``also``."""
     known = ["auto", *(backend.name for backend in ATTENTION_BACKENDS), *also]
@@ -229,7 +247,7 @@ def reasons_against_attention_backends(
 
 def select_attention_backend(query: Tensor, key: Tensor, value: Tensor, name: str) -> AttentionBackend:
     """Return the backend that serves these inputs, or raise ``ValueError`` with every reason against."""
-    name = _forced[-1] if _forced else name
+    name = chosen_name(name)
     if _forced and name == FUSED:
         name = "auto"  # attention alone has no such form
     check_attention_backend_name(name)
@@ -258,6 +276,8 @@ def reasons_against_fused(x: Tensor, weights: SelfAttentionWeights, pool_size: i
     """Return why the kernels of the whole block cannot serve, empty if they can."""
     if x.device.type != "cuda" and not (_INTERPRETING and x.device.type == "cpu"):
         return [f"its kernels run on CUDA, and the tensors are on {x.device}"]
+    if torch.version.hip is not None:
+        return ["its kernels were never compiled for ROCm"]
     if not _HAS_TRITON:
         return ["Triton is not installed"]
     from sagan_layers.ops import self_attention_triton
@@ -283,7 +303,7 @@ def run_self_attention(x: Tensor, weights: SelfAttentionWeights, pool_size: int,
     Raises:
         ValueError: if they were asked for by name and cannot serve.
     """
-    name = _forced[-1] if _forced else name
+    name = chosen_name(name)
     if name not in ("auto", FUSED):
         return None
     reasons = reasons_against_fused(x, weights, pool_size)
@@ -301,7 +321,7 @@ def run_self_attention(x: Tensor, weights: SelfAttentionWeights, pool_size: int,
 
 # --- choices that hold for a stretch of code ----------------------------------------------------------------
 
-_forced: list[str] = []
+_forced: list[tuple[str]] = []
 _records: list[list[str]] = []
 
 
@@ -309,11 +329,13 @@ _records: list[list[str]] = []
 def force_attention_backend(name: str) -> Iterator[None]:
     """Make every call choose ``name`` until the context ends."""
     check_attention_backend_name(name, also=(FUSED,))
-    _forced.append(name)
+    entry = (name,)
+    _forced.append(entry)
     try:
         yield
     finally:
-        _forced.pop()
+        # This very entry: in several threads contexts need not end in the order they began.
+        del _forced[next(i for i, other in enumerate(_forced) if other is entry)]
 
 
 @contextlib.contextmanager

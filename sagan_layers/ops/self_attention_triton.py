@@ -810,6 +810,7 @@ def forward(
             **_numerics(x),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            enable_fp_fusion=False,
         )
         tile = ATTENTION_TILES[width_class]
         channels = min(tile.channels, _padded(C))
@@ -855,6 +856,7 @@ def forward(
             **_numerics(x),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            enable_fp_fusion=False,
         )
     return y, query, key, value, attended, lse, key_argmax, value_argmax
 
@@ -1020,6 +1022,7 @@ def _input_gradient(
             **_numerics(x),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            enable_fp_fusion=False,
         )
     return grad_x
 
@@ -1084,6 +1087,7 @@ def _feature_sums(
             **_numerics(features),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            enable_fp_fusion=False,
         )
     return partial.sum(0)
 

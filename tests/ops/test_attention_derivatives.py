@@ -261,6 +261,59 @@ def test_empty_batches_and_no_queries_pass(name: str, batch: int, queries: int) 
         assert torch.equal(other, torch.zeros_like(tensor))
 
 
+@pytest.mark.parametrize("name", ["sdpa", "chunked"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_sizes_rules_leave_no_guards_on_an_exported_batch_or_image(name: str, strict: bool) -> None:
+    """The choice of a backend and of what it keeps looks at sizes; an export that leaves them open must not."""
+    for backend, size in (("auto", 64), (name, 12)):
+        module = SelfAttention2d(
+            8, gamma_init=0.5, backend=backend
+        )  # in training, where weights might be kept
+        N, H, W = (
+            torch.export.Dim("N"),
+            torch.export.Dim("H", min=4, max=256),
+            torch.export.Dim("W", min=4, max=256),
+        )
+        x = torch.randn(2, 8, size, size)
+        program = torch.export.export(
+            module.eval(), (x,), dynamic_shapes=({0: N, 2: H, 3: W},), strict=strict
+        )
+        other = torch.randn(3, 8, 20, 16)
+        torch.testing.assert_close(program.module()(other), module(other))
+
+
+def test_forward_mode_derivatives_are_refused_with_the_remedy() -> None:
+    query, key, value = (tensor.detach() for tensor in inputs_of())
+    for name in OURS:
+        attention = attention_on(name)
+        with (
+            warnings.catch_warnings(),
+            pytest.raises(NotImplementedError, match=r"only 'reference' has .* force_"),
+        ):
+            warnings.simplefilter("ignore")  # torch's own forward mode
+            torch.func.jvp(attention, (query, key, value), (query, key, value))
+
+
+@pytest.mark.parametrize("name", ["chunked", "reference"])
+def test_the_output_may_be_changed_in_place_where_the_derivatives_do_not_read_it(name: str) -> None:
+    inputs = inputs_of()
+    expected = torch.autograd.grad(torch.relu(attention_on(name)(*inputs)).sum(), inputs)
+    changed = torch.autograd.grad(torch.relu_(attention_on(name)(*inputs)).sum(), inputs)
+    for got, wanted in zip(changed, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("scale", [-3.0, 0.0])
+def test_a_scale_of_zero_or_below_is_served(name: str, scale: float) -> None:
+    inputs = inputs_of(queries=17, keys=19)
+    y, expected = attention_on(name, scale)(*inputs), attention_on("reference", scale)(*inputs)
+    torch.testing.assert_close(y, expected)
+    pairs = zip(*(torch.autograd.grad(out.pow(2).sum(), inputs) for out in (y, expected)), strict=True)
+    for got, wanted in pairs:
+        torch.testing.assert_close(got, wanted)
+
+
 # --- chunked ------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +373,7 @@ def test_no_tensor_of_the_chunked_backend_grows_with_l_times_s(order: str) -> No
     with largest:
         y, kept = attention_chunked.forward(query, key, value, 1.0, False)
         if order == "backward":
-            attention_chunked.backward(query, key, value, y, kept, torch.ones_like(y), 1.0)
+            attention_chunked.backward(query, key, value, kept, torch.ones_like(y), 1.0)
         if order == "double_backward":
             cotangents = query, key, value
             attention_chunked.double_backward(query, key, value, torch.ones_like(y), *cotangents, 1.0)
@@ -420,3 +473,23 @@ def test_a_step_can_be_captured_in_a_cuda_graph(name: str) -> None:
     graph.replay()
     for got, wanted in zip(captured, expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("scale", [1.0, -2.0, 0.0])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 5), (70, 1)])
+def test_single_positions_and_any_scale_pass_on_a_gpu(
+    name: str, scale: float, queries: int, keys: int
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        # As a feature map gives them: channels first.
+        shapes = ((2, 64, queries), (2, 64, keys), (2, 256, keys))
+        inputs = [torch.randn(s, device="cuda").mul(0.3).to(dtype).mT.requires_grad_() for s in shapes]
+        if BACKENDS[name].reasons_against(*inputs):
+            continue
+        y, expected = attention_on(name, scale)(*inputs), attention_on("reference", scale)(*inputs)
+        torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+        pairs = zip(*(torch.autograd.grad(out.float().sum(), inputs) for out in (y, expected)), strict=True)
+        for got, wanted in pairs:
+            torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)

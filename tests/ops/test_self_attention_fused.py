@@ -157,6 +157,9 @@ def test_projections_that_are_more_than_their_weight_are_called(change: object) 
     module.backend = "fused"
     with pytest.raises(ValueError, match="fused: a projection is not a plain 1x1 convolution, or has hooks"):
         module(x)
+    module.backend = "auto"
+    with functional.force_backend("fused"), pytest.raises(ValueError, match="fused: a projection is not"):
+        module(x)
 
 
 @pytest.mark.gpu
