@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import math
 import re
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from benchmarks import baselines, harness
 from benchmarks.harness import Case, Outputs, Refused, Row, Run, Settings
 from sagan_layers import SelfAttention2d, functional
 from sagan_layers.ops import dispatch, reference
+from sagan_layers.ops.reference import SelfAttentionWeights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CORE_FORWARD, CORE_TRAINING = "core forward", "core forward+backward"
@@ -60,8 +61,14 @@ HALF_PRECISION_WORK = 2.5
 CPU_DEFAULT_MINUTES = 10.5
 # The float64 result is of the whole batch up to this many entries, above of its first and last sample.
 WHOLE_CHECK_ENTRIES = 2**20
-# How many such matrices textbook code holds at its highest point.
+# What holds whole matrices, and how many of them textbook code holds at its highest point.
+HOLDING_MATRICES = ("textbook", "SDPA", "BigGAN-PyTorch", "ours: reference")
 TEXTBOOK_MATRICES = {CORE_FORWARD: 2, CORE_TRAINING: 5, BLOCK_TRAINING: 5, BLOCK_R1: 12}
+# Ours are float32 products out of three TF32 ones, which can beat cuBLAS without TF32.
+FLOAT32_NOTE = (
+    "Floors of float32 take as the rate of its products the faster of cuBLAS without TF32 and a third of its rate "
+    "with TF32, as three TF32 products make one of nearly float32's accuracy."
+)
 GAMMA = 0.7
 LOGIT_STD = 3.0
 
@@ -145,11 +152,13 @@ class AttentionCase(Case):
         return {**self.sizes, "pool_size": self.pool_size, "dtype": self.dtype_name}
 
     def contenders(self) -> list[str]:
-        """Return ours and the baselines; the backend that "auto" takes is not timed a second time."""
-        asked = self.backends or ("auto", *(backend.name for backend in dispatch.ATTENTION_BACKENDS))
-        taken = self._served_by("auto") if "auto" in asked else None
+        """Return ours and the baselines; ``is_repeated`` leaves out the backend that "auto" takes."""
+        known = [backend.name for backend in dispatch.ATTENTION_BACKENDS]
+        asked = self.backends or ("auto", dispatch.FUSED, *known)
         names = ["ours"] if "auto" in asked else []
-        names += [f"ours: {backend}" for backend in asked if backend not in ("auto", taken)]
+        # The whole block in its own kernels: the core alone has no such form.
+        left_out = ("auto", dispatch.FUSED) if self.is_core else ("auto",)
+        names += [f"ours: {backend}" for backend in asked if backend not in left_out]
         names += ["textbook", "SDPA", "SDPA padded"]
         if self.device == "cuda":
             names += ["textbook compiled", "FlexAttention"]
@@ -159,9 +168,23 @@ class AttentionCase(Case):
             names.append("BigGAN-PyTorch")
         return names
 
-    def note(self, contender: str) -> Row:
-        """Return which backend serves ours."""
-        return {"served_by": self._served_by("auto")} if contender.split()[0] == "ours" else {}
+    def first_run(self, contender: str, run: Run, row: Row) -> Outputs:
+        """Call the run, and record which backends served ours: forward's first, then double backward's."""
+        with functional.record_backends() as served:
+            try:
+                return run()
+            finally:
+                if contender.split()[0] == "ours" and served:
+                    row["served_by"] = " + ".join(dict.fromkeys(served))
+
+    def is_repeated(self, contender: str, rows: Mapping[str, Row]) -> bool:
+        """Return whether this is the backend that "auto" was seen to take."""
+        taken = rows.get("ours", {}).get("served_by", "").split(" + ")[0]
+        return bool(taken) and contender == f"ours: {taken}"
+
+    def may_run_out(self, contender: str) -> bool:
+        """Return whether the contender holds whole L x S matrices."""
+        return contender in HOLDING_MATRICES
 
     def inputs(self) -> Any:
         """Return query, key and value as channels-first leaves, and the output's gradient; or BlockInputs."""
@@ -198,7 +221,10 @@ class AttentionCase(Case):
         self._check_memory(contender)
         if ours:
             backend = contender.split(": ")[1] if ": " in contender else "auto"
-            self._served_by(backend)
+            if backend == dispatch.FUSED:
+                self._check_fused(inputs)
+            else:
+                self._served_by(backend)
         if self.is_core:
             core = _ours(backend) if ours else _core(contender)
             return lambda: self._run_core(core, inputs)
@@ -245,8 +271,12 @@ class AttentionCase(Case):
         return replace(self, shape=(2, self.shape[1], 8))
 
     def floor_ms(self, rates: Mapping[str, float]) -> float | None:
-        """Return the core's least time by bytes, matrix FLOPs and exponentials, whichever takes longest."""
-        if not self.is_core or f"matmul_flops_{self.dtype_name}" not in rates:
+        """Return the core's least time by bytes, matrix FLOPs and exponentials, whichever takes longest.
+
+        None without the first two rates; exponentials are left out where their rate is not known. What the rate
+        of float32's products is: FLOAT32_NOTE.
+        """
+        if not self.is_core or not {"copy_bytes", f"matmul_flops_{self.dtype_name}"} <= set(rates):
             return None
         N, L, S, E, Ev = (self.sizes[letter] for letter in ("N", "L", "S", "E", "Ev"))
         tensors = N * (L * E + S * E + S * Ev + L * Ev) * self.dtype.itemsize
@@ -261,7 +291,7 @@ class AttentionCase(Case):
         return max(
             moved_bytes / rates["copy_bytes"],
             flops / rates[f"matmul_flops_{self.dtype_name}"],
-            self.entries / rates["exponentials"],
+            self.entries / rates["exponentials"] if "exponentials" in rates else 0.0,
         )
 
     def _served_by(self, backend: str) -> str:
@@ -278,9 +308,21 @@ class AttentionCase(Case):
         except ValueError as error:
             raise Refused(str(error)) from None
 
+    def _check_fused(self, inputs: BlockInputs) -> None:
+        """Raise Refused with the reasons for which the block's own kernels cannot serve it."""
+        block = inputs.block
+        projections = (block.query, block.key, block.value, block.out)
+        query, key, value, out = (
+            parameter.flatten(1) for each in projections for parameter in each.parameters()
+        )
+        weights = SelfAttentionWeights(query, key, value, out, None, None, None, None, block.gamma)
+        reasons = dispatch.reasons_against_fused(inputs.x, weights, self.pool_size)
+        if reasons:
+            raise Refused(f"{dispatch.FUSED}: {'; '.join(reasons)}")
+
     def _check_memory(self, contender: str) -> None:
         """Refuse on the CPU what would hold whole matrices that do not fit (CUDA says so itself)."""
-        holds_matrices = contender in ("textbook", "SDPA", "BigGAN-PyTorch", "ours: reference") or (
+        holds_matrices = contender in HOLDING_MATRICES or (
             contender == "ours" and self._served_by("auto") == "reference"
         )
         if self.device != "cpu" or not holds_matrices:
@@ -408,33 +450,65 @@ def reason_to_skip(case: AttentionCase) -> str:
 
 
 def measure_rates() -> dict[str, float]:
-    """Return what this GPU reaches: bytes copied, matrix FLOPs and exponentials, each in a second."""
+    """Return what this GPU reaches: bytes copied, matrix FLOPs and exponentials, each in a second.
+
+    What cannot be measured, or for exponentials is not told by nvidia-smi, is not among them.
+    """
     settings = Settings(max_rounds=5, min_rounds=3)
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    runs: dict[str, Run] = {"copy": lambda: {"target": target.copy_(source)}}
     size = 8192
-    for name in ("bfloat16", "float32"):
-        left, right = (torch.randn(size, size, device="cuda", dtype=DTYPES[name]) for _ in range(2))
-        runs[name] = lambda left=left, right=right: {"product": left @ right}  # type: ignore[misc]
-    for run in runs.values():
-        run()
-    times_s = {
-        name: statistics.median(timing.samples_ms) / 1e3
-        for name, timing in harness.time_contenders(runs, "cuda", settings).items()
+    halves = [torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    singles = [torch.randn(size, size, device="cuda") for _ in range(2)]
+    runs: dict[str, Run] = {
+        "copy": lambda: {"target": target.copy_(source)},
+        "bfloat16": lambda: {"product": halves[0] @ halves[1]},
+        "ieee": lambda: _product(*singles, allow_tf32=False),
+        "tf32": lambda: _product(*singles, allow_tf32=True),
     }
-    rates = {f"matmul_flops_{name}": 2 * size**3 / times_s[name] for name in ("bfloat16", "float32")}
-    rates["copy_bytes"] = 2 * source.numel() / times_s["copy"]
-    clock_mhz = harness.nvidia_smi("clocks.max.sm")
-    if clock_mhz is not None:
+    for name, run in list(runs.items()):
+        try:
+            run()
+        except RuntimeError as error:  # torch's, where the switch of TF32 was set in its newer way
+            print(f"No rate of {name}: {harness.reason_of(error)}")
+            del runs[name]
+    times_s = {
+        name: timing.median_ms() / 1e3
+        for name, timing in harness.time_contenders(runs, "cuda", settings).items()
+        if timing.status == "ok"
+    }
+    return make_rates(times_s, size, source.numel(), harness.nvidia_smi("clocks.max.sm"))
+
+
+def make_rates(times_s: Mapping[str, float], size: int, copied: int, clock: str | None) -> dict[str, float]:
+    """Return the rates from the times of a copy and of products, and nvidia-smi's highest clock in MHz."""
+    flops = {name: 2 * size**3 / time_s for name, time_s in times_s.items() if name != "copy"}
+    rates = {f"matmul_flops_{name}": rate for name, rate in flops.items()}
+    exact = [flops[name] / products for name, products in (("ieee", 1), ("tf32", 3)) if name in flops]
+    if exact:
+        rates["matmul_flops_float32"] = max(exact)
+    if "copy" in times_s:
+        rates["copy_bytes"] = 2 * copied / times_s["copy"]
+    # nvidia-smi says "[N/A]" where the driver does not tell, as in some virtual machines.
+    with contextlib.suppress(TypeError, ValueError):
+        clock_hz = float(clock or "") * 1e6
         multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
         # 16 special-function results a clock and multiprocessor, at the highest clock.
-        rates["exponentials"] = multiprocessors * 16 * float(clock_mhz) * 1e6
+        rates["exponentials"] = multiprocessors * 16 * clock_hz
     return rates
 
 
+def _product(left: Tensor, right: Tensor, *, allow_tf32: bool) -> Outputs:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    try:
+        return {"product": left @ right}
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suites; return 1 if a result was wrong, 2 if the device is not there."""
+    """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_attention", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="two small shapes, under a minute")
@@ -480,7 +554,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rates = None
     if options.device == "cuda":
         rates = measure_rates()
-        results.set_rates(rates)
+        results.set_rates(rates, FLOAT32_NOTE)
     kept: list[Case] = []
     for case in cases:
         if options.full:
@@ -492,11 +566,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     minutes = options.minutes
     if minutes is None:
         minutes = CPU_DEFAULT_MINUTES if options.device == "cpu" and not options.full else math.inf
-    harness.run_cases(kept, results, settings, rates=rates, budget_s=minutes * 60)
-    results.finish()
+    fault = harness.run_cases(kept, results, settings, rates=rates, budget_s=minutes * 60)
+    if fault:
+        print(fault)
+    else:
+        results.finish()
     for path in (results.path, *harness.write_report(results)):
         print(f"Wrote {path}")
-    return 1 if harness.any_wrong(results.rows) else 0
+    failed = harness.any_wrong(results.rows) or harness.any_of_ours_failed(results.rows)
+    return 1 if fault or failed else 0
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import sagan_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
+OUT_OF_MEMORY = "out of memory"
 
 Outputs = dict[str, Tensor]
 Run = Callable[[], Outputs]
@@ -76,10 +77,12 @@ class Settings:
 
 @dataclass
 class Timing:
-    """Samples of one contender, each the time of one run."""
+    """Samples of one contender, each the time of one run; ``reason`` says why it was given up, if it was."""
 
     samples_ms: list[float] = field(default_factory=list)
     repeats: int = 1
+    status: Status = "ok"
+    reason: str = ""
 
     def median_ms(self) -> float:
         """Return the median of the samples."""
@@ -138,9 +141,17 @@ class Case(abc.ABC):
         """Return a small case that loads the same libraries."""
         return self
 
-    def note(self, contender: str) -> Row:
-        """Return what else the results say of a contender."""
-        return {}
+    def first_run(self, contender: str, run: Run, row: Row) -> Outputs:
+        """Call a run for its check, and add to the row what else the results say of the contender."""
+        return run()
+
+    def is_repeated(self, contender: str, rows: Mapping[str, Row]) -> bool:
+        """Return whether the rows so far have the same code under another name, so that this one gets none."""
+        return False
+
+    def may_run_out(self, contender: str) -> bool:
+        """Return whether running out of memory is this contender's known limit, and so no failure."""
+        return False
 
     def floor_ms(self, rates: Mapping[str, float]) -> float | None:
         """Return the least time that the device's rates allow, None if that is not known."""
@@ -172,7 +183,7 @@ def compare(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], toler
 def reason_of(error: BaseException) -> str:
     """Return an error as one short line."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
+        return OUT_OF_MEMORY
     lines = str(error).strip().splitlines() or [""]
     text = lines[0] if isinstance(error, Refused) else f"{type(error).__name__}: {lines[0]}"
     return text if len(text) <= 200 else text[:197] + "..."
@@ -182,31 +193,77 @@ def reason_of(error: BaseException) -> str:
 _ANY_FAILURE = (Exception,)
 
 
+def device_fault(device: str) -> str:
+    """Free what failed attempts left on the device; return why it can run nothing more, empty if it can.
+
+    After an illegal access or a failed assertion every CUDA call of the process raises; after running out of
+    memory or a refused launch the next ones work. Asking twice tells them apart.
+    """
+    fault = ""
+    for _ in range(2 if device == "cuda" else 0):
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except _ANY_FAILURE as error:
+            fault = f"CUDA can run nothing more in this process: {reason_of(error)}"
+        else:
+            return ""
+    return fault
+
+
 # --- time -------------------------------------------------------------------------------------------------
 
 
 def time_contenders(runs: Mapping[str, Run], device: str, settings: Settings) -> dict[str, Timing]:
     """Return the timing of each contender, taken in turn so that a slow spell of the machine hits all alike.
 
-    Every run must have been called once before: the first call is the warm-up.
+    Every run must have been called once before: the first call is the warm-up. A contender that raises is not
+    run again, and its timing has the reason; after a fault of the device nothing is run.
     """
-    sample = _cuda_sampler() if device == "cuda" else _cpu_sample
     timings = {name: Timing() for name in runs}
-    estimates_ms = {name: sample(run, 1) for name, run in runs.items()}
+    try:
+        sample = _cuda_sampler() if device == "cuda" else _cpu_sample
+    except _ANY_FAILURE as error:
+        for timing in timings.values():
+            timing.status, timing.reason = "failed", reason_of(error)
+        return timings
+    fault = ""
+
+    def taken(name: str, repeats: int) -> list[float]:
+        nonlocal fault
+        timing = timings[name]
+        if timing.status != "ok":
+            return []
+        if fault:
+            if not timing.samples_ms:
+                timing.status, timing.reason = "skipped", fault
+            return []
+        try:
+            return [sample(runs[name], repeats)]
+        except _ANY_FAILURE as error:
+            timing.status, timing.reason = "failed", reason_of(error)
+            timing.samples_ms.clear()
+            # The traceback's frames hold memory that the others need.
+            traceback.clear_frames(error.__traceback__)
+        fault = device_fault(device)
+        return []
+
+    most = 50 if device == "cuda" else 1000  # each CUDA run has a pair of events
+    estimates_ms = {name: first[0] for name in runs if (first := taken(name, 1))}
     for name, estimate_ms in estimates_ms.items():
-        timings[name].repeats = max(1, min(1000, math.ceil(settings.sample_ms / max(estimate_ms, 1e-3))))
-    round_s = sum(estimates_ms[name] * timings[name].repeats for name in runs) / 1e3
+        timings[name].repeats = max(1, min(most, math.ceil(settings.sample_ms / max(estimate_ms, 1e-3))))
+    round_s = sum(estimates_ms[name] * timings[name].repeats for name in estimates_ms) / 1e3
     rounds = int(settings.target_s / max(round_s, 1e-9))
     rounds = max(settings.min_rounds, min(settings.max_rounds, rounds))
-    names = list(runs)
+    names = list(estimates_ms)
     for name in names:
         if timings[name].repeats == 1:  # slow enough that the estimate is a sample
             timings[name].samples_ms.append(estimates_ms[name])
-    rounds -= all(timing.repeats == 1 for timing in timings.values())
-    for turn in range(rounds):
+    rounds -= all(timings[name].repeats == 1 for name in names)
+    for turn in range(rounds if names else 0):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            timings[name].samples_ms.append(sample(runs[name], timings[name].repeats))
+            timings[name].samples_ms.extend(taken(name, timings[name].repeats))
     return timings
 
 
@@ -223,7 +280,7 @@ def _cuda_sampler() -> Callable[[Run, int], float]:
 
     def sample(run: Run, repeats: int) -> float:
         pairs = []
-        for _ in range(min(repeats, 50)):
+        for _ in range(repeats):
             start, end = (_timing_event() for _ in range(2))
             flush.zero_()
             start.record()
@@ -357,20 +414,27 @@ def available_mib() -> float | None:
 def measure_case(case: Case, settings: Settings, rates: Mapping[str, float] | None = None) -> list[Row]:
     """Check, time and weigh every contender of a case; return one row each.
 
-    A contender that refuses, fails or is wrong gets a row with the reason, and the others go on.
+    A contender that refuses, fails or is wrong gets a row with the reason, and the others go on, unless it has
+    left the device unable to run anything.
     """
     identity = {"suite": case.suite, "case": case.name, **case.describe()}
     inputs = case.inputs()
     expected = case.expected(inputs)
     rows: dict[str, Row] = {}
     runs: dict[str, Run] = {}
+    fault = ""
     for contender in case.contenders():
-        row: Row = {**identity, "contender": contender, **case.note(contender)}
+        if case.is_repeated(contender, rows):
+            continue
+        row: Row = {**identity, "contender": contender}
         rows[contender] = row
+        if fault:
+            row["status"], row["reason"] = "skipped", fault
+            continue
         try:
             run = case.prepare(contender, inputs)
             start = time.perf_counter()
-            outputs = run()
+            outputs = case.first_run(contender, run, row)
             if case.device == "cuda":
                 torch.cuda.synchronize()
             row["first_call_s"] = time.perf_counter() - start
@@ -382,33 +446,49 @@ def measure_case(case: Case, settings: Settings, rates: Mapping[str, float] | No
             _record(row, "refused", error)
         except WrongResultError as error:
             _record(row, "wrong", error)
+        except torch.OutOfMemoryError as error:
+            _record(row, "refused" if case.may_run_out(contender) else "failed", error)
         except _ANY_FAILURE as error:
             _record(row, "failed", error)
-        if case.device == "cuda":
-            torch.cuda.empty_cache()
+        fault = device_fault(case.device)
     del expected
+    if fault:
+        for contender in runs:
+            rows[contender]["status"], rows[contender]["reason"] = "skipped", fault
+        return list(rows.values())
     timings = time_contenders(runs, case.device, settings) if runs else {}
     floor_ms = case.floor_ms(rates) if rates else None
+    timed: list[str] = []
     for contender, timing in timings.items():
         row = rows[contender]
+        if timing.status != "ok":
+            row["status"], row["reason"] = timing.status, timing.reason
+            if timing.reason == OUT_OF_MEMORY and case.may_run_out(contender):
+                row["status"] = "refused"
+            continue
+        timed.append(contender)
         row["time_ms"] = timing.median_ms()
         row["time_quartiles_ms"] = list(timing.quartiles_ms())
         row["samples"] = len(timing.samples_ms)
         row["repeats"] = timing.repeats
-        if case.baseline in timings:
-            row["time_ratio"] = timing.median_ms() / timings[case.baseline].median_ms()
+        baseline = timings.get(case.baseline)
+        if baseline is not None and baseline.status == "ok":
+            row["time_ratio"] = timing.median_ms() / baseline.median_ms()
         if floor_ms is not None:
             row["floor_ms"] = floor_ms
             row["floor_share"] = floor_ms / timing.median_ms()
-        if case.device == "cuda" and settings.graphs:
-            _time_graph(row, runs[contender], settings)
-        if settings.memory and case.device == "cuda":
-            row["peak_mib"] = cuda_peak_mib(runs[contender])
+    for contender in timed if case.device == "cuda" else ():
+        if device_fault(case.device):
+            break
+        if settings.graphs:
+            _time_graph(rows[contender], runs[contender], settings)
+        if settings.memory:
+            _weigh(rows[contender], runs[contender])
     del inputs, runs
     if settings.memory and case.device == "cpu":
         # Without this process's tensors, so that a small machine has room for the other's.
         gc.collect()
-        for contender in timings:
+        for contender in timed:
             peak_mib, reason = cpu_peak_mib(case, contender, settings.memory_limit_s)
             rows[contender]["peak_mib"] = peak_mib
             if reason is not None:
@@ -426,10 +506,24 @@ def _record(row: Row, status: Status, error: BaseException) -> None:
 def _time_graph(row: Row, run: Run, settings: Settings) -> None:
     try:
         timing = time_contenders({"graph": captured_in_graph(run)}, "cuda", settings)["graph"]
-        row["graph_time_ms"] = timing.median_ms()
-        row["graph_time_quartiles_ms"] = list(timing.quartiles_ms())
     except _ANY_FAILURE as error:
         row["graph_reason"] = reason_of(error)
+        traceback.clear_frames(error.__traceback__)
+        return
+    if timing.status != "ok":
+        row["graph_reason"] = timing.reason
+        return
+    row["graph_time_ms"] = timing.median_ms()
+    row["graph_time_quartiles_ms"] = list(timing.quartiles_ms())
+
+
+def _weigh(row: Row, run: Run) -> None:
+    row["peak_mib"] = None
+    try:
+        row["peak_mib"] = cuda_peak_mib(run)
+    except _ANY_FAILURE as error:
+        row["peak_reason"] = reason_of(error)
+        traceback.clear_frames(error.__traceback__)
 
 
 def skipped_rows(case: Case, reason: str) -> list[Row]:
@@ -523,9 +617,10 @@ class Results:
         self.rows.extend(rows)
         self._write()
 
-    def set_rates(self, rates: Mapping[str, float]) -> None:
-        """Record the device's measured rates and write the file."""
+    def set_rates(self, rates: Mapping[str, float], note: str = "") -> None:
+        """Record the device's measured rates, with what a reader of the floors must know; write the file."""
         self.data["rates"] = dict(rates)
+        self.data["rates_note"] = note
         self._write()
 
     def finish(self) -> None:
@@ -547,12 +642,19 @@ def run_cases(
     *,
     rates: Mapping[str, float] | None = None,
     budget_s: float = math.inf,
-) -> None:
-    """Measure the cases in order and print each row; past the budget the rest is recorded as skipped."""
+) -> str:
+    """Measure the cases in order and print each row; past the budget the rest is recorded as skipped.
+
+    Returns:
+        The fault of the device that ended the run, after which the rest is skipped too; empty if there was none.
+    """
     started = time.monotonic()
+    fault = ""
     for case in cases:
         spent_s = time.monotonic() - started
-        if spent_s > budget_s:
+        if fault:
+            rows = skipped_rows(case, fault)
+        elif spent_s > budget_s:
             rows = skipped_rows(case, f"the time budget of {budget_s:.0f} s was spent")
         else:
             try:
@@ -561,14 +663,24 @@ def run_cases(
                 rows = skipped_rows(case, reason_of(error))
                 rows[0]["status"] = "failed"
                 traceback.clear_frames(error.__traceback__)
+            fault = device_fault(case.device)
         results.add(rows)
         for row in rows:
             print(line_of(row), flush=True)
+    return fault
 
 
 def any_wrong(rows: Iterable[Row]) -> bool:
     """Return whether a contender of some row gave a wrong result."""
     return any(row["status"] == "wrong" for row in rows)
+
+
+def any_of_ours_failed(rows: Iterable[Row]) -> bool:
+    """Return whether one of our contenders, or a whole case, failed; refusing and skipping are no failures."""
+    return any(
+        row["status"] == "failed" and (row["contender"].startswith("ours") or row["contender"] == "(all)")
+        for row in rows
+    )
 
 
 def line_of(row: Row) -> str:
@@ -607,6 +719,8 @@ def markdown(data: Row) -> str:
     if data["rates"]:
         rates = ", ".join(f"{name} {rate:.4g}" for name, rate in data["rates"].items())
         lines += [f"Rates: {rates}.", ""]
+        if data.get("rates_note"):
+            lines += [data["rates_note"], ""]
     reasons: dict[str, str] = {}
     for suite in _unique(row["suite"] for row in data["rows"]):
         rows = [row for row in data["rows"] if row["suite"] == suite]

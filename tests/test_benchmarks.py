@@ -199,6 +199,96 @@ def test_contenders_that_cannot_run_leave_their_reason_and_the_others_run() -> N
     assert rows["textbook"]["time_ratio"] == 1.0
 
 
+def test_a_contender_that_runs_out_of_memory_while_timed_loses_only_itself() -> None:
+    turns = iter([right, runs_out])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RUNS, "runs out later", lambda: next(turns)())
+        rows = measure("runs out later", "textbook")
+    assert (rows["runs out later"]["status"], rows["runs out later"]["reason"]) == ("failed", "out of memory")
+    assert rows["textbook"]["status"] == "ok"
+
+
+def broken_cuda() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_fault_of_the_device_ends_the_run_and_keeps_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaks = [False]
+
+    def synchronize() -> None:
+        if breaks[0]:
+            broken_cuda()
+
+    def illegal() -> Outputs:
+        breaks[0] = True
+        return right()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", synchronize)
+    monkeypatch.setattr(harness, "_cuda_sampler", lambda: harness._cpu_sample)
+    monkeypatch.setitem(RUNS, "illegal", illegal)
+    cases = [
+        ToyCase(names, device="cuda", label=label)
+        for label, names in (
+            ("good", ("textbook",)),
+            ("bad", ("textbook", "illegal", "sleeps")),
+            ("rest", ()),
+        )
+    ]
+    results = harness.Results(tmp_path / "toys.json", "cpu")
+    fault = harness.run_cases(cases, results, FAST)
+    assert "illegal memory access" in fault
+    assert [row["status"] for row in results.rows] == ["ok", "skipped", "failed", "skipped", "skipped"]
+    assert all("illegal memory access" in row["reason"] for row in results.rows[1:])
+
+
+def test_a_fault_while_timing_is_that_of_its_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", broken_cuda)
+    monkeypatch.setattr(harness, "_cuda_sampler", lambda: harness._cpu_sample)
+    runs = {"sleeps": sleeps(0.002), "fails": fails, "right": right}
+    timings = harness.time_contenders(runs, "cuda", FAST)
+    # A first sample was taken, as slow as a sample must be.
+    assert [timing.status for timing in timings.values()] == ["ok", "failed", "skipped"]
+    assert "no kernel image" in timings["fails"].reason
+    assert "illegal memory access" in timings["right"].reason
+
+
+def test_an_error_that_goes_away_is_no_fault_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([broken_cuda, lambda: None])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: next(answers)())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert harness.device_fault("cuda") == ""
+
+
+def test_cuda_repeats_are_those_that_were_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def sample(run: Run, repeats: int) -> float:
+        asked.append(repeats)
+        return 0.001
+
+    monkeypatch.setattr(harness, "_cuda_sampler", lambda: sample)
+    assert harness.time_contenders({"fast": right}, "cuda", FAST)["fast"].repeats == max(asked) == 50
+
+
+@pytest.mark.parametrize(
+    ("contender", "status", "bad"),
+    [
+        ("ours", "failed", True),
+        ("ours: triton", "failed", True),
+        ("(all)", "failed", True),
+        ("textbook", "failed", False),
+        ("ours", "refused", False),
+        ("(all)", "skipped", False),
+    ],
+)
+def test_a_failure_of_ours_fails_the_benchmark(contender: str, status: str, bad: bool) -> None:
+    assert harness.any_of_ours_failed([{"contender": contender, "status": status}]) is bad
+
+
 # --- results ----------------------------------------------------------------------------------------------
 
 ENVIRONMENT = (
@@ -315,6 +405,43 @@ def test_the_floor_is_the_slowest_of_bytes_products_and_exponentials() -> None:
         2 * 2 * 64 * 64 * 40 / 1e6 * 1e3
     )
     assert case.floor_ms({**fast, "copy_bytes": 1e6}) == pytest.approx(2 * 64 * 80 * 4 / 1e6 * 1e3)
+
+
+def test_the_backend_that_auto_takes_is_the_one_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = bench_attention.AttentionCase(bench_attention.BLOCK_TRAINING, (2, 16, 6), 2, "float32", "cpu")
+    core = bench_attention.AttentionCase(bench_attention.CORE_TRAINING, (2, 16, 6), 2, "float32", "cpu")
+    assert "ours: fused" in block.contenders()
+    assert "ours: fused" not in core.contenders()
+    monkeypatch.setattr(bench_attention.dispatch, "_INTERPRETING", False)
+    rows = {row["contender"]: row for row in harness.measure_case(block, FAST)}
+    assert rows["ours"]["served_by"] == "reference"
+    assert "ours: reference" not in rows
+    assert (rows["ours: fused"]["status"], rows["ours: triton"]["status"]) == ("refused", "refused")
+    assert "run on CUDA" in rows["ours: fused"]["reason"]
+    for served_by, repeated in (("fused", "fused"), ("fused + triton", "fused"), ("triton", "triton")):
+        seen = {"ours": {"served_by": served_by}}
+        names = [name for name in block.contenders() if block.is_repeated(name, seen)]
+        assert names == [f"ours: {repeated}"]
+
+
+def test_the_float32_rate_is_cublas_or_a_third_of_tf32_and_needs_no_clock() -> None:
+    times_s = {"copy": 1.0, "bfloat16": 1.0, "ieee": 9.0, "tf32": 1.0}
+    for clock in (None, "", "[N/A]"):
+        rates = bench_attention.make_rates(times_s, 8, 100, clock)
+        assert "exponentials" not in rates
+        assert rates["matmul_flops_float32"] == pytest.approx(2 * 8**3 / 3)
+        case = bench_attention.AttentionCase(bench_attention.CORE_FORWARD, (2, 64, 8), 1, "float32", "cpu")
+        assert case.floor_ms(rates) is not None
+    assert bench_attention.make_rates({"ieee": 2.0}, 8, 100, None)["matmul_flops_float32"] == 8**3
+    assert case.floor_ms(bench_attention.make_rates({}, 8, 100, None)) is None
+
+
+def test_products_leave_the_switch_of_tf32_as_it_was() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    for allowed in (True, False):
+        (product,) = bench_attention._product(torch.eye(2), torch.eye(2), allow_tf32=allowed).values()
+        assert torch.equal(product, torch.eye(2))
+        assert torch.backends.cuda.matmul.allow_tf32 is before
 
 
 # --- the command for a GPU --------------------------------------------------------------------------------
