@@ -539,14 +539,15 @@ def environment(device: str) -> Row:
     """Return the hardware, versions, commit and date of this run."""
     found: Row = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        # Without folders, which say nothing to others.
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": device,
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "cores_used": torch.get_num_threads(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "sagan_layers": sagan_layers.__version__,

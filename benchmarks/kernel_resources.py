@@ -254,10 +254,10 @@ def page(record: dict[str, Any]) -> str:
     for module in dict.fromkeys(module for module, _ in kernels):
         path = _source(module).relative_to(ROOT)
         lines += ["", f"## {path.name} on sm_90"]
-        for kernel in (name for other, name in kernels if other == module):
+        for name in (name for other, name in kernels if other == module):
             lines += [
                 "",
-                f"### {_title(kernel)}",
+                f"### {_title(name)}",
                 "",
                 "| configuration | tile | registers | shared KiB | blocks/SM | warps/SM | matrix instructions |",
                 "|---|---|---:|---:|---:|---:|---|",
@@ -266,7 +266,7 @@ def page(record: dict[str, Any]) -> str:
                 f"| {row.label} | {_tile(row)} | {row.registers} | {row.shared_bytes / 1024:.1f} "
                 f"| {row.blocks_per_sm} | {row.warps_per_sm} | {_matrix(row)} |"
                 for row in rows
-                if row.arch == 90 and (row.module, row.kernel) == (module, kernel)
+                if row.arch == 90 and (row.module, row.kernel) == (module, name)
             ]
     return "\n".join(lines) + "\n"
 
