@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sagan_layers.ops import attention_chunked, attention_sdpa, reference
 from sagan_layers.ops.attention_autograd import AttentionKernels, register_attention
@@ -32,8 +31,10 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Below so many weights a sample the reference is as fast on a CPU.
 _FEW_WEIGHTS = 2**18
-# Weights of the whole batch that may be kept for backward, where computing them again costs more.
+# Bytes of weights of the whole batch that may be kept for backward, where computing them again costs more: in
+# half precision it costs the most, as the logits are computed in float32.
 _MOST_KEPT_BYTES = 2**24
+_MOST_KEPT_BYTES_OF_HALF = 2**25
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,10 @@ def _chunked_reasons_unasked(query: Tensor, key: Tensor, value: Tensor) -> list[
 
 def _is_known(condition: bool | torch.SymBool) -> bool:
     """Return a condition on sizes, False where torch.compile or torch.export leaves them open."""
+    if isinstance(condition, bool) and not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
     known: bool = statically_known_true(condition)
     return known
 
@@ -191,11 +196,11 @@ _chunked_operation = register_attention(
 
 
 def _chunked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    weights = query.size(0) * query.size(1) * key.size(1)
+    size = query.size(0) * query.size(1) * key.size(1) * query.element_size()
     keep = (
         torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in (query, key, value))
-        and _is_known(weights * query.element_size() <= _MOST_KEPT_BYTES)
+        and _is_known(size <= (_MOST_KEPT_BYTES_OF_HALF if query.element_size() == 2 else _MOST_KEPT_BYTES))
     )
     return _chunked_operation(query, key, value, scale, keep)
 

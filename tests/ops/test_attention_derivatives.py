@@ -333,7 +333,8 @@ def test_the_size_of_the_blocks_does_not_matter(
     monkeypatch: pytest.MonkeyPatch, entries: int, rows: int, keep_weights: bool, dtype: torch.dtype
 ) -> None:
     small_blocks(monkeypatch, entries, rows)
-    monkeypatch.setattr(dispatch, "_MOST_KEPT_BYTES", 2**24 if keep_weights else 0)
+    for limit in ("_MOST_KEPT_BYTES", "_MOST_KEPT_BYTES_OF_HALF"):
+        monkeypatch.setattr(dispatch, limit, 2**24 if keep_weights else 0)
     inputs = inputs_of(dtype, batch=5)
 
     def results(name: str) -> list[Tensor]:
@@ -385,13 +386,15 @@ def test_weights_are_kept_only_while_they_are_few(monkeypatch: pytest.MonkeyPatc
         return reference.attention(query, key, value, scale)
 
     monkeypatch.setattr(dispatch, "_chunked_operation", forward)
-    few, many = ([torch.randn(n, 256, 2, requires_grad=True) for _ in range(3)] for n in (64, 65))
+    few, many, most = ([torch.randn(n, 256, 2, requires_grad=True) for _ in range(3)] for n in (64, 65, 257))
     for inputs in (few, many):
         BACKENDS["chunked"].run(*inputs, 1.0)
+    for inputs in (many, most):  # 16 bits
+        BACKENDS["chunked"].run(*(tensor.bfloat16() for tensor in inputs), 1.0)
     with torch.no_grad():
         BACKENDS["chunked"].run(*few, 1.0)
     BACKENDS["chunked"].run(*(tensor.detach() for tensor in few), 1.0)
-    assert kept == [True, False, False, False]
+    assert kept == [True, False, True, False, False, False]
 
 
 # --- sdpa ---------------------------------------------------------------------------------------------------
