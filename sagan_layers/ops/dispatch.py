@@ -161,13 +161,10 @@ def _chunked_reasons_unasked(query: Tensor, key: Tensor, value: Tensor) -> list[
 
 
 def _is_known(condition: bool | torch.SymBool) -> bool:
-    """Return a condition on sizes, False where torch.compile or torch.export leaves them open."""
-    if isinstance(condition, bool) and not torch.compiler.is_compiling():
-        return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
-
-    known: bool = statically_known_true(condition)
-    return known
+    """Return a condition on sizes; False inside torch.export, which may leave sizes open."""
+    # The function that tells came after torch 2.6; until it did, compiling counts as exporting.
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return not exporting() and bool(condition)
 
 
 def _chunked_backward(
