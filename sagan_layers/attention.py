@@ -142,7 +142,9 @@ class SelfAttention2d(nn.Module):
         """Return x plus gamma times what each position gathered from the others."""
         self._check_input(x)
         projections = self.query, self.key, self.value, self.out
-        if all(_is_plain(layer) for layer in projections):
+        if all(_is_pointwise(layer) for layer in projections[:3]) and (
+            _is_pointwise(self.out) or _is_identity(self.out)
+        ):
             query, key, value, out = (_weight(layer) for layer in projections)
             assert query is not None
             assert key is not None
@@ -235,12 +237,26 @@ class SelfAttention2d(nn.Module):
             )
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether the layer is no more than its weight and bias: exactly a convolution, and nobody listens to it."""
-    hooks = (
+def _is_pointwise(layer: nn.Module) -> bool:
+    """Whether the layer is no more than the weight and bias of a 1x1 convolution, and nobody listens to it."""
+    return (
+        type(layer) in (nn.Conv2d, SNConv2d)
+        and isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == layer.stride == (1, 1)
+        and layer.padding == (0, 0)
+        and layer.groups == 1
+        and not _has_hooks(layer)
+    )
+
+
+def _is_identity(layer: nn.Module) -> bool:
+    return type(layer) is nn.Identity and not _has_hooks(layer)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )
-    return type(layer) in (nn.Conv2d, SNConv2d, nn.Identity) and not hooks
 
 
 def _weight(layer: nn.Module) -> Tensor | None:

@@ -132,6 +132,19 @@ def hooked(module: SelfAttention2d) -> None:
     module.value.register_forward_hook(lambda layer, args, output: output + 1)
 
 
+def wider(module: SelfAttention2d) -> None:
+    module.query = nn.Conv2d(8, 1, 3, padding=1, bias=False)
+
+
+def strided(module: SelfAttention2d) -> None:
+    module.key = nn.Conv2d(8, 1, 1, stride=2, bias=False)
+    module.value = nn.Conv2d(8, 4, 1, stride=2, bias=False)
+
+
+def grouped(module: SelfAttention2d) -> None:
+    module.value = nn.Conv2d(8, 4, 1, groups=2, bias=False)
+
+
 def parametrized(module: SelfAttention2d) -> None:
     class Halved(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
@@ -140,7 +153,7 @@ def parametrized(module: SelfAttention2d) -> None:
     nn.utils.parametrize.register_parametrization(module.key, "weight", Halved())
 
 
-@pytest.mark.parametrize("change", [replaced, hooked, parametrized])
+@pytest.mark.parametrize("change", [replaced, hooked, wider, strided, grouped, parametrized])
 def test_projections_that_are_more_than_their_weight_are_called(change: object) -> None:
     module = SelfAttention2d(8, gamma_init=0.5, spectral_norm=False)
     x = torch.randn(1, 8, 4, 4)
