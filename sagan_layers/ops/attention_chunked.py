@@ -205,10 +205,8 @@ def _blocks(N: int, L: int, S: int) -> Iterator[Block]:
 
 def _largest(N: int, L: int, S: int) -> int:
     """Return the entries of the first block, which no other exceeds."""
-    n, rows = next(_blocks(N, L, S))
-    samples: int = n.stop - n.start
-    queries: int = rows.stop - rows.start
-    return samples * queries * S
+    samples, rows = _block_size(N, L, S)
+    return samples * rows * S
 
 
 def _view(flat: Tensor, shape: torch.Size) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -21,21 +20,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYOUTS = ["contiguous", "channels_first", "every_other", "inside_larger", "expanded_batch"]
 SIZES = [1, 2, 3, 7, 8, 13, 16, 17, 31, 64, 65, 127]
 
+pytestmark = pytest.mark.usefixtures("_unwritten_memory_is_nan")
+
 BACKENDS = {backend.name: backend for backend in ATTENTION_BACKENDS}
 
 every_backend = pytest.mark.parametrize("backend", ATTENTION_BACKENDS, ids=lambda backend: backend.name)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _unwritten_memory_is_nan() -> Iterator[None]:
-    """What a kernel leaves unwritten in a fresh tensor shows as NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:

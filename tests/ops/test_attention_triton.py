@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +15,8 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from sagan_layers.ops import attention_triton, reference  # noqa: E402 (needs triton)
+
+pytestmark = pytest.mark.usefixtures("_unwritten_memory_is_nan")
 
 interpreted = pytest.mark.skipif(
     not attention_triton._interpreting(), reason="the kernels are compiled: see the gpu tests"
@@ -30,16 +31,6 @@ SIZES = [
     (1, 67, 35, 7, 31),
     (1, 64, 64, 16, 64),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _unwritten_memory_is_nan() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 class Case(NamedTuple):

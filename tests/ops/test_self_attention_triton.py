@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -19,22 +18,13 @@ from sagan_layers.ops import self_attention_triton as block
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["y", "x", "wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "gamma"]
 
-pytestmark = pytest.mark.skipif(
-    not block._INTERPRETED and not torch.cuda.is_available(),
-    reason="needs TRITON_INTERPRET=1 or a CUDA device",
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _unwritten_memory_is_nan() -> Iterator[None]:
-    """What a kernel leaves unwritten in a fresh tensor shows as NaN (255 in the argmax)."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+pytestmark = [
+    pytest.mark.usefixtures("_unwritten_memory_is_nan"),
+    pytest.mark.skipif(
+        not block._INTERPRETED and not torch.cuda.is_available(),
+        reason="needs TRITON_INTERPRET=1 or a CUDA device",
+    ),
+]
 
 
 class Case(NamedTuple):
