@@ -1,5 +1,6 @@
 """Training images: a folder for each class on disk, checked before training, served as resumable batches."""
 
+from sagan.data.ahead import copied_ahead
 from sagan.data.dataset import ImageFolderDataset
 from sagan.data.decoding import RESAMPLE_FILTERS, ImageReadError, decode_image
 from sagan.data.inspection import PreflightReport, UnreadableFile, preflight
@@ -17,6 +18,7 @@ __all__ = [
     "PreflightReport",
     "ResumableBatchSampler",
     "UnreadableFile",
+    "copied_ahead",
     "decode_image",
     "horizontal_flips",
     "make_loader",
