@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sagan_layers.ops import attention_chunked, attention_sdpa, reference
+from sagan_layers.ops import attention_chunked, attention_sdpa, reference, spectral_norm_cpu
 from sagan_layers.ops.attention_autograd import AttentionKernels, register_attention
-from sagan_layers.ops.reference import SelfAttentionWeights
+from sagan_layers.ops.reference import SelfAttentionWeights, SpectralNormResult, SpectralNormTask
 from sagan_layers.ops.self_attention_autograd import register_self_attention
+from sagan_layers.ops.spectral_norm_autograd import NormalizedWeight
 
 Reasons = Callable[[Tensor, Tensor, Tensor], list[str]]
 
@@ -357,3 +358,102 @@ def run_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, name:
     for served in _records:
         served.append(backend.name)
     return backend.run(query, key, value, scale)
+
+
+# --- spectral norm ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpectralNormBackend:
+    """One way to normalise weights.
+
+    Attributes:
+        name: as in the tests.
+        reasons_against: takes (weight, dim); returns why it cannot be served, empty if it can.
+        normalize: takes a list of tasks; returns their results, without a graph.
+        gradient: takes (grad, weight, result, dim, eps, memory); None for the reference's.
+    """
+
+    name: str
+    reasons_against: Callable[[Tensor, int], list[str]]
+    normalize: Callable[[list[SpectralNormTask]], list[SpectralNormResult]]
+    gradient: Callable[[Tensor, Tensor, SpectralNormResult, int, float, Any], Tensor] | None = None
+
+
+def _cpu_gradient(
+    grad: Tensor, weight: Tensor, result: SpectralNormResult, dim: int, eps: float, memory: Any
+) -> Tensor:
+    reused = spectral_norm_cpu.ReusedMemory() if memory is None else memory.gradient
+    with reference.without_autocast(weight.device):
+        return spectral_norm_cpu.gradient(grad, weight, result, dim, eps, reused)
+
+
+def _normalize_one_by_one(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
+    results = []
+    for task in tasks:
+        result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
+        results.append(result._replace(weight=result.weight.to(task.dtype)))
+    return results
+
+
+SPECTRAL_NORM_BACKENDS: tuple[SpectralNormBackend, ...] = (
+    SpectralNormBackend(
+        "cpu",
+        spectral_norm_cpu.reasons_against,
+        lambda tasks: [spectral_norm_cpu.normalize(task) for task in tasks],
+        _cpu_gradient,
+    ),
+    SpectralNormBackend("reference", lambda weight, dim: [], _normalize_one_by_one),
+)
+
+
+def select_spectral_norm_backend(weight: Tensor, dim: int) -> SpectralNormBackend:
+    """Return the first backend that serves a weight."""
+    if _is_traced(weight):
+        return SPECTRAL_NORM_BACKENDS[-1]
+    return next(each for each in SPECTRAL_NORM_BACKENDS if not each.reasons_against(weight, dim))
+
+
+def _is_traced(weight: Tensor) -> bool:
+    """Whether something other than autograd follows the operations: a compiler, torch.func, a subclass."""
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
+        return True
+    transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+    return bool(transformed()) or torch.autograd.forward_ad.unpack_dual(weight).tangent is not None
+
+
+def run_spectral_norms(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
+    """Normalise all weights, in as few calls as their backends allow; the results have no graph."""
+    groups: dict[str, list[int]] = {}
+    for index, task in enumerate(tasks):
+        name = select_spectral_norm_backend(task.weight, task.dim).name
+        groups.setdefault(name, []).append(index)
+    results: dict[int, SpectralNormResult] = {}
+    with torch.no_grad():
+        for backend in SPECTRAL_NORM_BACKENDS:
+            indices = groups.get(backend.name, [])
+            if indices:
+                with reference.without_autocast(tasks[indices[0]].weight.device):
+                    found = backend.normalize([tasks[index] for index in indices])
+                results.update(zip(indices, found, strict=True))
+    return [results[index] for index in range(len(tasks))]
+
+
+def run_spectral_norm(task: SpectralNormTask) -> SpectralNormResult:
+    """Normalise one weight; the normalised one has its graph."""
+    if select_spectral_norm_backend(task.weight, task.dim).gradient is None:
+        result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
+        return result._replace(weight=result.weight.to(task.dtype))
+    (result,) = run_spectral_norms([task])
+    return result._replace(weight=with_gradient(task, result))
+
+
+def with_gradient(task: SpectralNormTask, result: SpectralNormResult) -> Tensor:
+    """Return the normalised weight that was found before, as a function of the weight for autograd."""
+    if not (torch.is_grad_enabled() and task.weight.requires_grad):
+        return result.weight
+    gradient = select_spectral_norm_backend(task.weight, task.dim).gradient
+    weight: Tensor = NormalizedWeight.apply(  # type: ignore[no-untyped-call]
+        task.weight, *result, task.dim, task.eps, gradient, task.memory
+    )
+    return weight
