@@ -57,6 +57,22 @@ class SelfAttentionWeights(NamedTuple):
         return self._replace(**projections)
 
 
+class ConditionalNormResult(NamedTuple):
+    """A normalised batch, and what it was normalised with.
+
+    Attributes:
+        y: [N, C, *].
+        mean: [C].
+        var: [C], biased.
+        num_values: how many values of a channel mean and variance are of; None if they were given.
+    """
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+    num_values: int | Tensor | None
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which a tensor of ``dtype`` is accumulated: float64 for itself, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -226,6 +242,27 @@ def _(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float)
 def _unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(vector)
     return torch.where(norm > eps, vector / (norm + eps), otherwise)
+
+
+def conditional_batch_norm(
+    x: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    given: tuple[Tensor, Tensor] | None,
+    eps: float,
+    relu: bool,
+    process_group: ProcessGroup | None,
+) -> ConditionalNormResult:
+    """Return x normalised by its batch's mean and variance, or by the given ones, and after that ReLU if asked."""
+    with without_autocast(x.device):
+        wide = x.to(compute_dtype(x.dtype))
+        count = None
+        if given is None:
+            mean, var, count = batch_statistics(wide, process_group)
+        else:
+            mean, var = (statistic.to(wide.dtype) for statistic in given)
+        y = normalize(wide, mean, var, gain, bias, eps).to(x.dtype)
+        return ConditionalNormResult(torch.relu(y) if relu else y, mean, var, count)
 
 
 def batch_statistics(x: Tensor, process_group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
