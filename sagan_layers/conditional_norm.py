@@ -41,6 +41,8 @@ class ConditionalBatchNorm2d(nn.Module):
         spectral_norm: whether the two projections of ``condition_features`` are normalised.
         biased_running_var: record the biased variance, as TensorFlow does (and the released code with it);
             torch's batch norm records the unbiased one. Both normalise with the biased one in training.
+        activation: "relu" for ReLU of the result, in the same pass over memory; None for nothing.
+        backend: which backend computes, see :func:`~sagan_layers.functional.conditional_batch_norm`.
         device, dtype: of the parameters.
 
     Shape:
@@ -85,6 +87,8 @@ class ConditionalBatchNorm2d(nn.Module):
         condition_features: int | None = None,
         spectral_norm: bool = False,
         biased_running_var: bool = False,
+        activation: str | None = None,
+        backend: str = "auto",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -92,6 +96,8 @@ class ConditionalBatchNorm2d(nn.Module):
         functional.check_sizes(num_features=num_features)
         functional.check_parameter_dtype(dtype)
         functional.check_positive("eps", eps)
+        functional.check_activation(activation)
+        functional.check_conditional_norm_backend(backend)
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"momentum: expected None or a number from 0 to 1, got {momentum!r}")
         if num_classes is not None and condition_features is not None:
@@ -102,6 +108,8 @@ class ConditionalBatchNorm2d(nn.Module):
         self.num_classes = num_classes
         self.condition_features = condition_features
         self.biased_running_var = biased_running_var
+        self.activation = activation
+        self.backend = backend
         self.norm = nn.BatchNorm2d(
             num_features, eps, momentum, False, track_running_stats, device=device, dtype=dtype
         )
@@ -146,7 +154,7 @@ class ConditionalBatchNorm2d(nn.Module):
             self.bias_projection.reset_parameters()
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return the normalised x, scaled and shifted for its condition."""
+        """Return the normalised x, scaled and shifted for its condition, and ReLU of that if asked."""
         functional.check_input(
             x,
             channels=self.num_features,
@@ -158,7 +166,9 @@ class ConditionalBatchNorm2d(nn.Module):
         gain, bias = self._gain_and_bias(x, condition)
         if self._standing is not None:
             self._standing.add(x)
-            return functional.conditional_batch_norm(x, gain, bias, eps=self.norm.eps)
+            return functional.conditional_batch_norm(
+                x, gain, bias, eps=self.norm.eps, activation=self.activation, backend=self.backend
+            )
         training = self.norm.training  # the child's, so that code which freezes batch norms freezes this one
         return functional.conditional_batch_norm(
             x,
@@ -171,6 +181,8 @@ class ConditionalBatchNorm2d(nn.Module):
             eps=self.norm.eps,
             biased_running_var=self.biased_running_var,
             process_group=self._process_group() if training else None,
+            activation=self.activation,
+            backend=self.backend,
         )
 
     def begin_standing_statistics(self) -> None:
@@ -276,8 +288,16 @@ class ConditionalBatchNorm2d(nn.Module):
             if self.condition_features is None
             else f"condition_features={self.condition_features}"
         )
-        biased = ", biased_running_var=True" if self.biased_running_var else ""
-        return f"{self.num_features}, {condition}{biased}"
+        options = [
+            text
+            for text, is_set in (
+                ("biased_running_var=True", self.biased_running_var),
+                (f"activation={self.activation!r}", self.activation is not None),
+                (f"backend={self.backend!r}", self.backend != "auto"),
+            )
+            if is_set
+        ]
+        return ", ".join([str(self.num_features), condition, *options])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave half-gathered standing statistics out of copies."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.common_types import _size_2_t
 
 from sagan_layers.ops import dispatch, reference
-from sagan_layers.ops.reference import SelfAttentionWeights, SpectralNormResult
+from sagan_layers.ops.reference import SelfAttentionWeights, SpectralNormResult, SpectralNormTask
+from sagan_layers.ops.spectral_norm_cpu import LayerMemory
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,6 +33,7 @@ __all__ = [
     "force_backend",
     "record_backends",
     "select_backend",
+    "select_conditional_norm_backend",
     "self_attention_2d",
     "set_debug_checks",
     "spectral_normalize",
@@ -371,8 +373,10 @@ def conditional_batch_norm(
     eps: float = 1e-5,
     biased_running_var: bool = False,
     process_group: ProcessGroup | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    r"""Return the batch-normalised x with a gain and a bias for each sample.
+    r"""Return the batch-normalised x with a gain and a bias for each sample, and ReLU of that if asked.
 
     .. math:: y_{nc} = \mathrm{gain}_{nc}\, \frac{x_{nc} - \mu_c}{\sqrt{\sigma^2_c + \epsilon}} + \mathrm{bias}_{nc}
 
@@ -391,17 +395,22 @@ def conditional_batch_norm(
         biased_running_var: record the biased variance, as TensorFlow does; torch's batch norm records the
             unbiased one.
         process_group: take the batch's statistics over all processes of this group.
+        activation: "relu" for ReLU of the result, computed in the same pass; None for nothing.
+        backend: "auto", or the name of a backend to insist on (:func:`select_conditional_norm_backend` tells
+            which serves).
 
     Shape:
         - Output: as x, in the dtype of x.
 
     Raises:
-        ValueError: if shapes or devices disagree, or statistics would be taken of a single value a channel.
+        ValueError: if shapes or devices disagree, statistics would be taken of a single value a channel, or the
+            named backend does not exist or cannot serve.
         TypeError: if a tensor is not floating point.
 
     Note:
         Statistics are taken in float32 (float64 for float64 inputs), the mean subtracted before scaling, so
-        large means lose no digits. Derivatives of every order.
+        large means lose no digits. Derivatives of every order. With ReLU, backward reads the output, which must
+        not be changed in place.
 
     Reference:
         Dumoulin et al., A Learned Representation For Artistic Style (conditional instance norm); Miyato and
@@ -413,10 +422,9 @@ def conditional_batch_norm(
         >>> bool(y.mean().abs() < 1e-5), bool((y.std() - 1).abs() < 1e-2)
         (True, True)
     """
-    check_floating("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x: expected [N, C, *], got {_shape(x)}")
+    _check_feature_map(x)
     check_positive("eps", eps)
+    check_activation(activation)
     num_features = x.size(1)
     for name, coefficients in (("gain", gain), ("bias", bias)):
         check_floating(name, coefficients)
@@ -440,20 +448,44 @@ def conditional_batch_norm(
         raise ValueError(
             f"x: expected more than 1 value per channel to take batch statistics, got {_shape(x)}"
         )
-    wide = x.to(reference.compute_dtype(x.dtype))
-    if use_batch:
-        mean, var, count = reference.batch_statistics(wide, process_group)
-        if training and running_mean is not None and running_var is not None:
-            with torch.no_grad():
-                recorded = var.detach() if biased_running_var else var.detach() * (count / (count - 1))
-                for statistic, batch in ((running_mean, mean.detach()), (running_var, recorded)):
-                    share = momentum.to(statistic.dtype) if isinstance(momentum, Tensor) else momentum
-                    statistic.lerp_(batch.to(statistic.dtype), share)
-    else:
+    given = None
+    if not use_batch:
         assert running_mean is not None
         assert running_var is not None
-        mean, var = running_mean.to(wide.dtype), running_var.to(wide.dtype)
-    return reference.normalize(wide, mean, var, gain, bias, eps).to(x.dtype)
+        given = running_mean, running_var
+    chosen = dispatch.select_conditional_norm_backend(x, given, process_group, backend)
+    relu = activation == "relu"
+    y, mean, var, count = chosen.run(x, gain, bias, given, eps, relu, process_group)
+    if training and running_mean is not None and running_var is not None:
+        assert count is not None
+        with torch.no_grad():
+            recorded = var.detach() if biased_running_var else var.detach() * (count / (count - 1))
+            for statistic, batch in ((running_mean, mean.detach()), (running_var, recorded)):
+                share = momentum.to(statistic.dtype) if isinstance(momentum, Tensor) else momentum
+                statistic.lerp_(batch.to(statistic.dtype), share)
+    return y
+
+
+def select_conditional_norm_backend(
+    x: Tensor, *, process_group: ProcessGroup | None = None, backend: str = "auto"
+) -> str:
+    """Return the name of the backend that :func:`conditional_batch_norm` would use for this x.
+
+    Args:
+        x: [N, C, *].
+        process_group: as for :func:`conditional_batch_norm`.
+        backend: as for :func:`conditional_batch_norm`.
+
+    Raises:
+        ValueError: if the named backend does not exist or cannot serve.
+        TypeError: if x is not floating point.
+
+    Example:
+        >>> select_conditional_norm_backend(torch.randn(8, 64, 32, 32))
+        'blocked'
+    """
+    _check_feature_map(x)
+    return dispatch.select_conditional_norm_backend(x, None, process_group, backend).name
 
 
 # --- what the modules share ---------------------------------------------------------------------------
@@ -462,6 +494,26 @@ def conditional_batch_norm(
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which tensors of ``dtype`` are accumulated: float64 for itself, else float32."""
     return reference.compute_dtype(dtype)
+
+
+def normalize_layer_weight(task: SpectralNormTask) -> SpectralNormResult:
+    """Return :func:`spectral_normalize` for a layer, on the backend that suits its weight; sigma has no graph."""
+    return dispatch.run_spectral_norm(task)
+
+
+def normalize_layer_weights(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
+    """Return the same for many layers in one call, without graphs; see :func:`with_spectral_gradient`."""
+    return dispatch.run_spectral_norms(tasks)
+
+
+def with_spectral_gradient(task: SpectralNormTask, result: SpectralNormResult) -> Tensor:
+    """Return the normalised weight of a result as a function of the task's weight for autograd."""
+    return dispatch.with_gradient(task, result)
+
+
+def check_conditional_norm_backend(name: str) -> None:
+    """Raise ``ValueError`` unless ``name`` is "auto" or a backend of :func:`conditional_batch_norm`."""
+    dispatch.check_conditional_norm_backend_name(name)
 
 
 def check_block_backend(name: str) -> None:
@@ -573,6 +625,12 @@ def check_positive(name: str, number: float) -> None:
     """Raise ``ValueError`` unless the number is above zero."""
     if not number > 0:
         raise ValueError(f"{name}: expected a positive number, got {number!r}")
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise ``ValueError`` unless it is None or "relu"."""
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
 
 
 def check_sizes(**sizes: object) -> None:
@@ -698,6 +756,12 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"value: expected [N, S, Ev] = [{batch}, {key.size(1)}, Ev] with Ev >= 1, got {_shape(value)}"
         )
+
+
+def _check_feature_map(x: Tensor) -> None:
+    check_floating("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected [N, C, *], got {_shape(x)}")
 
 
 def _check_module_tensor(name: str, x: Tensor, like: Tensor) -> None:

@@ -153,6 +153,7 @@ class Generator(nn.Module):
             eps=config.bn_eps,
             momentum=config.last_bn_momentum,
             biased_running_var=config.biased_running_var,
+            activation="relu",
         )
         self.last_conv = _conv(width, 3, 3, sn, config.sn_eps)
         initialize(self, config.init)
@@ -164,8 +165,7 @@ class Generator(nn.Module):
             x = block(x, labels)
             if str(x.size(2)) in self.mixers:
                 x = self.mixers[str(x.size(2))](x)
-        x = torch.relu(self.last_norm(x))
-        images: Tensor = torch.tanh(self.last_conv(x))
+        images: Tensor = torch.tanh(self.last_conv(self.last_norm(x)))
         return images
 
 
@@ -180,6 +180,7 @@ class UpBlock(nn.Module):
             eps=config.bn_eps,
             momentum=config.bn_momentum,
             biased_running_var=config.biased_running_var,
+            activation="relu",
         )
         sn, eps = config.g_spectral_norm, config.sn_eps
         self.norm1 = norm(in_channels)
@@ -190,8 +191,8 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """[N, in, H, W] -> [N, out, 2H, 2W]."""
-        main = self.conv1(_upsample(torch.relu(self.norm1(x, labels))))
-        main = self.conv2(torch.relu(self.norm2(main, labels)))
+        main = self.conv1(_upsample(self.norm1(x, labels)))
+        main = self.conv2(self.norm2(main, labels))
         y: Tensor = self.shortcut(_upsample(x)) + main
         return y
 

@@ -11,17 +11,30 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from sagan_layers.ops import attention_chunked, attention_sdpa, reference
+from sagan_layers.ops import (
+    attention_chunked,
+    attention_sdpa,
+    conditional_norm_blocked,
+    reference,
+    spectral_norm_cpu,
+)
 from sagan_layers.ops.attention_autograd import AttentionKernels, register_attention
-from sagan_layers.ops.reference import SelfAttentionWeights
+from sagan_layers.ops.conditional_norm_autograd import ConditionalNormKernels, register_conditional_norm
+from sagan_layers.ops.reference import (
+    ConditionalNormResult,
+    SelfAttentionWeights,
+    SpectralNormResult,
+    SpectralNormTask,
+)
 from sagan_layers.ops.self_attention_autograd import register_self_attention
+from sagan_layers.ops.spectral_norm_autograd import NormalizedWeight
 
 Reasons = Callable[[Tensor, Tensor, Tensor], list[str]]
 
@@ -31,6 +44,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Below so many weights a sample the reference is as fast on a CPU.
 _FEW_WEIGHTS = 2**18
+# Below so many values in a feature map the reference of conditional batch norm is as fast on a CPU.
+_FEW_VALUES = 2**14
 # Bytes of weights of the whole batch that may be kept for backward, where computing them again costs more: in
 # half precision it costs the most, as the logits are computed in float32.
 _MOST_KEPT_BYTES = 2**24
@@ -54,27 +69,58 @@ class AttentionBackend:
     reasons_against_unasked: Reasons = lambda query, key, value: []
 
 
-def _serves_everything(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+@dataclass(frozen=True)
+class ConditionalNormBackend:
+    """One way to compute conditional batch norm.
+
+    Attributes:
+        name: what a caller writes as ``backend=``.
+        reasons_against: takes (x, given statistics or None, process group or None); returns why they cannot be
+            served, empty if they can.
+        run: takes (x, gain, bias, given, eps, relu, process_group) as :func:`reference.conditional_batch_norm`.
+        reasons_against_unasked: as ``reasons_against``; why "auto" should take a later one nevertheless.
+    """
+
+    name: str
+    reasons_against: Callable[[Tensor, Given, Any], list[str]]
+    run: Callable[..., ConditionalNormResult]
+    reasons_against_unasked: Callable[[Tensor, Given, Any], list[str]] = lambda x, given, process_group: []
+
+
+Given = tuple[Tensor, Tensor] | None
+AnyBackend = TypeVar("AnyBackend", AttentionBackend, ConditionalNormBackend)
+
+
+def _serves_everything(*inputs: Any) -> list[str]:
     return []
 
 
 # --- triton -------------------------------------------------------------------------------------------------
 
 
-def _triton_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    if query.device.type != "cuda" and not (_INTERPRETING and query.device.type == "cpu"):
-        return [f"its kernels run on CUDA, and the tensors are on {query.device}"]
+def _no_triton_reasons(device: torch.device) -> list[str]:
+    """Return why Triton kernels cannot run on a device."""
+    if device.type != "cuda" and not (_INTERPRETING and device.type == "cpu"):
+        return [f"its kernels run on CUDA, and the tensors are on {device}"]
     if torch.version.hip is not None:
         return ["its kernels were never compiled for ROCm"]
-    if not _HAS_TRITON:
-        return ["Triton is not installed"]
+    return [] if _HAS_TRITON else ["Triton is not installed"]
+
+
+def _interpreter_reasons(device: torch.device) -> list[str]:
+    return ["on a CPU only Triton's interpreter runs it, for tests"] if device.type == "cpu" else []
+
+
+def _triton_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    if reasons := _no_triton_reasons(query.device):
+        return reasons
     from sagan_layers.ops import attention_triton
 
     return attention_triton.reasons_against(query, key, value)
 
 
 def _triton_reasons_unasked(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    return ["on a CPU only Triton's interpreter runs it, for tests"] if query.device.type == "cpu" else []
+    return _interpreter_reasons(query.device)
 
 
 def _triton_forward(
@@ -160,11 +206,14 @@ def _chunked_reasons_unasked(query: Tensor, key: Tensor, value: Tensor) -> list[
     return []
 
 
+def _is_exporting() -> bool:
+    # The function that tells came after torch 2.6; until it did, compiling counts as exporting.
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+
+
 def _is_known(condition: bool | torch.SymBool) -> bool:
     """Return a condition on sizes; False inside torch.export, which may leave sizes open."""
-    # The function that tells came after torch 2.6; until it did, compiling counts as exporting.
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return not exporting() and bool(condition)
+    return not _is_exporting() and bool(condition)
 
 
 def _chunked_backward(
@@ -253,16 +302,21 @@ def select_attention_backend(query: Tensor, key: Tensor, value: Tensor, name: st
     if _forced and name == FUSED:
         name = "auto"  # attention alone has no such form
     check_attention_backend_name(name)
+    return _select("attention", ATTENTION_BACKENDS, name, query, key, value)
+
+
+def _select(operation: str, backends: Sequence[AnyBackend], name: str, *inputs: Any) -> AnyBackend:
+    """Return the first backend of this name, or "auto", that has no reason against these inputs."""
     refusals = []
-    for backend in ATTENTION_BACKENDS:
+    for backend in backends:
         if name in ("auto", backend.name):
-            reasons = list(backend.reasons_against(query, key, value))
+            reasons = list(backend.reasons_against(*inputs))
             if name == "auto":
-                reasons += backend.reasons_against_unasked(query, key, value)
+                reasons += backend.reasons_against_unasked(*inputs)
             if not reasons:
                 return backend
             refusals.append(f"{backend.name}: {'; '.join(reasons)}")
-    raise ValueError(f"no attention backend serves these inputs ({' | '.join(refusals)})")
+    raise ValueError(f"no {operation} backend serves these inputs ({' | '.join(refusals)})")
 
 
 # --- the whole block ----------------------------------------------------------------------------------------
@@ -276,15 +330,10 @@ _fused_self_attention = register_self_attention(
 
 def reasons_against_fused(x: Tensor, weights: SelfAttentionWeights, pool_size: int) -> list[str]:
     """Return why the kernels of the whole block cannot serve, empty if they can."""
-    if x.device.type != "cuda" and not (_INTERPRETING and x.device.type == "cpu"):
-        return [f"its kernels run on CUDA, and the tensors are on {x.device}"]
-    if torch.version.hip is not None:
-        return ["its kernels were never compiled for ROCm"]
-    if not _HAS_TRITON:
-        return ["Triton is not installed"]
+    if reasons := _no_triton_reasons(x.device):
+        return reasons
     from sagan_layers.ops import self_attention_triton
 
-    reasons = []
     if torch.is_autocast_enabled(x.device.type):
         computed = torch.get_autocast_dtype(x.device.type)
         if x.dtype == computed:
@@ -319,6 +368,101 @@ def run_self_attention(x: Tensor, weights: SelfAttentionWeights, pool_size: int,
     tensors = [tensor for tensor in (x, *weights) if tensor is not None]
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return _fused_self_attention(x, weights, pool_size, save)
+
+
+# --- conditional batch norm ---------------------------------------------------------------------------------
+
+
+def _kernel_reasons(given: Given, process_group: Any) -> list[str]:
+    """Return why kernels that autograd does not look into cannot serve."""
+    reasons = []
+    if given is not None and any(statistic.requires_grad for statistic in given):
+        reasons.append("it has no gradients of given statistics")
+    if process_group is not None and torch.compiler.is_compiling():
+        reasons.append("torch.compile does not see its collective operations")
+    return reasons
+
+
+def _exporting_reasons() -> list[str]:
+    return ["an exported program should need torch alone"] if _is_exporting() else []
+
+
+def _triton_norm_reasons(x: Tensor, given: Given, process_group: Any) -> list[str]:
+    if reasons := _no_triton_reasons(x.device):
+        return reasons
+    from sagan_layers.ops import conditional_norm_triton
+
+    return conditional_norm_triton.reasons_against(x) + _kernel_reasons(given, process_group)
+
+
+def _triton_norm_reasons_unasked(x: Tensor, given: Given, process_group: Any) -> list[str]:
+    return _interpreter_reasons(x.device) + _exporting_reasons()
+
+
+def _blocked_reasons(x: Tensor, given: Given, process_group: Any) -> list[str]:
+    if x.device.type != "cpu":
+        return [f"it is made for a CPU's cache, and the tensors are on {x.device}"]
+    return _kernel_reasons(given, process_group)
+
+
+def _blocked_reasons_unasked(x: Tensor, given: Given, process_group: Any) -> list[str]:
+    if reasons := _exporting_reasons():
+        return reasons
+    if x.numel() < _FEW_VALUES:
+        return [f"below {_FEW_VALUES} values 'reference' is as fast"]
+    return []
+
+
+def _norm_kernels() -> Any:
+    from sagan_layers.ops import conditional_norm_triton
+
+    return conditional_norm_triton
+
+
+CONDITIONAL_NORM_BACKENDS: tuple[ConditionalNormBackend, ...] = (
+    ConditionalNormBackend(
+        "triton",
+        _triton_norm_reasons,
+        register_conditional_norm(
+            "triton",
+            ConditionalNormKernels(
+                forward=lambda *args: _norm_kernels().forward(*args),
+                normalize=lambda *args: _norm_kernels().normalize(*args),
+                backward=lambda *args: _norm_kernels().backward(*args),
+            ),
+        ),
+        _triton_norm_reasons_unasked,
+    ),
+    ConditionalNormBackend(
+        "blocked",
+        _blocked_reasons,
+        register_conditional_norm(
+            "blocked",
+            ConditionalNormKernels(
+                forward=conditional_norm_blocked.forward,
+                normalize=conditional_norm_blocked.normalize,
+                backward=conditional_norm_blocked.backward,
+            ),
+        ),
+        _blocked_reasons_unasked,
+    ),
+    ConditionalNormBackend("reference", _serves_everything, reference.conditional_batch_norm),
+)
+
+
+def check_conditional_norm_backend_name(name: str) -> None:
+    """Raise ``ValueError`` unless ``name`` is "auto" or a backend of the table."""
+    known = ["auto", *(backend.name for backend in CONDITIONAL_NORM_BACKENDS)]
+    if name not in known:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, known))}, got {name!r}")
+
+
+def select_conditional_norm_backend(
+    x: Tensor, given: Given, process_group: Any, name: str
+) -> ConditionalNormBackend:
+    """Return the backend that serves these inputs, or raise ``ValueError`` with every reason against."""
+    check_conditional_norm_backend_name(name)
+    return _select("conditional batch norm", CONDITIONAL_NORM_BACKENDS, name, x, given, process_group)
 
 
 # --- choices that hold for a stretch of code ----------------------------------------------------------------
@@ -357,3 +501,102 @@ def run_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, name:
     for served in _records:
         served.append(backend.name)
     return backend.run(query, key, value, scale)
+
+
+# --- spectral norm ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpectralNormBackend:
+    """One way to normalise weights.
+
+    Attributes:
+        name: as in the tests.
+        reasons_against: takes (weight, dim); returns why it cannot be served, empty if it can.
+        normalize: takes a list of tasks; returns their results, without a graph.
+        gradient: takes (grad, weight, result, dim, eps, memory); None for the reference's.
+    """
+
+    name: str
+    reasons_against: Callable[[Tensor, int], list[str]]
+    normalize: Callable[[list[SpectralNormTask]], list[SpectralNormResult]]
+    gradient: Callable[[Tensor, Tensor, SpectralNormResult, int, float, Any], Tensor] | None = None
+
+
+def _cpu_gradient(
+    grad: Tensor, weight: Tensor, result: SpectralNormResult, dim: int, eps: float, memory: Any
+) -> Tensor:
+    reused = spectral_norm_cpu.ReusedMemory() if memory is None else memory.gradient
+    with reference.without_autocast(weight.device):
+        return spectral_norm_cpu.gradient(grad, weight, result, dim, eps, reused)
+
+
+def _normalize_one_by_one(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
+    results = []
+    for task in tasks:
+        result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
+        results.append(result._replace(weight=result.weight.to(task.dtype)))
+    return results
+
+
+SPECTRAL_NORM_BACKENDS: tuple[SpectralNormBackend, ...] = (
+    SpectralNormBackend(
+        "cpu",
+        spectral_norm_cpu.reasons_against,
+        lambda tasks: [spectral_norm_cpu.normalize(task) for task in tasks],
+        _cpu_gradient,
+    ),
+    SpectralNormBackend("reference", lambda weight, dim: [], _normalize_one_by_one),
+)
+
+
+def select_spectral_norm_backend(weight: Tensor, dim: int) -> SpectralNormBackend:
+    """Return the first backend that serves a weight."""
+    if _is_traced(weight):
+        return SPECTRAL_NORM_BACKENDS[-1]
+    return next(each for each in SPECTRAL_NORM_BACKENDS if not each.reasons_against(weight, dim))
+
+
+def _is_traced(weight: Tensor) -> bool:
+    """Whether something other than autograd follows the operations: a compiler, torch.func, a subclass."""
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
+        return True
+    transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+    return bool(transformed()) or torch.autograd.forward_ad.unpack_dual(weight).tangent is not None
+
+
+def run_spectral_norms(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
+    """Normalise all weights, in as few calls as their backends allow; the results have no graph."""
+    groups: dict[str, list[int]] = {}
+    for index, task in enumerate(tasks):
+        name = select_spectral_norm_backend(task.weight, task.dim).name
+        groups.setdefault(name, []).append(index)
+    results: dict[int, SpectralNormResult] = {}
+    with torch.no_grad():
+        for backend in SPECTRAL_NORM_BACKENDS:
+            indices = groups.get(backend.name, [])
+            if indices:
+                with reference.without_autocast(tasks[indices[0]].weight.device):
+                    found = backend.normalize([tasks[index] for index in indices])
+                results.update(zip(indices, found, strict=True))
+    return [results[index] for index in range(len(tasks))]
+
+
+def run_spectral_norm(task: SpectralNormTask) -> SpectralNormResult:
+    """Normalise one weight; the normalised one has its graph."""
+    if select_spectral_norm_backend(task.weight, task.dim).gradient is None:
+        result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
+        return result._replace(weight=result.weight.to(task.dtype))
+    (result,) = run_spectral_norms([task])
+    return result._replace(weight=with_gradient(task, result))
+
+
+def with_gradient(task: SpectralNormTask, result: SpectralNormResult) -> Tensor:
+    """Return the normalised weight that was found before, as a function of the weight for autograd."""
+    if not (torch.is_grad_enabled() and task.weight.requires_grad):
+        return result.weight
+    gradient = select_spectral_norm_backend(task.weight, task.dim).gradient
+    weight: Tensor = NormalizedWeight.apply(  # type: ignore[no-untyped-call]
+        task.weight, *result, task.dim, task.eps, gradient, task.memory
+    )
+    return weight

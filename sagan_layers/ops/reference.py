@@ -30,6 +30,30 @@ class SpectralNormResult(NamedTuple):
     v: Tensor
 
 
+class SpectralNormTask(NamedTuple):
+    """One weight to normalise.
+
+    Attributes:
+        weight: at least two axes.
+        u: [out], where the iteration starts.
+        v: [rest].
+        dim: the axis of the outputs, 0 or 1.
+        n_power_iterations: how often u and v move before sigma is taken.
+        eps: added to the norms of u and v.
+        dtype: of the normalised weight.
+        memory: what to reuse for the results, where a backend does that.
+    """
+
+    weight: Tensor
+    u: Tensor
+    v: Tensor
+    dim: int
+    n_power_iterations: int
+    eps: float
+    dtype: torch.dtype
+    memory: Any = None
+
+
 class SelfAttentionWeights(NamedTuple):
     """The parameters of a self-attention block, as its formula sees them: normalised, without spatial axes.
 
@@ -55,6 +79,22 @@ class SelfAttentionWeights(NamedTuple):
             if tensor is not None and name != "gamma"
         }
         return self._replace(**projections)
+
+
+class ConditionalNormResult(NamedTuple):
+    """A normalised batch, and what it was normalised with.
+
+    Attributes:
+        y: [N, C, *].
+        mean: [C].
+        var: [C], biased.
+        num_values: how many values of a channel mean and variance are of; None if they were given.
+    """
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+    num_values: int | Tensor | None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -185,9 +225,31 @@ def spectral_normalize(
             iterate = _opaque_power_iteration if torch.compiler.is_dynamo_compiling() else _power_iteration
             u, v = iterate(constant, u, v, n_power_iterations, eps)
         sigma = torch.dot(u, torch.mv(matrix, v))
-        # A weight without a spectral norm to speak of (all zeros) is left as it is.
-        divisor = torch.where(sigma.abs() > eps, sigma, torch.ones_like(sigma))
+        divisor = spectral_divisor(sigma, eps)
         return SpectralNormResult((full / divisor).to(weight.dtype), sigma, u, v)
+
+
+def spectral_divisor(sigma: Tensor, eps: float) -> Tensor:
+    """Return sigma, or 1 for a weight without a spectral norm to speak of (all zeros): it is left as it is."""
+    return torch.where(sigma.abs() > eps, sigma, torch.ones_like(sigma))
+
+
+def spectral_normalize_gradient(grad: Tensor, result: SpectralNormResult, eps: float, dim: int) -> Tensor:
+    """Return the gradient of the weight from that of the normalised one, u and v taken as constants.
+
+    Args:
+        grad: the gradient of ``result.weight``.
+        result: what forward found.
+        eps: as in forward.
+        dim: the axis of the outputs.
+    """
+    u, v, sigma = result.u, result.v, result.sigma
+    with without_autocast(grad.device):
+        grad, normalized = grad.to(u.dtype), result.weight.to(u.dtype)
+        inner = torch.where(sigma.abs() > eps, (grad * normalized).sum(), torch.zeros_like(sigma))
+        sizes = normalized.transpose(0, dim).shape
+        direction = torch.outer(u, v).view(sizes).transpose(0, dim)
+        return (grad - inner * direction) / spectral_divisor(sigma, eps)
 
 
 def _power_iteration(
@@ -196,8 +258,8 @@ def _power_iteration(
     """Return copies of u and v, moved: backward reads them after the caller's own have moved in place."""
     u, v = u.clone(), v.clone()
     for _ in range(n_power_iterations):
-        v = _unit(torch.mv(matrix.t(), u), eps, otherwise=v)
-        u = _unit(torch.mv(matrix, v), eps, otherwise=u)
+        v = unit(torch.mv(matrix.t(), u), eps, otherwise=v)
+        u = unit(torch.mv(matrix, v), eps, otherwise=u)
     return u, v
 
 
@@ -223,9 +285,31 @@ def _(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float)
     return torch.empty_like(u), torch.empty_like(v)
 
 
-def _unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
+def unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
+    """Return the vector at length 1, or ``otherwise`` if it has no length to speak of."""
     norm = torch.linalg.vector_norm(vector)
     return torch.where(norm > eps, vector / (norm + eps), otherwise)
+
+
+def conditional_batch_norm(
+    x: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    given: tuple[Tensor, Tensor] | None,
+    eps: float,
+    relu: bool,
+    process_group: ProcessGroup | None,
+) -> ConditionalNormResult:
+    """Return x normalised by its batch's mean and variance, or by the given ones, and after that ReLU if asked."""
+    with without_autocast(x.device):
+        wide = x.to(compute_dtype(x.dtype))
+        count = None
+        if given is None:
+            mean, var, count = batch_statistics(wide, process_group)
+        else:
+            mean, var = (statistic.to(wide.dtype) for statistic in given)
+        y = normalize(wide, mean, var, gain, bias, eps).to(x.dtype)
+        return ConditionalNormResult(torch.relu(y) if relu else y, mean, var, count)
 
 
 def batch_statistics(x: Tensor, process_group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
