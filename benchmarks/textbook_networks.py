@@ -214,7 +214,7 @@ def _textbook_attention(mixers: nn.ModuleDict) -> nn.ModuleDict:
 
 
 def _copy(parameter: Any) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().clone())
+    return nn.Parameter(parameter.detach().clone(memory_format=torch.contiguous_format))
 
 
 def peer_networks(

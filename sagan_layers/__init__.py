@@ -16,6 +16,13 @@ from sagan_layers.losses import (
     softplus_discriminator_loss,
     softplus_generator_loss,
 )
+from sagan_layers.passes import (
+    DiscriminatorPass,
+    DiscriminatorResult,
+    GeneratorPass,
+    GeneratorResult,
+    call_with_constant_parameters,
+)
 from sagan_layers.projection import ProjectionDiscriminatorHead
 from sagan_layers.shared_spectral_norm import SharedSpectralNorm, shared_spectral_norm
 from sagan_layers.spectral_norm import (
@@ -33,6 +40,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConditionalBatchNorm2d",
+    "DiscriminatorPass",
+    "DiscriminatorResult",
+    "GeneratorPass",
+    "GeneratorResult",
     "GradientPenalty",
     "HingeDiscriminatorLoss",
     "HingeGeneratorLoss",
@@ -47,6 +58,7 @@ __all__ = [
     "SoftplusGeneratorLoss",
     "SpectralNormLayer",
     "apply_spectral_norm",
+    "call_with_constant_parameters",
     "convert",
     "frozen_spectral_norm",
     "functional",

@@ -177,7 +177,7 @@ class SpectralNormLayer(nn.Module):
     def _shared_weight(self, shared: _Shared) -> Tensor:
         weight, expected = self.weight, shared.task.weight
         if not torch.compiler.is_compiling() and "weight" in self._parameters:
-            if weight is not expected:
+            if weight is not expected and weight.data_ptr() != expected.data_ptr():
                 raise RuntimeError(
                     "weight: expected the parameter that shared_spectral_norm has normalised, got another tensor"
                 )

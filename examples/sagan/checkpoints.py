@@ -117,8 +117,9 @@ def load_latest(path: Path) -> tuple[Path, dict[str, Any]]:
             contents = load_checkpoint(candidate)
         except CheckpointError as error:
             problems.append(str(error))
-            logger.warning("%s; trying the checkpoint before it", error)
         else:
+            for problem in problems:
+                logger.warning("%s; going on from %s, which is older", problem, candidate.name)
             return candidate, contents
     raise CheckpointError("; ".join(problems))
 

@@ -119,14 +119,18 @@ def processes(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[Pr
     if count == 1:
         yield Processes(0, 1, pick_device(device_name))
         return
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [
+        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
     if missing:
         raise UserError(f"WORLD_SIZE is {count} but {', '.join(missing)} not set; start with torchrun")
     device = _own_device(device_name, int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
-        control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+        control = (
+            dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+        )
         yield Processes(dist.get_rank(), dist.get_world_size(), device, control)
     finally:
         dist.destroy_process_group()

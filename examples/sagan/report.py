@@ -49,12 +49,17 @@ def _panels(rows: list[dict[str, Any]]) -> list[tuple[str, Mapping[str, Curve]]]
         found = {label: series(rows, name) for label, name in wanted.items()}
         return {label: curve for label, curve in found.items() if curve[0]}
 
-    gammas = {name.removeprefix("gamma_").replace("_", " at "): name for name in names if name.startswith("gamma_")}
+    gammas = {
+        name.removeprefix("gamma_").replace("_", " at "): name for name in names if name.startswith("gamma_")
+    }
     panels: list[tuple[str, Mapping[str, Curve]]] = [
         ("loss", curves(D="d_loss", G="g_loss")),
         ("mean logit of D", curves(real="real_logits", generated="fake_logits")),
         ("attention's gamma", curves(**gammas)),
-        ("largest sigma", {short.upper(): curve for short in "gd" if (curve := _largest_sigma(rows, short))[0]}),
+        (
+            "largest sigma",
+            {short.upper(): curve for short in "gd" if (curve := _largest_sigma(rows, short))[0]},
+        ),
         ("images a second", curves(speed="images_per_s")),
         ("share of time waiting for data", curves(share="data_wait_share")),
     ]
@@ -125,11 +130,16 @@ def _summary(out: Path, config: dict[str, Any], rows: list[dict[str, Any]]) -> s
         ("classes", str(config["network"]["num_classes"])),
         ("losses", f"D {_number(last.get('d_loss'))}, G {_number(last.get('g_loss'))}"),
         ("images a second", f"{speeds[len(speeds) // 2]:.1f} (median)" if speeds else "not logged"),
-        ("checkpoints", ", ".join(kept) + (" and best.pt" if (out / "checkpoints" / "best.pt").exists() else "")),
+        (
+            "checkpoints",
+            ", ".join(kept) + (" and best.pt" if (out / "checkpoints" / "best.pt").exists() else ""),
+        ),
     ]
     problems = sum(row.get("skipped_updates", 0) for row in rows)
     facts.append(("updates left out", f"{problems}"))
-    facts += [("alarm", f"iteration {row['iteration']:,}: {row['alarm']}") for row in rows if row.get("alarm")]
+    facts += [
+        ("alarm", f"iteration {row['iteration']:,}: {row['alarm']}") for row in rows if row.get("alarm")
+    ]
     return _table([[name, value] for name, value in facts])
 
 

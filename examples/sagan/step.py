@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sagan.distributed import Processes, running_statistics
+from sagan.errors import UserError
 from sagan.health import FiniteGuard
 from sagan.networks import Discriminator, Generator
 from sagan.randomness import training_noise
@@ -33,6 +35,12 @@ _LOSSES = {
     "hinge": (hinge_discriminator_loss, hinge_generator_loss),
     "softplus": (softplus_discriminator_loss, softplus_generator_loss),
 }
+# Vectors follow from the weights, and running statistics are averaged here.
+_LEAVING_BUFFERS = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}  # its name until torch 2.12
+)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -76,6 +84,12 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, labels_in_use: Tensor, own: Processes) -> None:
+        pieces = own.count * config.accumulation
+        if config.batch_size % pieces:
+            raise UserError(
+                f"batch_size: expected a multiple of {pieces} ({own.count} processes, {config.accumulation} parts "
+                f"each), got {config.batch_size}"
+            )
         self.config = config
         self.own = own
         self.device = own.device
@@ -111,7 +125,9 @@ class Trainer:
     def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Update D ``d_steps`` times and G once; nothing in it makes the host wait for the device."""
         moving = running_statistics(self.generator)
-        with self.guard.iteration(self.iteration, moving if self.config.health.on_nonfinite == "skip" else ()):
+        with self.guard.iteration(
+            self.iteration, moving if self.config.health.on_nonfinite == "skip" else ()
+        ):
             # One move of G's vectors and one normalisation of its weights serve the whole iteration.
             with shared_spectral_norm(self.generator, dtype=self._compute_dtype):
                 for update in range(self.config.d_steps):
@@ -125,7 +141,7 @@ class Trainer:
                 self.average.n_averaged.zero_()  # a first update is a copy
             self.average.update_parameters(self.generator)  # buffers, SN's vectors among them, are copied
 
-    def _update_discriminator(self, batches: Iterator[tuple[Tensor, Tensor]], update: int) -> None:
+    def _update_discriminator(self, batches: Iterator[tuple[Tensor, Tensor]], update: int = 0) -> None:
         self.d_optimizer.zero_grad(set_to_none=True)
         parts = self.config.accumulation
         with shared_spectral_norm(self.discriminator, dtype=self._compute_dtype):
@@ -144,7 +160,7 @@ class Trainer:
                 )
         self._apply(self.d_optimizer, self.discriminator)
 
-    def _update_generator(self, update: int) -> None:
+    def _update_generator(self, update: int = 1) -> None:
         self.g_optimizer.zero_grad(set_to_none=True)
         parts = self.config.accumulation
         with self._constant_discriminator():
@@ -205,8 +221,8 @@ class Trainer:
         return DistributedDataParallel(
             update,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,  # vectors follow from the weights; running statistics are averaged
             gradient_as_bucket_view=True,
+            **_LEAVING_BUFFERS,
         )
 
     def _reducing_last(self, update: nn.Module, part: int) -> contextlib.AbstractContextManager[None]:
@@ -291,8 +307,8 @@ class Trainer:
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """uint8 from 0 to 255 -> float32 from -1 to 1."""
-    return pixels.float() / 127.5 - 1
+    """uint8 from 0 to 255 -> floating point from -1 to 1."""
+    return pixels.to(torch.get_default_dtype()) / 127.5 - 1
 
 
 def _adam(network: nn.Module, lr: float, config: RunConfig) -> torch.optim.Adam:

@@ -234,9 +234,7 @@ def _refuse_not_finite(trainer: Trainer) -> None:
     health = trainer.config.health
     if skipped is None or (health.on_nonfinite == "skip" and skipped.in_a_row <= health.most_skipped):
         return
-    where = {
-        name: parameters_not_finite(network) for name, network in trainer.networks.items()
-    }
+    where = {name: parameters_not_finite(network) for name, network in trainer.networks.items()}
     named = "; ".join(
         f"{name}: {', '.join(names[:5])}{' and others' if len(names) > 5 else ''}"
         for name, names in where.items()
