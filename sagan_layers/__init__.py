@@ -17,6 +17,7 @@ from sagan_layers.losses import (
     softplus_generator_loss,
 )
 from sagan_layers.projection import ProjectionDiscriminatorHead
+from sagan_layers.resampling import ResamplingConv2d
 from sagan_layers.spectral_norm import (
     SNConv2d,
     SNConvTranspose2d,
@@ -36,6 +37,7 @@ __all__ = [
     "HingeDiscriminatorLoss",
     "HingeGeneratorLoss",
     "ProjectionDiscriminatorHead",
+    "ResamplingConv2d",
     "SNConv2d",
     "SNConvTranspose2d",
     "SNEmbedding",
