@@ -24,6 +24,7 @@ from sagan_layers.passes import (
     call_with_constant_parameters,
 )
 from sagan_layers.projection import ProjectionDiscriminatorHead
+from sagan_layers.resampling import ResamplingConv2d
 from sagan_layers.shared_spectral_norm import SharedSpectralNorm, shared_spectral_norm
 from sagan_layers.spectral_norm import (
     SNConv2d,
@@ -48,6 +49,7 @@ __all__ = [
     "HingeDiscriminatorLoss",
     "HingeGeneratorLoss",
     "ProjectionDiscriminatorHead",
+    "ResamplingConv2d",
     "SNConv2d",
     "SNConvTranspose2d",
     "SNEmbedding",

@@ -24,13 +24,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sagan_layers.functional",
         "sagan_layers.losses",
         "sagan_layers.projection",
+        "sagan_layers.resampling",
         "sagan_layers.spectral_norm",
     },
     "sagan_layers.attention": {
         "sagan_layers.functional",
         "sagan_layers.spectral_norm",
     },
-    "sagan_layers.spectral_norm": {"sagan_layers.functional"},
+    "sagan_layers.resampling": {"sagan_layers.functional"},
+    "sagan_layers.spectral_norm": {"sagan_layers.functional", "sagan_layers.resampling"},
     "sagan_layers.conditional_norm": {
         "sagan_layers.functional",
         "sagan_layers.spectral_norm",
@@ -43,7 +45,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sagan_layers.projection",
         "sagan_layers.spectral_norm",
     },
-    "sagan_layers.functional": {"sagan_layers.ops.dispatch", "sagan_layers.ops.reference"},
+    "sagan_layers.functional": {
+        "sagan_layers.ops.dispatch",
+        "sagan_layers.ops.reference",
+        "sagan_layers.ops.resampling",
+    },
     "sagan_layers.ops": set(),
     "sagan_layers.ops.dispatch": {
         "sagan_layers.ops.attention_autograd",
@@ -61,8 +67,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sagan_layers.ops.conditional_norm_blocked": {"sagan_layers.ops.reference"},
     "sagan_layers.ops.self_attention_autograd": {"sagan_layers.ops.reference"},
     "sagan_layers.ops.reference": set(),
+    "sagan_layers.ops.resampling": {"sagan_layers.ops.reference"},
 }
-MODULES = ["attention", "spectral_norm", "conditional_norm", "projection", "losses"]
+MODULES = ["attention", "resampling", "spectral_norm", "conditional_norm", "projection", "losses"]
 
 
 def is_kernel(module: str) -> bool:

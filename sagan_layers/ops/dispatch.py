@@ -200,20 +200,10 @@ _sdpa_attention = register_attention(
 def _chunked_reasons_unasked(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     if query.device.type not in ("cpu", "cuda"):
         return [f"it was never tried on {query.device.type}"]
-    few = _is_known(query.size(1) * key.size(1) < _FEW_WEIGHTS)
+    few = reference.is_known(query.size(1) * key.size(1) < _FEW_WEIGHTS)
     if few and query.dtype in (torch.float32, torch.float64):
         return [f"with fewer than {_FEW_WEIGHTS} weights a sample 'reference' is as fast"]
     return []
-
-
-def _is_exporting() -> bool:
-    # The function that tells came after torch 2.6; until it did, compiling counts as exporting.
-    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
-
-
-def _is_known(condition: bool | torch.SymBool) -> bool:
-    """Return a condition on sizes; False inside torch.export, which may leave sizes open."""
-    return not _is_exporting() and bool(condition)
 
 
 def _chunked_backward(
@@ -246,7 +236,9 @@ def _chunked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     keep = (
         torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in (query, key, value))
-        and _is_known(size <= (_MOST_KEPT_BYTES_OF_HALF if query.element_size() == 2 else _MOST_KEPT_BYTES))
+        and reference.is_known(
+            size <= (_MOST_KEPT_BYTES_OF_HALF if query.element_size() == 2 else _MOST_KEPT_BYTES)
+        )
     )
     return _chunked_operation(query, key, value, scale, keep)
 
@@ -384,7 +376,7 @@ def _kernel_reasons(given: Given, process_group: Any) -> list[str]:
 
 
 def _exporting_reasons() -> list[str]:
-    return ["an exported program should need torch alone"] if _is_exporting() else []
+    return ["an exported program should need torch alone"] if reference.is_exporting() else []
 
 
 def _triton_norm_reasons(x: Tensor, given: Given, process_group: Any) -> list[str]:

@@ -109,6 +109,17 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return torch.autocast(device.type, enabled=False)
 
 
+def is_exporting() -> bool:
+    """Return whether torch.export is at work."""
+    # The function that tells came after torch 2.6; until it did, compiling counts as exporting.
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+
+
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """Return a condition on sizes; False inside torch.export, which may leave sizes open."""
+    return not is_exporting() and bool(condition)
+
+
 def attention_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Return softmax over keys of ``scale * query . key``, [N, L, S], in the accumulation dtype."""
     dtype = compute_dtype(query.dtype)
@@ -210,6 +221,33 @@ def compose_self_attention(
 def positions(features: Tensor) -> Tensor:
     """[N, C, H, W] -> [N, H*W, C], a view where the memory format allows it."""
     return features.flatten(2).mT
+
+
+def upsample_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factor: int,
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Return the convolution of x, enlarged ``factor`` times by repeating its pixels."""
+    enlarged = F.interpolate(x, scale_factor=factor, mode="nearest")
+    return F.conv2d(enlarged, weight, bias, padding=padding, dilation=dilation, groups=groups)
+
+
+def conv2d_downsample(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factor: int,
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Return the convolution of x, averaged over squares of ``factor`` x ``factor`` pixels."""
+    return F.avg_pool2d(F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=groups), factor)
 
 
 def spectral_normalize(
