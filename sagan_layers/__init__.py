@@ -2,7 +2,13 @@
 
 from sagan_layers import convert, functional
 from sagan_layers.attention import SelfAttention2d
-from sagan_layers.conditional_norm import ConditionalBatchNorm2d, standing_statistics
+from sagan_layers.checkpointing import checkpointed
+from sagan_layers.conditional_norm import (
+    ConditionalBatchNorm2d,
+    frozen_running_statistics,
+    standing_statistics,
+    synchronize_batch_norm,
+)
 from sagan_layers.losses import (
     GradientPenalty,
     HingeDiscriminatorLoss,
@@ -61,7 +67,9 @@ __all__ = [
     "SpectralNormLayer",
     "apply_spectral_norm",
     "call_with_constant_parameters",
+    "checkpointed",
     "convert",
+    "frozen_running_statistics",
     "frozen_spectral_norm",
     "functional",
     "gradient_penalty",
@@ -73,4 +81,5 @@ __all__ = [
     "softplus_discriminator_loss",
     "softplus_generator_loss",
     "standing_statistics",
+    "synchronize_batch_norm",
 ]

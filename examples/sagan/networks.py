@@ -22,6 +22,7 @@ from sagan_layers import (
     SelfAttention2d,
     SNConv2d,
     SNLinear,
+    checkpointed,
 )
 
 RESOLUTIONS = (32, 64, 128, 256)
@@ -136,6 +137,7 @@ class Generator(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoints_activations = False
         sn = config.g_spectral_norm
         widths = _generator_widths(config)
         (first_resolution, width), *following = widths
@@ -162,7 +164,7 @@ class Generator(nn.Module):
         """Return the images of these latents and labels."""
         x = self.linear(latents).reshape(-1, *self.first_shape)
         for block in self.blocks:
-            x = block(x, labels)
+            x = checkpointed(block, x, labels) if self.checkpoints_activations else block(x, labels)
             if str(x.size(2)) in self.mixers:
                 x = self.mixers[str(x.size(2))](x)
         images: Tensor = torch.tanh(self.last_conv(self.last_norm(x)))
@@ -212,6 +214,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoints_activations = False
         sn = config.d_spectral_norm
         self.blocks = nn.ModuleList()
         self.mixers = nn.ModuleDict()
@@ -232,7 +235,7 @@ class Discriminator(nn.Module):
         """Return the logits of these images for their labels."""
         x = images
         for block in self.blocks:
-            x = block(x)
+            x = checkpointed(block, x) if self.checkpoints_activations else block(x)
             if str(x.size(2)) in self.mixers:
                 x = self.mixers[str(x.size(2))](x)
         logits: Tensor = self.head(self.last_block(x), labels)

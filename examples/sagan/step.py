@@ -29,6 +29,7 @@ from sagan_layers import (
     shared_spectral_norm,
     softplus_discriminator_loss,
     softplus_generator_loss,
+    synchronize_batch_norm,
 )
 
 _LOSSES = {
@@ -101,10 +102,11 @@ class Trainer:
         self.generator = Generator(config.network).to(own.device)
         self.discriminator = Discriminator(config.network).to(own.device)
         for network in (self.generator, self.discriminator):
+            network.checkpoints_activations = config.step.checkpoint_activations
             if config.step.channels_last:
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.step.sync_batch_norm:
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.generator)
+            synchronize_batch_norm(self.generator)
         self.average: AveragedModel | None = None
         if config.ema_decay:
             average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
