@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
@@ -86,7 +87,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-# --- agreement with the layers' own rule --------------------------------------------------------------------------
+# --- agreement with the layers' own rule -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -112,7 +113,9 @@ def test_steps_agree_with_a_first_forward_that_moves_and_others_that_repeat_it(
                 with frozen_spectral_norm(layerwise, iterate=False):
                     expected.append(layerwise(*part))
             expected[-1].square().mean().backward()
-        assert_close(dict(enumerate(map(Tensor.detach, outputs))), dict(enumerate(map(Tensor.detach, expected))))
+        assert_close(
+            dict(enumerate(map(Tensor.detach, outputs))), dict(enumerate(map(Tensor.detach, expected)))
+        )
         assert_close(gradients(ours), gradients(layerwise))
         assert_close(state(ours), state(layerwise))
         for optimizer in optimizers:
@@ -202,7 +205,7 @@ def test_zero_weights_stay_as_they_are(training: bool) -> None:
         assert all(torch.isfinite(buffer).all() for buffer in layer.buffers())
 
 
-# --- gradients -----------------------------------------------------------------------------------------------------
+# --- gradients ---------------------------------------------------------------------------------------------------
 
 
 LAYOUTS: dict[str, Callable[[], SpectralNormLayer]] = {
@@ -303,7 +306,10 @@ def test_second_derivatives_work_and_refuse_a_weight_that_has_changed() -> None:
     alone.twice = nn.Identity()
     ours.twice = nn.Identity()
     x, labels = batch(0, torch.float64)
-    for network, context in ((ours, shared_spectral_norm(ours)), (alone, frozen_spectral_norm(nn.Identity()))):
+    for network, context in (
+        (ours, shared_spectral_norm(ours)),
+        (alone, frozen_spectral_norm(nn.Identity())),
+    ):
         leaf = x.clone().requires_grad_()
         with context:
             (slope,) = torch.autograd.grad(network(leaf, labels).sum(), leaf, create_graph=True)
@@ -348,7 +354,7 @@ def test_entered_without_gradients_it_still_gives_gradients() -> None:
     assert_close(gradients(network), gradients(same), 0)
 
 
-# --- when it holds ---------------------------------------------------------------------------------------------------
+# --- when it holds -----------------------------------------------------------------------------------------------
 
 
 def test_u_moves_once_on_entry_and_at_each_update_and_afterwards_as_before() -> None:
@@ -369,7 +375,7 @@ def test_u_moves_once_on_entry_and_at_each_update_and_afterwards_as_before() -> 
     note()
     network(*batch(0))
     note()
-    changed = [not torch.equal(first, second) for first, second in zip(moves, moves[1:], strict=False)]
+    changed = [not torch.equal(first, second) for first, second in itertools.pairwise(moves)]
     assert changed == [True, False, False, False, True, False, True]
 
 
@@ -379,12 +385,16 @@ def test_a_changed_or_replaced_weight_is_refused_until_the_update() -> None:
     with shared_spectral_norm(layer) as shared:
         layer(x).sum().backward()
         torch.optim.SGD(layer.parameters(), lr=0.1).step()
-        with pytest.raises(RuntimeError, match=r"changed since shared_spectral_norm has normalised it; call upd"):
+        with pytest.raises(
+            RuntimeError, match=r"changed since shared_spectral_norm has normalised it; call upd"
+        ):
             layer(x)
         shared.update()
         layer(x)
         given = {"weight": torch.randn(3, 4)}
-        with pytest.raises(RuntimeError, match="expected the parameter that shared_spectral_norm has normalised"):
+        with pytest.raises(
+            RuntimeError, match="expected the parameter that shared_spectral_norm has normalised"
+        ):
             torch.func.functional_call(layer, given, x)
     layer(x)
 
@@ -469,7 +479,7 @@ def test_another_parametrization_of_the_weight_is_a_good_neighbour() -> None:
     )
 
 
-# --- neighbours --------------------------------------------------------------------------------------------------------
+# --- neighbours --------------------------------------------------------------------------------------------------
 
 
 def test_averaged_models_copy_the_vectors_and_none_of_the_shared_weights() -> None:
@@ -482,8 +492,8 @@ def test_averaged_models_copy_the_vectors_and_none_of_the_shared_weights() -> No
         optimizer.step()
         average.update_parameters(model)
     assert_close(
-        {name: value for name, value in average.module.named_buffers()},
-        {name: value for name, value in model.named_buffers()},
+        dict(average.module.named_buffers()),
+        dict(model.named_buffers()),
         0,
     )
     assert average.eval()(*batch(1)).isfinite().all()
@@ -520,7 +530,7 @@ def test_under_autocast_weights_are_cast_once_and_gradients_are_float32() -> Non
         assert (gradient - other).norm() <= 0.02 * other.norm(), name
     assert_close(state(network), state(layerwise), 0)
     with shared_spectral_norm(network, dtype=torch.float16):
-        assert network.wide.normalized_weight.__self__._shared.result.weight.dtype == torch.float16
+        assert network.wide._shared.result.weight.dtype == torch.float16
         with pytest.raises(RuntimeError, match=r"cast it to torch.float16 for autocast, which is off"):
             network(x, labels)
 
@@ -544,7 +554,7 @@ def test_compiled_without_graph_breaks_nothing_is_compiled_again() -> None:
             optimizer.zero_grad()
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------
+# --- memory ------------------------------------------------------------------------------------------------------
 
 
 def addresses(layer: nn.Module, *, keep: list[Tensor] | None = None) -> tuple[int, int]:

@@ -419,7 +419,8 @@ def _is_traced(weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
         return True
     transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-    return bool(transformed()) or torch.autograd.forward_ad.unpack_dual(weight).tangent is not None
+    unpack: Any = torch.autograd.forward_ad.unpack_dual
+    return bool(transformed()) or unpack(weight).tangent is not None
 
 
 def run_spectral_norms(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:

@@ -218,9 +218,7 @@ def spectral_divisor(sigma: Tensor, eps: float) -> Tensor:
     return torch.where(sigma.abs() > eps, sigma, torch.ones_like(sigma))
 
 
-def spectral_normalize_gradient(
-    grad: Tensor, result: SpectralNormResult, eps: float, dim: int
-) -> Tensor:
+def spectral_normalize_gradient(grad: Tensor, result: SpectralNormResult, eps: float, dim: int) -> Tensor:
     """Return the gradient of the weight from that of the normalised one, u and v taken as constants.
 
     Args:

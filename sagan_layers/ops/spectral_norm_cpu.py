@@ -247,6 +247,6 @@ def _divide(weight: Tensor, divisor: float, out: Tensor) -> None:
     if out.dtype == weight.dtype:
         torch.div(weight, divisor, out=out)
         return
-    parts = weight.view(-1).split(_ROUNDED_ENTRIES)
-    for part, rounded in zip(parts, out.view(-1).split(_ROUNDED_ENTRIES), strict=True):
+    parts = torch.split(weight.view(-1), _ROUNDED_ENTRIES)
+    for part, rounded in zip(parts, torch.split(out.view(-1), _ROUNDED_ENTRIES), strict=True):
         rounded.copy_(part / divisor)
