@@ -59,6 +59,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sagan_layers.ops.self_attention_autograd",
         "sagan_layers.ops.spectral_norm_autograd",
         "sagan_layers.ops.spectral_norm_cpu",
+        "sagan_layers.ops.spectral_norm_grouped",
+    },
+    "sagan_layers.ops.spectral_norm_grouped": {
+        "sagan_layers.ops.reference",
+        "sagan_layers.ops.spectral_norm_cpu",
     },
     "sagan_layers.ops.spectral_norm_autograd": {"sagan_layers.ops.reference"},
     "sagan_layers.ops.spectral_norm_cpu": {"sagan_layers.ops.reference"},

@@ -31,7 +31,7 @@ from sagan_layers import (
     remove_spectral_norm,
     shared_spectral_norm,
 )
-from sagan_layers.ops import dispatch
+from sagan_layers.ops import dispatch, spectral_norm_grouped
 
 CLASSES = 5
 
@@ -352,6 +352,73 @@ def test_entered_without_gradients_it_still_gives_gradients() -> None:
     with shared_spectral_norm(same):
         same(*batch(0)).sum().backward()
     assert_close(gradients(network), gradients(same), 0)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+@pytest.mark.parametrize("lowered", [False, True])
+def test_the_form_for_a_gpu_computes_the_same(iterations: int, lowered: bool) -> None:
+    layers = [make().double() for kind, make in LAYOUTS.items() if kind != "transpose"]
+    nn.init.zeros_(layers[0].weight)
+    tasks = []
+    for layer in layers:
+        task = layer._task(layer.weight, iterate=True)._replace(n_power_iterations=iterations)
+        tasks.append(task._replace(dtype=torch.bfloat16) if lowered else task)
+        against = spectral_norm_grouped.reasons_against(layer.weight, layer._output_axis)
+        assert [reason.split(",")[0] for reason in against] == ["it saves launches on a GPU"]
+    with torch.no_grad():
+        results = spectral_norm_grouped.normalize(tasks)
+    for task, result in zip(tasks, results, strict=True):
+        expected = functional.spectral_normalize(
+            *task[:3], dim=task.dim, n_power_iterations=iterations, eps=task.eps
+        )
+        tolerance = 1e-2 if lowered else 1e-12
+        assert result.weight.dtype == task.dtype
+        torch.testing.assert_close(result.weight.double(), expected.weight, rtol=tolerance, atol=tolerance)
+        for ours, theirs in zip(result[1:], expected[1:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        for cotangent in (
+            torch.randn_like(task.weight),
+            torch.randn(task.weight.shape, dtype=torch.float64).to(task.dtype),
+        ):
+            ours = spectral_norm_grouped.gradient(cotangent, task.weight, result, task.dim, task.eps, None)
+            (theirs,) = torch.autograd.grad(
+                expected.weight, task.weight, cotangent.double(), retain_graph=True
+            )
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+            assert ours.stride() == task.weight.stride()
+
+
+def test_a_weight_that_is_no_matrix_in_memory_is_left_to_the_reference() -> None:
+    against = spectral_norm_grouped.reasons_against(torch.empty(6, 16, 3, 3), 1)
+    assert "outputs lie between other axes" in against
+    assert "the weight does not fill its memory" in spectral_norm_grouped.reasons_against(
+        torch.empty(6, 16)[:, ::2], 0
+    )
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_steps_agree_with_the_cpu_and_can_be_captured_in_a_graph() -> None:
+    on_cpu = Network()
+    on_gpu = copy.deepcopy(on_cpu).cuda()
+    x, labels = batch(0)
+    gpu_x, gpu_labels = x.cuda(), labels.cuda()
+    for _ in range(2):
+        for network, inputs in ((on_cpu, (x, labels)), (on_gpu, (gpu_x, gpu_labels))):
+            network.zero_grad()
+            with shared_spectral_norm(network):
+                network(*inputs).square().mean().backward()
+    assert_close({k: v.cpu() for k, v in gradients(on_gpu).items()}, gradients(on_cpu), 1e-4)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), shared_spectral_norm(on_gpu):
+        on_gpu(gpu_x, gpu_labels).sum().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), shared_spectral_norm(on_gpu):
+        on_gpu(gpu_x, gpu_labels).sum().backward()
+    before = on_gpu.wide.weight_u.clone()
+    graph.replay()
+    assert not torch.equal(on_gpu.wide.weight_u, before)
 
 
 # --- when it holds -----------------------------------------------------------------------------------------------

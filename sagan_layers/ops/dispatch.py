@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sagan_layers.ops import attention_chunked, attention_sdpa, reference, spectral_norm_cpu
+from sagan_layers.ops import (
+    attention_chunked,
+    attention_sdpa,
+    reference,
+    spectral_norm_cpu,
+    spectral_norm_grouped,
+)
 from sagan_layers.ops.attention_autograd import AttentionKernels, register_attention
 from sagan_layers.ops.reference import SelfAttentionWeights, SpectralNormResult, SpectralNormTask
 from sagan_layers.ops.self_attention_autograd import register_self_attention
@@ -372,12 +378,14 @@ class SpectralNormBackend:
         reasons_against: takes (weight, dim); returns why it cannot be served, empty if it can.
         normalize: takes a list of tasks; returns their results, without a graph.
         gradient: takes (grad, weight, result, dim, eps, memory); None for the reference's.
+        serves_one: whether it is taken for a single weight too.
     """
 
     name: str
     reasons_against: Callable[[Tensor, int], list[str]]
     normalize: Callable[[list[SpectralNormTask]], list[SpectralNormResult]]
     gradient: Callable[[Tensor, Tensor, SpectralNormResult, int, float, Any], Tensor] | None = None
+    serves_one: bool = True
 
 
 def _cpu_gradient(
@@ -386,6 +394,13 @@ def _cpu_gradient(
     reused = spectral_norm_cpu.ReusedMemory() if memory is None else memory.gradient
     with reference.without_autocast(weight.device):
         return spectral_norm_cpu.gradient(grad, weight, result, dim, eps, reused)
+
+
+def _grouped_gradient(
+    grad: Tensor, weight: Tensor, result: SpectralNormResult, dim: int, eps: float, memory: Any
+) -> Tensor:
+    with reference.without_autocast(weight.device):
+        return spectral_norm_grouped.gradient(grad, weight, result, dim, eps, memory)
 
 
 def _normalize_one_by_one(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
@@ -403,7 +418,14 @@ SPECTRAL_NORM_BACKENDS: tuple[SpectralNormBackend, ...] = (
         lambda tasks: [spectral_norm_cpu.normalize(task) for task in tasks],
         _cpu_gradient,
     ),
-    SpectralNormBackend("reference", lambda weight, dim: [], _normalize_one_by_one),
+    SpectralNormBackend(
+        "grouped",
+        spectral_norm_grouped.reasons_against,
+        spectral_norm_grouped.normalize,
+        _grouped_gradient,
+        serves_one=False,
+    ),
+    SpectralNormBackend("reference", lambda weight, dim: [], _normalize_one_by_one, serves_one=False),
 )
 
 
@@ -442,7 +464,7 @@ def run_spectral_norms(tasks: list[SpectralNormTask]) -> list[SpectralNormResult
 
 def run_spectral_norm(task: SpectralNormTask) -> SpectralNormResult:
     """Normalise one weight; the normalised one has its graph."""
-    if select_spectral_norm_backend(task.weight, task.dim).gradient is None:
+    if not select_spectral_norm_backend(task.weight, task.dim).serves_one:
         result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
         return result._replace(weight=result.weight.to(task.dtype))
     (result,) = run_spectral_norms([task])

@@ -72,7 +72,7 @@ def reasons_against(weight: Tensor, dim: int) -> list[str]:
         reasons.append(f"it runs on the CPU, and the weight is on {weight.device}")
     if weight.dtype not in (torch.float32, torch.float64):
         reasons.append(f"{weight.dtype} would have to be converted whole")
-    if weight.layout != torch.strided or not _layout(weight.shape, weight.stride(), dim).is_dense:
+    if weight.layout != torch.strided or not layout_of(weight, dim).is_dense:
         reasons.append("the weight does not fill its memory")
     return reasons
 
@@ -80,7 +80,7 @@ def reasons_against(weight: Tensor, dim: int) -> list[str]:
 def normalize(task: SpectralNormTask) -> SpectralNormResult:
     """Return the normalised weight, sigma and the moved vectors, all without a graph."""
     weight, eps = task.weight.detach(), task.eps
-    layout = _layout(weight.shape, weight.stride(), task.dim)
+    layout = layout_of(weight, task.dim)
     blocks = layout.blocks(weight)
     u = task.u.to(weight.dtype, copy=True)
     v = layout.in_memory_order(task.v.to(weight.dtype, copy=True))
@@ -113,9 +113,9 @@ def gradient(
     gradient = memory.empty_like(weight, weight.dtype)
     if not abs(sigma) > eps:
         return gradient.copy_(grad)
-    if grad.dtype != gradient.dtype or not _same_strides(grad, gradient):
+    if grad.dtype != gradient.dtype or not same_strides(grad, gradient):
         grad = gradient.copy_(grad)
-    layout = _layout(weight.shape, weight.stride(), dim)
+    layout = layout_of(weight, dim)
     grads, normalized = layout.blocks(grad), layout.blocks(result.weight.to(gradient.dtype))
     inner = torch.dot(grads.view(-1), normalized.view(-1)).item()
     out = layout.blocks(gradient)
@@ -132,7 +132,7 @@ def gradient(
     return gradient
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """How a weight lies in memory.
 
     Attributes:
@@ -167,8 +167,13 @@ class _Layout(NamedTuple):
         return v.view([self.rest_sizes[axis] for axis in self.rest_order]).permute(inverse).reshape(-1)
 
 
+def layout_of(weight: Tensor, dim: int) -> Layout:
+    """Return how a weight with this axis of outputs lies in memory."""
+    return _layout(weight.shape, weight.stride(), dim)
+
+
 @functools.lru_cache(maxsize=1024)
-def _layout(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> _Layout:
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> Layout:
     order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
     expected, is_dense = 1, True
     for axis in reversed(order):
@@ -178,7 +183,7 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> _Layo
     before, after = (math.prod(shape[axis] for axis in part) for part in (order[:place], order[place + 1 :]))
     rest = [axis for axis in range(len(shape)) if axis != dim]
     rest_order = tuple(rest.index(axis) for axis in order if axis != dim)
-    return _Layout(
+    return Layout(
         tuple(order),
         (before, shape[dim], after),
         tuple(shape[axis] for axis in rest),
@@ -187,7 +192,7 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> _Layo
     )
 
 
-def _same_strides(first: Tensor, second: Tensor) -> bool:
+def same_strides(first: Tensor, second: Tensor) -> bool:
     """Whether equal places of both are equally far into their memory; axes of one entry have any stride."""
     return first.stride() == second.stride() or all(
         size == 1 or one == other
