@@ -464,19 +464,26 @@ def run_spectral_norms(tasks: list[SpectralNormTask]) -> list[SpectralNormResult
 
 def run_spectral_norm(task: SpectralNormTask) -> SpectralNormResult:
     """Normalise one weight; the normalised one has its graph."""
-    if not select_spectral_norm_backend(task.weight, task.dim).serves_one:
+    backend = select_spectral_norm_backend(task.weight, task.dim)
+    if not backend.serves_one:
         result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
         return result._replace(weight=result.weight.to(task.dtype))
-    (result,) = run_spectral_norms([task])
-    return result._replace(weight=with_gradient(task, result))
+    with torch.no_grad(), reference.without_autocast(task.weight.device):
+        (result,) = backend.normalize([task])
+    return result._replace(weight=_with_gradient(task, result, backend))
 
 
 def with_gradient(task: SpectralNormTask, result: SpectralNormResult) -> Tensor:
     """Return the normalised weight that was found before, as a function of the weight for autograd."""
+    return _with_gradient(task, result, select_spectral_norm_backend(task.weight, task.dim))
+
+
+def _with_gradient(
+    task: SpectralNormTask, result: SpectralNormResult, backend: SpectralNormBackend
+) -> Tensor:
     if not (torch.is_grad_enabled() and task.weight.requires_grad):
         return result.weight
-    gradient = select_spectral_norm_backend(task.weight, task.dim).gradient
     weight: Tensor = NormalizedWeight.apply(  # type: ignore[no-untyped-call]
-        task.weight, *result, task.dim, task.eps, gradient, task.memory
+        task.weight, *result, task.dim, task.eps, backend.gradient, task.memory
     )
     return weight

@@ -82,8 +82,7 @@ def normalize(task: SpectralNormTask) -> SpectralNormResult:
     weight, eps = task.weight.detach(), task.eps
     layout = layout_of(weight, task.dim)
     blocks = layout.blocks(weight)
-    u = task.u.to(weight.dtype, copy=True)
-    v = layout.in_memory_order(task.v.to(weight.dtype, copy=True))
+    u, v = task.u.to(weight.dtype), layout.in_memory_order(task.v.to(weight.dtype))
     product = None
     for _ in range(task.n_power_iterations):
         v = _unit(_transposed_times(blocks, u), eps, otherwise=v)
@@ -93,7 +92,10 @@ def normalize(task: SpectralNormTask) -> SpectralNormResult:
     memory = task.memory.weight if task.memory is not None else ReusedMemory()
     normalized = memory.empty_like(weight, task.dtype)
     _divide(blocks, _divisor(sigma.item(), eps), layout.blocks(normalized))
-    return SpectralNormResult(normalized, sigma, u, layout.in_canonical_order(v))
+    v = layout.in_canonical_order(v)
+    # The caller's own will move in place.
+    u, v = (own.clone() if own is given else own for own, given in ((u, task.u), (v, task.v)))
+    return SpectralNormResult(normalized, sigma, u, v)
 
 
 def gradient(
