@@ -374,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(
         max_rounds=25,
         min_rounds=3 if options.quick else 5,
-        target_s=0.5 if options.quick else 25.0,
+        target_s=0.5 if options.quick else 20.0,
         memory=not options.no_memory,
     )
     peer = options.peer.resolve() if options.peer else None
