@@ -647,6 +647,7 @@ def test_large_weights_and_gradients_take_the_memory_of_those_before_unless_it_i
     kept.clear()
     assert addresses(layer) == first
     assert layer.normalized_weight().data_ptr() % 64 == 0
+    assert not layer.weight.grad._is_view()
 
 
 def test_nothing_keeps_the_weights_of_a_block_that_has_ended() -> None:

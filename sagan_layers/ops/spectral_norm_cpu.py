@@ -51,10 +51,10 @@ class ReusedMemory:
                 start = -whole.ctypes.data % _ALIGNMENT
                 self._bytes = whole[start : start + size]
             lease = self._bytes[:]
-            # The tensor's storage holds this view, whoever else comes to hold the storage.
-            tensor = torch.frombuffer(lease, dtype=dtype)
+            # The storage holds this view, whoever comes to hold the storage.
+            storage = torch.frombuffer(lease, dtype=dtype).untyped_storage()
             self._lease = weakref.ref(lease)
-        return tensor.as_strided(like.shape, like.stride())
+        return torch.empty(0, dtype=dtype).set_(storage, 0, like.shape, like.stride())
 
 
 class LayerMemory:
