@@ -546,6 +546,35 @@ def test_another_parametrization_of_the_weight_is_a_good_neighbour() -> None:
     )
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's forward mode
+@pytest.mark.parametrize("inside", [True, False])
+def test_functional_transforms_and_forward_mode_take_plain_operations(inside: bool) -> None:
+    layer = SNLinear(4, 3).double()
+    if not inside:
+        layer.eval()
+        layer.iterate_when_frozen = False
+    x = torch.randn(2, 4, dtype=torch.float64)
+    with shared_spectral_norm(layer) if inside else frozen_spectral_norm(layer):
+        weight = layer.normalized_weight().detach()
+        gradient = torch.func.grad(lambda x: layer(x).square().sum())(x)
+        batched = torch.func.vmap(layer)(x)
+        tangent = torch.randn(3, 4, dtype=torch.float64)
+        with torch.autograd.forward_ad.dual_level():
+            task = layer._task(
+                torch.autograd.forward_ad.make_dual(layer.weight.detach(), tangent), iterate=False
+            )
+            dual = functional.normalize_layer_weight(task).weight
+            derivative = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    y = nn.functional.linear(x, weight, layer.bias)
+    torch.testing.assert_close(batched, y)
+    torch.testing.assert_close(gradient, 2 * y @ weight)
+    u, v = layer.weight_u, layer.weight_v
+    sigma = u @ layer.weight @ v
+    torch.testing.assert_close(derivative, (tangent - (u @ tangent @ v) * layer.weight / sigma) / sigma)
+
+
 # --- neighbours --------------------------------------------------------------------------------------------------
 
 

@@ -378,7 +378,7 @@ class SpectralNormBackend:
         reasons_against: takes (weight, dim); returns why it cannot be served, empty if it can.
         normalize: takes a list of tasks; returns their results, without a graph.
         gradient: takes (grad, weight, result, dim, eps, memory); None for the reference's.
-        serves_one: whether it is taken for a single weight too.
+        serves_one: whether it is taken for a single weight too, in place of the reference.
     """
 
     name: str
@@ -403,12 +403,9 @@ def _grouped_gradient(
         return spectral_norm_grouped.gradient(grad, weight, result, dim, eps, memory)
 
 
-def _normalize_one_by_one(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
-    results = []
-    for task in tasks:
-        result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
-        results.append(result._replace(weight=result.weight.to(task.dtype)))
-    return results
+def _normalize_by_reference(task: SpectralNormTask) -> SpectralNormResult:
+    result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
+    return result._replace(weight=result.weight.to(task.dtype))
 
 
 SPECTRAL_NORM_BACKENDS: tuple[SpectralNormBackend, ...] = (
@@ -425,7 +422,12 @@ SPECTRAL_NORM_BACKENDS: tuple[SpectralNormBackend, ...] = (
         _grouped_gradient,
         serves_one=False,
     ),
-    SpectralNormBackend("reference", lambda weight, dim: [], _normalize_one_by_one, serves_one=False),
+    SpectralNormBackend(
+        "reference",
+        lambda weight, dim: [],
+        lambda tasks: [_normalize_by_reference(task) for task in tasks],
+        serves_one=False,
+    ),
 )
 
 
@@ -466,8 +468,7 @@ def run_spectral_norm(task: SpectralNormTask) -> SpectralNormResult:
     """Normalise one weight; the normalised one has its graph."""
     backend = select_spectral_norm_backend(task.weight, task.dim)
     if not backend.serves_one:
-        result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
-        return result._replace(weight=result.weight.to(task.dtype))
+        return _normalize_by_reference(task)
     with torch.no_grad(), reference.without_autocast(task.weight.device):
         (result,) = backend.normalize([task])
     return result._replace(weight=_with_gradient(task, result, backend))
@@ -475,6 +476,9 @@ def run_spectral_norm(task: SpectralNormTask) -> SpectralNormResult:
 
 def with_gradient(task: SpectralNormTask, result: SpectralNormResult) -> Tensor:
     """Return the normalised weight that was found before, as a function of the weight for autograd."""
+    if _is_traced(task.weight) and not torch.compiler.is_compiling():
+        # Torch.func and forward mode need plain operations; the same weight again, from u and v as they are.
+        return _normalize_by_reference(task._replace(u=result.u, v=result.v, n_power_iterations=0)).weight
     return _with_gradient(task, result, select_spectral_norm_backend(task.weight, task.dim))
 
 
