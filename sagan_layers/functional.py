@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn.common_types import _size_2_t
 
 from sagan_layers.ops import dispatch, reference, resampling
-from sagan_layers.ops.reference import SelfAttentionWeights, SpectralNormResult, SpectralNormTask
+from sagan_layers.ops.reference import SelfAttentionWeights, SpectralNormResult
+from sagan_layers.ops.reference import SpectralNormTask as SpectralNormTask
 from sagan_layers.ops.resampling import Resampling
-from sagan_layers.ops.spectral_norm_cpu import LayerMemory
+from sagan_layers.ops.spectral_norm_cpu import LayerMemory as LayerMemory
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

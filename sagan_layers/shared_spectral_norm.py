@@ -111,9 +111,13 @@ class SharedSpectralNorm:
             for layer in layers
         ]
         results = functional.normalize_layer_weights(tasks)
+        moves = [(layer, result) for layer, result in zip(layers, results, strict=True) if layer._moves]
+        if moves:
+            torch._foreach_copy_(
+                [vector for layer, _ in moves for vector in (layer.weight_u, layer.weight_v)],
+                [vector for _, result in moves for vector in (result.u, result.v)],
+            )
         for layer, task, result in zip(layers, tasks, results, strict=True):
-            if layer._moves:
-                layer._store(result)
             layer._shared = _Shared(task, result, _version(layer), {})
         self._layers = layers
 

@@ -138,10 +138,14 @@ class SpectralNormLayer(nn.Module):
         """
         if self._shared is not None:
             return self._shared_weight(self._shared)
-        task = self._task(self.weight, iterate=self._moves or self._iterates_when_frozen)
+        moves = self._moves
+        task = self._task(self.weight, iterate=moves or self._iterates_when_frozen)
         result = functional.normalize_layer_weight(task)
-        if self._moves:
-            self._store(result)
+        if moves:
+            # The gradient was given its own u and v, so an earlier forward's graph survives this.
+            with torch.no_grad():
+                self.weight_u.copy_(result.u)
+                self.weight_v.copy_(result.v)
         return result.weight
 
     @property
@@ -156,8 +160,9 @@ class SpectralNormLayer(nn.Module):
     def _task(
         self, weight: Tensor, *, iterate: bool, dtype: torch.dtype | None = None
     ) -> functional.SpectralNormTask:
-        if self.training and self._memory is None and not torch.compiler.is_compiling():
-            self._memory = functional.LayerMemory()
+        memory = self._memory if self.training else None
+        if self.training and memory is None and not torch.compiler.is_compiling():
+            memory = self._memory = functional.LayerMemory()
         return functional.SpectralNormTask(
             weight,
             self.weight_u,
@@ -166,14 +171,8 @@ class SpectralNormLayer(nn.Module):
             self.n_power_iterations if iterate else 0,
             self.eps,
             weight.dtype if dtype is None else dtype,
-            self._memory if self.training else None,
+            memory,
         )
-
-    @torch.no_grad()
-    def _store(self, result: functional.SpectralNormResult) -> None:
-        # The gradient was given its own u and v, so an earlier forward's graph survives this.
-        self.weight_u.copy_(result.u)
-        self.weight_v.copy_(result.v)
 
     def _shared_weight(self, shared: _Shared) -> Tensor:
         weight, expected = self.weight, shared.task.weight

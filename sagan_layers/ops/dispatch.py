@@ -24,6 +24,7 @@ from sagan_layers.ops import (
     conditional_norm_blocked,
     reference,
     spectral_norm_cpu,
+    spectral_norm_grouped,
 )
 from sagan_layers.ops.attention_autograd import AttentionKernels, register_attention
 from sagan_layers.ops.conditional_norm_autograd import ConditionalNormKernels, register_conditional_norm
@@ -507,12 +508,14 @@ class SpectralNormBackend:
         reasons_against: takes (weight, dim); returns why it cannot be served, empty if it can.
         normalize: takes a list of tasks; returns their results, without a graph.
         gradient: takes (grad, weight, result, dim, eps, memory); None for the reference's.
+        serves_one: whether it is taken for a single weight too, in place of the reference.
     """
 
     name: str
     reasons_against: Callable[[Tensor, int], list[str]]
     normalize: Callable[[list[SpectralNormTask]], list[SpectralNormResult]]
     gradient: Callable[[Tensor, Tensor, SpectralNormResult, int, float, Any], Tensor] | None = None
+    serves_one: bool = True
 
 
 def _cpu_gradient(
@@ -523,12 +526,16 @@ def _cpu_gradient(
         return spectral_norm_cpu.gradient(grad, weight, result, dim, eps, reused)
 
 
-def _normalize_one_by_one(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
-    results = []
-    for task in tasks:
-        result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
-        results.append(result._replace(weight=result.weight.to(task.dtype)))
-    return results
+def _grouped_gradient(
+    grad: Tensor, weight: Tensor, result: SpectralNormResult, dim: int, eps: float, memory: Any
+) -> Tensor:
+    with reference.without_autocast(weight.device):
+        return spectral_norm_grouped.gradient(grad, weight, result, dim, eps, memory)
+
+
+def _normalize_by_reference(task: SpectralNormTask) -> SpectralNormResult:
+    result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
+    return result._replace(weight=result.weight.to(task.dtype))
 
 
 SPECTRAL_NORM_BACKENDS: tuple[SpectralNormBackend, ...] = (
@@ -538,7 +545,19 @@ SPECTRAL_NORM_BACKENDS: tuple[SpectralNormBackend, ...] = (
         lambda tasks: [spectral_norm_cpu.normalize(task) for task in tasks],
         _cpu_gradient,
     ),
-    SpectralNormBackend("reference", lambda weight, dim: [], _normalize_one_by_one),
+    SpectralNormBackend(
+        "grouped",
+        spectral_norm_grouped.reasons_against,
+        spectral_norm_grouped.normalize,
+        _grouped_gradient,
+        serves_one=False,
+    ),
+    SpectralNormBackend(
+        "reference",
+        lambda weight, dim: [],
+        lambda tasks: [_normalize_by_reference(task) for task in tasks],
+        serves_one=False,
+    ),
 )
 
 
@@ -554,7 +573,8 @@ def _is_traced(weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
         return True
     transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-    return bool(transformed()) or torch.autograd.forward_ad.unpack_dual(weight).tangent is not None
+    unpack: Any = torch.autograd.forward_ad.unpack_dual
+    return bool(transformed()) or unpack(weight).tangent is not None
 
 
 def run_spectral_norms(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
@@ -576,19 +596,28 @@ def run_spectral_norms(tasks: list[SpectralNormTask]) -> list[SpectralNormResult
 
 def run_spectral_norm(task: SpectralNormTask) -> SpectralNormResult:
     """Normalise one weight; the normalised one has its graph."""
-    if select_spectral_norm_backend(task.weight, task.dim).gradient is None:
-        result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
-        return result._replace(weight=result.weight.to(task.dtype))
-    (result,) = run_spectral_norms([task])
-    return result._replace(weight=with_gradient(task, result))
+    backend = select_spectral_norm_backend(task.weight, task.dim)
+    if not backend.serves_one:
+        return _normalize_by_reference(task)
+    with torch.no_grad(), reference.without_autocast(task.weight.device):
+        (result,) = backend.normalize([task])
+    return result._replace(weight=_with_gradient(task, result, backend))
 
 
 def with_gradient(task: SpectralNormTask, result: SpectralNormResult) -> Tensor:
     """Return the normalised weight that was found before, as a function of the weight for autograd."""
+    if _is_traced(task.weight) and not torch.compiler.is_compiling():
+        # Torch.func and forward mode need plain operations; the same weight again, from u and v as they are.
+        return _normalize_by_reference(task._replace(u=result.u, v=result.v, n_power_iterations=0)).weight
+    return _with_gradient(task, result, select_spectral_norm_backend(task.weight, task.dim))
+
+
+def _with_gradient(
+    task: SpectralNormTask, result: SpectralNormResult, backend: SpectralNormBackend
+) -> Tensor:
     if not (torch.is_grad_enabled() and task.weight.requires_grad):
         return result.weight
-    gradient = select_spectral_norm_backend(task.weight, task.dim).gradient
     weight: Tensor = NormalizedWeight.apply(  # type: ignore[no-untyped-call]
-        task.weight, *result, task.dim, task.eps, gradient, task.memory
+        task.weight, *result, task.dim, task.eps, backend.gradient, task.memory
     )
     return weight

@@ -296,8 +296,8 @@ def _power_iteration(
     """Return copies of u and v, moved: backward reads them after the caller's own have moved in place."""
     u, v = u.clone(), v.clone()
     for _ in range(n_power_iterations):
-        v = unit(torch.mv(matrix.t(), u), eps, otherwise=v)
-        u = unit(torch.mv(matrix, v), eps, otherwise=u)
+        v = _unit(torch.mv(matrix.t(), u), eps, otherwise=v)
+        u = _unit(torch.mv(matrix, v), eps, otherwise=u)
     return u, v
 
 
@@ -323,8 +323,7 @@ def _(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float)
     return torch.empty_like(u), torch.empty_like(v)
 
 
-def unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
-    """Return the vector at length 1, or ``otherwise`` if it has no length to speak of."""
+def _unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(vector)
     return torch.where(norm > eps, vector / (norm + eps), otherwise)
 

@@ -68,7 +68,6 @@ def _differentiable_gradient(ctx: Any, grad: Tensor, result: SpectralNormResult)
     # A view, because grad may itself depend on the weight: derivatives are to stop here.
     stop = ctx.weight.view_as(ctx.weight)
     normalized = reference.spectral_normalize(stop, result.u, result.v, 0, ctx.eps, ctx.dim).weight
-    (gradient,) = torch.autograd.grad(
-        normalized, stop, grad.to(normalized.dtype), create_graph=True, materialize_grads=True
-    )
+    gradient: Tensor
+    (gradient,) = torch.autograd.grad(normalized, stop, grad.to(normalized.dtype), create_graph=True)
     return gradient

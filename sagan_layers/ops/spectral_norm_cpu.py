@@ -8,16 +8,16 @@ them, once nobody refers to those any more.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sagan_layers.ops import reference
 from sagan_layers.ops.reference import SpectralNormResult, SpectralNormTask
 
 # Products of at least so many entries are split over the threads, which a matrix-vector product is not.
@@ -51,10 +51,10 @@ class ReusedMemory:
                 start = -whole.ctypes.data % _ALIGNMENT
                 self._bytes = whole[start : start + size]
             lease = self._bytes[:]
-            # The tensor's storage holds this view, whoever else comes to hold the storage.
-            tensor = torch.frombuffer(lease, dtype=dtype)
+            # The storage holds this view, whoever comes to hold the storage.
+            storage = torch.frombuffer(lease, dtype=dtype).untyped_storage()
             self._lease = weakref.ref(lease)
-        return tensor.as_strided(like.shape, like.stride())
+        return torch.empty(0, dtype=dtype).set_(storage, 0, like.shape, like.stride())
 
 
 class LayerMemory:
@@ -72,26 +72,30 @@ def reasons_against(weight: Tensor, dim: int) -> list[str]:
         reasons.append(f"it runs on the CPU, and the weight is on {weight.device}")
     if weight.dtype not in (torch.float32, torch.float64):
         reasons.append(f"{weight.dtype} would have to be converted whole")
-    if weight.layout != torch.strided or not _is_dense(weight):
+    if weight.layout != torch.strided or not layout_of(weight, dim).is_dense:
         reasons.append("the weight does not fill its memory")
     return reasons
 
 
 def normalize(task: SpectralNormTask) -> SpectralNormResult:
     """Return the normalised weight, sigma and the moved vectors, all without a graph."""
-    weight = task.weight.detach()
-    matrix = _Matrix(weight, task.dim)
-    u, v = task.u.to(weight.dtype, copy=True), matrix.in_memory_order(task.v.to(weight.dtype, copy=True))
+    weight, eps = task.weight.detach(), task.eps
+    layout = layout_of(weight, task.dim)
+    blocks = layout.blocks(weight)
+    u, v = task.u.to(weight.dtype), layout.in_memory_order(task.v.to(weight.dtype))
     product = None
     for _ in range(task.n_power_iterations):
-        v = reference.unit(matrix.transposed_times(u), task.eps, otherwise=v)
-        product = matrix.times(v)
-        u = reference.unit(product, task.eps, otherwise=u)
-    sigma = torch.dot(u, matrix.times(v) if product is None else product)
+        v = _unit(_transposed_times(blocks, u), eps, otherwise=v)
+        product = _times(blocks, v)
+        u = _unit(product, eps, otherwise=u)
+    sigma = torch.dot(u, _times(blocks, v) if product is None else product)
     memory = task.memory.weight if task.memory is not None else ReusedMemory()
     normalized = memory.empty_like(weight, task.dtype)
-    _divide(weight, reference.spectral_divisor(sigma, task.eps), normalized)
-    return SpectralNormResult(normalized, sigma, u, matrix.in_canonical_order(v))
+    _divide(blocks, _divisor(sigma.item(), eps), layout.blocks(normalized))
+    v = layout.in_canonical_order(v)
+    # The caller's own will move in place.
+    u, v = (own.clone() if own is given else own for own, given in ((u, task.u), (v, task.v)))
+    return SpectralNormResult(normalized, sigma, u, v)
 
 
 def gradient(
@@ -109,126 +113,147 @@ def gradient(
     """
     sigma = result.sigma.item()
     gradient = memory.empty_like(weight, weight.dtype)
-    matrix = _Matrix(gradient, dim)
-    source = grad
-    if grad.dtype != gradient.dtype or not _same_layout(grad, gradient):
-        source = gradient.copy_(grad)
     if not abs(sigma) > eps:
-        return gradient.copy_(source)
-    normalized = result.weight.to(gradient.dtype)
-    inner = torch.dot(_flat(source, matrix.order), _flat(normalized, matrix.order)).item()
-    v = matrix.in_memory_order(result.v)
-    matrix.write_sum(source, 1 / sigma, result.u, v, -inner / sigma)
+        return gradient.copy_(grad)
+    if grad.dtype != gradient.dtype or not same_strides(grad, gradient):
+        grad = gradient.copy_(grad)
+    layout = layout_of(weight, dim)
+    grads, normalized = layout.blocks(grad), layout.blocks(result.weight.to(gradient.dtype))
+    inner = torch.dot(grads.view(-1), normalized.view(-1)).item()
+    out = layout.blocks(gradient)
+    before, outputs, after = out.shape
+    u, v = result.u, layout.in_memory_order(result.v)
+    factors = {"beta": 1 / sigma, "alpha": -inner / sigma}
+    if before == 1:
+        torch.addr(grads[0], u, v, **factors, out=out[0])
+    elif after == 1:
+        torch.addr(grads[..., 0], v, u, **factors, out=out[..., 0])
+    else:
+        columns = u.view(1, outputs, 1).expand(before, -1, -1)
+        torch.baddbmm(grads, columns, v.view(before, 1, after), **factors, out=out)
     return gradient
 
 
-class _Matrix:
-    """A dense weight as it lies in memory: [before, outputs, after], the axes before and after the outputs."""
+class Layout(NamedTuple):
+    """How a weight lies in memory.
 
-    def __init__(self, weight: Tensor, dim: int) -> None:
-        self.order = _memory_order(weight)
-        self.blocks = self._blocked(weight, dim)
-        rest = [axis for axis in range(weight.dim()) if axis != dim]
-        self._rest_sizes = [weight.size(axis) for axis in rest]
-        self._rest_order = [rest.index(axis) for axis in self.order if axis != dim]
-        self._dim = dim
+    Attributes:
+        order: its axes from the one with the largest stride to the one with the smallest.
+        sizes: of the axes before the outputs, the outputs and the axes after them, in that order.
+        rest_sizes: the sizes of the axes beside the outputs, in their own order.
+        rest_order: those axes as they follow on one another in memory; None for their own order.
+        is_dense: whether it fills its memory.
+    """
 
-    def _blocked(self, weight: Tensor, dim: int) -> Tensor:
-        place = self.order.index(dim)
-        sizes = [weight.size(axis) for axis in self.order]
-        return weight.permute(self.order).view(
-            math.prod(sizes[:place]), sizes[place], math.prod(sizes[place + 1 :])
-        )
+    order: tuple[int, ...]
+    sizes: tuple[int, int, int]
+    rest_sizes: tuple[int, ...]
+    rest_order: tuple[int, ...] | None
+    is_dense: bool
+
+    def blocks(self, tensor: Tensor) -> Tensor:
+        """Return a view of a tensor that lies so: [before, outputs, after], contiguous."""
+        return tensor.permute(self.order).view(self.sizes)
 
     def in_memory_order(self, v: Tensor) -> Tensor:
-        """Put the entries of v, one for each place beside the outputs, into the order of the memory."""
-        return v.view(self._rest_sizes).permute(self._rest_order).reshape(-1)
+        """Put the entries of v into the order of the memory."""
+        if self.rest_order is None:
+            return v
+        return v.view(self.rest_sizes).permute(self.rest_order).reshape(-1)
 
     def in_canonical_order(self, v: Tensor) -> Tensor:
         """Undo :meth:`in_memory_order`."""
-        sizes = [self._rest_sizes[axis] for axis in self._rest_order]
-        inverse = sorted(range(len(sizes)), key=self._rest_order.__getitem__)
-        return v.view(sizes).permute(inverse).reshape(-1)
+        if self.rest_order is None:
+            return v
+        inverse = [self.rest_order.index(axis) for axis in range(len(self.rest_order))]
+        return v.view([self.rest_sizes[axis] for axis in self.rest_order]).permute(inverse).reshape(-1)
 
-    def transposed_times(self, u: Tensor) -> Tensor:
-        """Return W^T u in memory order."""
-        before, outputs, after = self.blocks.shape
-        if before == 1:
-            return _row_times_matrix(u, self.blocks[0])
-        if after == 1:
-            return _matrix_times_row(self.blocks.view(before, outputs), u)
-        return torch.bmm(u.expand(before, 1, outputs), self.blocks).view(-1)
 
-    def times(self, v: Tensor) -> Tensor:
-        """Return W v, v in memory order."""
-        before, outputs, after = self.blocks.shape
-        if before == 1:
-            return _matrix_times_row(self.blocks[0], v)
-        if after == 1:
-            return _row_times_matrix(v, self.blocks.view(before, outputs))
-        return torch.bmm(v.view(before, 1, after), self.blocks.transpose(1, 2)).sum(0).view(-1)
+def layout_of(weight: Tensor, dim: int) -> Layout:
+    """Return how a weight with this axis of outputs lies in memory."""
+    return _layout(weight.shape, weight.stride(), dim)
 
-    def write_sum(self, source: Tensor, factor: float, u: Tensor, v: Tensor, coefficient: float) -> None:
-        """Write ``factor * source + coefficient * u v^T`` over this; ``source`` has the same strides."""
-        blocks = self._blocked(source, self._dim)
-        before, outputs, after = blocks.shape
-        if before == 1:
-            torch.addr(blocks[0], u, v, beta=factor, alpha=coefficient, out=self.blocks[0])
-        elif after == 1:
-            out = self.blocks.view(before, outputs)
-            torch.addr(blocks.view(before, outputs), v, u, beta=factor, alpha=coefficient, out=out)
-        else:
-            columns, rows = u.view(1, outputs, 1).expand(before, -1, -1), v.view(before, 1, after)
-            torch.baddbmm(blocks, columns, rows, beta=factor, alpha=coefficient, out=self.blocks)
+
+@functools.lru_cache(maxsize=1024)
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> Layout:
+    order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
+    expected, is_dense = 1, True
+    for axis in reversed(order):
+        is_dense = is_dense and (shape[axis] == 1 or strides[axis] == expected)
+        expected *= shape[axis]
+    place = order.index(dim)
+    before, after = (math.prod(shape[axis] for axis in part) for part in (order[:place], order[place + 1 :]))
+    rest = [axis for axis in range(len(shape)) if axis != dim]
+    rest_order = tuple(rest.index(axis) for axis in order if axis != dim)
+    return Layout(
+        tuple(order),
+        (before, shape[dim], after),
+        tuple(shape[axis] for axis in rest),
+        None if list(rest_order) == sorted(rest_order) else rest_order,
+        is_dense,
+    )
+
+
+def same_strides(first: Tensor, second: Tensor) -> bool:
+    """Whether equal places of both are equally far into their memory; axes of one entry have any stride."""
+    return first.stride() == second.stride() or all(
+        size == 1 or one == other
+        for size, one, other in zip(first.shape, first.stride(), second.stride(), strict=True)
+    )
+
+
+def _transposed_times(blocks: Tensor, u: Tensor) -> Tensor:
+    """Return W^T u in memory order."""
+    before, outputs, after = blocks.shape
+    if before == 1:
+        return _row_times_matrix(u, blocks[0])
+    if after == 1:
+        return _matrix_times_row(blocks[..., 0], u)
+    return torch.bmm(u.expand(before, 1, outputs), blocks).view(-1)
+
+
+def _times(blocks: Tensor, v: Tensor) -> Tensor:
+    """Return W v, v in memory order."""
+    before, _, after = blocks.shape
+    if before == 1:
+        return _matrix_times_row(blocks[0], v)
+    if after == 1:
+        return _row_times_matrix(v, blocks[..., 0])
+    return torch.bmm(v.view(before, 1, after), blocks.transpose(1, 2)).sum(0).view(-1)
 
 
 def _row_times_matrix(row: Tensor, matrix: Tensor) -> Tensor:
-    rows, columns = matrix.shape
     if not _is_worth_splitting(matrix):
         return torch.mv(matrix.t(), row)
-    parts = torch.bmm(row.view(_SPLITS, 1, -1), matrix.view(_SPLITS, rows // _SPLITS, columns))
+    parts = torch.bmm(row.view(_SPLITS, 1, -1), matrix.view(_SPLITS, -1, matrix.size(1)))
     return parts.sum(0).view(-1)
 
 
 def _matrix_times_row(matrix: Tensor, row: Tensor) -> Tensor:
-    rows, columns = matrix.shape
     if not _is_worth_splitting(matrix):
         return torch.mv(matrix, row)
-    blocks = matrix.view(_SPLITS, rows // _SPLITS, columns).transpose(1, 2)
-    return torch.bmm(row.expand(_SPLITS, 1, columns), blocks).view(-1)
+    columns = matrix.size(1)
+    parts = matrix.view(_SPLITS, -1, columns).transpose(1, 2)
+    return torch.bmm(row.expand(_SPLITS, 1, columns), parts).view(-1)
 
 
 def _is_worth_splitting(matrix: Tensor) -> bool:
     return matrix.size(0) % _SPLITS == 0 and matrix.numel() >= _SPLIT_ENTRIES
 
 
-def _divide(weight: Tensor, divisor: Tensor, out: Tensor) -> None:
+def _unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(vector).item()
+    return vector / (norm + eps) if norm > eps else otherwise
+
+
+def _divisor(sigma: float, eps: float) -> float:
+    return sigma if abs(sigma) > eps else 1.0
+
+
+def _divide(weight: Tensor, divisor: float, out: Tensor) -> None:
     if out.dtype == weight.dtype:
         torch.div(weight, divisor, out=out)
         return
-    order = _memory_order(weight)
-    for part, rounded in zip(
-        _flat(weight, order).split(_ROUNDED_ENTRIES), _flat(out, order).split(_ROUNDED_ENTRIES), strict=True
-    ):
+    parts = torch.split(weight.view(-1), _ROUNDED_ENTRIES)
+    for part, rounded in zip(parts, torch.split(out.view(-1), _ROUNDED_ENTRIES), strict=True):
         rounded.copy_(part / divisor)
-
-
-def _flat(tensor: Tensor, order: Sequence[int]) -> Tensor:
-    return tensor.permute(*order).view(-1)
-
-
-def _memory_order(tensor: Tensor) -> list[int]:
-    """Return the axes from the one with the largest stride to the one with the smallest."""
-    return sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis))
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.permute(_memory_order(tensor)).is_contiguous()
-
-
-def _same_layout(first: Tensor, second: Tensor) -> bool:
-    """Whether equal places of both are equally far into their memory; axes of one entry have any stride."""
-    return all(
-        size == 1 or strides[0] == strides[1]
-        for size, *strides in zip(first.shape, first.stride(), second.stride(), strict=True)
-    )
