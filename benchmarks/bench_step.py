@@ -5,14 +5,8 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
-import math
-import re
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import harness, textbook_networks
-from benchmarks.harness import Case, Outputs, Row, Run, Settings
+from benchmarks import textbook_networks
+from benchmarks.harness import Case, Outputs, Row, Run
 from benchmarks.textbook_networks import TextbookDiscriminator, TextbookGenerator
 from sagan.distributed import Processes
-from sagan.networks import NetworkConfig
 from sagan.randomness import training_noise
 from sagan.recipes import RECIPES, RunConfig
 from sagan.step import Trainer
@@ -119,7 +112,8 @@ class StepCase(Case):
             )
         else:
             networks = TextbookGenerator(trainer.generator), TextbookDiscriminator(trainer.discriminator)
-        step = _PlainStep(*(network.to(self.device) for network in networks), self.run_config)
+        generator, discriminator = (network.to(self.device) for network in networks)
+        step = _PlainStep(generator, discriminator, self.run_config)
         step.toggles = contender.endswith("toggled")
         if contender.endswith("compiled"):
             for network in (step.generator, step.discriminator):
@@ -129,8 +123,9 @@ class StepCase(Case):
     def expected(self, inputs: Any) -> Outputs:
         """Return the losses and some gradients of the textbook step in float64."""
         trainer, pixels, labels = inputs
-        networks = (TextbookGenerator(trainer.generator), TextbookDiscriminator(trainer.discriminator))
-        step = _PlainStep(*(network.to(self.device).double() for network in networks), self.run_config)
+        generator = TextbookGenerator(trainer.generator).to(self.device).double()
+        discriminator = TextbookDiscriminator(trainer.discriminator).to(self.device).double()
+        step = _PlainStep(generator, discriminator, self.run_config)
         return step(pixels, labels)
 
     def warm_up_case(self) -> Case:
@@ -214,14 +209,14 @@ class _PlainStep:
         logits = discriminator(torch.cat([fake, real]), torch.cat([fake_labels, labels]))
         fake_logits, real_logits = torch.split(logits, [len(fake), len(real)])
         d_loss = F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean()
-        d_loss.backward()
+        d_loss.backward()  # type: ignore[no-untyped-call]
         self.d_optimizer.step()
         self.g_optimizer.zero_grad()
         if self.toggles:
             discriminator.requires_grad_(False)
         latents, fake_labels = self._noise(1, pixels, dtype)
         g_loss = -discriminator(generator(latents, fake_labels), fake_labels).mean()
-        g_loss.backward()
+        g_loss.backward()  # type: ignore[no-untyped-call]
         self.g_optimizer.step()
         if self.toggles:
             discriminator.requires_grad_(True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,11 +44,26 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
     if torch.compiler.is_compiling():
         raise RuntimeError("checkpointed: expected eager code, got torch.compile")
 
-    @contextlib.contextmanager
-    def again() -> Iterator[None]:
-        with frozen_spectral_norm(module, iterate=False), frozen_running_statistics(module):
-            yield
-
     return checkpoint(
-        module, *inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again())
+        module,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _Repeating(module)),
     )
+
+
+class _Repeating:
+    """The context of a repeated pass. Second derivatives enter it more than once."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._entered: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> None:
+        stack = contextlib.ExitStack()
+        stack.enter_context(frozen_spectral_norm(self._module, iterate=False))
+        stack.enter_context(frozen_running_statistics(self._module))
+        self._entered.append(stack)
+
+    def __exit__(self, *_: object) -> None:
+        self._entered.pop().close()

@@ -26,6 +26,11 @@ class DiscriminatorResult(NamedTuple):
         loss: a scalar, to call ``backward`` on.
         real_logits: of the real images, as the discriminator returns them.
         fake_logits: of the generated ones.
+
+    Example:
+        >>> result = DiscriminatorPass(nn.Linear(4, 6), nn.Linear(6, 1))(torch.randn(8, 6), torch.randn(8, 4))
+        >>> result.real_logits.shape, result.fake_logits.shape
+        (torch.Size([8, 1]), torch.Size([8, 1]))
     """
 
     loss: Tensor
@@ -39,6 +44,10 @@ class GeneratorResult(NamedTuple):
     Attributes:
         loss: a scalar, to call ``backward`` on.
         fake_logits: of the generated images.
+
+    Example:
+        >>> GeneratorPass(nn.Linear(4, 6), nn.Linear(6, 1))(torch.randn(8, 4)).fake_logits.shape
+        torch.Size([8, 1])
     """
 
     loss: Tensor

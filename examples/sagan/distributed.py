@@ -78,7 +78,7 @@ class Processes:
         for group in by_dtype.values():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
             dist.all_reduce(flat)
-            parts = flat.div_(self.count).split([tensor.numel() for tensor in group])
+            parts = torch.split(flat.div_(self.count), [tensor.numel() for tensor in group])
             for tensor, part in zip(group, parts, strict=True):
                 tensor.detach().copy_(part.view(tensor.shape))
 

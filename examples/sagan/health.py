@@ -124,10 +124,9 @@ class CollapseAlarm:
     def see_losses(self, d_loss: float) -> str | None:
         """Take in the mean loss of D since the last log; return what is alarming, if it is and is new."""
         self.saturated_logs = self.saturated_logs + 1 if d_loss < self.config.saturated_d_loss else 0
-        if self.saturated_logs < self.config.saturated_logs:
-            return self._calm("saturated")
         return self._raise(
             "saturated",
+            self.saturated_logs >= self.config.saturated_logs,
             f"D's loss was below {self.config.saturated_d_loss} in {self.saturated_logs} logs in a row: D tells "
             "every image, and G learns nothing from it",
         )
@@ -136,10 +135,9 @@ class CollapseAlarm:
         """Take in how much samples differ, as a share of what real images do."""
         if diversity >= 2 * self.config.least_diversity:
             self.diversity_was_enough = True
-        if not self.diversity_was_enough or diversity >= self.config.least_diversity:
-            return self._calm("diversity")
         return self._raise(
             "diversity",
+            self.diversity_was_enough and diversity < self.config.least_diversity,
             f"samples of one class differ {diversity:.1%} as much as real images do, below "
             f"{self.config.least_diversity:.1%}: modes are lost",
         )
@@ -149,10 +147,10 @@ class CollapseAlarm:
         worse = self.last_score is not None and score > self.last_score
         self.rising = self.rising + 1 if worse else 0
         self.last_score = score
-        if self.rising < self.config.rising_evaluations:
-            return self._calm("rising")
         return self._raise(
-            "rising", f"the score has become worse in {self.rising} evaluations in a row, now {score:.4g}"
+            "rising",
+            self.rising >= self.config.rising_evaluations,
+            f"the score has become worse in {self.rising} evaluations in a row, now {score:.4g}",
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,15 +168,15 @@ class CollapseAlarm:
         for name, value in state.items():
             setattr(self, name, list(value) if isinstance(value, list) else value)
 
-    def _raise(self, sign: str, text: str) -> str | None:
-        if sign in self.raised:
-            return None
-        self.raised.append(sign)
-        return text
-
-    def _calm(self, sign: str) -> None:
-        if sign in self.raised:
+    def _raise(self, sign: str, is_there: bool, text: str) -> str | None:
+        """Return the text when a sign has just appeared; it may appear again after it has gone."""
+        was_there = sign in self.raised
+        if is_there and not was_there:
+            self.raised.append(sign)
+            return text
+        if was_there and not is_there:
             self.raised.remove(sign)
+        return None
 
 
 def diversity(images: Tensor, labels: Tensor) -> float:
@@ -190,7 +188,7 @@ def diversity(images: Tensor, labels: Tensor) -> float:
     """
     spreads = [
         images[labels == label].float().std(0).mean()
-        for label in labels.unique()
+        for label in torch.unique(labels)
         if int((labels == label).sum()) > 1
     ]
     return float(torch.stack(spreads).mean()) if spreads else 0.0

@@ -35,7 +35,7 @@ class RunLog:
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(out / "tensorboard", purge_step=iteration + 1)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(out / "tensorboard", purge_step=iteration + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write a row; it must have an "iteration". Numbers that are not finite become null."""

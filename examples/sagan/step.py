@@ -37,7 +37,7 @@ _LOSSES = {
     "softplus": (softplus_discriminator_loss, softplus_generator_loss),
 }
 # Vectors follow from the weights, and running statistics are averaged here.
-_LEAVING_BUFFERS = (
+_LEAVING_BUFFERS: dict[str, Any] = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     else {"broadcast_buffers": False}  # its name until torch 2.12

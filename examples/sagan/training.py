@@ -351,7 +351,7 @@ def _grid_inputs(config: RunConfig, labels_in_use: Tensor) -> tuple[Tensor, Tens
 def _real_diversity(dataset: ImageFolderDataset, labels: Tensor) -> float:
     """Return how much the real images of the grid's classes differ, as many of each class as the grid has."""
     chosen = []
-    for label in labels.unique():
+    for label in torch.unique(labels):
         of_class = (dataset.labels == label).nonzero().flatten()
         chosen.append(of_class[: max(2, int((labels == label).sum()))])
     return diversity(*dataset.fetch(torch.cat(chosen).tolist()))
