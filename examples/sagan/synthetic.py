@@ -200,7 +200,7 @@ def write_devkit(folder: Path, images: SyntheticSet, labels: Sequence[tuple[str,
         ("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O"),
     ]  # fmt: skip
     rows = [(ids[label], images.wnids[label], images.words[label], "", 0) for label in range(images.classes)]
-    rows = sorted(rows) + [(images.classes + 1, "n00001740", "entity", "", 2)]  # an inner node, as in WordNet
+    rows = [*sorted(rows), (images.classes + 1, "n00001740", "entity", "", 2)]  # an inner node, as in WordNet
     synsets = np.empty((len(rows), 1), dtype=fields)
     for place, row in enumerate(rows):
         synsets[place, 0] = row

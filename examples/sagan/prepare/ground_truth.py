@@ -79,9 +79,9 @@ class GroundTruth:
 
 
 def find_beside(start: Path, names: Sequence[str]) -> Path | None:
-    """Return the first of some files in a folder or up to three folders above it."""
+    """Return the first of some files in a folder or up to four folders above it."""
     folder = start.absolute() if start.is_dir() else start.absolute().parent
-    for place in (folder, *list(folder.parents)[:3]):
+    for place in (folder, *list(folder.parents)[:4]):
         for name in names:
             if (place / name).is_file():
                 return place / name

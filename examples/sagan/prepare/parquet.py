@@ -23,7 +23,8 @@ def _parquet() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise DatasetError(
-            "reading parquet files needs pyarrow: pip install -c constraints.txt -e '.[parquet]' (or pip install pyarrow)"
+            "reading parquet files needs pyarrow, which is in the extra parquet: "
+            "pip install -c constraints.txt -e '.[parquet]'"
         ) from error
     return pyarrow.parquet
 

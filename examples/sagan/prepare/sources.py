@@ -55,7 +55,7 @@ def list_source(source: str, options: SourceOptions) -> Listing:
     """
     path = Path(source).expanduser()
     if not path.exists():
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (any folder)
         if not matches:
             raise DatasetError(
                 f"source: nothing is at {source}; check the spelling, and that the disk is mounted"
