@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -109,7 +109,7 @@ class MakeImages:
 
     out: Path
     layout: Literal["folder", "tars", "parquet"] = "tars"
-    images: Annotated[SyntheticSet, tyro.conf.arg(name="")] = SyntheticSet()
+    images: Annotated[SyntheticSet, tyro.conf.arg(name="")] = field(default_factory=SyntheticSet)
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def image_header(num_images: int, resolution: int) -> bytes:
     return buffer.getvalue()
 
 
-def digest(pixels: npt.NDArray[np.uint8] | memoryview) -> bytes:
+def digest(pixels: bytes | memoryview) -> bytes:
     """Return the digest of one image."""
     return hashlib.sha256(pixels).digest()[:DIGEST_BYTES]
 

@@ -250,7 +250,7 @@ class _Work:
 
     def _damaged_parts(self) -> list[int]:
         digests = self._digests()
-        damaged = self._check(digests, digests.any(axis=1))
+        damaged = self._check(digests, np.any(digests != 0, axis=1))
         of_part = np.empty(len(self.listing), dtype=np.int64)
         for number, rows in enumerate(self.parts):
             of_part[rows] = number

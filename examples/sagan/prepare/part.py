@@ -113,9 +113,10 @@ def pack_part(part: Part) -> PartResult:
                 result.problems.append((UNREADABLE, row, error.reason))
                 digests.append(bytes(DIGEST_BYTES))
                 continue
-            digests.append(digest(pixels))
+            packed = pixels.tobytes()
+            digests.append(digest(packed))
             result.add_facts(row, name, facts, part.resolution)
-            pending.append((row, pixels.tobytes()))
+            pending.append((row, packed))
             if len(pending) == _WRITTEN_TOGETHER:
                 _write(array, pending)
         _write(array, pending)
