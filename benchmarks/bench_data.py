@@ -59,8 +59,8 @@ class Scale:
     """
 
     resolution: int = 128
-    images: SyntheticSet = field(default_factory=lambda: SyntheticSet(classes=20, images=80, val_images=0))
-    copies: int = 8
+    images: SyntheticSet = field(default_factory=lambda: SyntheticSet(classes=20, images=120, val_images=0))
+    copies: int = 6
     rounds: int = 5
     batches: int = 6
 
@@ -115,7 +115,7 @@ def measure_prepare(root: Path, scale: Scale, results: harness.Results) -> Path:
         start = time.perf_counter()
         listing = list_source(str(sources[layout]), SourceOptions(workers=workers))
         made[layout] = prepare(
-            listing, root / f"{layout}-{number}", resolution=scale.resolution, workers=workers, part_size=128
+            listing, root / f"{layout}-{number}", resolution=scale.resolution, workers=workers
         )
         seconds = time.perf_counter() - start
         decoding[f"ours: {layout}"].append(made[layout].packed / made[layout].seconds)

@@ -78,7 +78,8 @@ class Prepare:
         synsets: what the development kit's numbers mean, if meta.mat does not lie beside them.
         words: human names of the classes: LOC_synset_mapping.txt or the like; by default looked for beside the source.
         workers: processes that decode; by default one for each CPU.
-        part_size: images between two marks of progress; a killed run redoes up to as many for each worker.
+        part_size: images between two marks of progress, of which a killed run redoes up to two for each worker; by
+            default a 64th of all, from 16 to 1024.
         verify: check this finished set instead, and say what is wrong with it.
     """
 
@@ -92,7 +93,7 @@ class Prepare:
     synsets: Path | None = None
     words: Path | None = None
     workers: int | None = None
-    part_size: int = 1024
+    part_size: int | None = None
     verify: Path | None = None
 
 
@@ -270,8 +271,10 @@ def run_prepare(command: Prepare) -> int:
             raise UserError(f"{name}: expected --{name}, got none (or --verify DIR)")
     assert command.source is not None
     assert command.out is not None
-    if command.resolution < 1:
-        raise UserError(f"resolution: expected at least 1, got {command.resolution}")
+    for name in ("resolution", "workers", "part_size"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}: expected at least 1, got {value}")
     options = SourceOptions(
         kind=command.kind,
         split=command.split,

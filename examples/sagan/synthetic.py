@@ -12,8 +12,8 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from sagan.data.threads import usable_cpus
 from sagan.errors import UserError
+from sagan.prepare.pool import run_in_order
 
+_WORTH_PROCESSES = 200
 LAYOUTS = ("folder", "tars", "parquet")
 # Width, height and share, roughly as in ILSVRC2012.
 NATURAL_SIZES = (
@@ -92,10 +95,19 @@ class SyntheticSet:
         )
 
     def _encoded(self, items: Sequence[tuple[str, int, int]]) -> Iterator[tuple[str, int, bytes]]:
-        with ThreadPoolExecutor() as pool:
-            files = pool.map(lambda item: synthetic_jpeg(self.seed, item[1], item[2], self.scale), items)
-            for (name, label, _), data in zip(items, files, strict=True):
-                yield name, label, data
+        tasks = [(self.seed, label, number, self.scale) for _, label, number in items]
+        if len(items) < _WORTH_PROCESSES:
+            files: Iterator[bytes] = starmap(synthetic_jpeg, tasks)
+        else:
+            workers = usable_cpus()
+            chunks = [tasks[start : start + 32] for start in range(0, len(tasks), 32)]
+            files = chain.from_iterable(run_in_order(_jpegs, chunks, workers))
+        for (name, label, _), data in zip(items, files, strict=True):
+            yield name, label, data
+
+
+def _jpegs(tasks: Sequence[tuple[int, int, int, float]]) -> list[bytes]:
+    return [synthetic_jpeg(*task) for task in tasks]
 
 
 def synthetic_jpeg(seed: int, label: int, number: int, scale: float = 1.0) -> bytes:

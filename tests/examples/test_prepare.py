@@ -1094,7 +1094,7 @@ class TestCommand:
         source = ["--source", made("folder"), "--out", tmp_path / "set"]
         for option in ("--workers", "--part-size"):
             assert main("prepare", *source, option, -1) == 1
-            assert "workers, part_size: expected at least 1" in capsys.readouterr().err
+            assert f"{option[2:].replace('-', '_')}: expected at least 1, got -1" in capsys.readouterr().err
 
     def test_ctrl_c_keeps_what_is_finished_and_says_so(
         self,

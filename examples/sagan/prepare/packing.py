@@ -77,7 +77,7 @@ def prepare(
     resolution: int,
     resample: str = "bilinear",
     workers: int | None = None,
-    part_size: int = 1024,
+    part_size: int | None = None,
     progress: bool = False,
 ) -> Prepared:
     """Pack the images of a source into one folder, which appears under its name when it is whole.
@@ -90,7 +90,7 @@ def prepare(
         resolution: side of the images in pixels.
         resample: see `decode_image`.
         workers: processes that decode; None takes one for each CPU, 1 decodes in this one.
-        part_size: images between two marks of progress.
+        part_size: images between two marks of progress; None takes a 64th of all, from 16 to 1,024.
         progress: draw a bar on a terminal, print lines elsewhere.
 
     Raises:
@@ -99,9 +99,8 @@ def prepare(
     """
     started = time.perf_counter()
     check_decode_options(resolution, resample)
-    if part_size < 1 or (workers is not None and workers < 1):
-        raise UserError(f"workers, part_size: expected at least 1, got {workers}, {part_size}")
     workers = workers or usable_cpus()
+    part_size = part_size or min(max(len(listing) // 64, 16), 1024)
     plan = _plan(listing, resolution, resample, part_size)
     staging = Staging(out)
     if (ready := _already_there(staging, plan)) is not None:

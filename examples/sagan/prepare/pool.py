@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing import connection
 from typing import TypeVar
 
@@ -56,6 +57,22 @@ def run_tasks(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_in_order(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
+    """Yield function(task) of each task in their order; see :func:`run_tasks`."""
+    results: dict[int, Result] = {}
+    due = 0
+    numbered = run_tasks(partial(_numbered, function), list(enumerate(tasks)), workers)
+    for (number, _), result in numbered:
+        results[number] = result
+        while due in results:
+            yield results.pop(due)
+            due += 1
+
+
+def _numbered(function: Callable[[Task], Result], task: tuple[int, Task]) -> Result:
+    return function(task[1])
 
 
 def _finished(waiting: dict[Future[Result], Task]) -> Iterator[tuple[Task, Result]]:
