@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import sagan_layers
 from sagan.data.decoding import check_decode_options
+from sagan.data.inspection import printable
 from sagan.data.packed import (
     DIGESTS,
     FORMAT,
@@ -42,7 +43,7 @@ from sagan.errors import UserError
 from sagan.prepare.listing import Indices, Listing
 from sagan.prepare.part import UNREADABLE, Part, digests_of, pack_part
 from sagan.prepare.pool import run_tasks
-from sagan.prepare.report import format_report, make_report, printable
+from sagan.prepare.report import format_report, make_report
 from sagan.prepare.staging import Staging, write_durably
 
 CROP = "the central square, as wide as the short side"

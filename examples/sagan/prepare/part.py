@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sagan.data.decoding import ImageFacts, ImageReadError, pillow_warnings, read_pixels
+from sagan.data.inspection import widen
 from sagan.data.packed import DIGEST_BYTES, HEADER_BYTES, digest
 from sagan.data.threads import read_ahead
 from sagan.prepare.listing import Indices, Reader
@@ -83,8 +84,8 @@ class PartResult:
 
     def add_facts(self, row: int, name: str, facts: ImageFacts, resolution: int) -> None:
         """Note what is unusual about an image."""
-        self.widths = _widen(self.widths, facts.width)
-        self.heights = _widen(self.heights, facts.height)
+        self.widths = widen(self.widths, facts.width)
+        self.heights = widen(self.heights, facts.height)
         self.problems += [(kind, row, facts.mode) for kind in facts.conversions()]
         if facts.is_rotated:
             self.problems.append((ROTATED, row, ""))
@@ -144,10 +145,6 @@ def write_all(file: Any, offset: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
-
-
-def _widen(span: tuple[int, int] | None, value: int) -> tuple[int, int]:
-    return (value, value) if span is None else (min(span[0], value), max(span[1], value))
 
 
 def digests_of(

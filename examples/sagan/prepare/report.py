@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sagan.data.inspection import printable
 from sagan.prepare.listing import Listing
 from sagan.prepare.part import ENLARGED, MISNAMED_FORMAT, ROTATED, UNREADABLE, PartResult
 
@@ -152,8 +153,3 @@ def _section(
         lines.append(f"  {entry['file']}{detail}")
     if len(entries) > most:
         lines.append(f"  and {len(entries) - most:,} more, all in report.json")
-
-
-def printable(text: str) -> str:
-    """Return text with newlines, and bytes that are not UTF-8, written as escapes."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
