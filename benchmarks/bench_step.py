@@ -216,7 +216,7 @@ class _PlainStep:
             discriminator.requires_grad_(False)
         latents, fake_labels = self._noise(1, pixels, dtype)
         g_loss = -discriminator(generator(latents, fake_labels), fake_labels).mean()
-        g_loss.backward()  # type: ignore[no-untyped-call]
+        g_loss.backward()
         self.g_optimizer.step()
         if self.toggles:
             discriminator.requires_grad_(True)

@@ -151,7 +151,7 @@ class TextbookGenerator(nn.Module):
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
         """Return images."""
-        x = self.linear(latents).view(-1, *self.first_shape)
+        x: Tensor = self.linear(latents).view(-1, *self.first_shape)
         for block in self.blocks:
             x = block(x, labels)
             if str(x.size(2)) in self.attention:
@@ -173,11 +173,13 @@ class TextbookDownBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H/2, W/2], or [N, C, H, W] in the last."""
         main = self.conv2(F.relu(self.conv1(x if self.place == "first" else F.relu(x))))
+        y: Tensor
         if self.shortcut is None:
-            return main + x
+            y = main + x
+            return y
         main = F.avg_pool2d(main, 2)
         if self.place == "first":
-            y: Tensor = main + self.shortcut(F.avg_pool2d(x, 2))
+            y = main + self.shortcut(F.avg_pool2d(x, 2))
         else:
             y = main + F.avg_pool2d(self.shortcut(x), 2)
         return y

@@ -377,6 +377,24 @@ def test_the_attention_suite_runs_end_to_end(tmp_path: Path) -> None:
     assert "textbook" in table
 
 
+def test_the_data_suite_runs_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "data.json"
+    done = run_python("-m", "benchmarks.bench_data", "--quick", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    data = json.loads(out.read_text())
+    assert data["complete"] is True
+    assert {"ours: folder", "ours: tars", "ours: packed, fetch", "ours: packed, loader"} <= {
+        row["contender"] for row in data["rows"]
+    }
+    for row in data["rows"]:
+        assert row["images_per_s"] > 0
+        assert row["time_ms"] * row["images_per_s"] == pytest.approx(256e3)
+    assert "## random batches, warm" in out.with_suffix(".md").read_text()
+    assert "ours: tars" in harness.markdown(data)
+    assert (tmp_path / "data_rates.png").is_file()
+
+
 @pytest.mark.parametrize("suite", bench_attention.SUITES)
 @pytest.mark.parametrize("pool_size", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

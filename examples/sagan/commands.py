@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -12,36 +12,113 @@ import torch
 import tyro
 
 from sagan.checkpoints import checkpoints_in
-from sagan.data import ImageFolderDataset, preflight, scan_image_tree
+from sagan.data import (
+    ImageDataset,
+    ImageFolderDataset,
+    ImageTree,
+    PackedDataset,
+    is_prepared,
+    preflight,
+    read_manifest,
+    scan_image_tree,
+    verify,
+)
+from sagan.data.packed import MANIFEST
+from sagan.data.threads import usable_cpus
 from sagan.demo import run_demo
+from sagan.distributed import Processes, pick_device, processes
 from sagan.errors import UserError
 from sagan.figures import attention_maps, default_points, save_attention_figure, save_grid, save_image
 from sagan.networks import Discriminator, Generator, count_parameters
+from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, differences
+from sagan.report import draw_run, write_report
 from sagan.sampling import TrainedGenerator, load_generator, numbered_samples, sample_inputs, to_uint8
-from sagan.training import check_start, pick_device, save_config, train
+from sagan.synthetic import SyntheticSet, write_layout
+from sagan.training import check_start, save_config, train
 
 T = TypeVar("T")
-INTERRUPTED = 75  # exit code: stopped by a signal, a checkpoint is saved
+# Exit codes besides 0, 1 (an error, in plain words) and 2 (wrong arguments).
+INTERRUPTED = 75  # stopped by a signal, a checkpoint is saved
+COLLAPSED = 76  # stopped by a sign of collapse, a checkpoint is saved
 Weights = Literal["auto", "ema", "raw"]
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train on a folder of images: DATA/train/<class>/*.JPEG or DATA/<class>/*.JPEG.
+    """Train on a set that ``prepare`` made, or on a folder of images: DATA/train/<class>/*.JPEG.
 
     Starts from a recipe, changed by the options given. The images are checked before the first step. Stopped by
-    Ctrl-C it saves a checkpoint; --resume goes on from there.
+    Ctrl-C it saves a checkpoint; --resume goes on from there. Started by torchrun, its processes train as one.
 
     Attributes:
         run: the run.
         resume: go on with the run in --out.
+        auto_resume: go on with the run in --out if there is one, else start it; what torchrun's restarts do.
+        accept_changes: resume although the configuration or the images have changed.
         dry_run: print and save the resolved configuration, and stop.
     """
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     resume: bool = False
+    auto_resume: bool = False
+    accept_changes: bool = False
     dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Pack images into one array that training reads fast: once, before training.
+
+    Sources: ILSVRC2012_img_train.tar (nothing is unpacked), a folder of its class archives, ILSVRC2012_img_val.tar or a
+    folder of its images with their ground truth, a folder with a folder of images for each class, parquet shards
+    of the Hugging Face hub. Stopped or killed, the same command goes on where it was.
+
+    Attributes:
+        source: file, folder, or pattern of parquet files.
+        out: the folder to make; it appears when it is whole.
+        resolution: side of the images in pixels.
+        resample: filter of the antialiased resize: bilinear, bicubic, lanczos or box.
+        kind: what the source is: auto, class-tars, flat, folder or parquet.
+        split: the part to take, where the source has several.
+        ground_truth: classes of images without class folders: LOC_val_solution.csv, a text file with a WNID a line,
+            or ILSVRC's development kit (folder or .tar.gz); by default looked for beside the source.
+        synsets: what the development kit's numbers mean, if meta.mat does not lie beside them.
+        words: human names of the classes: LOC_synset_mapping.txt or the like; by default looked for beside the source.
+        workers: processes that decode; by default one for each CPU.
+        part_size: images between two marks of progress, of which a killed run redoes up to two for each worker; by
+            default a 64th of all, from 16 to 1024.
+        verify: check this finished set instead, and say what is wrong with it.
+    """
+
+    source: str | None = None
+    out: Path | None = None
+    resolution: int = 128
+    resample: Literal["bilinear", "bicubic", "lanczos", "box"] = "bilinear"
+    kind: Kind = "auto"
+    split: str = "train"
+    ground_truth: Path | None = None
+    synsets: Path | None = None
+    words: Path | None = None
+    workers: int | None = None
+    part_size: int | None = None
+    verify: Path | None = None
+
+
+@dataclass(frozen=True)
+class MakeImages:
+    """Generate images in ImageNet's own layouts, to try ``prepare`` and ``train`` without ImageNet.
+
+    Attributes:
+        out: folder to write to.
+        layout: "folder" (train/ and val/ with class folders), "tars" (ILSVRC2012_img_train.tar, ..._val.tar and the
+            development kit) or "parquet" (shards as on the Hugging Face hub).
+        images: what to generate.
+    """
+
+    out: Path
+    layout: Literal["folder", "tars", "parquet"] = "tars"
+    images: Annotated[SyntheticSet, tyro.conf.arg(name="")] = field(default_factory=SyntheticSet)
 
 
 @dataclass(frozen=True)
@@ -107,6 +184,32 @@ class AttentionMaps:
 
 
 @dataclass(frozen=True)
+class Plot:
+    """Draw the curves of a run, finished or not: losses, logits, gamma, sigma, speed, scores.
+
+    Attributes:
+        source: folder of a run.
+        out: the PNG; curves.png in the run's folder by default.
+    """
+
+    source: Path
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML page about a run, with its curves and pictures inside.
+
+    Attributes:
+        source: folder of a run.
+        out: the file; report.html in the run's folder by default.
+    """
+
+    source: Path
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
 class Demo:
     """Train on scikit-learn's handwritten digits: minutes on two CPU cores, nothing to download.
 
@@ -126,46 +229,170 @@ def run_train(command: Train) -> int:
     config = command.run
     if config.data is None and not command.dry_run:
         raise UserError("data: expected --data with the folder that holds the images, got none")
-    tree = None
-    if config.data is not None:
+    with processes(config.device) as own:
+        return _train(command, own)
+
+
+def _train(command: Train, own: Processes) -> int:
+    config = command.run
+    tree = packed = None
+    if config.data is not None and is_prepared(config.data):
+        packed = PackedDataset(config.data, config.network.resolution)
+        config = _with_classes(config, packed.num_classes)
+        config = replace(config, images=replace(config.images, resample=packed.manifest.filter, draft=False))
+    elif config.data is not None:
         tree = scan_image_tree(config.data, split=config.images.split)
         config = _with_classes(config, tree.num_classes)
-    print(describe_config(config))
+    say = print if own.is_first else _say_nothing
+    say(describe_config(config))
+    has_run = bool(checkpoints_in(config.out / "checkpoints"))
     if command.dry_run:
-        if checkpoints_in(config.out / "checkpoints"):
-            print(f"\nNot saved: {config.out} holds a run already. Dry run: stopping here.")
-        else:
-            print(f"\nSaved as {save_config(config)}. Dry run: stopping here.")
+        if has_run:
+            say(f"\nNot saved: {config.out} holds a run already. Dry run: stopping here.")
+        elif own.is_first:
+            say(f"\nSaved as {save_config(config)}. Dry run: stopping here.")
         return 0
-    assert tree is not None
-    print()
-    pick_device(config.device)
-    check_start(config, resume=command.resume)
+    say()
+    # A restart by torchrun is of a run that has begun, whatever the command says.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resume = command.resume or (has_run and (command.auto_resume or restarted))
+    check_start(config, resume=resume, accept_changes=command.accept_changes)
     config.out.mkdir(parents=True, exist_ok=True)
-    report = preflight(
-        tree,
-        resolution=config.network.resolution,
-        mode=config.images.check,
-        resample=config.images.resample,
-        progress=True,
-        report_path=config.out / "preflight.json",
+    dataset: ImageDataset
+    if packed is not None:
+        own.first_does(lambda: _check_packed(packed, config))
+        dataset, fingerprint = packed, packed.fingerprint
+    else:
+        assert tree is not None
+        dataset, fingerprint = _checked_tree(tree, config, own)
+    result = train(
+        config,
+        dataset,
+        fingerprint=fingerprint,
+        own=own,
+        resume=resume,
+        accept_changes=command.accept_changes,
     )
-    print(report.format() + "\n")
-    tree = tree.without(report.unreadable_paths)
+    if result.collapsed:
+        say(
+            f"Stopped at iteration {result.iteration} by a sign of collapse (above), saved as {result.checkpoint}"
+        )
+        return COLLAPSED
+    if result.interrupted:
+        say(f"Stopped at iteration {result.iteration}; go on with the same command and --resume.")
+        return INTERRUPTED
+    say(
+        f"Done: {result.iteration} iterations. Checkpoint {result.checkpoint}, grids in {config.out / 'samples'}."
+    )
+    return 0
+
+
+def _say_nothing(*_: object) -> None:
+    """What processes other than the first say."""
+
+
+def _check_packed(packed: PackedDataset, config: RunConfig) -> None:
+    """Print what a prepared set is and keep its manifest with the run; with --images.check full read it whole."""
+    print(packed.manifest.describe() + "\n")
+    if config.images.check == "full" and (wrong := verify(packed.manifest.folder, progress=True)):
+        raise UserError(f"the prepared set in {packed.manifest.folder} is damaged: {'; '.join(wrong)}")
+    (config.out / "data_manifest.json").write_bytes((packed.manifest.folder / MANIFEST).read_bytes())
+
+
+def _checked_tree(tree: ImageTree, config: RunConfig, own: Processes) -> tuple[ImageFolderDataset, str]:
+    """Look at the images of a tree, print the report, and return what is readable with its fingerprint."""
+
+    def look() -> list[str]:
+        report = preflight(
+            tree,
+            resolution=config.network.resolution,
+            mode=config.images.check,
+            resample=config.images.resample,
+            progress=True,
+            report_path=config.out / "preflight.json",
+        )
+        print(report.format() + "\n")
+        return [str(path) for path in report.unreadable_paths]
+
+    tree = tree.without(Path(path) for path in own.first_does(look))
     dataset = ImageFolderDataset(
         tree,
         config.network.resolution,
         resample=config.images.resample,
         draft=config.images.draft,
         cache_mib=config.images.cache_mib,
-        progress=True,
+        progress=own.is_first,
     )
-    result = train(config, dataset, fingerprint=tree.fingerprint(), resume=command.resume)
-    if result.interrupted:
-        print(f"Stopped at iteration {result.iteration}; go on with the same command and --resume.")
+    return dataset, tree.fingerprint()
+
+
+def run_prepare(command: Prepare) -> int:
+    """Run ``prepare`` and return the exit code."""
+    if command.verify is not None:
+        return _verify(command.verify)
+    for name in ("source", "out"):
+        if getattr(command, name) is None:
+            raise UserError(f"{name}: expected --{name}, got none (or --verify DIR)")
+    assert command.source is not None
+    assert command.out is not None
+    for name in ("resolution", "workers", "part_size"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}: expected at least 1, got {value}")
+    options = SourceOptions(
+        kind=command.kind,
+        split=command.split,
+        ground_truth=command.ground_truth,
+        synsets=command.synsets,
+        words=command.words,
+        workers=command.workers or usable_cpus(),
+    )
+    try:
+        listing = list_source(command.source, options)
+        print(listing.describe(), flush=True)
+        prepared = prepare(
+            listing,
+            command.out,
+            resolution=command.resolution,
+            resample=command.resample,
+            workers=command.workers,
+            part_size=command.part_size,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        print("\nStopped; what is finished is kept. The same command goes on from there.")
         return INTERRUPTED
+    if not prepared.report:
+        print(f"{command.out} is finished already; --verify checks it.")
+        return 0
+    if prepared.reused:
+        print(f"{prepared.reused:,} images were finished before and have been checked.")
+    print(f"\n{format_report(prepared.report)}\n\n{prepared.manifest.describe()}")
+    if prepared.packed:
+        rate = prepared.packed / prepared.seconds
+        print(
+            f"  {prepared.packed:,} images read at {rate:,.0f} a second; {prepared.total_seconds:.1f} s in all"
+        )
+    return 0
+
+
+def _verify(folder: Path) -> int:
+    wrong = verify(folder, progress=True)
+    if wrong:
+        print(f"{folder} is not sound:")
+        print("\n".join(f"  {problem}" for problem in wrong))
+        return 1
+    print(f"{read_manifest(folder).describe()}\nSound: every image and file is as it was written.")
+    return 0
+
+
+def run_make_images(command: MakeImages) -> int:
+    """Run ``make-images`` and return the exit code."""
+    write_layout(command.out, command.layout, command.images)
+    made = command.images
     print(
-        f"Done: {result.iteration} iterations. Checkpoint {result.checkpoint}, grids in {config.out / 'samples'}."
+        f"{made.classes * made.images:,} training and {made.classes * made.val_images:,} validation images in "
+        f"{made.classes} classes written to {command.out}"
     )
     return 0
 
@@ -251,6 +478,18 @@ def run_attention_maps(command: AttentionMaps) -> int:
     print(
         f"{command.count} images with {len(points)} maps each written to {command.out} ({_describe(trained)})"
     )
+    return 0
+
+
+def run_plot(command: Plot) -> int:
+    """Run ``plot`` and return the exit code."""
+    print(f"Written: {draw_run(command.source, command.out or command.source / 'curves.png')}")
+    return 0
+
+
+def run_report(command: Report) -> int:
+    """Run ``report`` and return the exit code."""
+    print(f"Written: {write_report(command.source, command.out)}")
     return 0
 
 

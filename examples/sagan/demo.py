@@ -18,7 +18,8 @@ from sagan.digits import Judge, agreement, frechet_to_real, train_judge, write_d
 from sagan.figures import attention_maps, default_points, save_attention_figure, save_curves, save_grid
 from sagan.recipes import RunConfig
 from sagan.sampling import generate, load_generator, numbered_samples, sample_inputs, to_uint8
-from sagan.training import Trainer, TrainingResult, train
+from sagan.step import Trainer
+from sagan.training import TrainingResult, train
 
 VERDICT_SAMPLES = 2000
 CURVE_SAMPLES = 500

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 from sagan.errors import UserError
 from sagan_layers import SpectralNormLayer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,29 @@ class Processes:
         size = len(whole) // (parts * self.count)
         start = (part * self.count + self.rank) * size
         return whole[start : start + size]
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """Do something in the first process alone, and return its result in all; it must be what JSON can hold.
+
+        Raises:
+            UserError: whatever the first process raised; the others raise :class:`ToldByFirstError`.
+        """
+        if self.count == 1:
+            return work()
+        failed: UserError | OSError | None = None
+        answer = ""
+        if self.is_first:
+            try:
+                answer = json.dumps({"result": work()})
+            except (UserError, OSError) as error:
+                failed, answer = error, json.dumps({"error": str(error)})
+        told = json.loads(self.from_first(answer))
+        if failed is not None:
+            raise failed
+        if "error" in told:
+            raise ToldByFirstError(told["error"])
+        result: T = told["result"]
+        return result
 
     def wait(self) -> None:
         """Return when all processes have come here."""
@@ -97,6 +124,10 @@ class Processes:
         texts = [text]
         dist.broadcast_object_list(texts, src=0, group=self.control)
         return texts[0]
+
+
+class ToldByFirstError(UserError):
+    """What the first process says already."""
 
 
 class ProcessesDisagreeError(UserError):
@@ -157,7 +188,7 @@ def _own_device(name: str, local_rank: int) -> torch.device:
     device = pick_device(name)
     if device.type != "cuda":
         return device
-    if device.index is not None:
+    if name not in ("auto", "cuda"):
         raise UserError(f"device: expected auto, cpu or cuda with several processes, got {name!r}")
     if local_rank >= torch.cuda.device_count():
         raise UserError(

@@ -42,12 +42,13 @@ _LEAVING_BUFFERS: dict[str, Any] = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     else {"broadcast_buffers": False}  # its name until torch 2.12
 )
+_WARM_UP_STEPS = 2
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class Means:
-    """Running sums of an iteration's scalars, left on the device until they are logged; what is not finite is left out."""
+    """Running sums of scalars, left on the device until they are logged; what is not finite is left out."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
@@ -96,6 +97,7 @@ class Trainer:
         self.device = own.device
         self.iteration = 0
         self.batches_drawn = 0
+        self._steps = 0  # in this process
         self.means = Means()
         self.guard = FiniteGuard(own.device)
         torch.manual_seed(config.seed)
@@ -127,8 +129,9 @@ class Trainer:
     def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Update D ``d_steps`` times and G once; nothing in it makes the host wait for the device."""
         moving = running_statistics(self.generator)
-        with self.guard.iteration(
-            self.iteration, moving if self.config.health.on_nonfinite == "skip" else ()
+        with (
+            self._compiled(),
+            self.guard.iteration(self.iteration, moving if self.config.health.on_nonfinite == "skip" else ()),
         ):
             # One move of G's vectors and one normalisation of its weights serve the whole iteration.
             with shared_spectral_norm(self.generator, dtype=self._compute_dtype):
@@ -192,6 +195,14 @@ class Trainer:
             self.scaler.update()
         else:
             self.guard.step(optimizer, network)
+
+    def _compiled(self) -> contextlib.AbstractContextManager[object]:
+        """Once both passes are compiled, having to compile again is an error."""
+        self._steps += 1
+        if not self.config.step.compile or self._steps <= _WARM_UP_STEPS:
+            return contextlib.nullcontext()
+        stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("fail_on_recompile")
+        return stance
 
     def _noise(self, update: int, part: int) -> tuple[Tensor, Tensor | None]:
         """Return this process's latents and labels of a part of an update's generated batch."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sagan.checkpoints import CheckpointError, checkpoints_in, load_latest, save_best, save_checkpoint
-from sagan.data import ImageFolderDataset, copied_ahead, make_loader
+from sagan.data import ImageDataset, copied_ahead, make_loader
 from sagan.distributed import Processes, check_agreement, pick_device
 from sagan.errors import UserError
 from sagan.figures import attention_maps, default_points, save_attention_figure, save_grid
@@ -68,7 +68,7 @@ class TrainingResult:
 
 def train(
     config: RunConfig,
-    dataset: ImageFolderDataset,
+    dataset: ImageDataset,
     *,
     fingerprint: str,
     own: Processes | None = None,
@@ -129,7 +129,7 @@ def train(
     output = config.output
     voice = _Voice(config, trainer.iteration, progress and own.is_first)
     log = RunLog(config.out, trainer.iteration, tensorboard=output.tensorboard) if own.is_first else None
-    ended = _GOES_ON
+    ended, skipped = _GOES_ON, 0
     with voice, log or contextlib.nullcontext(), _first_signal() as received:
         if trainer.iteration == 0 and own.is_first:
             writer.write_samples(observe)
@@ -140,9 +140,11 @@ def train(
             last = iteration == config.iterations
             signs: list[str | None] = []
             if own.device.type == "cpu" or iteration % output.log_every == 0 or last:
-                _refuse_not_finite(trainer)
+                skipped += _refuse_not_finite(trainer)
             if iteration % output.log_every == 0 or last:
                 row = {"iteration": iteration, **trainer.measurements(), **clock.rates(iteration, config)}
+                if skipped:
+                    row["skipped_updates"], skipped = skipped, 0
                 signs.append(alarm.see_losses(row["d_loss"]))
                 if log is not None:
                     log.write(row)
@@ -158,6 +160,8 @@ def train(
                     writer.keep_best(score, alarm)
             for sign in filter(None, signs if config.health.on_collapse != "off" else []):
                 voice.say(f"Iteration {iteration}: {sign}.")
+                if log is not None:
+                    log.write({"iteration": iteration, "alarm": sign})
                 if config.health.on_collapse == "stop":
                     ended = _COLLAPSED
             # Asked once an iteration, so that all processes stop together and none without a checkpoint.
@@ -166,7 +170,7 @@ def train(
             if saves or iteration % config.health.check_every == 0:
                 check_agreement(own, trainer.networks)
             if saves:
-                _refuse_not_finite(trainer)
+                skipped += _refuse_not_finite(trainer)
                 if own.is_first:
                     writer.write_checkpoint(alarm)
                 own.wait()
@@ -224,16 +228,18 @@ def save_config(config: RunConfig) -> Path:
     return path
 
 
-def _refuse_not_finite(trainer: Trainer) -> None:
-    """End the run when updates were left out because of a NaN or an infinity, unless it may skip them.
+def _refuse_not_finite(trainer: Trainer) -> int:
+    """Return how many updates were left out because of a NaN or an infinity; end the run unless it may do so.
 
     Raises:
         TrainingError: with what is known of the cause.
     """
     skipped = trainer.guard.skipped()
     health = trainer.config.health
-    if skipped is None or (health.on_nonfinite == "skip" and skipped.in_a_row <= health.most_skipped):
-        return
+    if skipped is None:
+        return 0
+    if health.on_nonfinite == "skip" and skipped.in_a_row <= health.most_skipped:
+        return skipped.count
     where = {name: parameters_not_finite(network) for name, network in trainer.networks.items()}
     named = "; ".join(
         f"{name}: {', '.join(names[:5])}{' and others' if len(names) > 5 else ''}"
@@ -256,9 +262,7 @@ class _Writer:
         best_score: of the checkpoint kept as the best.
     """
 
-    def __init__(
-        self, config: RunConfig, dataset: ImageFolderDataset, fingerprint: str, trainer: Trainer
-    ) -> None:
+    def __init__(self, config: RunConfig, dataset: ImageDataset, fingerprint: str, trainer: Trainer) -> None:
         self._config = config
         self._class_names = list(dataset.class_names)
         self._fingerprint = fingerprint
@@ -348,7 +352,7 @@ def _grid_inputs(config: RunConfig, labels_in_use: Tensor) -> tuple[Tensor, Tens
     return latents, labels
 
 
-def _real_diversity(dataset: ImageFolderDataset, labels: Tensor) -> float:
+def _real_diversity(dataset: ImageDataset, labels: Tensor) -> float:
     """Return how much the real images of the grid's classes differ, as many of each class as the grid has."""
     chosen = []
     for label in torch.unique(labels):
