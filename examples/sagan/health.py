@@ -15,7 +15,7 @@ from sagan.recipes import HealthConfig
 
 @dataclass(frozen=True)
 class Skipped:
-    """Updates that were left out because a gradient was not finite.
+    """Updates that were left out because a loss or a gradient was not finite.
 
     Attributes:
         count: how many, since this was last asked.
@@ -29,7 +29,7 @@ class Skipped:
 
 
 class FiniteGuard:
-    """Leaves out updates whose gradients hold a NaN or an infinity, without making the host wait.
+    """Leaves out updates whose loss or gradients hold a NaN or an infinity, without making the host wait.
 
     The optimizer's fused kernel reads a flag on the device and changes nothing where it is set: neither weights
     nor moments. :meth:`skipped` tells afterwards; it waits for the device, so ask when the log is written.
@@ -63,15 +63,16 @@ class FiniteGuard:
         for tensor, old in zip(moving, before, strict=True):
             tensor.copy_(torch.where(found, old, tensor))
 
-    def step(self, optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
-        """Apply the gradients of a network, unless one of them is not finite.
+    def step(self, optimizer: torch.optim.Optimizer, network: nn.Module, loss: Tensor) -> None:
+        """Apply the gradients of a network, unless one of them or their loss is not finite.
 
         Args:
             optimizer: a fused one.
             network: whose gradients it applies.
+            loss: that they are of; a hinge loss of NaN has gradients of 0.
         """
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-        found = torch.nn.utils.get_total_norm(gradients).isfinite().logical_not()
+        found = (torch.nn.utils.get_total_norm(gradients) + loss.detach()).isfinite().logical_not()
         self._first = torch.where(found & (self._count == 0), self._iteration, self._first)
         self._count = self._count + found
         self._found = torch.maximum(self._found, found.float())

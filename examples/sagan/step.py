@@ -149,6 +149,7 @@ class Trainer:
     def _update_discriminator(self, batches: Iterator[tuple[Tensor, Tensor]], update: int = 0) -> None:
         self.d_optimizer.zero_grad(set_to_none=True)
         parts = self.config.accumulation
+        losses: list[Tensor] = []
         with shared_spectral_norm(self.discriminator, dtype=self._compute_dtype):
             for part in range(parts):
                 pixels, labels = next(batches)
@@ -158,24 +159,27 @@ class Trainer:
                 with self._autocast(), self._reducing_last(self._d_pass, part):
                     result = self._d_pass(real, latents, self._labels(labels), fake_labels)
                     self.scaler.scale(result.loss / parts).backward()
+                losses.append(result.loss.detach())
                 self.means.add(
                     d_loss=result.loss,
                     real_logits=result.real_logits.float().mean(),
                     fake_logits=result.fake_logits.float().mean(),
                 )
-        self._apply(self.d_optimizer, self.discriminator)
+        self._apply(self.d_optimizer, self.discriminator, losses)
 
     def _update_generator(self, update: int = 1) -> None:
         self.g_optimizer.zero_grad(set_to_none=True)
         parts = self.config.accumulation
+        losses: list[Tensor] = []
         with self._constant_discriminator():
             for part in range(parts):
                 latents, labels = self._noise(update, part)
                 with self._autocast(), self._reducing_last(self._g_pass, part):
                     result = self._g_pass(latents, labels)
                     self.scaler.scale(result.loss / parts).backward()
+                losses.append(result.loss.detach())
                 self.means.add(g_loss=result.loss)
-        self._apply(self.g_optimizer, self.generator)
+        self._apply(self.g_optimizer, self.generator, losses)
 
     @contextlib.contextmanager
     def _constant_discriminator(self) -> Iterator[None]:
@@ -189,12 +193,12 @@ class Trainer:
                 stack.push(shared)
                 yield
 
-    def _apply(self, optimizer: torch.optim.Adam, network: nn.Module) -> None:
-        if self.scaler.is_enabled():
+    def _apply(self, optimizer: torch.optim.Adam, network: nn.Module, losses: list[Tensor]) -> None:
+        if self.scaler.is_enabled():  # it looks for infinities itself, and expects some
             self.scaler.step(optimizer)
             self.scaler.update()
         else:
-            self.guard.step(optimizer, network)
+            self.guard.step(optimizer, network, torch.stack(losses).sum())
 
     def _compiled(self) -> contextlib.AbstractContextManager[object]:
         """Once both passes are compiled, having to compile again is an error."""

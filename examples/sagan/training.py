@@ -247,7 +247,7 @@ def _refuse_not_finite(trainer: Trainer) -> int:
         if names
     )
     raise TrainingError(
-        f"gradients not finite in {skipped.count} updates, the first in iteration {skipped.first_iteration + 1}"
+        f"losses or gradients not finite in {skipped.count} updates, the first in iteration {skipped.first_iteration + 1}"
         f"{f' ({named})' if named else ''}. No such update was applied, and the last checkpoint is from before. "
         "Lower learning rates or the precision fp32 are the usual remedies; --health.on-nonfinite skip leaves "
         "such updates out and goes on"

@@ -12,6 +12,7 @@ from sagan.health import CollapseAlarm, FiniteGuard, Skipped, diversity, paramet
 from sagan.recipes import HealthConfig
 
 CPU = torch.device("cpu")
+LOSS = torch.tensor(1.0)
 
 
 def network_and_optimizer() -> tuple[nn.Linear, torch.optim.Adam]:
@@ -32,12 +33,12 @@ class TestFiniteGuard:
         guard = FiniteGuard(CPU)
         with guard.iteration(0, ()):
             give_gradients(network)
-            guard.step(optimizer, network)
+            guard.step(optimizer, network, LOSS)
         before = [parameter.detach().clone() for parameter in network.parameters()]
         moments = [state["exp_avg_sq"].clone() for state in optimizer.state.values()]
         with guard.iteration(1, ()):
             give_gradients(network, value)
-            guard.step(optimizer, network)
+            guard.step(optimizer, network, LOSS)
         assert all(torch.equal(*pair) for pair in zip(network.parameters(), before, strict=True))
         for state, moment in zip(optimizer.state.values(), moments, strict=True):
             assert torch.equal(state["exp_avg_sq"], moment)
@@ -45,6 +46,14 @@ class TestFiniteGuard:
         assert guard.skipped() == Skipped(count=1, in_a_row=1, first_iteration=1)
         assert guard.skipped() is None
         assert not hasattr(optimizer, "found_inf")
+
+    def test_a_loss_of_nan_counts_although_its_gradients_are_finite(self) -> None:
+        network, optimizer = network_and_optimizer()
+        guard = FiniteGuard(CPU)
+        with guard.iteration(7, ()):
+            give_gradients(network)
+            guard.step(optimizer, network, torch.tensor(float("nan")))
+        assert guard.skipped() == Skipped(count=1, in_a_row=1, first_iteration=7)
 
     def test_it_is_the_plain_optimizer_otherwise(self) -> None:
         torch.manual_seed(1)
@@ -56,7 +65,7 @@ class TestFiniteGuard:
             give_gradients(network)
             give_gradients(other)
             with guard.iteration(number, ()):
-                guard.step(optimizer, network)
+                guard.step(optimizer, network, LOSS)
             plain.step()
         assert guard.skipped() is None
         assert all(torch.equal(*pair) for pair in zip(network.parameters(), other.parameters(), strict=True))
@@ -68,14 +77,14 @@ class TestFiniteGuard:
             with guard.iteration(number, ()):
                 for value in values:
                     give_gradients(network, value)
-                    guard.step(optimizer, network)
+                    guard.step(optimizer, network, LOSS)
         assert guard.skipped() == Skipped(count=3, in_a_row=2, first_iteration=1)
         with guard.iteration(3, ()):
             give_gradients(network)
-            guard.step(optimizer, network)
+            guard.step(optimizer, network, LOSS)
         with guard.iteration(4, ()):
             give_gradients(network, float("nan"))
-            guard.step(optimizer, network)
+            guard.step(optimizer, network, LOSS)
         assert guard.skipped() == Skipped(count=1, in_a_row=1, first_iteration=4)
 
     def test_moving_buffers_are_put_back_after_an_iteration_with_one(self) -> None:
@@ -86,7 +95,7 @@ class TestFiniteGuard:
             with guard.iteration(0, [statistic]):
                 statistic += 1 if value == 1.0 else float("nan")
                 give_gradients(network, value)
-                guard.step(optimizer, network)
+                guard.step(optimizer, network, LOSS)
             assert statistic.eq(expected).all()
 
     def test_parameters_that_are_not_finite_are_named(self) -> None:

@@ -592,8 +592,30 @@ class TestResuming:
         config = changed(tiny_config, out=tmp_path / "run")
         path = run_training(config).checkpoint
         path.write_bytes(path.read_bytes()[:5000])
-        with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        with pytest.raises(CheckpointError, match="is damaged"):
             run_training(config, resume=True)
+
+    def test_a_torn_latest_checkpoint_is_passed_over(
+        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = changed(tiny_config, iterations=4, output__checkpoint_every=2)
+        whole = run_training(changed(config, out=tmp_path / "whole"))
+        parts = changed(config, out=tmp_path / "parts")
+        path = run_training(parts).checkpoint
+        path.write_bytes(path.read_bytes()[:5000])
+        run_training(parts, resume=True)
+        assert "going on from iteration_000000002.pt, which is older" in caplog.text
+        assert_same_run(whole.out, parts.out)
+
+    def test_changes_are_accepted_when_told(
+        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
+    ) -> None:
+        run_training(changed(tiny_config, out=tmp_path / "run"))
+        other = changed(tiny_config, out=tmp_path / "run", iterations=3, optimizer__d_lr=0.5)
+        with pytest.raises(CheckpointError, match="--accept-changes"):
+            run_training(other, resume=True)
+        assert run_training(other, resume=True, accept_changes=True).iteration == 3
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["optimizer"]["d_lr"] == 0.5
 
     def test_a_run_is_never_overwritten(
         self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
@@ -639,7 +661,13 @@ class TestOutput:
         samples = sorted(path.name for path in (config.out / "samples").iterdir())
         assert samples == [f"iteration_{number:09d}.png" for number in (0, 4, 7)]
         kept = [path.name for path in sorted((config.out / "checkpoints").iterdir())]
-        assert kept == ["iteration_000000006.pt", "iteration_000000007.pt"]
+        assert [name for name in kept if name.endswith(".pt")] == [
+            "iteration_000000006.pt",
+            "iteration_000000007.pt",
+        ]
+        attention = sorted(path.name for path in (config.out / "attention").iterdir())
+        assert attention == samples
+        assert {"sigma_g.linear", "sigma_d.blocks.0.conv1", "sigma_d.head.embedding"} <= set(rows[0])
         assert result.checkpoint == find_checkpoint(config.out)
         assert config_from_dict(json.loads((config.out / "config.json").read_text())) == config
         state = load_checkpoint(result.checkpoint)
@@ -726,7 +754,7 @@ class TestAlarms:
 
         with pytest.raises(
             TrainingError,
-            match=r"gradients not finite in 2 updates, the first in iteration 3 \\(.*D: head.linear.bias",
+            match=r"losses or gradients not finite in 2 updates, the first in iteration 3 \(.*D: head\.linear\.bias",
         ):
             run_training(config, observe=poison)
         for path in checkpoints_in(config.out / "checkpoints"):
