@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -143,6 +144,7 @@ def train(
                 skipped += _refuse_not_finite(trainer)
             if iteration % output.log_every == 0 or last:
                 row = {"iteration": iteration, **trainer.measurements(), **clock.rates(iteration, config)}
+                _refuse_lost_losses(row)
                 if skipped:
                     row["skipped_updates"], skipped = skipped, 0
                 signs.append(alarm.see_losses(row["d_loss"]))
@@ -173,7 +175,7 @@ def train(
                 skipped += _refuse_not_finite(trainer)
                 if own.is_first:
                     writer.write_checkpoint(alarm)
-                own.wait()
+                writer.checkpoint = Path(own.from_first(str(writer.checkpoint)))
     assert writer.checkpoint is not None
     return TrainingResult(
         out=config.out,
@@ -247,11 +249,26 @@ def _refuse_not_finite(trainer: Trainer) -> int:
         if names
     )
     raise TrainingError(
-        f"losses or gradients not finite in {skipped.count} updates, the first in iteration {skipped.first_iteration + 1}"
+        f"losses or gradients not finite in {skipped.count} updates, the first in iteration "
+        f"{skipped.first_iteration + 1}"
         f"{f' ({named})' if named else ''}. No such update was applied, and the last checkpoint is from before. "
         "Lower learning rates or the precision fp32 are the usual remedies; --health.on-nonfinite skip leaves "
         "such updates out and goes on"
     )
+
+
+def _refuse_lost_losses(row: dict[str, Any]) -> None:
+    """End a run none of whose losses since the last log was finite: in fp16 the scaler leaves out all its updates.
+
+    Raises:
+        TrainingError: naming the losses.
+    """
+    lost = [name for name in ("d_loss", "g_loss") if not math.isfinite(row[name])]
+    if lost:
+        raise TrainingError(
+            f"{' and '.join(lost)} not finite in any iteration since the last log, at iteration {row['iteration']}; "
+            "the last checkpoint is from before"
+        )
 
 
 class _Writer:
