@@ -258,6 +258,7 @@ def _train(command: Train, own: Processes) -> int:
     resume = command.resume or (has_run and (command.auto_resume or restarted))
     check_start(config, resume=resume, accept_changes=command.accept_changes)
     config.out.mkdir(parents=True, exist_ok=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.step.tf32
     dataset: ImageDataset
     if packed is not None:
         own.first_does(lambda: _check_packed(packed, config))
