@@ -491,7 +491,7 @@ def forward(
     chunks, blocks = triton.cdiv(C, tile.channels), triton.cdiv(L, tile.positions)
     items_each, splits = _shared(N * blocks, min(MAX_SHARES, max(1, PROGRAMS // chunks)))
     shares = torch.empty((3, splits, C), dtype=torch.float64, device=x.device)
-    mean, var = torch.empty((2, C), dtype=torch.float64, device=x.device).unbind()
+    mean, var = (torch.empty(C, dtype=torch.float64, device=x.device) for _ in range(2))
     prepared = torch.empty((3, C), dtype=compute_dtype(x.dtype), device=x.device)
     with _device_of(x):
         _statistics_kernel[(chunks * splits,)](
@@ -645,7 +645,7 @@ def _sums(
     blocks_each, splits = _shared(blocks, max(1, PROGRAMS // (N * chunks)))
     dtype = compute_dtype(x.dtype)
     sums, products = torch.empty((2, splits, N, C), dtype=dtype, device=x.device).unbind()
-    grad_gain, grad_bias = torch.empty((2, N, C), dtype=dtype, device=x.device).unbind()
+    grad_gain, grad_bias = (torch.empty((N, C), dtype=dtype, device=x.device) for _ in range(2))
     totals = torch.empty((2, C), dtype=torch.float64, device=x.device)
     with _device_of(x):
         _sums_kernel[(N * chunks * splits,)](

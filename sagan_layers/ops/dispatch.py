@@ -46,7 +46,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Below so many weights a sample the reference is as fast on a CPU.
 _FEW_WEIGHTS = 2**18
 # Below so many values in a feature map the reference of conditional batch norm is as fast on a CPU.
-_FEW_VALUES = 2**14
+_FEW_VALUES = 2**16
 # Bytes of weights of the whole batch that may be kept for backward, where computing them again costs more: in
 # half precision it costs the most, as the logits are computed in float32.
 _MOST_KEPT_BYTES = 2**24
@@ -376,10 +376,6 @@ def _kernel_reasons(given: Given, process_group: Any) -> list[str]:
     return reasons
 
 
-def _exporting_reasons() -> list[str]:
-    return ["an exported program should need torch alone"] if reference.is_exporting() else []
-
-
 def _triton_norm_reasons(x: Tensor, given: Given, process_group: Any) -> list[str]:
     if reasons := _no_triton_reasons(x.device):
         return reasons
@@ -389,18 +385,22 @@ def _triton_norm_reasons(x: Tensor, given: Given, process_group: Any) -> list[st
 
 
 def _triton_norm_reasons_unasked(x: Tensor, given: Given, process_group: Any) -> list[str]:
-    return _interpreter_reasons(x.device) + _exporting_reasons()
+    if torch.compiler.is_compiling():
+        return ["torch.compile writes kernels of its own from 'reference'"]
+    return _interpreter_reasons(x.device)
 
 
 def _blocked_reasons(x: Tensor, given: Given, process_group: Any) -> list[str]:
     if x.device.type != "cpu":
         return [f"it is made for a CPU's cache, and the tensors are on {x.device}"]
-    return _kernel_reasons(given, process_group)
+    return conditional_norm_blocked.reasons_against(x) + _kernel_reasons(given, process_group)
 
 
 def _blocked_reasons_unasked(x: Tensor, given: Given, process_group: Any) -> list[str]:
-    if reasons := _exporting_reasons():
-        return reasons
+    if reference.is_exporting():
+        return ["an exported program should need torch alone"]
+    if not torch.compiler.is_compiling() and type(x) not in (Tensor, torch.nn.Parameter):
+        return [f"it looks at values and writes in place, and x is a {type(x).__name__}"]
     if x.numel() < _FEW_VALUES:
         return [f"below {_FEW_VALUES} values 'reference' is as fast"]
     return []
