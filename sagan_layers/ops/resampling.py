@@ -21,8 +21,9 @@ from sagan_layers.ops import reference
 # Measured on a CPU (docs/blocks/resampling.md). Below so many multiplications of the plain form, twice as many in
 # 16 bits, the extra calls cost more than they save.
 _FEW_MULTIPLICATIONS = 25_000_000
-# Below so many channels on the side of the convolution that is not filtered, filtering costs more than it saves.
+# Below so many channels on the small map's side of the convolution, filtering costs more than it saves.
 _FEW_CHANNELS = 48
+_FEW_CHANNELS_OF_LARGE_MAP = 192
 # From this size on glibc's malloc gives a block back to the system when it is freed, and a new one costs as much
 # time as filtering it.
 _LARGE_MAP_BYTES = 2**25
@@ -238,12 +239,10 @@ def _reasons_against_filtered_unasked(x: Tensor, weight: Tensor, how: Resampling
     if x.device.type != "cpu":
         return [_NOT_MEASURED]
     if not _reasons_against_folded(x, weight, how):
-        if (channels := _unfiltered_channels(weight, how)) < _FEW_CHANNELS:
-            return [f"with {channels} channels, fewer than {_FEW_CHANNELS}, 'folded' is faster"]
-        if reference.is_known(_filtered_bytes(x, weight, how) > _LARGE_MAP_BYTES):
-            return [
-                f"its map is above {_LARGE_MAP_BYTES // 2**20} MiB and slow to allocate, 'folded' makes none"
-            ]
+        large = reference.is_known(_filtered_bytes(x, weight, how) >= _LARGE_MAP_BYTES)
+        few, size = (_FEW_CHANNELS_OF_LARGE_MAP, "large") if large else (_FEW_CHANNELS, "small")
+        if (channels := _small_side_channels(weight, how)) < few:
+            return [f"for a {size} map with {channels} channels, fewer than {few}, 'folded' is faster"]
     return _reasons_against_few(x, weight, how)
 
 
@@ -294,7 +293,7 @@ def _reasons_against_matmul_unasked(x: Tensor, weight: Tensor, how: Resampling) 
     if x.device.type != "cpu":
         return [_NOT_MEASURED]
     height, width = x.shape[2:] if how.upsample else how.output_size(x, weight)
-    channels = _unfiltered_channels(weight, how)
+    channels = _small_side_channels(weight, how)
     if not reference.is_known(2 * x.size(0) * height * width <= channels):
         return [f"the small map has more positions than half its {channels} channels"]
     return _reasons_against_few(x, weight, how)
@@ -367,7 +366,7 @@ def _reasons_against_few(x: Tensor, weight: Tensor, how: Resampling) -> list[str
     return []
 
 
-def _unfiltered_channels(weight: Tensor, how: Resampling) -> int:
+def _small_side_channels(weight: Tensor, how: Resampling) -> int:
     """Return the channels of a group on the small map's side of the convolution."""
     return weight.size(1) if how.upsample else weight.size(0) // how.groups
 
