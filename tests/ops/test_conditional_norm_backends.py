@@ -458,8 +458,8 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def test_forward_and_backward_make_one_map_each_and_else_small_memory(
     layout: str, dtype: torch.dtype, relu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conditional_norm_blocked, "BLOCK_BYTES", 2**12)
-    x = laid_out(torch.randn(4, 8, 16, 16).to(dtype), layout).requires_grad_()
+    monkeypatch.setattr(conditional_norm_blocked, "BLOCK_BYTES", 2**16 // torch.get_num_threads())
+    x = laid_out(torch.randn(4, 8, 64, 64).to(dtype), layout).requires_grad_()
     cotangent = laid_out(torch.randn(x.shape).to(dtype), layout)
     with Sizes() as forward:
         y = BACKENDS["blocked"].run(x, torch.ones(4, 8), torch.zeros(8), None, EPS, relu, None).y
@@ -467,7 +467,7 @@ def test_forward_and_backward_make_one_map_each_and_else_small_memory(
         torch.autograd.grad(y, x, cotangent)
     for mode in (forward, backward):
         assert sorted(mode.seen)[-1] == x.untyped_storage().nbytes()
-        assert sorted(mode.seen)[-2] <= 2**13
+        assert sorted(mode.seen)[-2] <= 2**16
 
 
 # --- compiled, exported, transformed ------------------------------------------------------------------------
