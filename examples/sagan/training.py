@@ -77,6 +77,7 @@ def train(
     accept_changes: bool = False,
     progress: bool = True,
     evaluate: Evaluate | None = None,
+    evaluate_every: int = 1,
     observe: Callable[[Trainer], None] | None = None,
 ) -> TrainingResult:
     """Train, or go on training, until ``config.iterations`` or a first SIGINT or SIGTERM.
@@ -92,7 +93,8 @@ def train(
         resume: go on from the latest checkpoint of ``config.out`` that can be read.
         accept_changes: resume although the configuration or the images have changed.
         progress: show a progress bar on a terminal, and a line for each log elsewhere.
-        evaluate: called in all processes every ``config.evaluation.every`` iterations; the best is kept.
+        evaluate: called in all processes, and the checkpoint with the best score is kept.
+        evaluate_every: iterations between its calls.
         observe: called in the first process, with the trainer, whenever samples have been written.
 
     Raises:
@@ -153,7 +155,7 @@ def train(
                 voice.tell(row)
             if (iteration % output.sample_every == 0 or last) and own.is_first:
                 signs.append(alarm.see_diversity(writer.write_samples(observe)))
-            if evaluate is not None and (iteration % config.evaluation.every == 0 or last):
+            if evaluate is not None and (iteration % evaluate_every == 0 or last):
                 score, figures = evaluate(trainer)
                 signs.append(alarm.see_score(score))
                 if log is not None:
