@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,7 +255,8 @@ class NetworkCase(Case):
 
     def inputs(self) -> Any:
         """Return the network, its input, the labels and the output's gradient."""
-        networks = _example_networks()
+        from sagan import networks
+
         config = networks.NetworkConfig(
             resolution=self.resolution,
             base_width=self.base_width,
@@ -307,14 +306,6 @@ class NetworkCase(Case):
         return self.prepare(
             "textbook", [copy.deepcopy(network).double(), x.double(), labels, cotangent.double()]
         )()
-
-
-def _example_networks() -> Any:
-    """Return the trainer's module of networks, which is no part of the installed package."""
-    folder = str(harness.ROOT / "examples")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module("sagan.networks")
 
 
 def make_cases(device: str, *, quick: bool = False, dtypes: Sequence[str] = ()) -> list[Case]:

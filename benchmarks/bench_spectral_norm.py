@@ -396,7 +396,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device here.")
         return 2
-    sys.path.insert(0, str(harness.ROOT / "examples"))
     default_out = harness.ROOT / "benchmarks" / "results" / f"spectral_norm_{options.device}.json"
     results = harness.Results(options.out or default_out, options.device)
     settings = Settings(

@@ -26,7 +26,7 @@ from benchmarks.textbook_networks import TextbookDiscriminator, TextbookGenerato
 from sagan.data import ImageDataset
 from sagan.distributed import Processes
 from sagan.randomness import training_noise
-from sagan.recipes import RECIPES, OutputConfig, RunConfig
+from sagan.recipes import RECIPES, OutputConfig, Precision, RunConfig
 from sagan.step import Trainer
 from sagan.training import train
 from sagan_layers import SpectralNormLayer
@@ -50,6 +50,7 @@ class StepCase(Case):
         names: the contenders.
         peer: a checkout of BigGAN-PyTorch.
         num_classes: of the data.
+        bf16: every contender's networks run under autocast to bfloat16; otherwise all is float32.
     """
 
     suite: str
@@ -60,16 +61,18 @@ class StepCase(Case):
     names: tuple[str, ...]
     peer: Path | None = None
     num_classes: int = 1000
+    bf16: bool = False
 
     @property
     def name(self) -> str:
         """What the tables show."""
-        return f"batch {self.batch_size}, {self.resolution} pixels, width {self.base_width}"
+        sizes = f"batch {self.batch_size}, {self.resolution} pixels, width {self.base_width}"
+        return f"{sizes}, bfloat16" if self.bf16 else sizes
 
     @property
     def tolerance(self) -> float:
         """The largest relative error: Adam's first step is almost the gradient's sign, where rounding shows."""
-        return 0.03
+        return 0.3 if self.bf16 else 0.03
 
     def describe(self) -> Row:
         """Return the sizes."""
@@ -78,6 +81,7 @@ class StepCase(Case):
             "resolution": self.resolution,
             "base_width": self.base_width,
             "num_classes": self.num_classes,
+            "dtype": "bfloat16" if self.bf16 else "float32",
         }
 
     def contenders(self) -> list[str]:
@@ -97,7 +101,10 @@ class StepCase(Case):
             g_attention=attention,
             d_attention=attention,
         )
-        return replace(recipe, batch_size=self.batch_size, device=self.device, network=network)
+        precision: Precision = "bf16" if self.bf16 else "fp32"
+        return replace(
+            recipe, batch_size=self.batch_size, device=self.device, network=network, precision=precision
+        )
 
     def inputs(self) -> Any:
         """Return a trainer, whose networks every contender copies, and a batch of images and labels."""
@@ -122,6 +129,7 @@ class StepCase(Case):
         generator, discriminator = (network.to(self.device) for network in networks)
         step = _PlainStep(generator, discriminator, self.run_config)
         step.toggles = contender.endswith("toggled")
+        step.autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
         if contender.endswith("compiled"):
             for network in (step.generator, step.discriminator):
                 network.compile(dynamic=False)
@@ -137,10 +145,11 @@ class StepCase(Case):
 
     def warm_up_case(self) -> Case:
         """Return the same at two small images."""
-        return replace(self, batch_size=2, resolution=64, base_width=4, num_classes=10)
+        return replace(self, batch_size=2, resolution=64, base_width=8, num_classes=10)
 
-    def _trainer(self, **changes: Any) -> Trainer:
-        config = replace(self.run_config, **changes)
+    def _trainer(self, **step: Any) -> Trainer:
+        config = self.run_config
+        config = replace(config, step=replace(config.step, **step))
         trainer = Trainer(config, torch.arange(self.num_classes), Processes(0, 1, torch.device(self.device)))
         with torch.no_grad():
             for network in (trainer.generator, trainer.discriminator):
@@ -154,17 +163,7 @@ class StepCase(Case):
         return trainer
 
     def _ours(self, contender: str, given: Trainer, pixels: Tensor, labels: Tensor) -> Run:
-        changes: dict[str, Any] = {}
-        if "bf16" in contender:
-            changes["precision"] = "bf16"
-        step = given.config.step
-        if "compiled" in contender:
-            step = replace(step, compile=True)
-        if "NCHW" in contender:
-            step = replace(step, channels_last=False)
-        if "checkpointed" in contender:
-            step = replace(step, checkpoint_activations=True)
-        trainer = self._trainer(step=step, **changes)
+        trainer = self._trainer(compile=contender.endswith("compiled"))
         trainer.generator.load_state_dict(given.generator.state_dict())
         trainer.discriminator.load_state_dict(given.discriminator.state_dict())
         batches = itertools.repeat((pixels, labels))
@@ -191,12 +190,14 @@ class _PlainStep:
         generator: called with latents and labels.
         discriminator: called with images and labels.
         toggles: whether D's weights get no gradients in G's update, as its option ``--toggle_grads`` has it.
+        autocast: in which the networks run.
     """
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module, config: RunConfig) -> None:
         self.generator, self.discriminator = generator, discriminator
         self.config = config
         self.toggles = False
+        self.autocast = torch.autocast("cpu", enabled=False)
         settings = config.optimizer
         betas = (settings.beta1, settings.beta2)
         self.g_optimizer = torch.optim.Adam(generator.parameters(), settings.g_lr, betas, settings.eps)
@@ -211,9 +212,12 @@ class _PlainStep:
         self.g_optimizer.zero_grad()
         self.d_optimizer.zero_grad()
         latents, fake_labels = self._noise(0, pixels, dtype)
-        with torch.no_grad():
-            fake = generator(latents, fake_labels)
-        logits = discriminator(torch.cat([fake, real]), torch.cat([fake_labels, labels]))
+        with self.autocast:
+            with torch.no_grad():
+                fake = generator(latents, fake_labels)
+            logits = discriminator(torch.cat([fake, real.to(fake)]), torch.cat([fake_labels, labels])).to(
+                dtype
+            )
         fake_logits, real_logits = torch.split(logits, [len(fake), len(real)])
         d_loss = F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean()
         d_loss.backward()  # type: ignore[no-untyped-call]
@@ -222,7 +226,9 @@ class _PlainStep:
         if self.toggles:
             discriminator.requires_grad_(False)
         latents, fake_labels = self._noise(1, pixels, dtype)
-        g_loss = -discriminator(generator(latents, fake_labels), fake_labels).mean()
+        with self.autocast:
+            logits = discriminator(generator(latents, fake_labels), fake_labels).to(dtype)
+        g_loss = -logits.mean()
         g_loss.backward()
         self.g_optimizer.step()
         if self.toggles:
@@ -360,17 +366,7 @@ class _RandomImages(ImageDataset):
 
 # --- the runs -----------------------------------------------------------------------------------------------
 
-CPU_CONTENDERS = ("ours", "ours bf16", "textbook", "BigGAN-PyTorch", "BigGAN-PyTorch toggled")
-CUDA_CONTENDERS = (
-    "ours bf16",
-    "ours bf16 compiled",
-    "ours",
-    "ours compiled",
-    "textbook",
-    "textbook compiled",
-    "BigGAN-PyTorch",
-    "BigGAN-PyTorch toggled",
-)
+PEERS = ("textbook", "BigGAN-PyTorch", "BigGAN-PyTorch toggled")
 
 
 def make_cases(
@@ -379,18 +375,20 @@ def make_cases(
     """Return every case for a device, the most telling first."""
     if quick:
         return [StepCase(STEP, 4, 32, 8, device, ("ours", "textbook"), peer, num_classes=10)]
+    ours = ("ours", "ours compiled") if compiled or device == "cuda" else ("ours",)
+    others: tuple[str, ...] = PEERS if peer else PEERS[:1]
     if device == "cuda":
-        sizes = [(256, 128, 64)]
-        names: tuple[str, ...] = CUDA_CONTENDERS
+        others += ("textbook compiled",)
+        full = (256, 128, 64)
         scaling = [(batch, 128, 64) for batch in (16, 64, 128)] + [(64, 64, 64), (32, 256, 64)]
     else:
-        sizes = [(4, 128, 64)]
-        names = (*CPU_CONTENDERS[:1], "ours compiled", *CPU_CONTENDERS[1:]) if compiled else CPU_CONTENDERS
+        full = (4, 128, 64)
         scaling = [(batch, 64, 16) for batch in (1, 2, 4, 8, 16)]
         scaling += [(4, 64, width) for width in (8, 32, 64)] + [(4, size, 16) for size in (32, 128, 256)]
-    ours = ("ours bf16", "textbook") if device == "cuda" else ("ours", "textbook")
-    return [StepCase(STEP, *size, device, names, peer) for size in sizes] + [
-        StepCase(SCALING, *size, device, ours, None) for size in scaling
+    is_cuda = device == "cuda"
+    return [
+        *(StepCase(STEP, *full, device, ours + others, peer, bf16=bf16) for bf16 in (is_cuda, not is_cuda)),
+        *(StepCase(SCALING, *size, device, ("ours", "textbook"), bf16=is_cuda) for size in scaling),
     ]
 
 

@@ -15,15 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import harness
 from benchmarks.harness import Refused
+from sagan.networks import Discriminator, Generator, NetworkConfig, UpBlock
 from sagan_layers import ConditionalBatchNorm2d, SelfAttention2d
-
-_EXAMPLES = str(harness.ROOT / "examples")
-if _EXAMPLES not in sys.path:
-    sys.path.append(_EXAMPLES)
-
-from sagan.networks import Discriminator, Generator, NetworkConfig, UpBlock  # noqa: E402
 
 __all__ = [
     "Discriminator",
