@@ -59,9 +59,9 @@ PLANE_TILES = {
 # Where channels do: by the least C.
 PIXEL_TILES = {
     128: Tile(128, 16, 4, 2),
-    64: Tile(64, 32, 4, 2),
-    32: Tile(32, 64, 4, 2),
-    1: Tile(16, 128, 4, 2),
+    64: Tile(64, 32, 8, 2),
+    32: Tile(32, 64, 8, 2),
+    1: Tile(16, 128, 8, 2),
 }
 # Shares or samples, and channels, where partial sums are added up.
 SUM_TILE = Tile(32, 32, 4, 2)
