@@ -7,28 +7,55 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import harness
 
-# Modules with `main(arguments) -> status` that take --quick, --device and --out.
-SUITES = ("attention", "spectral_norm", "data")
+
+@dataclass(frozen=True)
+class Suite:
+    """A module bench_NAME with ``main(arguments) -> status`` that takes --quick and --out.
+
+    Attributes:
+        name: of the suite.
+        minutes: after which it starts no case; None if it takes no such option.
+        peers: whether it takes --peer.
+    """
+
+    name: str
+    minutes: float | None
+    peers: bool = True
+
+
+# All of them together end within 20 minutes.
+SUITES = (
+    Suite("step", 3.5),
+    Suite("attention", 4.5),
+    Suite("spectral_norm", 1.5),
+    Suite("resampling", 3, peers=False),
+    Suite("data", None, peers=False),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites one after the other; return the worst of their statuses."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes: is everything in order?")
+    parser.add_argument("--peer", type=Path, help="a checkout of BigGAN-PyTorch, to measure as well")
     parser.add_argument("--out", type=Path, default=harness.ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
     statuses: list[int] = []
     parts = ["# Benchmarks on the CPU", ""]
     for suite in SUITES:
-        out = options.out / f"{suite}_cpu{'_quick' if options.quick else ''}.json"
-        module = importlib.import_module(f"benchmarks.bench_{suite}")
-        statuses.append(module.main(["--out", str(out), *(["--quick"] if options.quick else [])]))
+        out = options.out / f"{suite.name}_cpu{'_quick' if options.quick else ''}.json"
+        module = importlib.import_module(f"benchmarks.bench_{suite.name}")
+        given = ["--out", str(out), *(["--quick"] if options.quick else [])]
+        given += ["--minutes", str(suite.minutes)] if suite.minutes else []
+        given += ["--peer", str(options.peer)] if suite.peers and options.peer else []
+        statuses.append(module.main(given))
         text = harness.markdown(json.loads(out.read_text(encoding="utf-8")))
-        parts += [f"# bench_{suite}", "", text]
+        parts += [f"# bench_{suite.name}", "", text]
     summary = options.out / f"summary_cpu{'_quick' if options.quick else ''}.md"
     summary.write_text("\n".join(parts), encoding="utf-8")
     print(f"Wrote {summary}")

@@ -32,9 +32,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import harness
-
-sys.path.insert(0, str(harness.ROOT / "examples"))
-
 from sagan.data import ImageFolderDataset, PackedDataset, make_loader, scan_image_tree, verify
 from sagan.data.packed import content_checksum, file_entry, image_header
 from sagan.data.threads import usable_cpus

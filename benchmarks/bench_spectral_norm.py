@@ -23,7 +23,13 @@ from torch.nn.utils import parametrizations, parametrize
 
 from benchmarks import harness
 from benchmarks.harness import Case, Outputs, Refused, Row, Run, Settings
-from sagan_layers import SpectralNormLayer, functional, remove_spectral_norm, shared_spectral_norm
+from sagan_layers import (
+    ResamplingConv2d,
+    SpectralNormLayer,
+    functional,
+    remove_spectral_norm,
+    shared_spectral_norm,
+)
 
 STEP, CALL = "D forward+backward", "the call alone"
 SUITES = (STEP, CALL)
@@ -268,6 +274,17 @@ class _Normalized:
         raise NotImplementedError
 
 
+class _WithPooling(_Normalized):
+    """In front of a convolution's classes: it pools its output, as ours does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        layer = cast(ResamplingConv2d, self)
+        padding = cast(tuple[int, int], layer.padding)
+        return functional.conv2d_downsample(
+            input, self.normalized(), layer.bias, factor=layer.downsample, padding=padding
+        )
+
+
 class _Textbook(_Normalized):
     """SN as most GAN code writes it: three products with the matrix and a division at each forward."""
 
@@ -289,6 +306,10 @@ class _TextbookConv2d(_Textbook, nn.Conv2d):  # type: ignore[misc]
         return output
 
 
+class _TextbookPoolingConv2d(_WithPooling, _Textbook, nn.Conv2d):  # type: ignore[misc]
+    pass
+
+
 class _TextbookLinear(_Textbook, nn.Linear):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.normalized(), self.bias)
@@ -300,7 +321,12 @@ class _TextbookEmbedding(_Textbook, nn.Embedding):  # type: ignore[misc]
 
 
 def _textbook(layer: nn.Module) -> None:
-    classes = {nn.Conv2d: _TextbookConv2d, nn.Linear: _TextbookLinear, nn.Embedding: _TextbookEmbedding}
+    classes = {
+        nn.Conv2d: _TextbookConv2d,
+        ResamplingConv2d: _TextbookPoolingConv2d,
+        nn.Linear: _TextbookLinear,
+        nn.Embedding: _TextbookEmbedding,
+    }
     weight = cast(Tensor, layer.weight)
     layer.register_buffer("u0", weight.new_empty(weight.size(0)))
     layer.__class__ = classes[type(layer)]
@@ -328,6 +354,8 @@ def _biggan(checkout: Path | None) -> Callable[[nn.Module], None]:
     ):
         # Their method has another name than the benchmark's.
         classes[plain] = type(theirs.__name__, (theirs, _Normalized), {"normalized": theirs.W_})
+    convolution = classes[nn.Conv2d]
+    classes[ResamplingConv2d] = type(convolution.__name__, (_WithPooling, convolution), {})
 
     def convert(layer: nn.Module) -> None:
         weight = cast(Tensor, layer.weight)
@@ -368,7 +396,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device here.")
         return 2
-    sys.path.insert(0, str(harness.ROOT / "examples"))
     default_out = harness.ROOT / "benchmarks" / "results" / f"spectral_norm_{options.device}.json"
     results = harness.Results(options.out or default_out, options.device)
     settings = Settings(

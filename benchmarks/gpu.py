@@ -99,10 +99,13 @@ class Outcome:
 def make_steps(out: Path, peer: Path | None) -> list[Step]:
     """Return the steps, the most valuable first; a new suite is one more line."""
     python = sys.executable
-    attention = [python, "-u", "-m", "benchmarks.bench_attention", "--device", "cuda"]
-    attention += ["--out", str(out / "attention_cuda.json"), *(["--peer", str(peer)] if peer else [])]
-    spectral_norm = [python, "-u", "-m", "benchmarks.bench_spectral_norm", "--device", "cuda"]
-    spectral_norm += ["--out", str(out / "spectral_norm_cuda.json"), *(["--peer", str(peer)] if peer else [])]
+
+    def suite(name: str, limit_s: float, *, takes_peer: bool = True) -> Step:
+        command = [python, "-u", "-m", f"benchmarks.bench_{name}", "--device", "cuda"]
+        command += ["--out", str(out / f"{name}_cuda.json")]
+        command += ["--peer", str(peer)] if peer and takes_peer else []
+        return Step(name, tuple(command), limit_s, takes_minutes=True)
+
     tests = [
         python,
         "-m",
@@ -125,8 +128,10 @@ def make_steps(out: Path, peer: Path | None) -> list[Step]:
             150,
             not_run="" if importlib.util.find_spec("pytest") else "pytest is not installed",
         ),
-        Step("attention", tuple(attention), 330, takes_minutes=True),
-        Step("spectral_norm", tuple(spectral_norm), 120, takes_minutes=True),
+        suite("attention", 200),
+        suite("step", 100),
+        suite("spectral_norm", 60),
+        suite("resampling", 45, takes_peer=False),
         Step(
             "sanitizer",
             (*memcheck, python, "-c", KERNELS),
@@ -237,16 +242,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=harness.ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--peer", type=Path, help="a checkout of BigGAN-PyTorch")
+    parser.add_argument(
+        "--only", nargs="+", metavar="STEP", help="these steps alone, such as those not reached before"
+    )
     options = parser.parse_args(arguments)
+    out = options.out.resolve()
+    steps = make_steps(out, options.peer.resolve() if options.peer else None)
+    names = [step.name for step in steps]
+    if unknown := set(options.only or ()) - set(names):
+        parser.error(f"--only: expected some of {', '.join(names)}; got {', '.join(sorted(unknown))}")
+    if options.only:
+        steps = [step for step in steps if step.name in options.only]
     if not torch.cuda.is_available():
         print("There is no CUDA device here (torch.cuda.is_available() is false): nothing was run.")
         return 2
-    out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for name, value in harness.environment("cuda").items():
         print(f"{name}: {value}")
-    peer = options.peer.resolve() if options.peer else None
-    outcomes = run_steps(make_steps(out, peer), out, options.minutes * 60 - 10)
+    outcomes = run_steps(steps, out, options.minutes * 60 - 10)
     text = summary(outcomes, out)
     (out / "summary.md").write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_spectral_norm, gpu, harness
+from benchmarks import bench_attention, bench_spectral_norm, bench_step, gpu, harness
 from benchmarks.harness import Case, Outputs, Refused, Row, Run, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -480,6 +480,46 @@ def test_the_spectral_norm_suite_finds_a_wrong_sigma() -> None:
         harness.compare(outputs, case.expected(inputs), case.tolerance)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_step_computes_the_same_losses_and_gradients(bf16: bool) -> None:
+    case = bench_step.StepCase(
+        bench_step.STEP, 8, 32, 8, "cpu", ("ours", "textbook"), num_classes=10, bf16=bf16
+    )
+    rows = harness.measure_case(case, FAST)
+    assert [row["status"] for row in rows] == ["ok", "ok"], rows
+    bench_step.add_rates(rows)
+    assert rows[0]["images_per_s"] == pytest.approx(8e3 / rows[0]["time_ms"])
+
+
+def test_the_step_suite_finds_a_wrong_loss() -> None:
+    case = bench_step.StepCase(bench_step.STEP, 2, 32, 8, "cpu", ("ours", "textbook"), num_classes=10)
+    inputs = case.inputs()
+    outputs = case.prepare("ours", inputs)()
+    outputs["d_loss"] = outputs["d_loss"] * 1.05
+    with pytest.raises(harness.WrongResultError, match=r"d_loss is off by 0\.05"):
+        harness.compare(outputs, case.expected(inputs), case.tolerance)
+
+
+def test_the_loop_and_the_scaling_of_the_step_are_reported(tmp_path: Path) -> None:
+    alone, whole = bench_step.measure_loop("cpu", iterations=8)
+    assert alone["time_ratio"] == 1.0
+    assert whole["time_ratio"] > 1.0
+    rows = [
+        {
+            "suite": bench_step.SCALING,
+            "contender": "ours",
+            "batch_size": batch,
+            "base_width": 16,
+            "resolution": 64,
+            "time_ms": 10.0 * batch,
+        }
+        for batch in (1, 2)
+    ]
+    assert bench_step.plot_scaling([alone], tmp_path / "none.png") is None
+    plot = bench_step.plot_scaling(rows, tmp_path / "scaling.png")
+    assert plot is None or plot.stat().st_size > 10_000
+
+
 # --- the command for a GPU --------------------------------------------------------------------------------
 
 
@@ -490,6 +530,8 @@ def test_the_spectral_norm_suite_finds_a_wrong_sigma() -> None:
         ["benchmarks.gpu"],
         ["benchmarks.bench_attention", "--device", "cuda"],
         ["benchmarks.bench_spectral_norm", "--device", "cuda"],
+        ["benchmarks.bench_step", "--device", "cuda"],
+        ["benchmarks.bench_resampling", "--device", "cuda"],
     ],
     ids=lambda c: c[0],
 )

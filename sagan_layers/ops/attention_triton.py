@@ -960,17 +960,17 @@ TILES = {
     ("_double_row_kernel", 32, 2): Tile(64, 32, 4, 1),
     ("_double_row_kernel", 64, 2): Tile(32, 32, 4, 1),
     ("_double_row_kernel", 128, 2): Tile(32, 32, 8, 1),
-    ("_double_row_kernel", 256, 2): Tile(16, 16, 4, 1),
+    ("_double_row_kernel", 256, 2): Tile(16, 16, 2, 1),
     ("_double_row_kernel", 32, 4): Tile(16, 16, 8, 1),
     ("_double_row_kernel", 64, 4): Tile(16, 16, 8, 1),
-    ("_double_row_kernel", 128, 4): Tile(16, 16, 4, 1),
+    ("_double_row_kernel", 128, 4): Tile(16, 16, 8, 1),
     ("_double_column_kernel", 32, 2): Tile(32, 64, 4, 1),
     ("_double_column_kernel", 64, 2): Tile(32, 64, 4, 1),
-    ("_double_column_kernel", 128, 2): Tile(32, 64, 4, 1),
+    ("_double_column_kernel", 128, 2): Tile(32, 32, 4, 1),
     ("_double_column_kernel", 256, 2): Tile(16, 16, 8, 1),
     ("_double_column_kernel", 32, 4): Tile(16, 32, 4, 1),
     ("_double_column_kernel", 64, 4): Tile(16, 16, 4, 1),
-    ("_double_column_kernel", 128, 4): Tile(16, 16, 4, 1),
+    ("_double_column_kernel", 128, 4): Tile(16, 16, 8, 1),
 }
 
 

@@ -66,6 +66,12 @@ ATTENTION_TILES = {
     128: Tile(128, 32, 32, 1, 8, 2),
     256: Tile(64, 64, 32, 1, 8, 2),
 }
+# Where the output is not projected in the same kernel.
+UNPROJECTED_ATTENTION_TILES = {
+    64: Tile(128, 64, 64, 1, 8, 2),
+    128: Tile(64, 64, 32, 1, 8, 2),
+    256: Tile(32, 64, 32, 1, 8, 2),
+}
 INPUT_GRADIENT_TILES = {
     64: Tile(128, 64, 64, 1, 8, 2),
     128: Tile(128, 64, 64, 1, 8, 2),
@@ -812,7 +818,7 @@ def forward(
             num_stages=tile.num_stages,
             enable_fp_fusion=False,
         )
-        tile = ATTENTION_TILES[width_class]
+        tile = (UNPROJECTED_ATTENTION_TILES if out_weight is None else ATTENTION_TILES)[width_class]
         channels = min(tile.channels, _padded(C))
         key_width, value_width = _padded(E), _padded(EV)
         width, (x_strides, y_strides) = _grid(x, y)
@@ -1176,8 +1182,8 @@ def _compile_jobs_of(
             KEY_WIDTH=_padded(E, tile.parts),
             VALUE_WIDTH=_padded(EV, tile.parts),
         )
-    tile = ATTENTION_TILES[width_class]
     for projected in (True, False) if even_widths else (True,):
+        tile = (ATTENTION_TILES if projected else UNPROJECTED_ATTENTION_TILES)[width_class]
         yield job(
             _attend_kernel,
             tile,
