@@ -144,8 +144,8 @@ class StepCase(Case):
         return step(pixels, labels)
 
     def warm_up_case(self) -> Case:
-        """Return the same at two small images."""
-        return replace(self, batch_size=2, resolution=64, base_width=8, num_classes=10)
+        """Return the same with two images in narrow networks."""
+        return replace(self, batch_size=2, base_width=8, num_classes=10)
 
     def _trainer(self, **step: Any) -> Trainer:
         config = self.run_config
