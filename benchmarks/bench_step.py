@@ -370,7 +370,12 @@ PEERS = ("textbook", "BigGAN-PyTorch", "BigGAN-PyTorch toggled")
 
 
 def make_cases(
-    device: str, *, quick: bool = False, compiled: bool = False, peer: Path | None = None
+    device: str,
+    *,
+    quick: bool = False,
+    full: bool = False,
+    compiled: bool = False,
+    peer: Path | None = None,
 ) -> list[StepCase]:
     """Return every case for a device, the most telling first."""
     if quick:
@@ -379,16 +384,17 @@ def make_cases(
     others: tuple[str, ...] = PEERS if peer else PEERS[:1]
     if device == "cuda":
         others += ("textbook compiled",)
-        full = (256, 128, 64)
+        size = (256, 128, 64)
         scaling = [(batch, 128, 64) for batch in (16, 64, 128)] + [(64, 64, 64), (32, 256, 64)]
     else:
-        full = (4, 128, 64)
+        size = (4, 128, 64)
         scaling = [(batch, 64, 16) for batch in (1, 2, 4, 8, 16)]
         scaling += [(4, 64, width) for width in (8, 32, 64)] + [(4, size, 16) for size in (32, 128, 256)]
     is_cuda = device == "cuda"
+    precisions = (is_cuda, not is_cuda) if is_cuda or full else (is_cuda,)
     return [
-        *(StepCase(STEP, *full, device, ours + others, peer, bf16=bf16) for bf16 in (is_cuda, not is_cuda)),
-        *(StepCase(SCALING, *size, device, ("ours", "textbook"), bf16=is_cuda) for size in scaling),
+        *(StepCase(STEP, *size, device, ours + others, peer, bf16=bf16) for bf16 in precisions),
+        *(StepCase(SCALING, *sizes, device, ("ours", "textbook"), bf16=is_cuda) for sizes in scaling),
     ]
 
 
@@ -444,6 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the JSON file; Markdown and plots are written beside it")
     parser.add_argument("--peer", type=Path, help="a checkout of BigGAN-PyTorch")
     parser.add_argument("--only", type=re.compile, help='regular expression on "suite | case"')
+    parser.add_argument("--full", action="store_true", help="on the CPU in bfloat16 as well")
     parser.add_argument("--compiled", action="store_true", help="ours under torch.compile too, on the CPU")
     parser.add_argument("--minutes", type=float, default=15.0, help="start no case after so long")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
@@ -461,12 +468,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory_limit_s=300,
     )
     peer = options.peer.resolve() if options.peer else None
-    cases: list[Case] = [
+    cases = [
         case
-        for case in make_cases(options.device, quick=options.quick, compiled=options.compiled, peer=peer)
+        for case in make_cases(
+            options.device, quick=options.quick, full=options.full, compiled=options.compiled, peer=peer
+        )
         if options.only is None or options.only.search(f"{case.suite} | {case.name}")
     ]
-    fault = harness.run_cases(cases, results, settings, budget_s=options.minutes * 60)
+    deadline = time.monotonic() + options.minutes * 60
+    fault = ""
+    for suite, with_memory in ((STEP, settings.memory), (SCALING, False)):
+        if not fault:
+            fault = harness.run_cases(
+                [case for case in cases if case.suite == suite],
+                results,
+                replace(settings, memory=with_memory),
+                budget_s=deadline - time.monotonic(),
+            )
     if not fault and options.only is None:
         rows = measure_loop(options.device, iterations=12 if options.quick else 60)
         results.add(rows)
