@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_spectral_norm, bench_step, gpu, harness
+from benchmarks import bench_attention, bench_conditional_norm, bench_spectral_norm, bench_step, gpu, harness
 from benchmarks.harness import Case, Outputs, Refused, Row, Run, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -480,6 +480,26 @@ def test_the_spectral_norm_suite_finds_a_wrong_sigma() -> None:
         harness.compare(outputs, case.expected(inputs), case.tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("suite", [bench_conditional_norm.PLAIN, bench_conditional_norm.WITH_RELU])
+def test_every_conditional_norm_computes_what_batch_norm_does(
+    suite: str, channels_last: bool, dtype: str
+) -> None:
+    case = bench_conditional_norm.NormCase(suite, (3, 5, 7), dtype, channels_last, "cpu")
+    rows = {row["contender"]: row for row in harness.measure_case(case, FAST)}
+    assert {row["status"] for row in rows.values()} == {"ok"}, rows
+
+
+def test_the_conditional_norm_suite_finds_a_wrong_gradient() -> None:
+    case = bench_conditional_norm.NormCase("norm", (3, 5, 7), "float32", False, "cpu")
+    inputs = case.inputs()
+    outputs = case.prepare("ours", inputs)()
+    outputs["grad_gain"] = outputs["grad_gain"] * 1.01
+    with pytest.raises(harness.WrongResultError, match=r"grad_gain is off by 0\.01"):
+        harness.compare(outputs, case.expected(inputs), case.tolerance)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_every_step_computes_the_same_losses_and_gradients(bf16: bool) -> None:
     case = bench_step.StepCase(
@@ -531,6 +551,7 @@ def test_the_loop_and_the_scaling_of_the_step_are_reported(tmp_path: Path) -> No
         ["benchmarks.bench_attention", "--device", "cuda"],
         ["benchmarks.bench_spectral_norm", "--device", "cuda"],
         ["benchmarks.bench_step", "--device", "cuda"],
+        ["benchmarks.bench_conditional_norm", "--device", "cuda"],
         ["benchmarks.bench_resampling", "--device", "cuda"],
     ],
     ids=lambda c: c[0],
