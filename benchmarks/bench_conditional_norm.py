@@ -41,7 +41,7 @@ class NormCase(Case):
     Attributes:
         suite: PLAIN, WITH_RELU or MAPS.
         shape: batch, channels and side.
-        dtype_name: of the map, a key of DTYPES; parameters are float32.
+        dtype_name: of the map, a key of DTYPES; parameters are float32, and bfloat16 is under autocast.
         channels_last: the map's memory format.
         device: "cpu" or "cuda".
         peer: a checkout of BigGAN-PyTorch.
@@ -155,9 +155,11 @@ class NormCase(Case):
         fused: bool = False,
     ) -> Run:
         x = arguments[0]
+        autocast = torch.autocast(self.device, torch.bfloat16, enabled=x.dtype == torch.bfloat16)
 
         def run() -> Outputs:
-            y = norm(*arguments)
+            with autocast:
+                y = norm(*arguments)
             if y.dtype != x.dtype:  # theirs, in 16 bits: the tables are float32
                 y = y.to(x.dtype)
             if self.relu and not fused:
