@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from sagan import commands
 from sagan.errors import UserError
+from sagan.evaluation.command import Evaluate, run_evaluate
 from sagan.recipes import DEFAULT_RECIPE, RECIPES
 
 OVERVIEW = f"""\
@@ -17,6 +18,7 @@ SAGAN on ImageNet with sagan-layers.
   demo             learn handwritten digits: minutes on a CPU, nothing to download. Start here.
   train            train on a folder of images: DATA/train/<class>/*.JPEG
   sample           images from a trained run: a labelled grid, or a folder for each class
+  evaluate         FID, Inception Score, KID, intra-FID, precision and recall of a trained run
   attention-maps   where chosen points of generated images look
 
 Start:
@@ -42,6 +44,8 @@ def main(arguments: Sequence[str]) -> int:
             return commands.run_train(commands.parse_train(options))
         if name == "sample":
             return commands.run_sample(commands.parse(commands.Sample, name, options))
+        if name == "evaluate":
+            return run_evaluate(commands.parse(Evaluate, name, options))
         if name == "attention-maps":
             return commands.run_attention_maps(commands.parse(commands.AttentionMaps, name, options))
         if name == "demo":
