@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks import harness
 
 # Modules with `main(arguments) -> status` that take --quick, --device and --out.
-SUITES = ("attention",)
+SUITES = ("attention", "spectral_norm", "data")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -101,6 +101,8 @@ def make_steps(out: Path, peer: Path | None) -> list[Step]:
     python = sys.executable
     attention = [python, "-u", "-m", "benchmarks.bench_attention", "--device", "cuda"]
     attention += ["--out", str(out / "attention_cuda.json"), *(["--peer", str(peer)] if peer else [])]
+    spectral_norm = [python, "-u", "-m", "benchmarks.bench_spectral_norm", "--device", "cuda"]
+    spectral_norm += ["--out", str(out / "spectral_norm_cuda.json"), *(["--peer", str(peer)] if peer else [])]
     tests = [
         python,
         "-m",
@@ -124,6 +126,7 @@ def make_steps(out: Path, peer: Path | None) -> list[Step]:
             not_run="" if importlib.util.find_spec("pytest") else "pytest is not installed",
         ),
         Step("attention", tuple(attention), 330, takes_minutes=True),
+        Step("spectral_norm", tuple(spectral_norm), 120, takes_minutes=True),
         Step(
             "sanitizer",
             (*memcheck, python, "-c", KERNELS),

@@ -474,6 +474,7 @@ def measure_case(case: Case, settings: Settings, rates: Mapping[str, float] | No
         baseline = timings.get(case.baseline)
         if baseline is not None and baseline.status == "ok":
             row["time_ratio"] = timing.median_ms() / baseline.median_ms()
+            row["baseline"] = case.baseline
         if floor_ms is not None:
             row["floor_ms"] = floor_ms
             row["floor_share"] = floor_ms / timing.median_ms()
@@ -729,7 +730,7 @@ def markdown(data: Row) -> str:
         lines += [
             f"## {suite}",
             "",
-            "Time in ms: median ± half the interquartile range, ratio to textbook:",
+            f"Time in ms: median ± half the interquartile range, ratio to {_baseline_of(rows)}:",
             "",
         ]
         lines += _table(rows, contenders, _time_cell, reasons)
@@ -740,6 +741,11 @@ def markdown(data: Row) -> str:
     if reasons:
         lines += ["Reasons:", "", *(f"- ({number}) {reason}" for reason, number in reasons.items()), ""]
     return "\n".join(lines)
+
+
+def _baseline_of(rows: Sequence[Row]) -> str:
+    """Return the contender that the ratios of a suite refer to."""
+    return next((str(row["baseline"]) for row in rows if "baseline" in row), Case.baseline)
 
 
 def _table(
@@ -803,7 +809,8 @@ def plot(data: Row, stem: Path) -> list[Path]:
         figure = Figure(figsize=(13, 2.2 + 0.32 * len(cases)), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, 2, sharey=True)
-        columns = (("time_ratio", "time / textbook's (below 1 is faster)"), ("peak_mib", "peak memory, MiB"))
+        ratio = f"time / that of {_baseline_of(rows)} (below 1 is faster)"
+        columns = (("time_ratio", ratio), ("peak_mib", "peak memory, MiB"))
         for panel, (column, label) in zip(panels, columns, strict=True):
             for index, contender in enumerate(contenders):
                 points = [

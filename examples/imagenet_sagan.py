@@ -16,14 +16,17 @@ SAGAN on ImageNet with sagan-layers.
   python examples/imagenet_sagan.py COMMAND [options]      (COMMAND --help lists its options)
 
   demo             learn handwritten digits: minutes on a CPU, nothing to download. Start here.
-  train            train on a folder of images: DATA/train/<class>/*.JPEG
+  prepare          pack ImageNet (its archives, a folder tree, parquet shards) into one array, once
+  train            train on a prepared set, or a folder of images: DATA/train/<class>/*.JPEG
   sample           images from a trained run: a labelled grid, or a folder for each class
   evaluate         FID, Inception Score, KID, intra-FID, precision and recall of a trained run
   attention-maps   where chosen points of generated images look
+  make-images      generated images in ImageNet's layouts, to try the others without ImageNet
 
 Start:
   python examples/imagenet_sagan.py demo
-  python examples/imagenet_sagan.py train --data /path/to/imagenet --out runs/imagenet
+  python examples/imagenet_sagan.py prepare --source ILSVRC2012_img_train.tar --out data/imagenet128
+  python examples/imagenet_sagan.py train --data data/imagenet128 --out runs/imagenet
   python examples/imagenet_sagan.py train --data /path/to/imagenet --recipe paper --dry-run
 
 Recipes for train (--recipe NAME, {DEFAULT_RECIPE} by default):
@@ -42,6 +45,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if name == "train":
             return commands.run_train(commands.parse_train(options))
+        if name == "prepare":
+            return commands.run_prepare(commands.parse(commands.Prepare, name, options))
+        if name == "make-images":
+            return commands.run_make_images(commands.parse(commands.MakeImages, name, options))
         if name == "sample":
             return commands.run_sample(commands.parse(commands.Sample, name, options))
         if name == "evaluate":

@@ -17,6 +17,7 @@ from sagan_layers.losses import (
     softplus_generator_loss,
 )
 from sagan_layers.projection import ProjectionDiscriminatorHead
+from sagan_layers.shared_spectral_norm import SharedSpectralNorm, shared_spectral_norm
 from sagan_layers.spectral_norm import (
     SNConv2d,
     SNConvTranspose2d,
@@ -41,6 +42,7 @@ __all__ = [
     "SNEmbedding",
     "SNLinear",
     "SelfAttention2d",
+    "SharedSpectralNorm",
     "SoftplusDiscriminatorLoss",
     "SoftplusGeneratorLoss",
     "SpectralNormLayer",
@@ -53,6 +55,7 @@ __all__ = [
     "hinge_generator_loss",
     "interpolate_images",
     "remove_spectral_norm",
+    "shared_spectral_norm",
     "softplus_discriminator_loss",
     "softplus_generator_loss",
     "standing_statistics",

@@ -19,6 +19,8 @@ from torch.nn.common_types import _size_2_t
 
 from sagan_layers.ops import dispatch, reference
 from sagan_layers.ops.reference import SelfAttentionWeights, SpectralNormResult
+from sagan_layers.ops.reference import SpectralNormTask as SpectralNormTask
+from sagan_layers.ops.spectral_norm_cpu import LayerMemory as LayerMemory
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -462,6 +464,21 @@ def conditional_batch_norm(
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which tensors of ``dtype`` are accumulated: float64 for itself, else float32."""
     return reference.compute_dtype(dtype)
+
+
+def normalize_layer_weight(task: SpectralNormTask) -> SpectralNormResult:
+    """Return :func:`spectral_normalize` for a layer, on the backend that suits its weight; sigma has no graph."""
+    return dispatch.run_spectral_norm(task)
+
+
+def normalize_layer_weights(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
+    """Return the same for many layers in one call, without graphs; see :func:`with_spectral_gradient`."""
+    return dispatch.run_spectral_norms(tasks)
+
+
+def with_spectral_gradient(task: SpectralNormTask, result: SpectralNormResult) -> Tensor:
+    """Return the normalised weight of a result as a function of the task's weight for autograd."""
+    return dispatch.with_gradient(task, result)
 
 
 def check_block_backend(name: str) -> None:

@@ -26,11 +26,30 @@ __all__ = [
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
+# Attributes of a layer that are no part of it.
+_PASSING_STATE = ("_frozen_by", "_shared", "_memory")
+
 
 class _Frozen(NamedTuple):
     """The innermost enclosing :func:`frozen_spectral_norm`."""
 
     iterate: bool | None
+
+
+class _Shared(NamedTuple):
+    """What a :func:`~sagan_layers.shared_spectral_norm` found for a layer.
+
+    Attributes:
+        task: what it was found from.
+        result: the normalised weight, sigma, u and v, without a graph.
+        version: of the weight at that time; None where it is not tracked.
+        derived: for whatever else is computed once from the weight, such as a folded one.
+    """
+
+    task: functional.SpectralNormTask
+    result: functional.SpectralNormResult
+    version: int | None
+    derived: dict[str, Tensor]
 
 
 class SpectralNormLayer(nn.Module):
@@ -63,7 +82,11 @@ class SpectralNormLayer(nn.Module):
     iterate_when_frozen: bool
     _plain_class: type[nn.Module]
     _output_axis: int = 0
+    # Whether autocast would cast the weight where it is used.
+    _cast_by_autocast: bool = True
     _frozen_by: _Frozen | None = None
+    _shared: _Shared | None = None
+    _memory: functional.LayerMemory | None = None
 
     def _init_spectral_norm(self, n_power_iterations: int, eps: float, iterate_when_frozen: bool) -> None:
         functional.check_sizes(n_power_iterations=n_power_iterations)
@@ -103,14 +126,20 @@ class SpectralNormLayer(nn.Module):
     @property
     def sigma(self) -> Tensor:
         """The spectral norm as evaluation would estimate it now, a scalar without gradient; moves nothing."""
-        return self._normalize(self.weight.detach(), iterate=self.iterate_when_frozen).sigma
+        task = self._task(self.weight.detach(), iterate=self.iterate_when_frozen)
+        return functional.normalize_layer_weight(task).sigma
 
     def normalized_weight(self) -> Tensor:
-        """Return ``weight / sigma`` in the weight's shape and dtype; in training, unless frozen, u and v move."""
-        frozen = self._frozen_by
-        moves = self.training and frozen is None
-        iterate = self.iterate_when_frozen if frozen is None or frozen.iterate is None else frozen.iterate
-        result = self._normalize(self.weight, iterate=moves or iterate)
+        """Return ``weight / sigma`` in the weight's shape and dtype; in training, unless frozen, u and v move.
+
+        Inside :func:`~sagan_layers.shared_spectral_norm` it is the one that was found there, in the dtype that
+        was asked for there.
+        """
+        if self._shared is not None:
+            return self._shared_weight(self._shared)
+        moves = self._moves
+        task = self._task(self.weight, iterate=moves or self._iterates_when_frozen)
+        result = functional.normalize_layer_weight(task)
         if moves:
             # The gradient was given its own u and v, so an earlier forward's graph survives this.
             with torch.no_grad():
@@ -118,15 +147,50 @@ class SpectralNormLayer(nn.Module):
                 self.weight_v.copy_(result.v)
         return result.weight
 
-    def _normalize(self, weight: Tensor, *, iterate: bool) -> functional.SpectralNormResult:
-        return functional.spectral_normalize(
+    @property
+    def _moves(self) -> bool:
+        return self.training and self._frozen_by is None
+
+    @property
+    def _iterates_when_frozen(self) -> bool:
+        frozen = self._frozen_by
+        return self.iterate_when_frozen if frozen is None or frozen.iterate is None else frozen.iterate
+
+    def _task(
+        self, weight: Tensor, *, iterate: bool, dtype: torch.dtype | None = None
+    ) -> functional.SpectralNormTask:
+        memory = self._memory if self.training else None
+        if self.training and memory is None and not torch.compiler.is_compiling():
+            memory = self._memory = functional.LayerMemory()
+        return functional.SpectralNormTask(
             weight,
             self.weight_u,
             self.weight_v,
-            dim=self._output_axis,
-            n_power_iterations=self.n_power_iterations if iterate else 0,
-            eps=self.eps,
+            self._output_axis,
+            self.n_power_iterations if iterate else 0,
+            self.eps,
+            weight.dtype if dtype is None else dtype,
+            memory,
         )
+
+    def _shared_weight(self, shared: _Shared) -> Tensor:
+        weight, expected = self.weight, shared.task.weight
+        if not torch.compiler.is_compiling() and "weight" in self._parameters:
+            if weight is not expected:
+                raise RuntimeError(
+                    "weight: expected the parameter that shared_spectral_norm has normalised, got another tensor"
+                )
+            if shared.version is not None and weight._version != shared.version:
+                raise RuntimeError(
+                    "weight: changed since shared_spectral_norm has normalised it; call update() after each "
+                    "optimizer.step(), or leave the block before"
+                )
+        lowered = shared.result.weight.dtype
+        if lowered != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+            raise RuntimeError(
+                f"weight: shared_spectral_norm has cast it to {lowered} for autocast, which is off here"
+            )
+        return functional.with_spectral_gradient(shared.task._replace(weight=weight), shared.result)
 
     def extra_repr(self) -> str:
         """Return the plain layer's description, and the options that differ from the defaults."""
@@ -140,9 +204,10 @@ class SpectralNormLayer(nn.Module):
         return text
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the frozen state of an enclosing context out of copies."""
+        """Leave what enclosing contexts and earlier steps have left out of copies."""
         state = self.__dict__.copy()
-        state.pop("_frozen_by", None)
+        for name in _PASSING_STATE:
+            state.pop(name, None)
         return state
 
 
@@ -411,6 +476,7 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
     """
 
     _plain_class = nn.Embedding
+    _cast_by_autocast = False
 
     def __init__(
         self,
@@ -484,7 +550,8 @@ def frozen_spectral_norm(module: nn.Module, *, iterate: bool | None = None) -> I
 
     The released code moves D's vectors on the real batch and not on the fake batch that follows. Gradients,
     dropout and batch norm are as usual; only u and v stand still. Contexts nest, the innermost counts; without
-    spectrally normalised layers nothing happens.
+    spectrally normalised layers nothing happens. Inside :func:`shared_spectral_norm` the weights are given already
+    and this changes nothing.
 
     Args:
         module: a layer or a network that holds some.
@@ -536,10 +603,11 @@ def remove_spectral_norm(module: _ModuleT) -> _ModuleT:
     """
     for layer in module.modules():
         if isinstance(layer, SpectralNormLayer):
-            weight = layer._normalize(layer.weight, iterate=layer.iterate_when_frozen).weight
+            task = layer._task(layer.weight, iterate=layer.iterate_when_frozen)._replace(memory=None)
+            weight = functional.normalize_layer_weight(task).weight
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
             del layer.weight_u, layer.weight_v
-            for name in ("n_power_iterations", "eps", "iterate_when_frozen", "_frozen_by"):
+            for name in ("n_power_iterations", "eps", "iterate_when_frozen", *_PASSING_STATE):
                 layer.__dict__.pop(name, None)
             layer.__class__ = layer._plain_class  # type: ignore[assignment]
     return module

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sagan_layers.functional",
         "sagan_layers.losses",
         "sagan_layers.projection",
+        "sagan_layers.shared_spectral_norm",
         "sagan_layers.spectral_norm",
     },
     "sagan_layers.attention": {
@@ -31,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sagan_layers.spectral_norm",
     },
     "sagan_layers.spectral_norm": {"sagan_layers.functional"},
+    "sagan_layers.shared_spectral_norm": {"sagan_layers.functional", "sagan_layers.spectral_norm"},
     "sagan_layers.conditional_norm": {
         "sagan_layers.functional",
         "sagan_layers.spectral_norm",
@@ -43,7 +45,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sagan_layers.projection",
         "sagan_layers.spectral_norm",
     },
-    "sagan_layers.functional": {"sagan_layers.ops.dispatch", "sagan_layers.ops.reference"},
+    "sagan_layers.functional": {
+        "sagan_layers.ops.dispatch",
+        "sagan_layers.ops.reference",
+        "sagan_layers.ops.spectral_norm_cpu",
+    },
     "sagan_layers.ops": set(),
     "sagan_layers.ops.dispatch": {
         "sagan_layers.ops.attention_autograd",
@@ -51,14 +57,23 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sagan_layers.ops.attention_sdpa",
         "sagan_layers.ops.reference",
         "sagan_layers.ops.self_attention_autograd",
+        "sagan_layers.ops.spectral_norm_autograd",
+        "sagan_layers.ops.spectral_norm_cpu",
+        "sagan_layers.ops.spectral_norm_grouped",
     },
+    "sagan_layers.ops.spectral_norm_grouped": {
+        "sagan_layers.ops.reference",
+        "sagan_layers.ops.spectral_norm_cpu",
+    },
+    "sagan_layers.ops.spectral_norm_autograd": {"sagan_layers.ops.reference"},
+    "sagan_layers.ops.spectral_norm_cpu": {"sagan_layers.ops.reference"},
     "sagan_layers.ops.attention_autograd": {"sagan_layers.ops.reference"},
     "sagan_layers.ops.attention_chunked": {"sagan_layers.ops.reference"},
     "sagan_layers.ops.attention_sdpa": {"sagan_layers.ops.reference"},
     "sagan_layers.ops.self_attention_autograd": {"sagan_layers.ops.reference"},
     "sagan_layers.ops.reference": set(),
 }
-MODULES = ["attention", "spectral_norm", "conditional_norm", "projection", "losses"]
+MODULES = ["attention", "spectral_norm", "shared_spectral_norm", "conditional_norm", "projection", "losses"]
 
 
 def is_kernel(module: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_attention, gpu, harness
+from benchmarks import bench_attention, bench_spectral_norm, gpu, harness
 from benchmarks.harness import Case, Outputs, Refused, Row, Run, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -377,6 +377,24 @@ def test_the_attention_suite_runs_end_to_end(tmp_path: Path) -> None:
     assert "textbook" in table
 
 
+def test_the_data_suite_runs_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "data.json"
+    done = run_python("-m", "benchmarks.bench_data", "--quick", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    data = json.loads(out.read_text())
+    assert data["complete"] is True
+    assert {"ours: folder", "ours: tars", "ours: packed, fetch", "ours: packed, loader"} <= {
+        row["contender"] for row in data["rows"]
+    }
+    for row in data["rows"]:
+        assert row["images_per_s"] > 0
+        assert row["time_ms"] * row["images_per_s"] == pytest.approx(256e3)
+    assert "## random batches, warm" in out.with_suffix(".md").read_text()
+    assert "ours: tars" in harness.markdown(data)
+    assert (tmp_path / "data_rates.png").is_file()
+
+
 @pytest.mark.parametrize("suite", bench_attention.SUITES)
 @pytest.mark.parametrize("pool_size", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -444,12 +462,36 @@ def test_products_leave_the_switch_of_tf32_as_it_was() -> None:
         assert torch.backends.cuda.matmul.allow_tf32 is before
 
 
+def test_every_spectral_norm_computes_the_same_network(tmp_path: Path) -> None:
+    for suite in bench_spectral_norm.SUITES:
+        case = bench_spectral_norm.DiscriminatorCase(suite, 2, "cpu", base_width=2, resolution=64)
+        rows = {row["contender"]: row for row in harness.measure_case(case, FAST)}
+        assert [row["status"] for row in rows.values()] == ["ok"] * len(case.contenders()), rows
+        assert ("without SN" in rows) == (suite == bench_spectral_norm.STEP)
+
+
+def test_the_spectral_norm_suite_finds_a_wrong_sigma() -> None:
+    case = bench_spectral_norm.DiscriminatorCase("the call alone", 2, "cpu", base_width=2, resolution=64)
+    inputs = case.inputs()
+    outputs = case.prepare("ours: shared", inputs)()
+    name = next(iter(outputs))
+    outputs[name] = outputs[name] * 1.01
+    with pytest.raises(harness.WrongResultError, match=r"is off by 0\.01"):
+        harness.compare(outputs, case.expected(inputs), case.tolerance)
+
+
 # --- the command for a GPU --------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize(
-    "command", [["benchmarks.gpu"], ["benchmarks.bench_attention", "--device", "cuda"]], ids=lambda c: c[0]
+    "command",
+    [
+        ["benchmarks.gpu"],
+        ["benchmarks.bench_attention", "--device", "cuda"],
+        ["benchmarks.bench_spectral_norm", "--device", "cuda"],
+    ],
+    ids=lambda c: c[0],
 )
 def test_without_cuda_the_command_says_so_and_fails(command: Sequence[str]) -> None:
     done = run_python("-m", *command)

@@ -25,6 +25,7 @@ from sagan_layers import (
     SNLinear,
     frozen_spectral_norm,
     hinge_discriminator_loss,
+    shared_spectral_norm,
     standing_statistics,
 )
 
@@ -144,6 +145,30 @@ def train_discriminator(rank: int | None) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+def train_with_shared_weights(rank: int | None) -> dict[str, Tensor]:
+    """Some steps of two accumulated parts each, which share their normalised weights."""
+    torch.manual_seed(5)
+    module = nn.Sequential(
+        SNConv2d(2, 8, 3), nn.Tanh(), SelfAttention2d(8, gamma_init=0.7), SNConv2d(8, 1, 2)
+    )
+    module = module.double()
+    model = module if rank is None else DistributedDataParallel(module)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(6)
+    results = {}
+    for step in range(STEPS):
+        images = torch.randn(2, 6, 2, 5, 4, generator=generator, dtype=torch.float64)
+        with shared_spectral_norm(model):
+            for part, last in ((images[0], False), (images[1], True)):
+                waits = rank is not None and not last
+                with model.no_sync() if waits else contextlib.nullcontext():
+                    (model(own_part(part, (3, 3), rank)).square().mean() / 2).backward()
+        results |= {f"{step} grad {name}": p.grad.clone() for name, p in module.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+    return results | {name: value.clone() for name, value in module.state_dict().items()}
+
+
 def gather_standing_statistics(biased: bool, rank: int | None) -> dict[str, Tensor]:
     """Process 0 sees the first batch, process 1 the other two; one process sees all."""
     model = nn.Sequential(
@@ -207,6 +232,7 @@ def work(rank: int, world_size: int, folder: str) -> None:
         results = {
             "batch_norm": {case: batch_norm_pass(*case, rank=rank) for case in CASES},
             "discriminator": train_discriminator(rank),
+            "shared weights": train_with_shared_weights(rank),
             "standing": {biased: gather_standing_statistics(biased, rank) for biased in (False, True)},
             "refusals": refusals(),
             "evaluation": average_is_synchronised_only_in_training(),
@@ -285,6 +311,18 @@ def test_training_on_two_processes_is_training_on_one(ranks: list[dict[str, Any]
     start = Discriminator().double().state_dict()
     moved = [name for name, value in whole.items() if not torch.equal(value, start[name])]
     assert {"conv.weight", "conv.weight_u", "norm.norm.running_var", "attention.gamma"} <= set(moved)
+
+
+def test_shared_weights_and_accumulated_gradients_are_equal_on_one_and_two_processes(
+    ranks: list[dict[str, Any]],
+) -> None:
+    with no_process_group():
+        whole = train_with_shared_weights(None)
+    first, second = (results["shared weights"] for results in ranks)
+    assert first.keys() == whole.keys()
+    for name, expected in whole.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("biased", [False, True])

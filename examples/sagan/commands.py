@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -12,13 +12,27 @@ import torch
 import tyro
 
 from sagan.checkpoints import checkpoints_in
-from sagan.data import ImageFolderDataset, preflight, scan_image_tree
+from sagan.data import (
+    ImageDataset,
+    ImageFolderDataset,
+    ImageTree,
+    PackedDataset,
+    is_prepared,
+    preflight,
+    read_manifest,
+    scan_image_tree,
+    verify,
+)
+from sagan.data.packed import MANIFEST
+from sagan.data.threads import usable_cpus
 from sagan.demo import run_demo
 from sagan.errors import UserError
 from sagan.figures import attention_maps, default_points, save_attention_figure, save_grid, save_image
 from sagan.networks import Discriminator, Generator, count_parameters
+from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, differences
 from sagan.sampling import TrainedGenerator, load_generator, numbered_samples, sample_inputs, to_uint8
+from sagan.synthetic import SyntheticSet, write_layout
 from sagan.training import check_start, pick_device, save_config, train
 
 T = TypeVar("T")
@@ -28,7 +42,7 @@ Weights = Literal["auto", "ema", "raw"]
 
 @dataclass(frozen=True)
 class Train:
-    """Train on a folder of images: DATA/train/<class>/*.JPEG or DATA/<class>/*.JPEG.
+    """Train on a set that ``prepare`` made, or on a folder of images: DATA/train/<class>/*.JPEG.
 
     Starts from a recipe, changed by the options given. The images are checked before the first step. Stopped by
     Ctrl-C it saves a checkpoint; --resume goes on from there.
@@ -42,6 +56,61 @@ class Train:
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     resume: bool = False
     dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Pack images into one array that training reads fast: once, before training.
+
+    Sources: ILSVRC2012_img_train.tar (nothing is unpacked), a folder of its class archives, ILSVRC2012_img_val.tar or a
+    folder of its images with their ground truth, a folder with a folder of images for each class, parquet shards
+    of the Hugging Face hub. Stopped or killed, the same command goes on where it was.
+
+    Attributes:
+        source: file, folder, or pattern of parquet files.
+        out: the folder to make; it appears when it is whole.
+        resolution: side of the images in pixels.
+        resample: filter of the antialiased resize: bilinear, bicubic, lanczos or box.
+        kind: what the source is: auto, class-tars, flat, folder or parquet.
+        split: the part to take, where the source has several.
+        ground_truth: classes of images without class folders: LOC_val_solution.csv, a text file with a WNID a line,
+            or ILSVRC's development kit (folder or .tar.gz); by default looked for beside the source.
+        synsets: what the development kit's numbers mean, if meta.mat does not lie beside them.
+        words: human names of the classes: LOC_synset_mapping.txt or the like; by default looked for beside the source.
+        workers: processes that decode; by default one for each CPU.
+        part_size: images between two marks of progress, of which a killed run redoes up to two for each worker; by
+            default a 64th of all, from 16 to 1024.
+        verify: check this finished set instead, and say what is wrong with it.
+    """
+
+    source: str | None = None
+    out: Path | None = None
+    resolution: int = 128
+    resample: Literal["bilinear", "bicubic", "lanczos", "box"] = "bilinear"
+    kind: Kind = "auto"
+    split: str = "train"
+    ground_truth: Path | None = None
+    synsets: Path | None = None
+    words: Path | None = None
+    workers: int | None = None
+    part_size: int | None = None
+    verify: Path | None = None
+
+
+@dataclass(frozen=True)
+class MakeImages:
+    """Generate images in ImageNet's own layouts, to try ``prepare`` and ``train`` without ImageNet.
+
+    Attributes:
+        out: folder to write to.
+        layout: "folder" (train/ and val/ with class folders), "tars" (ILSVRC2012_img_train.tar, ..._val.tar and the
+            development kit) or "parquet" (shards as on the Hugging Face hub).
+        images: what to generate.
+    """
+
+    out: Path
+    layout: Literal["folder", "tars", "parquet"] = "tars"
+    images: Annotated[SyntheticSet, tyro.conf.arg(name="")] = field(default_factory=SyntheticSet)
 
 
 @dataclass(frozen=True)
@@ -126,8 +195,12 @@ def run_train(command: Train) -> int:
     config = command.run
     if config.data is None and not command.dry_run:
         raise UserError("data: expected --data with the folder that holds the images, got none")
-    tree = None
-    if config.data is not None:
+    tree = packed = None
+    if config.data is not None and is_prepared(config.data):
+        packed = PackedDataset(config.data, config.network.resolution)
+        config = _with_classes(config, packed.num_classes)
+        config = replace(config, images=replace(config.images, resample=packed.manifest.filter, draft=False))
+    elif config.data is not None:
         tree = scan_image_tree(config.data, split=config.images.split)
         config = _with_classes(config, tree.num_classes)
     print(describe_config(config))
@@ -137,11 +210,37 @@ def run_train(command: Train) -> int:
         else:
             print(f"\nSaved as {save_config(config)}. Dry run: stopping here.")
         return 0
-    assert tree is not None
     print()
     pick_device(config.device)
     check_start(config, resume=command.resume)
     config.out.mkdir(parents=True, exist_ok=True)
+    dataset: ImageDataset
+    if packed is not None:
+        dataset, fingerprint = packed, packed.fingerprint
+        _check_packed(packed, config)
+    else:
+        assert tree is not None
+        dataset, fingerprint = _checked_tree(tree, config)
+    result = train(config, dataset, fingerprint=fingerprint, resume=command.resume)
+    if result.interrupted:
+        print(f"Stopped at iteration {result.iteration}; go on with the same command and --resume.")
+        return INTERRUPTED
+    print(
+        f"Done: {result.iteration} iterations. Checkpoint {result.checkpoint}, grids in {config.out / 'samples'}."
+    )
+    return 0
+
+
+def _check_packed(packed: PackedDataset, config: RunConfig) -> None:
+    """Print what a prepared set is and keep its manifest with the run; with --images.check full read it whole."""
+    print(packed.manifest.describe() + "\n")
+    if config.images.check == "full" and (wrong := verify(packed.manifest.folder, progress=True)):
+        raise UserError(f"the prepared set in {packed.manifest.folder} is damaged: {'; '.join(wrong)}")
+    (config.out / "data_manifest.json").write_bytes((packed.manifest.folder / MANIFEST).read_bytes())
+
+
+def _checked_tree(tree: ImageTree, config: RunConfig) -> tuple[ImageFolderDataset, str]:
+    """Look at the images of a tree, print the report, and return what is readable with its fingerprint."""
     report = preflight(
         tree,
         resolution=config.network.resolution,
@@ -160,12 +259,76 @@ def run_train(command: Train) -> int:
         cache_mib=config.images.cache_mib,
         progress=True,
     )
-    result = train(config, dataset, fingerprint=tree.fingerprint(), resume=command.resume)
-    if result.interrupted:
-        print(f"Stopped at iteration {result.iteration}; go on with the same command and --resume.")
+    return dataset, tree.fingerprint()
+
+
+def run_prepare(command: Prepare) -> int:
+    """Run ``prepare`` and return the exit code."""
+    if command.verify is not None:
+        return _verify(command.verify)
+    for name in ("source", "out"):
+        if getattr(command, name) is None:
+            raise UserError(f"{name}: expected --{name}, got none (or --verify DIR)")
+    assert command.source is not None
+    assert command.out is not None
+    for name in ("resolution", "workers", "part_size"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}: expected at least 1, got {value}")
+    options = SourceOptions(
+        kind=command.kind,
+        split=command.split,
+        ground_truth=command.ground_truth,
+        synsets=command.synsets,
+        words=command.words,
+        workers=command.workers or usable_cpus(),
+    )
+    try:
+        listing = list_source(command.source, options)
+        print(listing.describe(), flush=True)
+        prepared = prepare(
+            listing,
+            command.out,
+            resolution=command.resolution,
+            resample=command.resample,
+            workers=command.workers,
+            part_size=command.part_size,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        print("\nStopped; what is finished is kept. The same command goes on from there.")
         return INTERRUPTED
+    if not prepared.report:
+        print(f"{command.out} is finished already; --verify checks it.")
+        return 0
+    if prepared.reused:
+        print(f"{prepared.reused:,} images were finished before and have been checked.")
+    print(f"\n{format_report(prepared.report)}\n\n{prepared.manifest.describe()}")
+    if prepared.packed:
+        rate = prepared.packed / prepared.seconds
+        print(
+            f"  {prepared.packed:,} images read at {rate:,.0f} a second; {prepared.total_seconds:.1f} s in all"
+        )
+    return 0
+
+
+def _verify(folder: Path) -> int:
+    wrong = verify(folder, progress=True)
+    if wrong:
+        print(f"{folder} is not sound:")
+        print("\n".join(f"  {problem}" for problem in wrong))
+        return 1
+    print(f"{read_manifest(folder).describe()}\nSound: every image and file is as it was written.")
+    return 0
+
+
+def run_make_images(command: MakeImages) -> int:
+    """Run ``make-images`` and return the exit code."""
+    write_layout(command.out, command.layout, command.images)
+    made = command.images
     print(
-        f"Done: {result.iteration} iterations. Checkpoint {result.checkpoint}, grids in {config.out / 'samples'}."
+        f"{made.classes * made.images:,} training and {made.classes * made.val_images:,} validation images in "
+        f"{made.classes} classes written to {command.out}"
     )
     return 0
 

@@ -47,7 +47,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How images are read.
+    """How images are read. Of a prepared set only horizontal_flip and check count; the rest it says itself.
 
     Attributes:
         split: name of the folder below the root that holds the class folders, where there is one.
@@ -55,7 +55,7 @@ class DataConfig:
         horizontal_flip: mirror half of the images, chosen anew in each epoch.
         draft: let the JPEG decoder scale down: about twice as fast, not the same pixels.
         check: preflight: "full" decodes every file, "headers" opens it, "auto" is full up to 100,000 files, or
-            "off".
+            "off". A prepared set is read whole and compared with its checksums by "full" alone.
         cache_mib: keep decoded images in memory if they all fit into this many MiB.
         workers: processes that decode, when the images are not in memory.
     """
@@ -107,7 +107,7 @@ class RunConfig:
 
     Attributes:
         recipe: name of the recipe that the other values come from; imagenet_sagan.py without arguments lists them.
-        data: root of the images: DATA/train/<class>/*.JPEG or DATA/<class>/*.JPEG.
+        data: a set that prepare made, or root of the images: DATA/train/<class>/*.JPEG or DATA/<class>/*.JPEG.
         out: folder that the run writes to.
         iterations: number of updates of G.
         batch_size: images in each update, over all accumulated parts.

@@ -24,7 +24,7 @@ from sagan.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from sagan.data import ImageFolderDataset, make_loader
+from sagan.data import ImageDataset, make_loader
 from sagan.errors import UserError
 from sagan.figures import save_grid
 from sagan.networks import Discriminator, Generator
@@ -253,7 +253,7 @@ class TrainingResult:
 
 def train(
     config: RunConfig,
-    dataset: ImageFolderDataset,
+    dataset: ImageDataset,
     *,
     fingerprint: str,
     resume: bool = False,

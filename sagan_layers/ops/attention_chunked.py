@@ -20,6 +20,8 @@ BLOCK_ENTRIES = 2**20
 FEW_SAMPLES = 4
 # Fewer rows would starve the products.
 LEAST_ROWS = 128
+# Below so many entries in all, handling blocks costs more than it saves.
+WHOLE_ENTRIES = 2**19
 
 Block = tuple[slice, slice]
 
@@ -29,6 +31,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the output, [N, L, Ev], and the weights, [N, L, S], or an empty tensor unless they are kept."""
     N, L, S, Ev = *query.shape[:2], *value.shape[1:]
+    if keep_weights and N * L * S <= WHOLE_ENTRIES:
+        return _forward_whole(query, key, value, scale)
     y = value.new_empty(N, L, Ev)
     shape, dtype = kept(query, key, value, scale, keep_weights)
     saved = query.new_empty(shape, dtype=dtype)
@@ -57,6 +61,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
     N, L, S = *query.shape[:2], key.size(1)
+    if saved.numel() and N * L * S <= WHOLE_ENTRIES:
+        return _backward_whole(query, key, value, saved, grad_y, scale)
     dtype = _matrix_dtype(query)
     with without_autocast(query.device):
         softmax = None if saved.numel() else _Softmax(query, key, scale)
@@ -78,6 +84,30 @@ def backward(
         results = _scaled(grad_query, scale), _scaled(grad_key.total, scale), grad_value.total
         grad_q, grad_k, grad_v = (result.to(query.dtype).mT for result in results)
         return grad_q, grad_k, grad_v
+
+
+def _forward_whole(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    wide = compute_dtype(query.dtype)
+    with without_autocast(query.device):
+        logits = torch.bmm(query.to(wide), key.to(wide).mT)
+        weights = torch.softmax(logits * scale if scale != 1.0 else logits, -1).to(_matrix_dtype(query))
+        return torch.bmm(weights, value.to(weights.dtype)).to(value.dtype), weights
+
+
+def _backward_whole(
+    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, grad_y: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, g = (tensor.to(weights.dtype).mT for tensor in (query, key, value, grad_y))
+    with without_autocast(query.device):
+        grad_logits = torch.bmm(g.mT, v)
+        _softmax_backward_(grad_logits, weights)
+        gradients = (
+            _scaled(torch.bmm(k, grad_logits.mT), scale),
+            _scaled(torch.bmm(q, grad_logits), scale),
+            torch.bmm(g, weights),
+        )
+    grad_q, grad_k, grad_v = (gradient.to(query.dtype).mT for gradient in gradients)
+    return grad_q, grad_k, grad_v
 
 
 def double_backward(

@@ -18,10 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sagan_layers.ops import attention_chunked, attention_sdpa, reference
+from sagan_layers.ops import (
+    attention_chunked,
+    attention_sdpa,
+    reference,
+    spectral_norm_cpu,
+    spectral_norm_grouped,
+)
 from sagan_layers.ops.attention_autograd import AttentionKernels, register_attention
-from sagan_layers.ops.reference import SelfAttentionWeights
+from sagan_layers.ops.reference import SelfAttentionWeights, SpectralNormResult, SpectralNormTask
 from sagan_layers.ops.self_attention_autograd import register_self_attention
+from sagan_layers.ops.spectral_norm_autograd import NormalizedWeight
 
 Reasons = Callable[[Tensor, Tensor, Tensor], list[str]]
 
@@ -357,3 +364,130 @@ def run_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, name:
     for served in _records:
         served.append(backend.name)
     return backend.run(query, key, value, scale)
+
+
+# --- spectral norm ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpectralNormBackend:
+    """One way to normalise weights.
+
+    Attributes:
+        name: as in the tests.
+        reasons_against: takes (weight, dim); returns why it cannot be served, empty if it can.
+        normalize: takes a list of tasks; returns their results, without a graph.
+        gradient: takes (grad, weight, result, dim, eps, memory); None for the reference's.
+        serves_one: whether it is taken for a single weight too, in place of the reference.
+    """
+
+    name: str
+    reasons_against: Callable[[Tensor, int], list[str]]
+    normalize: Callable[[list[SpectralNormTask]], list[SpectralNormResult]]
+    gradient: Callable[[Tensor, Tensor, SpectralNormResult, int, float, Any], Tensor] | None = None
+    serves_one: bool = True
+
+
+def _cpu_gradient(
+    grad: Tensor, weight: Tensor, result: SpectralNormResult, dim: int, eps: float, memory: Any
+) -> Tensor:
+    reused = spectral_norm_cpu.ReusedMemory() if memory is None else memory.gradient
+    with reference.without_autocast(weight.device):
+        return spectral_norm_cpu.gradient(grad, weight, result, dim, eps, reused)
+
+
+def _grouped_gradient(
+    grad: Tensor, weight: Tensor, result: SpectralNormResult, dim: int, eps: float, memory: Any
+) -> Tensor:
+    with reference.without_autocast(weight.device):
+        return spectral_norm_grouped.gradient(grad, weight, result, dim, eps, memory)
+
+
+def _normalize_by_reference(task: SpectralNormTask) -> SpectralNormResult:
+    result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
+    return result._replace(weight=result.weight.to(task.dtype))
+
+
+SPECTRAL_NORM_BACKENDS: tuple[SpectralNormBackend, ...] = (
+    SpectralNormBackend(
+        "cpu",
+        spectral_norm_cpu.reasons_against,
+        lambda tasks: [spectral_norm_cpu.normalize(task) for task in tasks],
+        _cpu_gradient,
+    ),
+    SpectralNormBackend(
+        "grouped",
+        spectral_norm_grouped.reasons_against,
+        spectral_norm_grouped.normalize,
+        _grouped_gradient,
+        serves_one=False,
+    ),
+    SpectralNormBackend(
+        "reference",
+        lambda weight, dim: [],
+        lambda tasks: [_normalize_by_reference(task) for task in tasks],
+        serves_one=False,
+    ),
+)
+
+
+def select_spectral_norm_backend(weight: Tensor, dim: int) -> SpectralNormBackend:
+    """Return the first backend that serves a weight."""
+    if _is_traced(weight):
+        return SPECTRAL_NORM_BACKENDS[-1]
+    return next(each for each in SPECTRAL_NORM_BACKENDS if not each.reasons_against(weight, dim))
+
+
+def _is_traced(weight: Tensor) -> bool:
+    """Whether something other than autograd follows the operations: a compiler, torch.func, a subclass."""
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
+        return True
+    transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+    unpack: Any = torch.autograd.forward_ad.unpack_dual
+    return bool(transformed()) or unpack(weight).tangent is not None
+
+
+def run_spectral_norms(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
+    """Normalise all weights, in as few calls as their backends allow; the results have no graph."""
+    groups: dict[str, list[int]] = {}
+    for index, task in enumerate(tasks):
+        name = select_spectral_norm_backend(task.weight, task.dim).name
+        groups.setdefault(name, []).append(index)
+    results: dict[int, SpectralNormResult] = {}
+    with torch.no_grad():
+        for backend in SPECTRAL_NORM_BACKENDS:
+            indices = groups.get(backend.name, [])
+            if indices:
+                with reference.without_autocast(tasks[indices[0]].weight.device):
+                    found = backend.normalize([tasks[index] for index in indices])
+                results.update(zip(indices, found, strict=True))
+    return [results[index] for index in range(len(tasks))]
+
+
+def run_spectral_norm(task: SpectralNormTask) -> SpectralNormResult:
+    """Normalise one weight; the normalised one has its graph."""
+    backend = select_spectral_norm_backend(task.weight, task.dim)
+    if not backend.serves_one:
+        return _normalize_by_reference(task)
+    with torch.no_grad(), reference.without_autocast(task.weight.device):
+        (result,) = backend.normalize([task])
+    return result._replace(weight=_with_gradient(task, result, backend))
+
+
+def with_gradient(task: SpectralNormTask, result: SpectralNormResult) -> Tensor:
+    """Return the normalised weight that was found before, as a function of the weight for autograd."""
+    if _is_traced(task.weight) and not torch.compiler.is_compiling():
+        # Torch.func and forward mode need plain operations; the same weight again, from u and v as they are.
+        return _normalize_by_reference(task._replace(u=result.u, v=result.v, n_power_iterations=0)).weight
+    return _with_gradient(task, result, select_spectral_norm_backend(task.weight, task.dim))
+
+
+def _with_gradient(
+    task: SpectralNormTask, result: SpectralNormResult, backend: SpectralNormBackend
+) -> Tensor:
+    if not (torch.is_grad_enabled() and task.weight.requires_grad):
+        return result.weight
+    weight: Tensor = NormalizedWeight.apply(  # type: ignore[no-untyped-call]
+        task.weight, *result, task.dim, task.eps, backend.gradient, task.memory
+    )
+    return weight

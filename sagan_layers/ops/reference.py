@@ -30,6 +30,30 @@ class SpectralNormResult(NamedTuple):
     v: Tensor
 
 
+class SpectralNormTask(NamedTuple):
+    """One weight to normalise.
+
+    Attributes:
+        weight: at least two axes.
+        u: [out], where the iteration starts.
+        v: [rest].
+        dim: the axis of the outputs, 0 or 1.
+        n_power_iterations: how often u and v move before sigma is taken.
+        eps: added to the norms of u and v.
+        dtype: of the normalised weight.
+        memory: what to reuse for the results, where a backend does that.
+    """
+
+    weight: Tensor
+    u: Tensor
+    v: Tensor
+    dim: int
+    n_power_iterations: int
+    eps: float
+    dtype: torch.dtype
+    memory: Any = None
+
+
 class SelfAttentionWeights(NamedTuple):
     """The parameters of a self-attention block, as its formula sees them: normalised, without spatial axes.
 
@@ -185,9 +209,31 @@ def spectral_normalize(
             iterate = _opaque_power_iteration if torch.compiler.is_dynamo_compiling() else _power_iteration
             u, v = iterate(constant, u, v, n_power_iterations, eps)
         sigma = torch.dot(u, torch.mv(matrix, v))
-        # A weight without a spectral norm to speak of (all zeros) is left as it is.
-        divisor = torch.where(sigma.abs() > eps, sigma, torch.ones_like(sigma))
+        divisor = spectral_divisor(sigma, eps)
         return SpectralNormResult((full / divisor).to(weight.dtype), sigma, u, v)
+
+
+def spectral_divisor(sigma: Tensor, eps: float) -> Tensor:
+    """Return sigma, or 1 for a weight without a spectral norm to speak of (all zeros): it is left as it is."""
+    return torch.where(sigma.abs() > eps, sigma, torch.ones_like(sigma))
+
+
+def spectral_normalize_gradient(grad: Tensor, result: SpectralNormResult, eps: float, dim: int) -> Tensor:
+    """Return the gradient of the weight from that of the normalised one, u and v taken as constants.
+
+    Args:
+        grad: the gradient of ``result.weight``.
+        result: what forward found.
+        eps: as in forward.
+        dim: the axis of the outputs.
+    """
+    u, v, sigma = result.u, result.v, result.sigma
+    with without_autocast(grad.device):
+        grad, normalized = grad.to(u.dtype), result.weight.to(u.dtype)
+        inner = torch.where(sigma.abs() > eps, (grad * normalized).sum(), torch.zeros_like(sigma))
+        sizes = normalized.transpose(0, dim).shape
+        direction = torch.outer(u, v).view(sizes).transpose(0, dim)
+        return (grad - inner * direction) / spectral_divisor(sigma, eps)
 
 
 def _power_iteration(

@@ -87,7 +87,7 @@ class TestEntry:
     def test_without_arguments_it_says_what_it_can_do_and_how_to_start(self) -> None:
         code, out, err = run()
         assert (code, err) == (0, "")
-        for command in ("demo", "train", "sample", "attention-maps"):
+        for command in ("demo", "prepare", "train", "sample", "attention-maps", "make-images"):
             assert f"\n  {command} " in out
         assert "python examples/imagenet_sagan.py demo" in out
         for recipe in RECIPES:
@@ -106,11 +106,14 @@ class TestEntry:
         assert captured.err.startswith("Unknown command 'trian'.")
         assert "attention-maps" in captured.err
 
-    @pytest.mark.parametrize("command", ["train", "sample", "attention-maps", "demo"])
+    @pytest.mark.parametrize(
+        "command", ["train", "sample", "attention-maps", "demo", "prepare", "make-images"]
+    )
     def test_unknown_options_are_rejected_by_name(
         self, command: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         required = ["--source", "x"] if command in ("sample", "attention-maps") else []
+        required += ["--out", "x"] if command == "make-images" else []
         with pytest.raises(SystemExit) as caught:
             main(command, *required, "--btach-size", "3")
         assert caught.value.code == 2
@@ -124,6 +127,8 @@ class TestEntry:
                 ["--recipe", "--data", "--resume", "--dry-run", "--network.g-attention", "--optimizer.d-lr"],
             ),
             ("sample", ["--source", "--layout", "--classes", "--num-processes"]),
+            ("prepare", ["--source", "--out", "--resolution", "--ground-truth", "--verify", "--workers"]),
+            ("make-images", ["--out", "--layout", "--classes", "--images", "--scale"]),
             ("attention-maps", ["--source", "--points", "--classes"]),
             ("demo", ["--out", "--iterations", "--seed"]),
         ],

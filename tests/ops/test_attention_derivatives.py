@@ -37,9 +37,10 @@ def attention_on(name: str, scale: float = 0.7) -> Attention:
     return lambda query, key, value: BACKENDS[name].run(query, key, value, scale)
 
 
-def small_blocks(monkeypatch: pytest.MonkeyPatch, entries: int, rows: int) -> None:
+def small_blocks(monkeypatch: pytest.MonkeyPatch, entries: int, rows: int, whole: int = 0) -> None:
     monkeypatch.setattr(attention_chunked, "BLOCK_ENTRIES", entries)
     monkeypatch.setattr(attention_chunked, "LEAST_ROWS", rows)
+    monkeypatch.setattr(attention_chunked, "WHOLE_ENTRIES", whole)
 
 
 # --- the second and third order -----------------------------------------------------------------------------
@@ -325,13 +326,21 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("entries", "rows"), [(1, 1), (8, 2), (20, 1), (45, 1), (2**20, 128)])
+@pytest.mark.parametrize(
+    ("entries", "rows", "whole"),
+    [(1, 1, 0), (8, 2, 0), (20, 1, 0), (45, 1, 0), (2**20, 128, 0), (1, 1, 100), (1, 1, 99)],
+)
 @pytest.mark.parametrize("keep_weights", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_the_size_of_the_blocks_does_not_matter(
-    monkeypatch: pytest.MonkeyPatch, entries: int, rows: int, keep_weights: bool, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    entries: int,
+    rows: int,
+    whole: int,
+    keep_weights: bool,
+    dtype: torch.dtype,
 ) -> None:
-    small_blocks(monkeypatch, entries, rows)
+    small_blocks(monkeypatch, entries, rows, whole)
     for limit in ("_MOST_KEPT_BYTES", "_MOST_KEPT_BYTES_OF_HALF"):
         monkeypatch.setattr(dispatch, limit, 2**24 if keep_weights else 0)
     inputs = inputs_of(dtype, batch=5)

@@ -1,7 +1,8 @@
-"""The images of a tree as a map-style dataset, kept decoded in memory where they fit."""
+"""Images as a map-style dataset that serves whole batches; those of a tree, kept decoded in memory where they fit."""
 
 from __future__ import annotations
 
+import abc
 import logging
 from collections.abc import Sequence
 from itertools import chain
@@ -20,7 +21,57 @@ from sagan.data.tree import DatasetError, ImageTree
 logger = logging.getLogger(__name__)
 
 
-class ImageFolderDataset(Dataset[tuple[Tensor, int]]):
+class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
+    """Square uint8 images with labels, of which a batch is fetched at once.
+
+    Attributes:
+        class_names: names by label.
+        num_classes: number of classes.
+        labels: int64 [N], the label of each index.
+        resolution: side of the images in pixels, R.
+        failures: files found unreadable so far, in this process.
+        batches_ahead: how many batches are worth fetching ahead on a thread where no worker processes do.
+    """
+
+    class_names: tuple[str, ...]
+    num_classes: int
+    labels: Tensor
+    resolution: int
+    failures: list[UnreadableFile]
+    batches_ahead = 0
+
+    @property
+    @abc.abstractmethod
+    def cached(self) -> bool:
+        """Whether every image is at hand without decoding, so that loader workers have nothing to do."""
+
+    @abc.abstractmethod
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a batch.
+
+        Args:
+            indices: N of them, each 0 to len - 1.
+
+        Returns:
+            images uint8 [N, 3, R, R] in memory of their own, and labels int64 [N].
+        """
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        images, labels = self.fetch([index % len(self)])
+        return images[0], int(labels[0])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Return `[self[i] for i in indices]`, fetched at once; DataLoader calls this."""
+        images, labels = self.fetch(indices)
+        return list(zip(images.unbind(0), labels.tolist(), strict=True))
+
+
+class ImageFolderDataset(ImageDataset):
     """Images of a tree as uint8 tensors [3, R, R] with their labels.
 
     If all decoded images together take at most `cache_mib`, they are decoded here, once, into one tensor, and
@@ -31,13 +82,6 @@ class ImageFolderDataset(Dataset[tuple[Tensor, int]]):
     that image's own label). The choice depends on the files alone. Each such file is logged once as a
     warning, and listed in `failures`; DataLoader workers log and list in their own process. With
     `tree.without(report.unreadable_paths)` from a full preflight there are none.
-
-    Attributes:
-        class_names: names by label.
-        num_classes: number of classes.
-        labels: int64 [N], the label of each index.
-        resolution: R.
-        failures: files found unreadable so far, in this process.
     """
 
     def __init__(
@@ -79,7 +123,7 @@ class ImageFolderDataset(Dataset[tuple[Tensor, int]]):
         self.num_classes = tree.num_classes
         self.labels = torch.from_numpy(tree.labels.copy())
         self.resolution = resolution
-        self.failures: list[UnreadableFile] = []
+        self.failures = []
         self._resample = resample
         self._draft = draft
         self._failed: set[int] = set()
@@ -96,31 +140,11 @@ class ImageFolderDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def cached(self) -> bool:
-        """Whether every image is in memory, so that loader workers have nothing to do."""
+        """Whether every image is in memory."""
         return self._cache is not None
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"expected an index below {len(self)}, got {index}")
-        images, labels = self.fetch([index % len(self)])
-        return images[0], int(labels[0])
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """Return `[self[i] for i in indices]`, fetched at once; DataLoader calls this."""
-        images, labels = self.fetch(indices)
-        return list(zip(images.unbind(0), labels.tolist(), strict=True))
-
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a batch.
-
-        Args:
-            indices: N of them, each 0 to len - 1.
-
-        Returns:
-            images uint8 [N, 3, R, R] in memory of their own, and labels int64 [N].
+        """Return a batch; see `ImageDataset.fetch`.
 
         Raises:
             DatasetError: no image of the whole data set can be read.

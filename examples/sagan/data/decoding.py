@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import warnings
@@ -67,11 +68,13 @@ class ImageReadError(DatasetError):
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What a file says of its image: size in pixels as displayed, Pillow's mode, what has to be converted."""
+    """What a file says of its image: size in pixels as displayed, Pillow's mode and name of the file's format,
+    what has to be converted."""
 
     width: int
     height: int
     mode: str
+    format: str
     has_alpha: bool
     is_rotated: bool
 
@@ -137,14 +140,22 @@ def check_decode_options(resolution: int, resample: str) -> None:
 
 
 def read_pixels(
-    path: Path, resolution: int, *, resample: str, draft: bool
+    path: Path, resolution: int, *, resample: str, draft: bool, data: bytes | None = None
 ) -> tuple[npt.NDArray[np.uint8], ImageFacts]:
     """Return what `decode_image` does, as an array uint8 [3, R, R], and the facts of the file.
+
+    Args:
+        path: the file, or its name if its bytes are given.
+        resolution: see `decode_image`.
+        resample: see `decode_image`.
+        draft: see `decode_image`.
+        data: the file's bytes, if they are at hand.
 
     Raises:
         ImageReadError: the file cannot be decoded.
     """
-    with _reading(path), Image.open(path, formats=FORMATS) as image:
+    file = path if data is None else io.BytesIO(data)
+    with _reading(path, data), Image.open(file, formats=FORMATS) as image:
         size, mode = image.size, image.mode
         if draft:
             image.draft(None, (resolution, resolution))
@@ -177,7 +188,9 @@ def _facts(image: Image.Image, size: tuple[int, int], mode: str, orientation: in
     has_alpha = mode in ("RGBA", "RGBa", "LA", "La", "PA") or (
         "transparency" in image.info and not mode.startswith("I")
     )
-    return ImageFacts(width, height, mode, has_alpha, orientation in TRANSPOSE_FOR_ORIENTATION)
+    return ImageFacts(
+        width, height, mode, image.format or "", has_alpha, orientation in TRANSPOSE_FOR_ORIENTATION
+    )
 
 
 def _orientation(image: Image.Image) -> int:
@@ -210,18 +223,21 @@ def _greyscale_16_bit(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path, data: bytes | None = None) -> Iterator[None]:
     """Turn whatever a damaged file makes Pillow raise into `ImageReadError`."""
-    with _pillow_warnings():
+    with pillow_warnings():
         try:
             yield
         except Exception as error:  # OSError, SyntaxError, struct.error, KeyError: the bytes are arbitrary
-            raise ImageReadError(path, _reason(error, path)) from error
+            raise ImageReadError(path, _reason(error, path, data)) from error
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, path: Path, data: bytes | None) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return _why_unidentified(path)
+        if data is None:
+            with path.open("rb") as file:
+                data = file.read(64)
+        return _why_unidentified(data[:64])
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"larger than Pillow's limit against decompression bombs ({error})"
     if isinstance(error, OSError) and error.strerror:
@@ -229,9 +245,7 @@ def _reason(error: Exception, path: Path) -> str:
     return f"{error}" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
 
 
-def _why_unidentified(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(64)
+def _why_unidentified(start: bytes) -> str:
     if not start:
         return "empty file"
     if all(byte >= 32 or byte in b"\t\r\n" for byte in start):
@@ -246,8 +260,10 @@ _saved_filters: warnings.catch_warnings[None] | None = None
 
 
 @contextmanager
-def _pillow_warnings() -> Iterator[None]:
+def pillow_warnings() -> Iterator[None]:
     """Raise on decompression bombs and pass over harmless damage, while any thread reads.
+
+    Reading does this for each file; around many files it saves setting the filters up for each.
 
     `warnings.catch_warnings` swaps a list that all threads share, so the first reader in enters it and the
     last one out leaves it; entered by each thread, it could restore another's filters for good.

@@ -161,7 +161,7 @@ class PreflightReport:
             lines += ["", _classes_without_images(self.lost_classes, "hold unreadable files only")]
         if self.unreadable:
             lines += ["", f"{len(self.unreadable):,} unreadable, left out of training:"]
-            lines += [f"  {_printable(f.path)}: {_printable(f.reason)}" for f in self.unreadable[:max_listed]]
+            lines += [f"  {printable(f.path)}: {printable(f.reason)}" for f in self.unreadable[:max_listed]]
             left = len(self.unreadable) - max_listed
             if left > 0:
                 where = f", all in {self.report_path}" if self.report_path else ""
@@ -279,15 +279,16 @@ class _Tally:
     below_resolution: int = 0
 
     def add(self, facts: ImageFacts) -> None:
-        self.width_range = _widen(self.width_range, facts.width)
-        self.height_range = _widen(self.height_range, facts.height)
+        self.width_range = widen(self.width_range, facts.width)
+        self.height_range = widen(self.height_range, facts.height)
         self.modes[facts.mode] += 1
         self.converted.update(facts.conversions())
         self.exif_rotated += facts.is_rotated
         self.below_resolution += min(facts.width, facts.height) < self.resolution
 
 
-def _widen(span: tuple[int, int] | None, value: int) -> tuple[int, int]:
+def widen(span: tuple[int, int] | None, value: int) -> tuple[int, int]:
+    """Return the least range that holds a range (or nothing) and a value."""
     return (value, value) if span is None else (min(span[0], value), max(span[1], value))
 
 
@@ -295,9 +296,9 @@ def _histogram(images_per_class: Mapping[str, int]) -> list[str]:
     """Return a bar for each class, or for many classes a bar for each range of counts."""
     largest = max(images_per_class.values())
     if len(images_per_class) <= CLASSES_WITH_A_BAR_EACH:
-        width = max(len(_printable(name)) for name in images_per_class)
+        width = max(len(printable(name)) for name in images_per_class)
         return ["images of each class:"] + [
-            f"  {_printable(name):<{width}} {count:>9,} {_bar(count, largest)}"
+            f"  {printable(name):<{width}} {count:>9,} {_bar(count, largest)}"
             for name, count in images_per_class.items()
         ]
     least = min(images_per_class.values())
@@ -311,7 +312,7 @@ def _histogram(images_per_class: Mapping[str, int]) -> list[str]:
         lines.append(f"  {span:>20} {bins[place]:>7,} {_bar(bins[place], max(bins.values()))}")
     ranked = sorted(images_per_class.items(), key=lambda item: item[1])
     for label, extremes in (("fewest images", ranked[:5]), ("most images", ranked[:-6:-1])):
-        lines.append(f"  {label}: " + ", ".join(f"{_printable(name)} {count:,}" for name, count in extremes))
+        lines.append(f"  {label}: " + ", ".join(f"{printable(name)} {count:,}" for name, count in extremes))
     return lines
 
 
@@ -328,11 +329,11 @@ def _classes_without_images(names: Sequence[str], what: str) -> str:
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{_printable(name)} {count:,}" for name, count in sorted(counts.items())) or "none"
+    return ", ".join(f"{printable(name)} {count:,}" for name, count in sorted(counts.items())) or "none"
 
 
 def _names(names: Sequence[str], most: int) -> str:
-    shown = ", ".join(_printable(name) for name in names[:most])
+    shown = ", ".join(printable(name) for name in names[:most])
     return f"{shown}, and {len(names) - most:,} more" if len(names) > most else shown
 
 
@@ -340,6 +341,6 @@ def _span(span: tuple[int, int]) -> str:
     return f"{span[0]:,}" if span[0] == span[1] else f"({span[0]:,} to {span[1]:,})"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return text with what a terminal cannot show (newlines, bytes not in UTF-8) written as escapes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

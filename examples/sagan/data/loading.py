@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sagan.data.dataset import ImageFolderDataset
+from sagan.data.dataset import ImageDataset
+from sagan.data.threads import read_ahead
 
 Indices = npt.NDArray[np.int64]
 
@@ -143,7 +144,7 @@ def _splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def make_loader(
-    dataset: ImageFolderDataset,
+    dataset: ImageDataset,
     *,
     batch_size: int,
     seed: int,
@@ -160,7 +161,7 @@ def make_loader(
     """Return an endless iterator over batches that neither reads nor moves torch's global random state.
 
     Worker processes start at once and live until the iterator is deleted, epochs do not restart them. A
-    dataset that is cached in memory needs none.
+    dataset that is cached in memory needs none; one that asks for it is read ahead on a thread.
 
     Args:
         dataset: the images.
@@ -199,6 +200,8 @@ def make_loader(
         multiprocessing_context=multiprocessing_context if num_workers else None,
         worker_init_fn=_leave_signals_to_the_trainer,
     )
+    if num_workers == 0 and dataset.batches_ahead:
+        return read_ahead(loader, dataset.batches_ahead)
     return iter(loader)
 
 
@@ -221,7 +224,7 @@ class _KeysOf(Sampler[IndexBatch]):
 class _Batches(Dataset[tuple[Tensor, Tensor]]):
     """A dataset whose key is a batch of indices, fetched at once rather than image by image."""
 
-    def __init__(self, dataset: ImageFolderDataset, seed: int, horizontal_flip: bool) -> None:
+    def __init__(self, dataset: ImageDataset, seed: int, horizontal_flip: bool) -> None:
         self._dataset = dataset
         self._seed = seed
         self._horizontal_flip = horizontal_flip

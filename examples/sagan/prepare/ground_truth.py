@@ -1,0 +1,252 @@
+"""Which class each validation image is of, and what people call the classes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sagan.data import DatasetError
+from sagan.prepare.listing import WNID
+
+DEVKIT_LABELS = "ILSVRC2012_validation_ground_truth.txt"
+VAL_SOLUTION = "LOC_val_solution.csv"
+FOUND_BY_NAME = (
+    DEVKIT_LABELS,
+    f"data/{DEVKIT_LABELS}",
+    f"ILSVRC2012_devkit_t12/data/{DEVKIT_LABELS}",
+    "ILSVRC2012_devkit_t12.tar.gz",
+    VAL_SOLUTION,
+)
+WORDS_FOUND_BY_NAME = ("LOC_synset_mapping.txt", "words.txt", "synset_words.txt")
+_NUMBER = re.compile(r"_(\d{8})\.\w+")
+_HELP = (
+    "Give --ground-truth: LOC_val_solution.csv (Kaggle), a text file with the WNID of each image in a line, or the "
+    "development kit (its folder or .tar.gz), which holds ILSVRC2012_validation_ground_truth.txt and meta.mat."
+)
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """The classes of a set of images without class folders.
+
+    Attributes:
+        by_number: WNID of image 1, 2, ... in the order of their file names, if that is how they are given.
+        by_name: WNID by file name without its ending, otherwise.
+        words: human names by WNID, where the source has them.
+        wnids: all classes, also those without an image here.
+    """
+
+    by_number: Sequence[str]
+    by_name: Mapping[str, str]
+    words: Mapping[str, str]
+    wnids: Sequence[str]
+
+    def of(self, names: Sequence[str], source: str) -> list[str]:
+        """Return the WNID of each file, of which `names` are sorted.
+
+        Raises:
+            DatasetError: it is not known for one.
+        """
+        if self.by_name:
+            missing = [name for name in names if name.rpartition(".")[0] not in self.by_name]
+            if missing:
+                raise DatasetError(
+                    f"the ground truth does not name {len(missing):,} of {len(names):,} images of {source}, "
+                    f"such as {missing[0]}"
+                )
+            return [self.by_name[name.rpartition(".")[0]] for name in names]
+        matches = [_NUMBER.search(name) for name in names]
+        numbers = [int(match[1]) for match in matches if match]
+        if len(numbers) < len(names):
+            numbers = list(range(1, len(names) + 1))
+            if len(names) != len(self.by_number):
+                raise DatasetError(
+                    f"the ground truth has {len(self.by_number):,} lines for {len(names):,} images of {source}, whose "
+                    "names do not end in their number (as ILSVRC2012_val_00000001.JPEG does): which is which cannot "
+                    "be known"
+                )
+        if numbers and (min(numbers) < 1 or max(numbers) > len(self.by_number)):
+            raise DatasetError(
+                f"the ground truth has {len(self.by_number):,} lines, the images of {source} are numbered "
+                f"{min(numbers)} to {max(numbers)}"
+            )
+        return [self.by_number[number - 1] for number in numbers]
+
+
+def find_beside(start: Path, names: Sequence[str]) -> Path | None:
+    """Return the first of some files in a folder or up to four folders above it."""
+    folder = start.absolute() if start.is_dir() else start.absolute().parent
+    for place in (folder, *list(folder.parents)[:4]):
+        for name in names:
+            if (place / name).is_file():
+                return place / name
+    return None
+
+
+def read_ground_truth(path: Path | None, synsets: Path | None, source: Path) -> tuple[GroundTruth, str]:
+    """Return the ground truth and a remark on where it was found.
+
+    Args:
+        path: what the user named; None looks beside the source.
+        synsets: what the user named for the kit's numbers: meta.mat, or a text file with a WNID a line.
+        source: the images.
+
+    Raises:
+        DatasetError: there is none, or the classes cannot be known from it.
+    """
+    found = path or find_beside(source, FOUND_BY_NAME)
+    if found is None:
+        raise DatasetError(
+            f"the images in {source} have no class folders, and no ground truth lies beside them: their classes "
+            f"cannot be known. {_HELP}"
+        )
+    if not found.exists():
+        raise DatasetError(f"expected the ground truth at {found}, found nothing. {_HELP}")
+    remark = f"classes from {found}"
+    if found.is_dir():
+        inside = sorted(found.rglob(DEVKIT_LABELS))
+        if not inside:
+            raise DatasetError(f"expected {DEVKIT_LABELS} in the folder {found}, found none. {_HELP}")
+        found = inside[0]
+    meta: bytes | None = None
+    if found.name.endswith((".tar.gz", ".tgz", ".tar")):
+        text, meta = _from_archive(found)
+    else:
+        text = found.read_text(encoding="utf-8")
+        beside = found.with_name("meta.mat")
+        meta = beside.read_bytes() if beside.is_file() else None
+    if found.suffix == ".csv":
+        return _val_solution(text, found), remark
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    if lines and all(len(line) == 1 and line[0].isdecimal() for line in lines):
+        return _devkit([int(line[0]) for line in lines], synsets, meta, found), remark
+    if lines and all(len(line) == 1 and WNID.fullmatch(line[0]) for line in lines):
+        wnids = [line[0] for line in lines]
+        return GroundTruth(wnids, {}, {}, sorted(set(wnids))), remark
+    if lines and all(len(line) == 2 and WNID.fullmatch(line[1]) for line in lines):
+        by_name = {_stem(name): wnid for name, wnid in lines}
+        return GroundTruth((), by_name, {}, sorted(set(by_name.values()))), remark
+    raise DatasetError(
+        f"cannot read the ground truth in {found}: expected a number or a WNID (n01440764) a line, or an image and "
+        f"its WNID, got {' '.join(lines[0]) if lines else 'an empty file'!r}. {_HELP}"
+    )
+
+
+def _from_archive(path: Path) -> tuple[str, bytes | None]:
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = member.name.rpartition("/")[2]
+                if name in (DEVKIT_LABELS, "meta.mat") and (file := archive.extractfile(member)) is not None:
+                    found[name] = file.read()
+    except tarfile.TarError as error:
+        raise DatasetError(f"cannot read the development kit {path}: {error}") from error
+    if DEVKIT_LABELS not in found:
+        raise DatasetError(f"expected {DEVKIT_LABELS} in {path}, found none. {_HELP}")
+    return found[DEVKIT_LABELS].decode("utf-8"), found.get("meta.mat")
+
+
+def _val_solution(text: str, path: Path) -> GroundTruth:
+    by_name = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        wnid = ((row.get("PredictionString") or "").split() or [""])[0]
+        if not WNID.fullmatch(wnid) or not row.get("ImageId"):
+            raise DatasetError(f"{path}: expected the columns ImageId and PredictionString, got {row}")
+        by_name[_stem(row["ImageId"])] = wnid
+    if not by_name:
+        raise DatasetError(f"{path} holds no row. {_HELP}")
+    return GroundTruth((), by_name, {}, sorted(set(by_name.values())))
+
+
+def _stem(name: str) -> str:
+    name = name.rpartition("/")[2]
+    return name[: -len(".JPEG")] if name.lower().endswith(".jpeg") else name.removesuffix(".jpg")
+
+
+def _devkit(numbers: Sequence[int], synsets: Path | None, meta: bytes | None, path: Path) -> GroundTruth:
+    """Turn the kit's numbers, which are not in the sorted order of the WNIDs, into WNIDs."""
+    words: dict[str, str] = {}
+    if synsets is not None and synsets.suffix != ".mat":
+        wnids = _synset_lines(synsets)
+    elif synsets is not None or meta is not None:
+        data = synsets.read_bytes() if synsets is not None else meta
+        assert data is not None
+        wnids, words = _meta_mat(data)
+    else:
+        raise DatasetError(
+            f"{path} holds the development kit's numbers, from 1. They are not in the order of the WNIDs, so without "
+            "meta.mat (which lies beside it in the kit) the classes cannot be known. Give --synsets: that meta.mat, "
+            f"or a text file with the WNID of each number in a line. Or {_HELP[0].lower()}{_HELP[1:]}"
+        )
+    if min(numbers) < 1 or max(numbers) > len(wnids):
+        raise DatasetError(
+            f"{path}: the numbers go from {min(numbers)} to {max(numbers)}, the synsets from 1 to {len(wnids)}"
+        )
+    return GroundTruth([wnids[number - 1] for number in numbers], {}, words, sorted(wnids))
+
+
+def _synset_lines(path: Path) -> list[str]:
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    wnids = [line[0] for line in lines]
+    if not wnids or not all(map(WNID.fullmatch, wnids)):
+        raise DatasetError(
+            f"expected a line for each class in {path} that begins with its WNID, such as n01440764"
+        )
+    if len(wnids) > 1 and wnids == sorted(wnids):
+        raise DatasetError(
+            f"the WNIDs in {path} are sorted. The development kit's numbers are in another order, so this list does "
+            "not tell what they mean; give its meta.mat to --synsets"
+        )
+    return wnids
+
+
+def _meta_mat(data: bytes) -> tuple[list[str], dict[str, str]]:
+    """Return the WNIDs by number from 1, and the words by WNID."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise DatasetError("reading meta.mat needs scipy: pip install scipy") from error
+    try:
+        rows = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
+        leaves = {int(row["ILSVRC2012_ID"]): row for row in rows if int(row["num_children"]) == 0}
+        wnids = [str(leaves[number]["WNID"]) for number in range(1, len(leaves) + 1)]
+        return wnids, {str(row["WNID"]): str(row["words"]) for row in leaves.values()}
+    except Exception as error:  # arbitrary bytes
+        raise DatasetError(f"cannot read the synsets in meta.mat: {type(error).__name__}: {error}") from error
+
+
+def read_words(path: Path | None, class_names: Sequence[str], source: Path) -> dict[str, str]:
+    """Return human names by WNID from LOC_synset_mapping.txt, words.txt or the like.
+
+    Args:
+        path: what the user named; None looks beside the source, and takes a file only if it has every class.
+        class_names: the classes.
+        source: the images.
+
+    Raises:
+        DatasetError: the file that the user named has none of the classes.
+    """
+    found = path or find_beside(source, WORDS_FOUND_BY_NAME)
+    if found is None:
+        return {}
+    if not found.is_file():
+        raise DatasetError(f"expected a text file with a WNID and its words a line at {found}, found nothing")
+    words = {}
+    for line in found.read_text(encoding="utf-8", errors="replace").splitlines():
+        wnid, _, text = line.strip().replace("\t", " ", 1).partition(" ")
+        if text:
+            words[wnid] = text.strip()
+    missing = [name for name in class_names if name not in words]
+    if not missing:
+        return {name: words[name] for name in class_names}
+    if path is None:
+        return {}
+    raise DatasetError(
+        f"{found} has no words for {len(missing):,} of {len(class_names):,} classes, such as {missing[0]}"
+    )

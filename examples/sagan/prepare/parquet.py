@@ -1,0 +1,232 @@
+"""Images in the parquet shards of a Hugging Face data set."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sagan.data import DatasetError, PathTable
+from sagan.prepare.listing import WNID, Indices, Listing, Reader, Store, sorted_by_class_and_name
+
+_WNID_SUFFIX = re.compile(r"_(n\d{8})(\.\w+)$")
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DatasetError(
+            "reading parquet files needs pyarrow, which is in the extra parquet: "
+            "pip install -c constraints.txt -e '.[parquet]'"
+        ) from error
+    return pyarrow.parquet
+
+
+@dataclass(frozen=True)
+class ParquetReader(Reader):
+    """Reads rows of row groups: (file, row group, rows in it, in rising order)."""
+
+    column: str
+    groups: Sequence[tuple[Path, int, Sequence[int]]]
+
+    def __iter__(self) -> Iterator[bytes | str]:
+        parquet = _parquet()
+        for path, group, rows in self.groups:
+            wanted, row = set(rows), 0
+            try:
+                with parquet.ParquetFile(path, memory_map=True) as file:
+                    batches = file.iter_batches(
+                        64, row_groups=[group], columns=[f"{self.column}.bytes"], use_threads=False
+                    )
+                    for batch in batches:
+                        for data in batch.column(0).field("bytes"):
+                            if row in wanted:
+                                yield "no bytes in the parquet file" if data.as_py() is None else data.as_py()
+                            row += 1
+            except OSError as error:  # pyarrow's own errors are some too
+                raise DatasetError(f"cannot read row group {group} of {path}: {error}") from error
+
+
+class ParquetStore(Store):
+    """Rows of a few files, of which whole row groups are read."""
+
+    def __init__(
+        self, paths: Sequence[Path], column: str, files: Indices, groups: Indices, rows: Indices
+    ) -> None:
+        self.paths = tuple(paths)
+        self.column = column
+        self.files, self.groups, self.rows = files, groups, rows
+
+    def parts(self, size: int) -> list[Indices]:
+        order = np.lexsort((self.rows, self.groups, self.files))
+        changes = (np.diff(self.files[order]) != 0) | (np.diff(self.groups[order]) != 0)
+        parts: list[Indices] = []
+        start = 0
+        for end in [*(np.flatnonzero(changes) + 1).tolist(), len(order)]:
+            if end - start >= size or end == len(order):
+                parts.append(order[start:end])
+                start = end
+        return [part for part in parts if len(part)]
+
+    def reader(self, indices: Indices) -> ParquetReader:
+        groups: list[tuple[Path, int, list[int]]] = []
+        for index in indices.tolist():
+            path, group = self.paths[self.files[index]], int(self.groups[index])
+            if not groups or groups[-1][:2] != (path, group):
+                groups.append((path, group, []))
+            groups[-1][2].append(int(self.rows[index]))
+        return ParquetReader(self.column, groups)
+
+    def identity(self) -> bytes:
+        return "\0".join(path.name for path in self.paths).encode()
+
+
+def find_shards(path: Path, split: str) -> list[Path]:
+    """Return the parquet files of a split in a folder or its subfolder data, sorted; all if none is named so.
+
+    Raises:
+        DatasetError: there are files of other splits only.
+    """
+    files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet"), *path.glob(f"{split}/*.parquet")])
+    same = {"val": ("val", "validation", "valid"), "validation": ("validation", "val", "valid")}.get(
+        split, (split,)
+    )
+    chosen = [file for file in files if re.split(r"[-_.]", file.name)[0] in same or file.parent.name in same]
+    others = [
+        file for file in files if re.split(r"[-_.]", file.name)[0] in ("train", "validation", "val", "test")
+    ]
+    if files and not chosen and others:
+        raise DatasetError(
+            f"expected parquet files of the split {split!r} in {path}, got only such as {others[0].name}"
+        )
+    return chosen or files
+
+
+def list_parquet(files: Sequence[Path], source: str) -> Listing:
+    """List the images of parquet files.
+
+    Args:
+        files: the shards, in order.
+        source: what the user named.
+
+    Raises:
+        DatasetError: they cannot be read, or lack the columns or the labels.
+    """
+    parquet = _parquet()
+    if not files:
+        raise DatasetError(f"expected parquet files at {source}, got none")
+    stored: list[str | None] = []
+    labels: list[int] = []
+    places: list[tuple[int, int, int]] = []
+    class_labels: list[str] | None = None
+    image = label = ""
+    for number, path in enumerate(files):
+        try:
+            with parquet.ParquetFile(path) as file:
+                image, label, names = _columns(file.schema_arrow, path)
+                class_labels = class_labels or names
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group, columns=[f"{image}.path", label])
+                    group_labels = table.column(label).to_pylist()
+                    if any(value is None or value < 0 for value in group_labels):
+                        raise DatasetError(
+                            f"{path}: expected labels of 0 and above, got -1 or none: a test split?"
+                        )
+                    labels += group_labels
+                    stored += [
+                        None if row is None else row["path"] for row in table.column(image).to_pylist()
+                    ]
+                    places += [(number, group, row) for row in range(len(group_labels))]
+        except (OSError, ValueError) as error:
+            if isinstance(error, DatasetError):
+                raise
+            raise DatasetError(f"cannot read the parquet file {path}: {error}") from error
+    if not labels:
+        raise DatasetError(f"expected images in the parquet files at {source}, got none")
+    names = [
+        (path or "").rpartition("/")[2] or f"{files[file].stem}-{group}-{row}"
+        for path, (file, group, row) in zip(stored, places, strict=True)
+    ]
+    count = max(max(labels) + 1, len(class_labels or ()))
+    words: tuple[str, ...] | None = None
+    remarks = []
+    wnids = _wnids_of(names, labels, count)
+    if wnids is not None:
+        order = sorted(range(count), key=lambda old: wnids[old])
+        new = {old: place for place, old in enumerate(order)}
+        labels = [new[old] for old in labels]
+        class_names = tuple(wnids[old] for old in order)
+        words = tuple(class_labels[old] for old in order) if class_labels else None
+        names = [_WNID_SUFFIX.sub(r"\2", name) for name in names]
+        remarks.append("WNIDs from the images' names")
+    elif class_labels is not None and len(class_labels) == count:
+        class_names = tuple(class_labels)
+    else:
+        class_names = tuple(str(number) for number in range(count))
+        remarks.append("the files do not name their classes; they are called by their numbers")
+    chosen = sorted_by_class_and_name(labels, names)
+    spots = np.asarray(places, dtype=np.int64)[chosen]
+    in_order = [labels[index] for index in chosen]
+    return Listing(
+        kind="parquet",
+        path=source,
+        class_names=class_names,
+        class_words=words,
+        names=PathTable(Path(source), (f"{class_names[labels[index]]}/{names[index]}" for index in chosen)),
+        labels=np.asarray(in_order, dtype=np.int64),
+        store=ParquetStore(files, image, spots[:, 0], spots[:, 1], spots[:, 2]),
+        skipped={},
+        remarks=remarks,
+    )
+
+
+def _columns(schema: Any, path: Path) -> tuple[str, str, list[str] | None]:
+    """Return the names of the columns of images and labels, and the classes' names if the metadata has them."""
+    try:
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = metadata.get("info", {}).get("features", {})
+    except (ValueError, AttributeError):
+        features = {}
+    structs = [field.name for field in schema if _is_image(field.type)]
+    named = [
+        name
+        for name, value in features.items()
+        if isinstance(value, dict) and value.get("_type") == "ClassLabel"
+    ]
+    integers = [field.name for field in schema if str(field.type).startswith(("int", "uint"))]
+    image = "image" if "image" in structs else structs[0] if len(structs) == 1 else None
+    label = next((name for name in ("label", "labels") if name in integers), None)
+    if label is None:
+        label = next((names[0] for names in (named, integers) if len(names) == 1), None)
+    if image is None or label is None:
+        raise DatasetError(
+            f"{path}: expected a column image of struct<bytes, path> and a column label of integers, got "
+            + ", ".join(f"{field.name}: {field.type}" for field in schema)
+        )
+    names = features.get(label, {}).get("names") if isinstance(features.get(label), dict) else None
+    return image, label, [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _is_image(kind: Any) -> bool:
+    import pyarrow.types
+
+    return pyarrow.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+
+
+def _wnids_of(names: Sequence[str], labels: Sequence[int], count: int) -> list[str] | None:
+    """Return the WNID of each label, if file names tell it for every one and no two share one."""
+    votes: list[Counter[str]] = [Counter() for _ in range(count)]
+    for name, label in zip(names, labels, strict=True):
+        if match := _WNID_SUFFIX.search(name):
+            votes[label][match[1]] += 1
+    if not all(votes):
+        return None
+    wnids = [counter.most_common(1)[0][0] for counter in votes]
+    return wnids if len(set(wnids)) == count and all(map(WNID.fullmatch, wnids)) else None

@@ -1,0 +1,191 @@
+"""Recognises what a source is and lists its images."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from sagan.data import DatasetError, PathTable
+from sagan.data.layout import has_image_extension, is_folder, is_hidden, list_folder
+from sagan.prepare import tars
+from sagan.prepare.folders import FileStore, list_class_folders
+from sagan.prepare.ground_truth import read_ground_truth, read_words
+from sagan.prepare.listing import Listing, Store, sorted_by_class_and_name
+from sagan.prepare.parquet import find_shards, list_parquet
+
+Kind = Literal["auto", "class-tars", "flat", "folder", "parquet"]
+_ILSVRC_COUNTS = {"train": 1_281_167, "val": 50_000}
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a source.
+
+    Attributes:
+        kind: what it is; "auto" looks.
+        split: the part to take where the source has several.
+        ground_truth: the classes of images without class folders.
+        synsets: what the development kit's numbers mean.
+        words: human names of the classes.
+        workers: processes that list archives.
+    """
+
+    kind: Kind = "auto"
+    split: str = "train"
+    ground_truth: Path | None = None
+    synsets: Path | None = None
+    words: Path | None = None
+    workers: int = 1
+
+
+def list_source(source: str, options: SourceOptions) -> Listing:
+    """List the images of a source.
+
+    Args:
+        source: a file, a folder or a glob of parquet files.
+        options: how to read it.
+
+    Raises:
+        DatasetError: it is none that is known, or not whole; the message says what was found.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (any folder)
+        if not matches:
+            raise DatasetError(
+                f"source: nothing is at {source}; check the spelling, and that the disk is mounted"
+            )
+        if options.kind not in ("auto", "parquet") or any(match.suffix != ".parquet" for match in matches):
+            raise DatasetError(f"source: expected a pattern to match parquet files only, got {matches[0]}")
+        return _with_words(list_parquet(matches, source), path, options)
+    path = _archive_in(path, options)
+    kind = _recognise(path, options.split) if options.kind == "auto" else options.kind
+    if kind == "class-tars":
+        inner = path / options.split
+        listing = tars.list_class_tars(inner if _class_archives(inner) else path, options.workers)
+    elif kind == "flat":
+        listing = _list_flat(path, options)
+    elif kind == "parquet":
+        files = [path] if path.is_file() else find_shards(path, options.split)
+        listing = list_parquet(files, source)
+    else:
+        listing = list_class_folders(path, options.split)
+    return _with_count(_with_words(listing, path, options))
+
+
+def _archive_in(path: Path, options: SourceOptions) -> Path:
+    """Return ILSVRC's archive of the split if a folder holds it as it was downloaded, else the path."""
+    split = "val" if options.split.startswith("val") else options.split
+    archive = path / f"ILSVRC2012_img_{split}.tar"
+    has_tree = (path / options.split).is_dir() or options.kind in ("folder", "parquet")
+    return archive if archive.is_file() and not has_tree else path
+
+
+def _recognise(path: Path, split: str) -> Kind:
+    if path.is_file():
+        if path.suffix == ".parquet":
+            return "parquet"
+        first = tars.first_member(path)
+        if first is not None and tars.is_class_archive(first):
+            return "class-tars"
+        if first is not None and has_image_extension(first):
+            if first.removeprefix("./").count("/") == 0:
+                return "flat"
+            raise DatasetError(
+                f"{path} holds folders of images (such as {first}); unpack it and give the folder, or name --kind flat "
+                "if the folders are no classes"
+            )
+        tars.list_members(
+            tars.Place(path, 0, path.stat().st_size)
+        )  # says what is wrong with a damaged archive
+        raise DatasetError(
+            f"cannot tell what {path} is: expected ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, a parquet file "
+            f"or a folder; its first file is {first}"
+        )
+    if _class_archives(path) or _class_archives(path / split):
+        return "class-tars"
+    if (
+        any(path.glob("*.parquet"))
+        or any(path.glob("data/*.parquet"))
+        or any(path.glob(f"{split}/*.parquet"))
+    ):
+        return "parquet"
+    base = path / split if (path / split).is_dir() else path
+    entries = [entry for entry in list_folder(base) if not is_hidden(entry.name)]
+    has_folders = any(is_folder(entry) for entry in entries)
+    named_so = any(entry.name.startswith("ILSVRC2012_val_") for entry in entries)
+    return "flat" if named_so and not has_folders else "folder"
+
+
+def _class_archives(folder: Path) -> bool:
+    """Return whether a folder holds class archives and no class folders."""
+    if not folder.is_dir():
+        return False
+    entries = [entry for entry in list_folder(folder) if not is_hidden(entry.name)]
+    return any(tars.is_class_archive(entry.name) for entry in entries) and not any(map(is_folder, entries))
+
+
+def _list_flat(path: Path, options: SourceOptions) -> Listing:
+    skipped: Mapping[str, int]
+    examples: Sequence[str]
+    store: Store
+    if path.is_file():
+        names, members, skipped, examples = tars.flat_images(path)
+    else:
+        base = path / options.split if (path / options.split).is_dir() else path
+        entries = [entry.name for entry in list_folder(base) if not is_folder(entry)]
+        names = [name for name in entries if has_image_extension(name) and not is_hidden(name)]
+        examples = [name for name in entries if name not in set(names)][:20]
+        skipped = {"not images": len(entries) - len(names)} if len(entries) > len(names) else {}
+        members = []
+        path = base
+    if not names:
+        raise DatasetError(f"expected images directly in {path}, got none")
+    truth, remark = read_ground_truth(options.ground_truth, options.synsets, path)
+    wnids = truth.of(names, str(path))
+    places = {wnid: label for label, wnid in enumerate(truth.wnids)}
+    labels = [places[wnid] for wnid in wnids]
+    order = sorted_by_class_and_name(labels, names)
+    if path.is_file():
+        store = tars.TarStore([path], [0] * len(order), [members[index] for index in order])
+    else:
+        store = FileStore(PathTable(path, (names[index] for index in order)))
+    return Listing(
+        kind="flat images",
+        path=str(path),
+        class_names=tuple(truth.wnids),
+        class_words=tuple(truth.words[wnid] for wnid in truth.wnids) if truth.words else None,
+        names=PathTable(path, (f"{wnids[index]}/{names[index]}" for index in order)),
+        labels=np.asarray([labels[index] for index in order], dtype=np.int64),
+        store=store,
+        skipped=skipped,
+        skipped_examples=examples,
+        remarks=[remark],
+    )
+
+
+def _with_words(listing: Listing, path: Path, options: SourceOptions) -> Listing:
+    if listing.class_words is not None and options.words is None:
+        return listing
+    words = read_words(options.words, listing.class_names, path)
+    return (
+        replace(listing, class_words=tuple(words[name] for name in listing.class_names)) if words else listing
+    )
+
+
+def _with_count(listing: Listing) -> Listing:
+    """Remark on a set of ImageNet's 1,000 classes whether it has as many images as the original."""
+    if len(listing.class_names) != 1000:
+        return listing
+    for split, count in _ILSVRC_COUNTS.items():
+        if len(listing) == count:
+            return replace(listing, remarks=[*listing.remarks, f"as many as ILSVRC2012 {split} has"])
+    counts = " or ".join(f"{count:,} ({split})" for split, count in _ILSVRC_COUNTS.items())
+    return replace(
+        listing, remarks=[*listing.remarks, f"ILSVRC2012 has {counts}: this is not all of it, or more"]
+    )

@@ -1,0 +1,1146 @@
+"""Preparing ImageNet: every source, every bad file, kills at any moment, and what reads the result."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_trees import WNIDS, MessyTree, jpeg_bytes, write_image_tree, write_messy_tree
+from PIL import Image
+
+import imagenet_sagan
+from sagan.checkpoints import find_checkpoint, load_checkpoint
+from sagan.commands import INTERRUPTED
+from sagan.data import (
+    DatasetError,
+    PackedDataset,
+    PackedError,
+    decode_image,
+    make_loader,
+    scan_image_tree,
+    verify,
+)
+from sagan.data.threads import read_ahead
+from sagan.errors import UserError
+from sagan.prepare import Listing, Prepared, SourceOptions, list_source, packing, pool, prepare, staging
+from sagan.prepare.part import Part, PartResult
+from sagan.synthetic import (
+    SyntheticSet,
+    add_member,
+    ilsvrc_ids,
+    write_folder,
+    write_layout,
+    write_shard,
+)
+
+ROOT = Path(__file__).parents[2]
+MADE = SyntheticSet(classes=4, images=6, val_images=3, scale=0.12)
+has_pyarrow = pytest.mark.skipif(
+    importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow (the extra parquet)"
+)
+# Where each layout keeps its training and its validation images.
+LAYOUTS = [
+    pytest.param("folder", "", "", id="folder"),
+    pytest.param("tars", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", id="tars"),
+    pytest.param("parquet", "", "data/validation-*.parquet", id="parquet", marks=has_pyarrow),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``made(layout)``: the folder of the same generated images in that layout."""
+    root = tmp_path_factory.mktemp("made")
+
+    def make(layout: str) -> Path:
+        if not (root / layout).exists():
+            write_layout(root / layout, layout, MADE)
+        return root / layout
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def messy(tmp_path_factory: pytest.TempPathFactory) -> MessyTree:
+    return write_messy_tree(tmp_path_factory.mktemp("messy") / "tree")
+
+
+@pytest.fixture
+def sound(made: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A prepared set of 24 images of 8x8."""
+    return pack(made("folder"), tmp_path / "set").manifest.folder
+
+
+def pack(source: Path, out: Path, **options: Any) -> Prepared:
+    kind = SourceOptions(**{name: options.pop(name) for name in ("split", "kind") if name in options})
+    return prepare(
+        list_source(str(source), kind), out, **{"resolution": 8, "workers": 1, "part_size": 5, **options}
+    )
+
+
+def main(*arguments: object) -> int:
+    return imagenet_sagan.main([str(argument) for argument in arguments])
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+class TestSources:
+    @pytest.mark.parametrize(("layout", "train", "val"), LAYOUTS)
+    @pytest.mark.parametrize("split", ["train", "val"])
+    def test_the_same_images_give_the_same_set_from_every_source(
+        self, made: Callable[[str], Path], tmp_path: Path, layout: str, train: str, val: str, split: str
+    ) -> None:
+        expected = pack(made("folder"), tmp_path / "expected", split=split)
+        source = made(layout) / (train if split == "train" else val)
+        found = pack(source, tmp_path / "found", split=split, workers=2)
+        assert found.manifest.checksum == expected.manifest.checksum
+        assert found.manifest.class_names == tuple(MADE.wnids)
+        if (layout, split) != ("tars", "train"):  # a tar has no words
+            assert found.manifest.values["class_words"] == MADE.words
+        files = [snapshot(each.manifest.folder) for each in (expected, found)]
+        for name in ("images.npy", "labels.npy", "digests.npy", "names.txt"):
+            assert files[0][name] == files[1][name]
+        assert verify(tmp_path / "found") == []
+
+    def test_pixels_and_labels_are_those_of_the_folder_tree_in_sorted_order(
+        self, made: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        out = pack(made("folder"), tmp_path / "set", resample="lanczos").manifest.folder
+        tree = scan_image_tree(made("folder"))
+        images, labels = np.load(out / "images.npy", mmap_mode="r"), np.load(out / "labels.npy")
+        assert (images.dtype, images.shape, labels.dtype) == (np.uint8, (24, 3, 8, 8), np.int64)
+        assert labels.tolist() == tree.labels.tolist() == sorted(labels.tolist())
+        assert (out / "names.txt").read_text().splitlines() == [
+            path.relative_to(tree.root).as_posix() for path in tree.paths
+        ]
+        for pixels, path in zip(images, tree.paths, strict=True):
+            np.testing.assert_array_equal(pixels, decode_image(path, 8, resample="lanczos"))
+
+    def test_a_folder_of_class_archives_is_read_without_unpacking(
+        self, made: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        with tarfile.open(made("tars") / "ILSVRC2012_img_train.tar") as archive:
+            archive.extractall(tmp_path / "in" / "train", filter="data")
+        listings = [list_source(str(tmp_path / "in" / name), SourceOptions()) for name in ("", "train")]
+        assert [listing.kind for listing in listings] == ["class tars"] * 2
+        sums = {
+            prepare(listing, tmp_path / str(n), resolution=8, workers=1).manifest.checksum
+            for n, listing in enumerate(listings)
+        }
+        assert sums == {pack(made("folder"), tmp_path / "set").manifest.checksum}
+
+    def test_the_downloads_folder_itself_is_a_source_of_both_splits(
+        self, made: Callable[[str], Path]
+    ) -> None:
+        kinds = [
+            list_source(str(made("tars")), SourceOptions(split=split)).kind for split in ("train", "val")
+        ]
+        assert kinds == ["class tars", "flat images"]
+
+    def test_labels_follow_sorted_class_archives_and_empty_ones_keep_theirs(self, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "t.tar", "w") as outer:
+            for wnid, images in ((WNIDS[2], 1), (WNIDS[0], 2), (WNIDS[1], 0)):
+                inner = io.BytesIO()
+                with tarfile.open(fileobj=inner, mode="w") as archive:
+                    for number in range(images):
+                        add_member(archive, f"{wnid}_{number}.JPEG", jpeg_bytes(number))
+                    add_member(archive, "notes.txt", b"x")
+                add_member(outer, f"{wnid}.tar", inner.getvalue())
+            add_member(outer, "README", b"x")
+        prepared = pack(tmp_path / "t.tar", tmp_path / "set")
+        assert prepared.manifest.class_names == WNIDS[:3]
+        assert prepared.manifest.values["images_per_class"] == [2, 0, 1]
+        assert prepared.report["empty_classes"] == [WNIDS[1]]
+        assert prepared.report["not_images"] == {".txt": 3, "no extension": 1}
+
+    def test_any_folder_tree_is_a_source(self, tmp_path: Path) -> None:
+        write_image_tree(tmp_path / "src", class_names=("zebra", "Ant"), images_per_class=2, sizes=[(30, 20)])
+        assert pack(tmp_path / "src", tmp_path / "set").manifest.class_names == ("Ant", "zebra")
+
+
+@has_pyarrow
+class TestParquet:
+    @pytest.mark.parametrize("named", [True, False])
+    def test_classes_without_wnids_keep_the_labels_and_names_of_the_metadata(
+        self, tmp_path: Path, named: bool
+    ) -> None:
+        rows = [(f"{n}.jpg", n % 2, jpeg_bytes(n)) for n in range(4)]
+        write_shard(tmp_path / "a.parquet", rows, ["zebra", "ant"] if named else None)
+        listing = list_source(str(tmp_path / "a.parquet"), SourceOptions())
+        assert listing.class_names == (("zebra", "ant") if named else ("0", "1"))
+        assert listing.labels.tolist() == [0, 0, 1, 1]
+
+    def test_wnids_decide_the_order_of_labels_and_disagreeing_rows_are_reported(self, tmp_path: Path) -> None:
+        rows = [
+            (f"{wnid}_{n}_{wnid}.JPEG", label, jpeg_bytes(10 * label + n))
+            for label, wnid in enumerate((WNIDS[1], WNIDS[0]))
+            for n in range(3)
+        ]
+        rows.append((f"{WNIDS[0]}_9_{WNIDS[0]}.JPEG", 0, jpeg_bytes(99)))
+        write_shard(tmp_path / "a.parquet", rows, ["second", "first"])
+        prepared = pack(tmp_path / "a.parquet", tmp_path / "set")
+        assert prepared.manifest.class_names == WNIDS[:2]
+        assert prepared.manifest.values["class_words"] == ["first", "second"]
+        assert prepared.report["name_of_another_class"] == [
+            {"file": f"{WNIDS[1]}/{WNIDS[0]}_9.JPEG", "detail": f"named after {WNIDS[0]}"}
+        ]
+
+    def test_a_row_without_bytes_is_left_out_and_listed(self, tmp_path: Path) -> None:
+        rows = [(None, n % 2, jpeg_bytes(n) if n else None) for n in range(4)]
+        write_shard(tmp_path / "a.parquet", rows, ["a", "b"])
+        prepared = pack(tmp_path / "a.parquet", tmp_path / "set")
+        assert [each["detail"] for each in prepared.report["unreadable"]] == ["no bytes in the parquet file"]
+        assert prepared.manifest.num_images == 3
+
+    def test_parts_are_whole_row_groups(self, tmp_path: Path) -> None:
+        rows = [(f"{n}.jpg", n % 2, jpeg_bytes(n)) for n in range(10)]
+        write_shard(tmp_path / "a.parquet", rows, ["a", "b"], row_group_size=3)
+        listing = list_source(str(tmp_path / "a.parquet"), SourceOptions())
+        parts = listing.store.parts(4)
+        assert [len(part) for part in parts] == [6, 4]
+        assert sorted(np.concatenate(parts).tolist()) == list(range(10))
+
+    @pytest.mark.parametrize(
+        ("rows", "split", "message"),
+        [
+            ([("a.jpg", -1, b"")], "train", "a test split"),
+            ([("a.jpg", 0, b"")], "val", "of the split 'val'"),
+        ],
+    )
+    def test_shards_without_labels_or_of_another_split_are_refused(
+        self, tmp_path: Path, rows: Any, split: str, message: str
+    ) -> None:
+        write_shard(tmp_path / "train-0.parquet", rows, None)
+        with pytest.raises(DatasetError, match=message):
+            list_source(str(tmp_path), SourceOptions(split=split))
+
+    def test_other_columns_and_damaged_files_are_refused(self, tmp_path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t.parquet")
+        with pytest.raises(DatasetError, match=r"column image of struct<bytes, path>.*got text: string"):
+            list_source(str(tmp_path / "t.parquet"), SourceOptions())
+        (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
+        with pytest.raises(DatasetError, match="cannot read the parquet file"):
+            list_source(str(tmp_path / "t.parquet"), SourceOptions())
+
+
+def test_without_pyarrow_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "train-0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DatasetError, match=r"needs pyarrow.*extra parquet"):
+        list_source(str(tmp_path), SourceOptions())
+
+
+class TestGroundTruth:
+    """All forms name the same classes for the same validation images."""
+
+    @pytest.fixture
+    def val(self, made: Callable[[str], Path], tmp_path: Path) -> Path:
+        """The validation archive alone in a folder."""
+        shutil.copy(made("tars") / "ILSVRC2012_img_val.tar", tmp_path)
+        return tmp_path / "ILSVRC2012_img_val.tar"
+
+    def names(self, val: Path, **options: Path) -> list[str]:
+        listing = list_source(str(val), SourceOptions(split="val", **options))
+        return [listing.names.relative(index) for index in range(len(listing))]
+
+    def test_every_form_gives_the_same_classes(
+        self, made: Callable[[str], Path], val: Path, tmp_path: Path
+    ) -> None:
+        tree = scan_image_tree(made("folder"), split="val")
+        expected = [tree.paths.relative(index) for index in range(len(tree.paths))]
+        devkit = made("tars") / "ILSVRC2012_devkit_t12"
+        by_number = sorted((name.split("/")[1], name.split("/")[0]) for name in expected)
+        (tmp_path / "wnids.txt").write_text("".join(f"{wnid}\n" for _, wnid in by_number))
+        (tmp_path / "pairs.txt").write_text("".join(f"val/{name} {wnid}\n" for name, wnid in by_number))
+        with tarfile.open(tmp_path / "kit.tar.gz", "w:gz") as archive:
+            archive.add(devkit, "ILSVRC2012_devkit_t12")
+        numbers = tmp_path / "numbers" / "ILSVRC2012_validation_ground_truth.txt"
+        numbers.parent.mkdir()
+        shutil.copy(devkit / "data" / numbers.name, numbers)
+        by_id = sorted(zip(ilsvrc_ids(MADE), MADE.wnids, strict=True))
+        (tmp_path / "synsets.txt").write_text("".join(f"{wnid} {number}\n" for number, wnid in by_id))
+        for truth in (
+            made("tars") / "LOC_val_solution.csv",
+            devkit,
+            devkit / "data" / numbers.name,
+            tmp_path / "kit.tar.gz",
+            tmp_path / "wnids.txt",
+            tmp_path / "pairs.txt",
+        ):
+            assert self.names(val, ground_truth=truth) == expected, truth
+        for synsets in (devkit / "data" / "meta.mat", tmp_path / "synsets.txt"):
+            assert self.names(val, ground_truth=numbers, synsets=synsets) == expected
+
+    def test_it_is_found_beside_the_images_and_named(
+        self, made: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        with tarfile.open(made("tars") / "ILSVRC2012_img_val.tar") as archive:
+            archive.extractall(tmp_path / "CLS-LOC" / "val", filter="data")
+        shutil.copy(made("tars") / "LOC_val_solution.csv", tmp_path)
+        listing = list_source(str(tmp_path / "CLS-LOC"), SourceOptions(split="val"))
+        assert listing.kind == "flat images"
+        assert f"classes from {tmp_path / 'LOC_val_solution.csv'}" in listing.describe()
+        expected = scan_image_tree(made("folder"), split="val")
+        assert listing.labels.tolist() == expected.labels.tolist()
+
+    def test_without_any_the_message_says_that_classes_cannot_be_known(self, val: Path) -> None:
+        with pytest.raises(DatasetError, match=r"classes cannot be known.*LOC_val_solution.csv"):
+            self.names(val)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("gt.txt", "1\n2\n", r"not in the order of the WNIDs, so without meta.mat .* cannot be known"),
+            ("gt.txt", "cat\ndog\n", "cannot read the ground truth"),
+            ("gt.txt", "", "an empty file"),
+            ("gt.txt", "n01440764\n", "the images of .* are numbered 1 to 12"),
+            ("gt.txt", "x.JPEG n01440764\n", "does not name 12 of 12 images"),
+            ("gt.csv", "ImageId,PredictionString\n", "holds no row"),
+            ("gt.csv", "a,b\n1,2\n", "expected the columns ImageId"),
+            ("gt.tar.gz", "no archive", "cannot read the development kit"),
+        ],
+    )
+    def test_what_cannot_be_used_is_refused_with_the_reason(
+        self, val: Path, tmp_path: Path, name: str, content: str, message: str
+    ) -> None:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DatasetError, match=message):
+            self.names(val, ground_truth=tmp_path / name)
+
+    def test_a_sorted_list_of_synsets_is_refused_for_the_kits_numbers(
+        self, val: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "gt.txt").write_text("1\n" * 12)
+        (tmp_path / "synsets.txt").write_text("n01440764\nn01443537\n")
+        with pytest.raises(DatasetError, match=r"are sorted.*another order"):
+            self.names(val, ground_truth=tmp_path / "gt.txt", synsets=tmp_path / "synsets.txt")
+        (tmp_path / "meta.mat").write_bytes(b"MATLAB 5.0 but damaged" * 20)
+        with pytest.raises(DatasetError, match="cannot read the synsets"):
+            self.names(val, ground_truth=tmp_path / "gt.txt", synsets=tmp_path / "meta.mat")
+
+    def test_images_that_are_not_numbered_need_one_line_each(self, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "v.tar", "w") as archive:
+            for name in ("b.jpg", "a.jpg"):
+                add_member(archive, name, jpeg_bytes())
+        (tmp_path / "gt.txt").write_text("n01443537\nn01440764\n")
+        assert self.names(tmp_path / "v.tar", ground_truth=tmp_path / "gt.txt") == [
+            "n01440764/b.jpg",
+            "n01443537/a.jpg",
+        ]
+        (tmp_path / "gt.txt").write_text("n01443537\n" * 3)
+        with pytest.raises(DatasetError, match="which is which cannot be known"):
+            self.names(tmp_path / "v.tar", ground_truth=tmp_path / "gt.txt")
+
+    def test_words_are_taken_from_the_file_named_and_must_cover_the_classes(
+        self, made: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        (tmp_path / "words.txt").write_text("".join(f"{wnid}\tword {wnid}\n" for wnid in MADE.wnids))
+        options = SourceOptions(words=tmp_path / "words.txt")
+        assert list_source(str(made("folder")), options).class_words == tuple(f"word {w}" for w in MADE.wnids)
+        (tmp_path / "words.txt").write_text("n00000001 x\n")
+        with pytest.raises(DatasetError, match="no words for 4 of 4 classes"):
+            list_source(str(made("folder")), options)
+
+
+class TestWrongSources:
+    def refused(self, source: Path | str, **options: Any) -> str:
+        with pytest.raises(DatasetError) as caught:
+            list_source(str(source), SourceOptions(**options))
+        return str(caught.value)
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        assert "nothing is at" in self.refused(tmp_path / "nowhere")
+        (tmp_path / "a.txt").touch()
+        assert "parquet files only" in self.refused(tmp_path / "*.txt")
+
+    def test_compressed_truncated_and_foreign_archives(
+        self, made: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        archive = made("tars") / "ILSVRC2012_img_train.tar"
+        with tarfile.open(tmp_path / "c.tar", "w:gz") as compressed:
+            compressed.add(archive, archive.name)
+        assert "compressed (gzip)" in self.refused(tmp_path / "c.tar")
+        data = archive.read_bytes()
+        (tmp_path / "t.tar").write_bytes(data[: len(data) // 2])
+        assert "incomplete download?" in self.refused(tmp_path / "t.tar")
+        with tarfile.open(tmp_path / "f.tar", "w") as foreign:
+            add_member(foreign, "setup.py", b"x")
+        assert "its first file is setup.py" in self.refused(tmp_path / "f.tar")
+        with tarfile.open(tmp_path / "d.tar", "w") as nested:
+            add_member(nested, "cat/a.jpg", jpeg_bytes())
+        assert "holds folders of images" in self.refused(tmp_path / "d.tar")
+        assert "n########.tar" in self.refused(tmp_path / "f.tar", kind="class-tars")
+
+    def test_a_class_archive_that_ends_early_does_not_run_on_into_the_next(self, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "t.tar", "w") as outer:
+            for wnid in WNIDS[:2]:
+                inner = io.BytesIO()
+                with tarfile.open(fileobj=inner, mode="w") as archive:
+                    add_member(archive, f"{wnid}_1.JPEG", jpeg_bytes())
+                data = inner.getvalue().rstrip(b"\0")
+                add_member(outer, f"{wnid}.tar", data + bytes(-len(data) % 512))
+        listing = list_source(str(tmp_path / "t.tar"), SourceOptions())
+        assert [listing.names.relative(n) for n in range(2)] == [f"{w}/{w}_1.JPEG" for w in WNIDS[:2]]
+
+    def test_two_archives_of_a_class(self, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "t.tar", "w") as outer:
+            for folder in ("a", "b"):
+                add_member(outer, f"{folder}/{WNIDS[0]}.tar", b"")
+        assert "got two of" in self.refused(tmp_path / "t.tar")
+
+    def test_wrong_folders_get_the_advice_of_the_folder_scan(self, tmp_path: Path) -> None:
+        (tmp_path / "cat").mkdir()
+        assert "Likely fix" in self.refused(tmp_path)
+
+
+class TestBadFiles:
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_every_defect_is_listed_and_the_counts_add_up(
+        self, messy: MessyTree, tmp_path: Path, workers: int
+    ) -> None:
+        prepared = pack(messy.root, tmp_path / "set", resolution=32, workers=workers, part_size=4)
+        report = json.loads((tmp_path / "set" / "report.json").read_text())
+        assert report == json.loads(json.dumps(prepared.report))
+        reasons = {each["file"]: each["detail"] for each in report["unreadable"]}
+        assert set(reasons) == set(messy.unreadable)
+        for path, reason in messy.unreadable.items():
+            assert reason in reasons[path]
+        assert {kind: len(found) for kind, found in report["converted_to_rgb"].items()} == messy.converted
+        assert len(report["rotated_by_exif"]) == messy.exif_rotated
+        assert len(report["enlarged"]) == messy.below_32_pixels
+        assert report["not_images"] == messy.skipped
+        assert (report["empty_classes"], report["lost_classes"]) == ([messy.empty_class], [messy.lost_class])
+        assert {each["file"]: each["detail"] for each in report["format_not_as_named"]} == {
+            f"{WNIDS[1]}/palette.JPEG": "holds PNG",
+            f"{WNIDS[1]}/grey16.JPEG": "holds PNG",
+        }
+        counts = prepared.manifest.values["counts"]
+        assert counts["listed"] == counts["packed"] + counts["unreadable"] == report["listed"]
+        assert (
+            counts["packed"] == prepared.manifest.num_images == len(np.load(tmp_path / "set" / "labels.npy"))
+        )
+        text = (tmp_path / "set" / "report.txt").read_text()
+        for path in (*messy.unreadable, f"{WNIDS[0]}/cmyk.JPEG", messy.empty_class):
+            assert path in text
+        assert verify(tmp_path / "set") == []
+
+    def test_what_is_kept_moves_up_over_what_is_left_out(self, messy: MessyTree, tmp_path: Path) -> None:
+        out = pack(messy.root, tmp_path / "set").manifest.folder
+        names = (out / "names.txt").read_text().splitlines()
+        images = np.load(out / "images.npy")
+        assert not set(names) & set(messy.unreadable)
+        assert len(names) == len(images)
+        for name, pixels in zip(names, images, strict=True):
+            np.testing.assert_array_equal(pixels, decode_image(messy.root / name, 8))
+
+    @pytest.mark.parametrize(
+        ("moved_bytes", "dies_after"), [(1, 0), (1, 3), (384, 1), (384, 5), (2**20, 0), (2**20, 1)]
+    )
+    def test_killed_while_moving_up_it_goes_on(
+        self,
+        messy: MessyTree,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        moved_bytes: int,
+        dies_after: int,
+    ) -> None:
+        expected = pack(messy.root, tmp_path / "expected").manifest
+        monkeypatch.setattr(staging, "MOVED_BYTES", moved_bytes)
+        left = [dies_after]
+        write_all = staging.write_all
+
+        def dies(file: Any, offset: int, data: bytes) -> None:
+            if left[0] == 0:
+                write_all(file, offset, data[: len(data) // 2])  # torn
+                raise KeyboardInterrupt
+            left[0] -= 1
+            write_all(file, offset, data)
+
+        monkeypatch.setattr(staging, "write_all", dies)
+        with pytest.raises(KeyboardInterrupt):
+            pack(messy.root, tmp_path / "set")
+        assert not (tmp_path / "set").exists()
+        monkeypatch.setattr(staging, "write_all", write_all)
+        monkeypatch.setattr(packing, "pack_part", None)  # nothing is read again
+        prepared = pack(messy.root, tmp_path / "set")
+        assert prepared.manifest.checksum == expected.checksum
+        assert verify(tmp_path / "set") == []
+        assert not (tmp_path / "set.partial").exists()
+
+    @pytest.mark.parametrize("place", [0, 5])
+    def test_a_bad_image_at_either_end_is_left_out(self, tmp_path: Path, place: int) -> None:
+        root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=3, sizes=[(20, 20)])
+        paths = sorted(root.rglob("*.JPEG"))
+        paths[place].write_bytes(b"")
+        pack(root, tmp_path / "set")
+        images = np.load(tmp_path / "set" / "images.npy")
+        kept = [path for number, path in enumerate(paths) if number != place]
+        for pixels, path in zip(images, kept, strict=True):
+            np.testing.assert_array_equal(pixels, decode_image(path, 8))
+        assert verify(tmp_path / "set") == []
+
+    def test_nothing_readable_is_an_error(self, tmp_path: Path) -> None:
+        for name in WNIDS[:2]:
+            (tmp_path / "src" / name).mkdir(parents=True)
+            (tmp_path / "src" / name / "a.JPEG").write_text("no image")
+        with pytest.raises(UserError, match=r"none of 2 images .* can be read.*text file"):
+            pack(tmp_path / "src", tmp_path / "set")
+
+    def test_mislabelled_files_are_listed_and_kept(self, tmp_path: Path) -> None:
+        root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=2, sizes=[(20, 20)])
+        first, second = (root / name for name in WNIDS[:2])
+        shutil.copy(first / f"{WNIDS[0]}_0.JPEG", second / f"{WNIDS[0]}_0.JPEG")
+        shutil.copy(first / f"{WNIDS[0]}_1.JPEG", first / "copy.JPEG")
+        prepared = pack(root, tmp_path / "set")
+        assert prepared.report["name_of_another_class"] == [
+            {"file": f"{WNIDS[1]}/{WNIDS[0]}_0.JPEG", "detail": f"named after {WNIDS[0]}"}
+        ]
+        assert prepared.report["same_image_in_several_classes"] == [
+            [f"{WNIDS[0]}/{WNIDS[0]}_0.JPEG", f"{WNIDS[1]}/{WNIDS[0]}_0.JPEG"]
+        ]
+        assert prepared.report["same_image_within_a_class"] == [
+            [f"{WNIDS[0]}/copy.JPEG", f"{WNIDS[0]}/{WNIDS[0]}_1.JPEG"]
+        ]
+        assert prepared.manifest.num_images == 6
+
+    def test_bad_images_in_archives_are_listed_as_those_in_folders(self, tmp_path: Path) -> None:
+        sound = jpeg_bytes(1, 300, 200)
+        with tarfile.open(tmp_path / "t.tar", "w") as outer:
+            for wnid, data in zip(WNIDS[:2], (sound[: len(sound) // 2], b"<html>"), strict=True):
+                inner = io.BytesIO()
+                with tarfile.open(fileobj=inner, mode="w") as archive:
+                    add_member(archive, f"{wnid}_0.JPEG", data)
+                    add_member(archive, f"{wnid}_1.JPEG", sound)
+                add_member(outer, f"{wnid}.tar", inner.getvalue())
+        report = pack(tmp_path / "t.tar", tmp_path / "set").report
+        assert [("truncated" in e["detail"], "text file" in e["detail"]) for e in report["unreadable"]] == [
+            (True, False),
+            (False, True),
+        ]
+
+    def test_a_source_that_changes_while_it_is_read_ends_the_run(self, tmp_path: Path) -> None:
+        root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=2, sizes=[(20, 20)])
+        listing = list_source(str(root), SourceOptions())
+        (root / WNIDS[1] / f"{WNIDS[1]}_1.JPEG").unlink()
+        with pytest.raises(DatasetError, match="any more"):
+            prepare(listing, tmp_path / "set", resolution=8, workers=1)
+
+
+class TestResume:
+    def test_killed_by_signal_9_it_goes_on_without_redoing_finished_parts(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = write_image_tree(
+            tmp_path / "src", class_names=WNIDS[:3], images_per_class=20, sizes=[(700, 600)]
+        )
+        command = [
+            *(sys.executable, "-W", "error", str(ROOT / "examples" / "imagenet_sagan.py"), "prepare"),
+            *("--source", str(source), "--out", str(tmp_path / "set"), "--resolution", "8"),
+            *("--part-size", "3", "--workers", "2"),
+        ]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+            "OMP_NUM_THREADS": "1",
+        }
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        markers = tmp_path / "set.partial" / "parts"
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if markers.is_dir() and len(list(markers.glob("*.json"))) >= 4:
+                break
+            time.sleep(0.005)
+        process.kill()
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors.decode()
+        self.wait_for_the_end_of_the_group(process.pid)
+        assert not (tmp_path / "set").exists()
+        finished = {int(path.stem): path.stat().st_mtime_ns for path in markers.glob("*.json")}
+        assert 4 <= len(finished) < 20
+
+        done: list[int] = []
+        pack_part = packing.pack_part
+
+        def counted(part: Part) -> PartResult:
+            done.append(part.number)
+            for number, written in finished.items():
+                assert (markers / f"{number:05d}.json").stat().st_mtime_ns == written
+            return pack_part(part)
+
+        monkeypatch.setattr(packing, "pack_part", counted)
+        prepared = pack(source, tmp_path / "set", part_size=3)
+        assert sorted([*done, *finished]) == list(range(20))
+        assert (prepared.packed, prepared.reused) == (3 * len(done), 3 * len(finished))
+        monkeypatch.undo()
+        whole = pack(source, tmp_path / "whole", part_size=7)
+        assert prepared.manifest.checksum == whole.manifest.checksum
+        assert not (tmp_path / "set.partial").exists()
+
+    @staticmethod
+    def wait_for_the_end_of_the_group(group: int) -> None:
+        """Worker processes end by themselves when the process that started them is gone."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(group, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.02)
+        os.killpg(group, signal.SIGKILL)
+        pytest.fail("worker processes outlived the process that was killed")
+
+    def interrupted(self, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, parts: int = 2) -> None:
+        """Leave a run that ended after some parts."""
+        pack_part = packing.pack_part
+        left = [parts]
+
+        def stops(part: Part) -> PartResult:
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return pack_part(part)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "pack_part", stops)
+            with pytest.raises(KeyboardInterrupt):
+                pack(source, out)
+
+    @pytest.mark.parametrize(
+        ("options", "difference"),
+        [
+            ({"resolution": 16}, "resolution was 8, now 16"),
+            ({"resample": "box"}, "filter was bilinear, now box"),
+            ({"part_size": 6}, "part_size was 5, now 6"),
+        ],
+    )
+    def test_other_options_are_refused_with_the_difference(
+        self,
+        made: Callable[[str], Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        options: dict[str, Any],
+        difference: str,
+    ) -> None:
+        self.interrupted(made("folder"), tmp_path / "set", monkeypatch)
+        with pytest.raises(UserError, match=difference):
+            pack(made("folder"), tmp_path / "set", **options)
+        assert pack(made("folder"), tmp_path / "set", workers=2).reused == 10
+
+    def test_another_list_of_files_or_another_pillow_is_refused(
+        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = shutil.copytree(made("folder"), tmp_path / "src")
+        self.interrupted(source, tmp_path / "set", monkeypatch)
+        with monkeypatch.context() as patch:
+            patch.setattr(packing.PIL, "__version__", "0.1")
+            with pytest.raises(UserError, match=r"now 0\.1"):
+                pack(source, tmp_path / "set")
+        next(source.rglob("*.JPEG")).unlink()
+        with pytest.raises(UserError, match=r"images was 24, now 23; source_fingerprint was"):
+            pack(source, tmp_path / "set")
+
+    def test_a_damaged_finished_part_is_found_and_done_again(
+        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = pack(made("folder"), tmp_path / "expected").manifest.checksum
+        self.interrupted(made("folder"), tmp_path / "set", monkeypatch)
+        flip(tmp_path / "set.partial" / "set" / "images.npy", 128 + 7 * 3 * 8 * 8)  # in the second part
+        prepared = pack(made("folder"), tmp_path / "set")
+        assert prepared.manifest.checksum == expected
+        assert (prepared.packed, prepared.reused) == (19, 5)
+
+    def test_a_torn_marker_is_a_part_that_is_not_finished(
+        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.interrupted(made("folder"), tmp_path / "set", monkeypatch)
+        marker = tmp_path / "set.partial" / "parts" / "00001.json"
+        marker.write_text(marker.read_text()[:40])
+        assert pack(made("folder"), tmp_path / "set").reused == 5
+        assert verify(tmp_path / "set") == []
+
+    def test_killed_before_the_set_gets_its_name_it_goes_on(
+        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stops(self: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(staging.Staging, "publish", stops)
+            with pytest.raises(KeyboardInterrupt):
+                pack(made("folder"), tmp_path / "set")
+        assert not (tmp_path / "set").exists()
+        with pytest.raises(PackedError, match="manifest"):
+            PackedDataset(tmp_path / "set")
+        assert pack(made("folder"), tmp_path / "set").reused == 24
+        assert verify(tmp_path / "set") == []
+
+    def test_a_finished_set_is_left_as_it_is_and_another_is_refused(
+        self, made: Callable[[str], Path], sound: Path
+    ) -> None:
+        before = snapshot(sound)
+        (sound.parent / "set.partial").mkdir()  # as after a kill between the last two steps
+        assert pack(made("folder"), sound).packed == 0
+        assert snapshot(sound) == before
+        assert not (sound.parent / "set.partial").exists()
+        with pytest.raises(UserError, match="resolution was 8, now 16"):
+            pack(made("folder"), sound, resolution=16)
+
+    def test_two_at_once_on_one_folder_are_refused(self, made: Callable[[str], Path], tmp_path: Path) -> None:
+        script = (
+            "import sys; from pathlib import Path; from sagan.prepare.staging import Staging\n"
+            "with Staging(Path(sys.argv[1])).locked():\n    print('held', flush=True); sys.stdin.read()\n"
+        )
+        holder = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "set")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another prepare is at work"):
+            pack(made("folder"), tmp_path / "set")
+        holder.communicate(b"")
+        assert pack(made("folder"), tmp_path / "set").packed == 24
+
+
+class TestSpaceAndPlaces:
+    def test_a_disk_too_small_is_refused_with_the_numbers_before_anything_is_written(
+        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=10_000_000)
+        monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(UserError, match=r"expected 0\.07 GB free for 24 images of 8x8 .* got 0\.01 GB"):
+            pack(made("folder"), tmp_path / "set")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_whole_of_imagenet_needs_63_gb(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=0)
+        monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(UserError, match=r"63\.\d\d GB free for 1,281,167 images of 128x128"):
+            staging.Staging(tmp_path / "set").check_space(1_281_167, 128)
+
+    def test_space_that_the_begun_set_takes_counts(
+        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = staging.Staging(tmp_path / "set")
+        place.folder.mkdir()
+        place.begin({}, 64, 128)
+        place.array.write_bytes(bytes(128 + 64 * 3 * 128**2))
+        os.sync()
+        usage = shutil.disk_usage(tmp_path)._replace(free=staging.SPARE_BYTES + 64 * 256)
+        monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+        place.check_space(64, 128)
+
+    def test_a_disk_that_fills_up_all_the_same_ends_the_run_and_keeps_what_is_finished(
+        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = [0]
+
+        def full(self: object, number: int, result: PartResult) -> None:
+            calls[0] += 1
+            if calls[0] == 3:
+                raise OSError(28, "No space left on device")
+            finish_part(self, number, result)
+
+        finish_part = staging.Staging.finish_part
+        with monkeypatch.context() as patch:
+            patch.setattr(staging.Staging, "finish_part", full)
+            with pytest.raises(OSError, match="No space left"):
+                pack(made("folder"), tmp_path / "set")
+        assert pack(made("folder"), tmp_path / "set").reused == 10
+
+    def test_a_folder_with_other_things_is_not_touched(
+        self, made: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "thesis.txt").write_text("mine")
+        with pytest.raises(UserError, match="not there yet or empty"):
+            pack(made("folder"), tmp_path / "set")
+        (tmp_path / "set" / "thesis.txt").unlink()
+        assert pack(made("folder"), tmp_path / "set").packed == 24
+
+    def test_a_worker_that_is_killed_ends_the_run_with_a_hint(
+        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(packing, "pack_part", dies)
+        with pytest.raises(UserError, match="a worker process was killed"):
+            pack(made("folder"), tmp_path / "set", workers=2)
+        monkeypatch.undo()
+        assert pack(made("folder"), tmp_path / "set").packed == 24
+
+    @pytest.mark.parametrize("workers", [1, 3])
+    def test_tasks_are_all_done_and_none_is_taken_long_before_its_turn(self, workers: int) -> None:
+        taken: list[int] = []
+
+        def tasks() -> Any:
+            for number in range(40):
+                taken.append(number)
+                yield number
+
+        ahead, done = [], []
+        for task, result in pool.run_tasks(abs, tasks(), workers):
+            ahead.append(len(taken) - len(done))
+            done.append(task)
+            assert result == task
+        assert sorted(done) == list(range(40))
+        assert max(ahead) <= 2 * workers + workers
+
+
+def dies(part: Part) -> PartResult:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+class TestVerify:
+    @pytest.mark.parametrize(
+        "name", ["images.npy", "labels.npy", "digests.npy", "names.txt", "report.json", "report.txt"]
+    )
+    @pytest.mark.parametrize("place", [0, -1])
+    def test_one_flipped_bit_in_any_file_is_found(self, sound: Path, name: str, place: int) -> None:
+        assert verify(sound) == []
+        flip(sound / name, place)
+        wrong = " ".join(verify(sound))
+        assert name in wrong
+
+    def test_damaged_images_are_named(self, sound: Path) -> None:
+        names = (sound / "names.txt").read_text().splitlines()
+        flip(sound / "images.npy", 128 + 5 * 3 * 8 * 8 + 17)
+        assert verify(sound) == [f"1 of 24 images are damaged in images.npy: 5 ({names[5]})"]
+
+    @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "names.txt", "manifest.json"])
+    def test_a_missing_file_is_found(self, sound: Path, name: str) -> None:
+        (sound / name).unlink()
+        assert name in " ".join(verify(sound))
+
+    def test_a_file_cut_short_is_found(self, sound: Path) -> None:
+        data = (sound / "images.npy").read_bytes()
+        (sound / "images.npy").write_bytes(data[:-200])
+        wrong = " ".join(verify(sound))
+        assert "expected 4,736 bytes, got 4,536" in wrong
+        assert "2 of 24 images are damaged" in wrong
+        with pytest.raises(PackedError, match="not whole"):
+            PackedDataset(sound)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"num_images": 23}, "expected 4,544 bytes"),
+            ({"resolution": 16}, "images.npy"),
+            ({"class_names": ["a", "b", "c", "d"]}, "checksum"),
+            ({"checksum": "sha256:0"}, "checksum"),
+            ({"images_per_class": [6, 6, 6, 5]}, "as many as"),
+            ({"num_classes": 5}, "num_classes"),
+            ({"version": 2}, "expected version 1, got 2"),
+            ({"format": "other"}, "expected the format"),
+            ({"counts": {"packed": 3}}, "do not add up"),
+            ({"files": {}}, "does not list labels.npy"),
+            ({"filter": None}, "filter is None"),
+        ],
+    )
+    def test_a_manifest_that_does_not_fit_is_found(
+        self, sound: Path, change: dict[str, Any], message: str
+    ) -> None:
+        manifest = json.loads((sound / "manifest.json").read_text())
+        (sound / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        assert message in " ".join(verify(sound))
+
+    def test_labels_out_of_range_or_order_are_found(self, sound: Path) -> None:
+        for labels, message in ((np.arange(24), "got 0 to 23"), (np.arange(24) % 4, "not in order")):
+            np.save(sound / "labels.npy", labels)
+            assert message in " ".join(verify(sound))
+            with pytest.raises(PackedError, match=message):
+                PackedDataset(sound)
+
+    def test_the_command_says_what_is_wrong_and_fails(
+        self, sound: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main("prepare", "--verify", sound) == 0
+        assert "Sound: every image" in capsys.readouterr().out
+        flip(sound / "images.npy", 2000)
+        assert main("prepare", "--verify", sound) == 1
+        assert "1 of 24 images are damaged" in capsys.readouterr().out
+        assert main("prepare", "--verify", sound.parent / "nowhere") == 1
+
+
+class TestManifest:
+    def test_it_says_what_was_made_from_what(self, made: Callable[[str], Path], sound: Path) -> None:
+        values = json.loads((sound / "manifest.json").read_text())
+        assert (values["num_images"], values["num_classes"], values["images_per_class"]) == (24, 4, [6] * 4)
+        assert (values["resolution"], values["filter"]) == (8, "bilinear")
+        assert "full decode" in values["decoding"]
+        assert "central square" in values["crop"]
+        assert values["source"]["kind"] == "folder"
+        assert values["source"]["path"] == str(made("folder") / "train")
+        assert values["class_names"] == MADE.wnids
+        assert values["class_words"] == MADE.words
+        assert re.fullmatch("sha256:[0-9a-f]{64}", values["checksum"])
+        assert {"python", "numpy", "pillow", "libjpeg", "sagan_layers"} <= set(values["versions"])
+
+    def test_the_checksum_changes_with_a_pixel_a_label_and_a_name(
+        self, made: Callable[[str], Path], tmp_path: Path, sound: Path
+    ) -> None:
+        sums = {PackedDataset(sound).fingerprint}
+        source = shutil.copytree(made("folder") / "train", tmp_path / "src")
+        first, second, *_ = sorted(source.iterdir())
+        image = next(first.iterdir())
+        image.write_bytes(jpeg_bytes(5))
+        sums.add(pack(source, tmp_path / "pixel").manifest.checksum)
+        first.rename(source / "n00000001")
+        sums.add(pack(source, tmp_path / "name").manifest.checksum)
+        (source / "n00000001" / image.name).rename(second / image.name)
+        sums.add(pack(source, tmp_path / "label").manifest.checksum)
+        assert len(sums) == 4
+
+
+class TestPackedDataset:
+    def test_it_serves_what_the_folder_dataset_serves(self, made: Callable[[str], Path], sound: Path) -> None:
+        tree = scan_image_tree(made("folder"))
+        dataset = PackedDataset(sound, 8)
+        assert dataset.class_names == tree.class_names
+        assert (dataset.num_classes, dataset.resolution, len(dataset), dataset.cached) == (4, 8, 24, True)
+        assert dataset.labels.tolist() == tree.labels.tolist()
+        images, labels = dataset.fetch([23, 0, 0, 7])
+        assert (images.dtype, images.shape, labels.dtype) == (torch.uint8, (4, 3, 8, 8), torch.int64)
+        for image, label, index in zip(images, labels.tolist(), [23, 0, 0, 7], strict=True):
+            assert torch.equal(image, decode_image(tree.paths[index], 8))
+            assert torch.equal(image, dataset[index][0])
+            assert label == tree.labels[index] == dataset.__getitems__([index])[0][1]
+        assert torch.equal(dataset[-1][0], images[0])
+
+    def test_batches_do_not_alias_the_file(self, sound: Path) -> None:
+        dataset = PackedDataset(sound)
+        before = dataset[3][0].clone()
+        dataset.fetch([3])[0].fill_(0)
+        assert torch.equal(dataset[3][0], before)
+        assert verify(sound) == []
+
+    @pytest.mark.parametrize("index", [24, -25])
+    def test_an_index_beyond_the_end_is_an_index_error(self, sound: Path, index: int) -> None:
+        dataset = PackedDataset(sound)
+        with pytest.raises(IndexError, match="below 24"):
+            dataset[index]
+        with pytest.raises(IndexError, match="from 0 to 23"):
+            dataset.fetch([0, index])
+
+    def test_another_resolution_is_refused_with_both(self, sound: Path) -> None:
+        with pytest.raises(PackedError, match=r"expected images of 32x32 .* has 8x8.*--resolution 32"):
+            PackedDataset(sound, 32)
+
+    def test_it_can_be_pickled(self, sound: Path) -> None:
+        dataset = PackedDataset(sound)
+        again = pickle.loads(pickle.dumps(dataset))
+        assert len(pickle.dumps(dataset)) < 20_000
+        assert torch.equal(again.fetch([4, 2])[0], dataset.fetch([4, 2])[0])
+
+    @pytest.mark.parametrize(("num_workers", "context"), [(0, None), (1, "fork"), (1, "spawn")])
+    def test_the_loader_serves_the_same_batches_whoever_reads(
+        self, sound: Path, num_workers: int, context: str | None
+    ) -> None:
+        dataset = PackedDataset(sound)
+        options = {"batch_size": 5, "seed": 3, "horizontal_flip": True}
+        loader = make_loader(dataset, num_workers=num_workers, multiprocessing_context=context, **options)
+        unhurried = PackedDataset(sound)
+        unhurried.batches_ahead = 0
+        for (images, labels), (same_images, same_labels), _ in zip(
+            loader, make_loader(unhurried, **options), range(12), strict=False
+        ):
+            assert torch.equal(images, same_images)
+            assert torch.equal(labels, same_labels)
+        del loader
+
+
+class TestReadAhead:
+    def test_items_come_in_order_and_errors_in_their_place(self) -> None:
+        def items() -> Any:
+            yield from range(5)
+            raise ValueError("the sixth")
+
+        found = []
+        with pytest.raises(ValueError, match="the sixth"):
+            found.extend(iter_into(found, read_ahead(items(), 2)))
+        assert found == list(range(5))
+
+    def test_no_more_than_asked_for_is_taken_and_the_thread_ends_with_the_iterator(self) -> None:
+        taken: list[int] = []
+
+        def items() -> Any:
+            for number in range(1000):
+                taken.append(number)
+                yield number
+
+        iterator = read_ahead(items(), 3)
+        assert next(iterator) == 0
+        time.sleep(0.05)
+        assert len(taken) <= 5
+        iterator.close()  # joins the thread
+        count = len(taken)
+        time.sleep(0.05)
+        assert len(taken) == count
+
+
+def iter_into(found: list[int], iterator: Any) -> Any:
+    for item in iterator:
+        found.append(item)
+    return ()
+
+
+class TestCommand:
+    SMALL = (
+        *("--device", "cpu", "--batch-size", "4", "--network.base-width", "1", "--network.latent-dim", "4"),
+        *("--network.g-attention", "16", "--network.d-attention", "8", "--output.grid-columns", "2"),
+    )
+
+    def test_from_generated_images_to_a_trained_run_and_its_resumption(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        made = ["--classes", 2, "--images", 5, "--val-images", 1, "--scale", 0.15]
+        assert main("make-images", "--out", tmp_path / "src", *made) == 0
+        assert "10 training and 2 validation images in 2 classes" in capsys.readouterr().out
+        options = ["--source", tmp_path / "src", "--resolution", 32, "--workers", 1]
+        assert main("prepare", *options, "--out", tmp_path / "set") == 0
+        text = capsys.readouterr().out
+        assert "class tars: 10 images in 2 classes" in text
+        assert "10 of 10 images (100.0%)" in text
+        assert "10 images listed = 10 packed + 0 unreadable" in text
+        assert main("prepare", *options, "--out", tmp_path / "set") == 0
+        assert "is finished already" in capsys.readouterr().out
+
+        train = ["train", "--data", tmp_path / "set", *self.SMALL, "--network.resolution", 32]
+        for name, steps in (("whole", (3,)), ("parts", (2, 3))):
+            for number, iterations in enumerate(steps):
+                more = ["--resume"] if number else []
+                assert main(*train, "--out", tmp_path / name, "--iterations", iterations, *more) == 0
+        assert "Prepared images in" in capsys.readouterr().out
+        states = [load_checkpoint(find_checkpoint(tmp_path / name)) for name in ("whole", "parts")]
+        for name, weight in states[0]["generator"].items():
+            assert torch.equal(weight, states[1]["generator"][name])
+        assert states[0]["fingerprint"] == PackedDataset(tmp_path / "set").fingerprint
+        assert states[0]["class_names"] == ["n01440764", "n01450771"]
+        manifest = (tmp_path / "set" / "manifest.json").read_bytes()
+        assert (tmp_path / "whole" / "data_manifest.json").read_bytes() == manifest
+
+    def test_training_refuses_another_resolution_and_a_damaged_set(
+        self, made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pack(made("folder"), tmp_path / "set", resolution=32, resample="box")
+        train = ["train", "--data", tmp_path / "set", "--out", tmp_path / "run", *self.SMALL]
+        assert main(*train) == 1
+        assert "expected images of 128x128 pixels, the set in" in capsys.readouterr().err
+        assert main(*train, "--network.resolution", 32, "--dry-run") == 0
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert config["images"]["resample"] == "box"  # as the set was made
+        flip(tmp_path / "set" / "images.npy", 2000)
+        assert main(*train, "--network.resolution", 32, "--images.check", "full") == 1
+        assert "is damaged: 1 of 24 images" in capsys.readouterr().err
+        (tmp_path / "set" / "manifest.json").unlink()
+        assert main(*train, "--network.resolution", 32) == 1
+        assert "cannot read its manifest.json" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--out", "x"], "source: expected --source"),
+            (["--source", "x"], "out: expected --out"),
+            (["--source", "nowhere", "--out", "x"], "nothing is at nowhere"),
+            (["--source", "x", "--out", "x", "--resolution", "0"], "resolution: expected at least 1"),
+        ],
+    )
+    def test_wrong_options_end_with_a_plain_message(
+        self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main("prepare", *arguments) == 1
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert "Traceback" not in captured.err
+
+    def test_workers_and_part_size_must_be_positive(
+        self, made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        source = ["--source", made("folder"), "--out", tmp_path / "set"]
+        for option in ("--workers", "--part-size"):
+            assert main("prepare", *source, option, -1) == 1
+            assert f"{option[2:].replace('-', '_')}: expected at least 1, got -1" in capsys.readouterr().err
+
+    def test_ctrl_c_keeps_what_is_finished_and_says_so(
+        self,
+        made: Callable[[str], Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def stops(part: Part) -> PartResult:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(packing, "pack_part", stops)
+        options = ["--source", made("folder"), "--out", tmp_path / "set", "--workers", 1]
+        assert main("prepare", *options) == INTERRUPTED
+        assert "The same command goes on" in capsys.readouterr().out
+
+
+class TestSynthetic:
+    def test_the_same_seed_gives_the_same_files_and_another_others(self, tmp_path: Path) -> None:
+        sets = [replace(MADE, images=1, seed=seed) for seed in (0, 0, 1)]
+        files = [{name: data for name, _, data in each.train()} for each in sets]
+        assert files[0] == files[1] != files[2]
+
+    def test_sizes_and_bytes_are_like_those_of_imagenet(self) -> None:
+        made = SyntheticSet(classes=2, images=8)
+        sizes, total = [], 0
+        for _, _, data in made.train():
+            total += len(data)
+            with Image.open(io.BytesIO(data)) as image:
+                sizes.append(image.width * image.height)
+        assert 100_000 < np.median(sizes) < 300_000
+        assert 0.25 < total / sum(sizes) < 1  # bytes a pixel; ILSVRC2012's mean is about 0.6
+
+    @pytest.mark.parametrize("wrong", [{"classes": 1}, {"images": 0}, {"scale": 0}])
+    def test_what_cannot_be_made_is_refused(self, wrong: dict[str, Any]) -> None:
+        with pytest.raises(UserError, match="expected"):
+            SyntheticSet(**wrong)
+
+    def test_a_listing_knows_its_source_apart(self, made: Callable[[str], Path], tmp_path: Path) -> None:
+        def fingerprint(root: Path) -> str:
+            listing: Listing = list_source(str(root), SourceOptions())
+            return listing.fingerprint
+
+        write_folder(tmp_path / "a", MADE)
+        assert fingerprint(tmp_path / "a") == fingerprint(made("folder"))
+        next((tmp_path / "a" / "train").rglob("*.JPEG")).rename(
+            tmp_path / "a" / "train" / MADE.wnids[0] / "x.JPEG"
+        )
+        assert fingerprint(tmp_path / "a") != fingerprint(made("folder"))

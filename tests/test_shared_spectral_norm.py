@@ -1,0 +1,711 @@
+"""Normalised weights that the forwards of a step share, against layers that each look after themselves."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from blocks import spectral_layers
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from sagan_layers import (
+    ProjectionDiscriminatorHead,
+    SelfAttention2d,
+    SharedSpectralNorm,
+    SNConv2d,
+    SNConvTranspose2d,
+    SNEmbedding,
+    SNLinear,
+    SpectralNormLayer,
+    frozen_spectral_norm,
+    functional,
+    remove_spectral_norm,
+    shared_spectral_norm,
+)
+from sagan_layers.ops import dispatch, spectral_norm_grouped
+
+CLASSES = 5
+
+
+class Network(nn.Module):
+    """Every kind of layer, one of them used twice, and small and large matrices."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, **options: object) -> None:
+        super().__init__()
+        to = {"dtype": dtype}
+        self.first = SNConv2d(3, 16, 3, padding=1, **to, **options)
+        self.twice = SNConv2d(16, 16, 1, groups=2, **to, **options)
+        self.up = SNConvTranspose2d(16, 12, 4, stride=2, padding=1, **to, **options)
+        self.wide = SNConv2d(12, 640, 3, stride=2, padding=1, bias=False, **to, **options)
+        self.narrow = SNConv2d(640, 16, 1, **to, **options)
+        self.attention = SelfAttention2d(16, gamma_init=0.7, **to)
+        self.head = ProjectionDiscriminatorHead(16, CLASSES, **to)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        h = torch.tanh(self.twice(torch.tanh(self.twice(self.first(x)))))
+        h = self.narrow(torch.tanh(self.wide(torch.tanh(self.up(h)))))
+        logits: Tensor = self.head(self.attention(h), labels)
+        return logits
+
+
+def batch(seed: int, dtype: torch.dtype = torch.float32, size: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 3, 6, 4, generator=generator).to(dtype)
+    return x, torch.randint(CLASSES, (size,), generator=generator)
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        scale = max(1.0, expected[name].abs().max().item())
+        torch.testing.assert_close(
+            value, expected[name], rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+# --- agreement with the layers' own rule -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("options", [{}, {"n_power_iterations": 3, "eps": 1e-8}], ids=["defaults", "options"])
+def test_steps_agree_with_a_first_forward_that_moves_and_others_that_repeat_it(
+    memory_format: torch.memory_format, options: dict[str, object]
+) -> None:
+    ours = Network(**options).to(memory_format=memory_format)
+    layerwise = copy.deepcopy(ours)
+    optimizers = [torch.optim.SGD(network.parameters(), lr=0.05) for network in (ours, layerwise)]
+    shared = shared_spectral_norm(ours)
+    for step in range(4):
+        parts = [batch(10 * step + part) for part in range(3)]
+        with shared:
+            outputs = [ours(*part) for part in parts]
+            for output in outputs:
+                output.square().mean().backward()
+        expected = []
+        for index, part in enumerate(parts):
+            if index == 0:
+                expected.append(_call_once_each(layerwise, *part))
+            else:
+                with frozen_spectral_norm(layerwise, iterate=False):
+                    expected.append(layerwise(*part))
+            expected[-1].square().mean().backward()
+        assert_close(
+            dict(enumerate(map(Tensor.detach, outputs))), dict(enumerate(map(Tensor.detach, expected)))
+        )
+        assert_close(gradients(ours), gradients(layerwise))
+        assert_close(state(ours), state(layerwise))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_close(state(ours), state(layerwise))
+
+
+def _call_once_each(network: Network, x: Tensor, labels: Tensor) -> Tensor:
+    """Call the network, the layer that it uses twice moving once."""
+    h = network.twice(network.first(x))
+    with frozen_spectral_norm(network.twice, iterate=False):
+        h = torch.tanh(network.twice(torch.tanh(h)))
+    h = network.narrow(torch.tanh(network.wide(torch.tanh(network.up(h)))))
+    logits: Tensor = network.head(network.attention(h), labels)
+    return logits
+
+
+def test_a_shared_layer_gives_the_bits_of_the_layer_alone_and_can_be_repeated() -> None:
+    ours = Network()
+    alone = copy.deepcopy(ours)
+    x, labels = batch(0)
+    with shared_spectral_norm(ours):
+        y = ours(x, labels)
+    weights = [layer.normalized_weight() for layer in spectral_layers(alone)]
+    with frozen_spectral_norm(ours, iterate=False):
+        assert torch.equal(ours(x, labels), y)
+        assert all(
+            torch.equal(layer.normalized_weight(), weight)
+            for layer, weight in zip(spectral_layers(ours), weights, strict=True)
+        )
+    assert_close(state(ours), state(alone), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_parameters_of_other_dtypes_agree_too(dtype: torch.dtype) -> None:
+    layer = SNLinear(24, 16, dtype=dtype)
+    alone = copy.deepcopy(layer)
+    x = torch.randn(3, 24).to(dtype)
+    with shared_spectral_norm(layer):
+        y = layer(x)
+        y.square().sum().backward()
+    expected = alone(x)
+    expected.square().sum().backward()
+    assert torch.equal(y, expected)
+    assert layer.weight.grad.dtype == dtype
+    tolerance = {torch.float64: 1e-13, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(layer.weight.grad, alone.weight.grad, rtol=tolerance, atol=tolerance)
+    assert_close(state(layer), state(alone), 0)
+
+
+@pytest.mark.parametrize("mode", ["evaluation", "frozen", "frozen_stored", "frozen_iterating"])
+@pytest.mark.parametrize("iterate_when_frozen", [True, False])
+def test_where_u_must_not_move_the_weights_are_those_of_each_layers_rule(
+    mode: str, iterate_when_frozen: bool
+) -> None:
+    network = Network(iterate_when_frozen=iterate_when_frozen)
+    x, labels = batch(0)
+    if mode == "evaluation":
+        network.eval()
+    iterate = {"frozen_stored": False, "frozen_iterating": True}.get(mode)
+    frozen = frozen_spectral_norm(network, iterate=iterate)
+    before = state(network)
+    if mode == "evaluation":
+        expected = network(x, labels)
+        with shared_spectral_norm(network):
+            y = network(x, labels)
+    else:
+        with frozen:
+            expected = network(x, labels)
+            with shared_spectral_norm(network):
+                y = network(x, labels)
+    assert torch.equal(y, expected)
+    assert_close(state(network), before, 0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_zero_weights_stay_as_they_are(training: bool) -> None:
+    for layer in (SNLinear(24, 16), SNConvTranspose2d(3, 4, 3), SNLinear(640, 640)):
+        nn.init.zeros_(layer.weight)
+        layer.train(training)
+        with shared_spectral_norm(layer):
+            weight = layer.normalized_weight()
+            weight.sum().backward()
+        assert torch.count_nonzero(weight) == 0
+        assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
+        assert all(torch.isfinite(buffer).all() for buffer in layer.buffers())
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------
+
+
+LAYOUTS: dict[str, Callable[[], SpectralNormLayer]] = {
+    "conv": lambda: SNConv2d(8, 16, 3),
+    "conv_channels_last": lambda: SNConv2d(8, 16, 3).to(memory_format=torch.channels_last),
+    "pointwise_channels_last": lambda: SNConv2d(8, 16, 1).to(memory_format=torch.channels_last),
+    "one_output": lambda: SNLinear(24, 1),
+    "transpose": lambda: SNConvTranspose2d(6, 16, 3),
+    "transpose_channels_last": lambda: SNConvTranspose2d(6, 16, 3).to(memory_format=torch.channels_last),
+    "embedding": lambda: SNEmbedding(7, 6),
+    "split": lambda: SNConv2d(64, 128, 3),
+    "split_channels_last": lambda: SNConv2d(64, 128, 3).to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("grad_strides", ["same", "other", "expanded"])
+def test_gradients_are_the_references_for_every_layout(kind: str, grad_strides: str) -> None:
+    layer = LAYOUTS[kind]().double()
+    assert dispatch.select_spectral_norm_backend(layer.weight, layer._output_axis).name == "cpu"
+    weight = layer.weight
+    cotangent = torch.randn(weight.shape, dtype=torch.float64)
+    if grad_strides == "same":
+        cotangent = torch.empty_like(weight).copy_(cotangent)
+    elif grad_strides == "expanded":
+        cotangent = cotangent.flatten()[0].expand(weight.shape)
+    u, v = layer.weight_u.clone(), layer.weight_v.clone()
+    with shared_spectral_norm(layer):
+        normalized = layer.normalized_weight()
+        (ours,) = torch.autograd.grad(normalized, weight, cotangent)
+    expected = functional.spectral_normalize(weight, u, v, dim=layer._output_axis)
+    (theirs,) = torch.autograd.grad(expected.weight, weight, cotangent)
+    torch.testing.assert_close(normalized, expected.weight, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(layer.weight_u, expected.u, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(layer.weight_v, expected.v, rtol=1e-12, atol=1e-13)
+    assert ours.stride() == weight.stride()
+
+
+def test_gradients_of_first_and_second_order_pass_the_numerical_check() -> None:
+    for layer in (SNConvTranspose2d(2, 3, 2).double(), SNLinear(4, 3).double().eval()):
+        layer.iterate_when_frozen = False
+        layer.eval()
+
+        def normalized(weight: Tensor, layer: nn.Module = layer) -> Tensor:
+            task = layer._task(weight, iterate=False)
+            (result,) = functional.normalize_layer_weights([task])
+            return functional.with_spectral_gradient(task, result)
+
+        weight = layer.weight.detach().requires_grad_()
+        assert torch.autograd.gradcheck(normalized, weight)
+        assert torch.autograd.gradgradcheck(normalized, weight)
+
+
+def test_every_part_of_a_batch_has_its_backward_and_the_sum_is_the_whole_batchs() -> None:
+    whole = Network(torch.float64)
+    parts = copy.deepcopy(whole)
+    x, labels = batch(0, torch.float64, size=6)
+    with shared_spectral_norm(whole):
+        whole(x, labels).mean().backward()
+    with shared_spectral_norm(parts):
+        for part in range(3):
+            chosen = slice(2 * part, 2 * part + 2)
+            (parts(x[chosen], labels[chosen]).mean() / 3).backward()
+    assert_close(gradients(parts), gradients(whole), 1e-13)
+    assert_close(state(parts), state(whole), 0)
+
+
+def test_real_and_fake_passes_of_two_blocks_may_share_one_backward() -> None:
+    ours = Network(torch.float64)
+    separate = copy.deepcopy(ours)
+    losses = []
+    for seed in range(2):
+        with shared_spectral_norm(ours):
+            losses.append(ours(*batch(seed, torch.float64)).square().sum())
+        with shared_spectral_norm(separate):
+            separate(*batch(seed, torch.float64)).square().sum().backward()
+    sum(losses).backward()
+    assert_close(gradients(ours), gradients(separate), 1e-12)
+
+
+def test_backward_after_the_optimizers_step_is_that_of_its_own_forward() -> None:
+    layer = SNConv2d(64, 128, 3)
+    same = copy.deepcopy(layer)
+    x = torch.randn(2, 64, 4, 4)
+    with shared_spectral_norm(layer):
+        loss = layer(x).square().sum()
+        with torch.no_grad():
+            layer.weight.mul_(2).add_(1)
+        loss.backward()
+    same(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, same.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_second_derivatives_work_and_refuse_a_weight_that_has_changed() -> None:
+    ours = Network(torch.float64)
+    alone = copy.deepcopy(ours)
+    alone.twice = nn.Identity()
+    ours.twice = nn.Identity()
+    x, labels = batch(0, torch.float64)
+    for network, context in (
+        (ours, shared_spectral_norm(ours)),
+        (alone, frozen_spectral_norm(nn.Identity())),
+    ):
+        leaf = x.clone().requires_grad_()
+        with context:
+            (slope,) = torch.autograd.grad(network(leaf, labels).sum(), leaf, create_graph=True)
+        slope.square().sum().backward()
+    assert_close(gradients(ours), gradients(alone), 1e-10)
+    layer = SNLinear(4, 3)
+    with shared_spectral_norm(layer):
+        y = layer(torch.randn(2, 4)).square().sum()
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified in place after the forward pass whose second"):
+        torch.autograd.grad(y, layer.weight, create_graph=True)
+
+
+def test_weights_without_gradients_get_none_whenever_that_is_asked() -> None:
+    network = Network()
+    x, labels = batch(0)
+    with shared_spectral_norm(network):
+        with torch.no_grad():
+            assert not network(x, labels).requires_grad
+        for parameter in network.parameters():
+            parameter.requires_grad_(False)
+        leaf = x.clone().requires_grad_()
+        network(leaf, labels).sum().backward()
+        assert leaf.grad is not None
+        assert gradients(network) == {}
+        for parameter in network.parameters():
+            parameter.requires_grad_(True)
+        network(x, labels).sum().backward()
+        assert len(gradients(network)) == len(list(network.parameters()))
+
+
+def test_entered_without_gradients_it_still_gives_gradients() -> None:
+    network = Network()
+    same = copy.deepcopy(network)
+    with torch.no_grad():
+        shared = shared_spectral_norm(network)
+        shared.update()
+    network(*batch(0)).sum().backward()
+    with shared_spectral_norm(same):
+        same(*batch(0)).sum().backward()
+    assert_close(gradients(network), gradients(same), 0)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+@pytest.mark.parametrize("lowered", [False, True])
+def test_the_form_for_a_gpu_computes_the_same(iterations: int, lowered: bool) -> None:
+    layers = [make().double() for kind, make in LAYOUTS.items() if kind != "transpose"]
+    nn.init.zeros_(layers[0].weight)
+    tasks = []
+    for layer in layers:
+        task = layer._task(layer.weight, iterate=True)._replace(n_power_iterations=iterations)
+        tasks.append(task._replace(dtype=torch.bfloat16) if lowered else task)
+        against = spectral_norm_grouped.reasons_against(layer.weight, layer._output_axis)
+        assert [reason.split(",")[0] for reason in against] == ["it saves launches on a GPU"]
+    with torch.no_grad():
+        results = spectral_norm_grouped.normalize(tasks)
+    for task, result in zip(tasks, results, strict=True):
+        expected = functional.spectral_normalize(
+            *task[:3], dim=task.dim, n_power_iterations=iterations, eps=task.eps
+        )
+        tolerance = 1e-2 if lowered else 1e-12
+        assert result.weight.dtype == task.dtype
+        torch.testing.assert_close(result.weight.double(), expected.weight, rtol=tolerance, atol=tolerance)
+        for ours, theirs in zip(result[1:], expected[1:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        for cotangent in (
+            torch.randn_like(task.weight),
+            torch.randn(task.weight.shape, dtype=torch.float64).to(task.dtype),
+        ):
+            ours = spectral_norm_grouped.gradient(cotangent, task.weight, result, task.dim, task.eps, None)
+            (theirs,) = torch.autograd.grad(
+                expected.weight, task.weight, cotangent.double(), retain_graph=True
+            )
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+            assert ours.stride() == task.weight.stride()
+
+
+def test_a_weight_that_is_no_matrix_in_memory_is_left_to_the_reference() -> None:
+    against = spectral_norm_grouped.reasons_against(torch.empty(6, 16, 3, 3), 1)
+    assert "outputs lie between other axes" in against
+    assert "the weight does not fill its memory" in spectral_norm_grouped.reasons_against(
+        torch.empty(6, 16)[:, ::2], 0
+    )
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_steps_agree_with_the_cpu_and_can_be_captured_in_a_graph() -> None:
+    on_cpu = Network()
+    on_gpu = copy.deepcopy(on_cpu).cuda()
+    x, labels = batch(0)
+    gpu_x, gpu_labels = x.cuda(), labels.cuda()
+    for _ in range(2):
+        for network, inputs in ((on_cpu, (x, labels)), (on_gpu, (gpu_x, gpu_labels))):
+            network.zero_grad()
+            with shared_spectral_norm(network):
+                network(*inputs).square().mean().backward()
+    assert_close({k: v.cpu() for k, v in gradients(on_gpu).items()}, gradients(on_cpu), 1e-4)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), shared_spectral_norm(on_gpu):
+        on_gpu(gpu_x, gpu_labels).sum().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), shared_spectral_norm(on_gpu):
+        on_gpu(gpu_x, gpu_labels).sum().backward()
+    before = on_gpu.wide.weight_u.clone()
+    graph.replay()
+    assert not torch.equal(on_gpu.wide.weight_u, before)
+
+
+# --- when it holds -----------------------------------------------------------------------------------------------
+
+
+def test_u_moves_once_on_entry_and_at_each_update_and_afterwards_as_before() -> None:
+    network = Network()
+    moves = []
+
+    def note() -> None:
+        moves.append(network.wide.weight_u.clone())
+
+    note()
+    with shared_spectral_norm(network) as shared:
+        note()
+        for seed in range(3):
+            network(*batch(seed))
+            note()
+        shared.update()
+        note()
+    note()
+    network(*batch(0))
+    note()
+    changed = [not torch.equal(first, second) for first, second in itertools.pairwise(moves)]
+    assert changed == [True, False, False, False, True, False, True]
+
+
+def test_a_changed_or_replaced_weight_is_refused_until_the_update() -> None:
+    layer = SNLinear(4, 3)
+    x = torch.randn(2, 4)
+    with shared_spectral_norm(layer) as shared:
+        layer(x).sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+        with pytest.raises(
+            RuntimeError, match=r"changed since shared_spectral_norm has normalised it; call upd"
+        ):
+            layer(x)
+        shared.update()
+        layer(x)
+        given = {"weight": torch.randn(3, 4)}
+        with pytest.raises(
+            RuntimeError, match="expected the parameter that shared_spectral_norm has normalised"
+        ):
+            torch.func.functional_call(layer, given, x)
+    layer(x)
+
+
+def test_contexts_nest_and_the_outer_ones_weights_hold() -> None:
+    network = Network()
+    x, labels = batch(0)
+    with shared_spectral_norm(network.wide) as inner_part:
+        part = network.wide.normalized_weight()
+        moved = network.wide.weight_u.clone()
+        with shared_spectral_norm(network):
+            y = network(x, labels)
+            assert torch.equal(network.wide.normalized_weight(), part)
+            assert torch.equal(network.wide.weight_u, moved)
+            with frozen_spectral_norm(network, iterate=True):
+                assert torch.equal(network(x, labels), y)
+        assert network.first._shared is None
+        assert torch.equal(network.wide.normalized_weight(), part)
+        inner_part.update()
+        assert not torch.equal(network.wide.weight_u, moved)
+    assert all(layer._shared is None for layer in spectral_layers(network))
+
+
+def test_an_exception_ends_it_and_a_context_in_use_is_refused() -> None:
+    network = Network()
+    shared = shared_spectral_norm(network)
+    with pytest.raises(ValueError, match="in the middle"), shared:
+        raise ValueError("in the middle")
+    assert all(layer._shared is None for layer in spectral_layers(network))
+    with shared, pytest.raises(RuntimeError, match="expected a context that is not in use"):
+        shared.__enter__()
+    with pytest.raises(TypeError, match="dtype: expected a floating-point dtype"):
+        shared_spectral_norm(network, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, copy.copy, lambda module: pickle.loads(pickle.dumps(module))]
+)
+def test_copies_made_inside_are_not_part_of_it(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    layer = SNConv2d(64, 128, 3)
+    with shared_spectral_norm(layer):
+        layer.normalized_weight().sum().backward()
+        duplicated = duplicate(layer)
+        assert {"_shared", "_memory", "_frozen_by"}.isdisjoint(vars(duplicated))
+        before = duplicated.weight_u.clone()
+        duplicated.normalized_weight()
+    assert not torch.equal(duplicated.weight_u, before)
+
+
+def test_removing_inside_leaves_no_trace() -> None:
+    layer = SNLinear(2, 2)
+    with shared_spectral_norm(layer):
+        remove_spectral_norm(layer)
+    assert set(vars(layer)) == set(vars(nn.Linear(2, 2)))
+
+
+def test_a_network_without_normalised_layers_is_left_alone() -> None:
+    model = nn.Linear(2, 2)
+    state_before = set(vars(model))
+    with shared_spectral_norm(model):
+        model(torch.ones(1, 2))
+    assert set(vars(model)) == state_before
+
+
+def test_another_parametrization_of_the_weight_is_a_good_neighbour() -> None:
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    layer = SNLinear(4, 3)
+    parametrize.register_parametrization(layer, "weight", Double())
+    same = copy.deepcopy(layer)
+    with shared_spectral_norm(layer):
+        for x in torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)):
+            layer(x).square().sum().backward()
+    for x in torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)):
+        same(x).square().sum().backward()
+        same.eval()
+        same.iterate_when_frozen = False
+    torch.testing.assert_close(
+        layer.parametrizations.weight.original.grad, same.parametrizations.weight.original.grad
+    )
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's forward mode
+@pytest.mark.parametrize("inside", [True, False])
+def test_functional_transforms_and_forward_mode_take_plain_operations(inside: bool) -> None:
+    layer = SNLinear(4, 3).double()
+    if not inside:
+        layer.eval()
+        layer.iterate_when_frozen = False
+    x = torch.randn(2, 4, dtype=torch.float64)
+    with shared_spectral_norm(layer) if inside else frozen_spectral_norm(layer):
+        weight = layer.normalized_weight().detach()
+        gradient = torch.func.grad(lambda x: layer(x).square().sum())(x)
+        batched = torch.func.vmap(layer)(x)
+        tangent = torch.randn(3, 4, dtype=torch.float64)
+        with torch.autograd.forward_ad.dual_level():
+            task = layer._task(
+                torch.autograd.forward_ad.make_dual(layer.weight.detach(), tangent), iterate=False
+            )
+            dual = functional.normalize_layer_weight(task).weight
+            derivative = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    y = nn.functional.linear(x, weight, layer.bias)
+    torch.testing.assert_close(batched, y)
+    torch.testing.assert_close(gradient, 2 * y @ weight)
+    u, v = layer.weight_u, layer.weight_v
+    sigma = u @ layer.weight @ v
+    torch.testing.assert_close(derivative, (tangent - (u @ tangent @ v) * layer.weight / sigma) / sigma)
+
+
+# --- neighbours --------------------------------------------------------------------------------------------------
+
+
+def test_averaged_models_copy_the_vectors_and_none_of_the_shared_weights() -> None:
+    model = Network()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average.update_parameters(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with shared_spectral_norm(model):
+        model(*batch(0)).sum().backward()
+        optimizer.step()
+        average.update_parameters(model)
+    assert_close(
+        dict(average.module.named_buffers()),
+        dict(model.named_buffers()),
+        0,
+    )
+    assert average.eval()(*batch(1)).isfinite().all()
+
+
+def test_activation_checkpointing_inside_takes_the_shared_weights() -> None:
+    plain = Network(torch.float64)
+    recomputed = copy.deepcopy(plain)
+    x, labels = batch(0, torch.float64)
+    with shared_spectral_norm(plain):
+        plain(x, labels).square().sum().backward()
+    with shared_spectral_norm(recomputed):
+        checkpoint(recomputed, x, labels, use_reentrant=False).square().sum().backward()
+    assert_close(gradients(recomputed), gradients(plain), 1e-13)
+    assert_close(state(recomputed), state(plain), 0)
+
+
+def test_under_autocast_weights_are_cast_once_and_gradients_are_float32() -> None:
+    network = Network()
+    layerwise = copy.deepcopy(network)
+    x, labels = batch(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        with shared_spectral_norm(network):
+            assert network.wide.normalized_weight().dtype == torch.bfloat16
+            assert network.head.embedding.normalized_weight().dtype == torch.float32
+            y = network(x, labels)
+            y.float().sum().backward()
+        expected = _call_once_each(layerwise, x, labels)
+    expected.float().sum().backward()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    for name, gradient in gradients(network).items():
+        assert gradient.dtype == torch.float32
+        other = dict(layerwise.named_parameters())[name].grad
+        assert (gradient - other).norm() <= 0.02 * other.norm(), name
+    assert_close(state(network), state(layerwise), 0)
+    with shared_spectral_norm(network, dtype=torch.float16):
+        assert network.wide._shared.result.weight.dtype == torch.float16
+        with pytest.raises(RuntimeError, match=r"cast it to torch.float16 for autocast, which is off"):
+            network(x, labels)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiled_without_graph_breaks_nothing_is_compiled_again() -> None:
+    network = Network(torch.float64)
+    eager = copy.deepcopy(network)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager_decomp_partition")
+    optimizers = [torch.optim.SGD(each.parameters(), lr=1e-3) for each in (network, eager)]
+    for step in range(3):
+        for module, function in ((network, compiled), (eager, eager)):
+            with shared_spectral_norm(module):
+                for part in range(2):
+                    function(*batch(2 * step + part, torch.float64)).square().sum().backward()
+        assert_close(gradients(network), gradients(eager), 1e-10)
+        assert_close(state(network), state(eager), 1e-10)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def addresses(layer: nn.Module, *, keep: list[Tensor] | None = None) -> tuple[int, int]:
+    layer.weight.grad = None
+    with shared_spectral_norm(layer):
+        weight = layer.normalized_weight()
+        weight.square().sum().backward()
+        if keep is not None:
+            keep += [weight.detach(), layer.weight.grad]
+        return weight.data_ptr(), layer.weight.grad.data_ptr()
+
+
+def test_large_weights_and_gradients_take_the_memory_of_those_before_unless_it_is_in_use() -> None:
+    layer = SNLinear(1024, 512)
+    first = addresses(layer)
+    assert addresses(layer) == first
+    kept: list[Tensor] = []
+    assert addresses(layer, keep=kept) == first
+    copies = [tensor.clone() for tensor in kept]
+    second = addresses(layer)
+    assert set(second).isdisjoint(first)
+    assert all(torch.equal(*pair) for pair in zip(kept, copies, strict=True))
+    kept.clear()
+    assert addresses(layer) == first
+    assert layer.normalized_weight().data_ptr() % 64 == 0
+    assert not layer.weight.grad._is_view()
+
+
+def test_nothing_keeps_the_weights_of_a_block_that_has_ended() -> None:
+    layer = SNLinear(8, 4)
+    gc.collect()
+    gc.disable()
+    try:
+        with shared_spectral_norm(layer):
+            loss = layer(torch.randn(2, 8)).sum()
+            held = weakref.ref(layer._shared.result.weight)
+            loss.backward()
+            assert held() is not None
+        del loss
+        assert held() is None
+        layer_held = weakref.ref(layer)
+        del layer
+        assert layer_held() is None
+    finally:
+        gc.enable()
+
+
+def test_the_explicit_form_ends_with_release() -> None:
+    layer = SNLinear(4, 3)
+    shared = SharedSpectralNorm(layer)
+    shared.update()
+    before = layer.weight_u.clone()
+    layer(torch.randn(2, 4))
+    assert torch.equal(layer.weight_u, before)
+    shared.release()
+    shared.release()
+    layer(torch.randn(2, 4))
+    assert not torch.equal(layer.weight_u, before)
