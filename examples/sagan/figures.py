@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sagan.errors import UserError
-from sagan.evaluation.protocol import higher_is_better
 from sagan_layers import SelfAttention2d
 
 _QUERY_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#00a5a5", "#c8a400", "#f032e6")
@@ -145,33 +144,6 @@ def save_attention_figure(
         figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-
-
-def save_evaluation_curves(path: Path, rows: Sequence[Mapping[str, Any]], *, title: str = "") -> bool:
-    """Write the figures of a run's evaluations over its iterations, the best of each marked.
-
-    Args:
-        path: where to, a PNG.
-        rows: lines of a run's log, of which those with "evaluation/..." count. Each name, and with it each protocol,
-            has a panel of its own.
-        title: above everything.
-
-    Returns:
-        Whether there was anything to draw.
-    """
-    prefix = "evaluation/"
-    names = list(dict.fromkeys(name for row in rows for name in row if name.startswith(prefix)))
-    panels = []
-    for name in names:
-        found = [(row["iteration"], row[name]) for row in rows if name in row]
-        best = max if higher_is_better(name.removeprefix(prefix)) else min
-        iteration, value = best(found, key=lambda pair: pair[1])
-        iterations, values = [pair[0] for pair in found], [pair[1] for pair in found]
-        curves = {"all": (iterations, values), f"best: {value:.4g} at {iteration}": ([iteration], [value])}
-        panels.append((name.removeprefix(prefix), curves))
-    if panels:
-        save_curves(path, panels, title=title)
-    return bool(panels)
 
 
 def save_curves(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from sagan.data import RESAMPLE_FILTERS
 from sagan.errors import UserError
+from sagan.evaluation.config import TrainingEvaluationConfig
 from sagan.networks import NetworkConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -125,6 +126,7 @@ class RunConfig:
         optimizer: Adam's settings.
         images: how images are read.
         output: what is written when.
+        evaluation: what is measured when; the best checkpoint is kept by it.
     """
 
     recipe: str
@@ -145,6 +147,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     images: DataConfig = field(default_factory=DataConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    evaluation: TrainingEvaluationConfig = field(default_factory=TrainingEvaluationConfig)
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "accumulation", "d_steps"):

@@ -43,8 +43,7 @@ class Group:
             return cls()
         rank, count = dist.get_rank(), dist.get_world_size()
         channel = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        alone = [dist.new_group([each]) for each in range(count)]
-        return cls(rank, count, channel, alone[rank])
+        return cls(rank, count, channel, dist.new_group([rank], use_local_synchronization=True))
 
     @property
     def is_first(self) -> bool:

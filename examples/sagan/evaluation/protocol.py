@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,13 +19,6 @@ FIGURES: dict[str, tuple[str, bool]] = {
     "precision": (HIGHER, True),
     "recall": (HIGHER, True),
 }
-
-
-def higher_is_better(name: str) -> bool:
-    """Return whether more is better of the figure with this name, such as is50k-tfinception."""
-    metric = re.match("[a-z-]*", name.removeprefix("proxy-"))
-    assert metric is not None
-    return FIGURES[metric.group()][0] == HIGHER
 
 
 class ProtocolError(UserError):
