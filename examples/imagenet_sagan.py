@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from sagan import commands
+from sagan.distributed import ToldByFirstError
 from sagan.errors import UserError
 from sagan.evaluation.command import Evaluate, run_evaluate
 from sagan.recipes import DEFAULT_RECIPE, RECIPES
@@ -21,6 +23,8 @@ SAGAN on ImageNet with sagan-layers.
   sample           images from a trained run: a labelled grid, or a folder for each class
   evaluate         FID, Inception Score, KID, intra-FID, precision and recall of a trained run
   attention-maps   where chosen points of generated images look
+  plot             a run's curves, also while it trains
+  report           a run on one HTML page, with its pictures
   make-images      generated images in ImageNet's layouts, to try the others without ImageNet
 
 Start:
@@ -35,6 +39,18 @@ Recipes for train (--recipe NAME, {DEFAULT_RECIPE} by default):
   {", ".join(list(RECIPES)[10:])}
 """
 
+# "train" is not among them: its recipe decides what its other options start from.
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+    "demo": (commands.Demo, commands.run_demo_command),
+    "prepare": (commands.Prepare, commands.run_prepare),
+    "sample": (commands.Sample, commands.run_sample),
+    "evaluate": (Evaluate, run_evaluate),
+    "attention-maps": (commands.AttentionMaps, commands.run_attention_maps),
+    "plot": (commands.Plot, commands.run_plot),
+    "report": (commands.Report, commands.run_report),
+    "make-images": (commands.MakeImages, commands.run_make_images),
+}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command that the arguments name and return the exit code."""
@@ -45,19 +61,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if name == "train":
             return commands.run_train(commands.parse_train(options))
-        if name == "prepare":
-            return commands.run_prepare(commands.parse(commands.Prepare, name, options))
-        if name == "make-images":
-            return commands.run_make_images(commands.parse(commands.MakeImages, name, options))
-        if name == "sample":
-            return commands.run_sample(commands.parse(commands.Sample, name, options))
-        if name == "evaluate":
-            return run_evaluate(commands.parse(Evaluate, name, options))
-        if name == "attention-maps":
-            return commands.run_attention_maps(commands.parse(commands.AttentionMaps, name, options))
-        if name == "demo":
-            return commands.run_demo_command(commands.parse(commands.Demo, name, options))
+        if name in COMMANDS:
+            kind, run = COMMANDS[name]
+            return run(commands.parse(kind, name, options))
         print(f"Unknown command {name!r}.\n\n{OVERVIEW}", file=sys.stderr)
+    except ToldByFirstError:
+        return 1
     except (UserError, OSError) as error:
         print(f"imagenet_sagan.py {name}: {error}", file=sys.stderr)
         return 1

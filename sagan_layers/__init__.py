@@ -2,7 +2,13 @@
 
 from sagan_layers import convert, functional
 from sagan_layers.attention import SelfAttention2d
-from sagan_layers.conditional_norm import ConditionalBatchNorm2d, standing_statistics
+from sagan_layers.checkpointing import checkpointed
+from sagan_layers.conditional_norm import (
+    ConditionalBatchNorm2d,
+    frozen_running_statistics,
+    standing_statistics,
+    synchronize_batch_norm,
+)
 from sagan_layers.losses import (
     GradientPenalty,
     HingeDiscriminatorLoss,
@@ -16,7 +22,15 @@ from sagan_layers.losses import (
     softplus_discriminator_loss,
     softplus_generator_loss,
 )
+from sagan_layers.passes import (
+    DiscriminatorPass,
+    DiscriminatorResult,
+    GeneratorPass,
+    GeneratorResult,
+    call_with_constant_parameters,
+)
 from sagan_layers.projection import ProjectionDiscriminatorHead
+from sagan_layers.resampling import ResamplingConv2d
 from sagan_layers.shared_spectral_norm import SharedSpectralNorm, shared_spectral_norm
 from sagan_layers.spectral_norm import (
     SNConv2d,
@@ -33,10 +47,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConditionalBatchNorm2d",
+    "DiscriminatorPass",
+    "DiscriminatorResult",
+    "GeneratorPass",
+    "GeneratorResult",
     "GradientPenalty",
     "HingeDiscriminatorLoss",
     "HingeGeneratorLoss",
     "ProjectionDiscriminatorHead",
+    "ResamplingConv2d",
     "SNConv2d",
     "SNConvTranspose2d",
     "SNEmbedding",
@@ -47,7 +66,10 @@ __all__ = [
     "SoftplusGeneratorLoss",
     "SpectralNormLayer",
     "apply_spectral_norm",
+    "call_with_constant_parameters",
+    "checkpointed",
     "convert",
+    "frozen_running_statistics",
     "frozen_spectral_norm",
     "functional",
     "gradient_penalty",
@@ -59,4 +81,5 @@ __all__ = [
     "softplus_discriminator_loss",
     "softplus_generator_loss",
     "standing_statistics",
+    "synchronize_batch_norm",
 ]

@@ -245,6 +245,7 @@ def _is_pointwise(layer: nn.Module) -> bool:
         and layer.kernel_size == layer.stride == (1, 1)
         and layer.padding == (0, 0)
         and layer.groups == 1
+        and not (isinstance(layer, SNConv2d) and layer.resamples)
         and not _has_hooks(layer)
     )
 

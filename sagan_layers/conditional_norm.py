@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed
@@ -16,7 +16,14 @@ from sagan_layers.spectral_norm import SNLinear
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ConditionalBatchNorm2d", "standing_statistics"]
+__all__ = [
+    "ConditionalBatchNorm2d",
+    "frozen_running_statistics",
+    "standing_statistics",
+    "synchronize_batch_norm",
+]
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
 
 class ConditionalBatchNorm2d(nn.Module):
@@ -41,6 +48,8 @@ class ConditionalBatchNorm2d(nn.Module):
         spectral_norm: whether the two projections of ``condition_features`` are normalised.
         biased_running_var: record the biased variance, as TensorFlow does (and the released code with it);
             torch's batch norm records the unbiased one. Both normalise with the biased one in training.
+        activation: "relu" for ReLU of the result, in the same pass over memory; None for nothing.
+        backend: which backend computes, see :func:`~sagan_layers.functional.conditional_batch_norm`.
         device, dtype: of the parameters.
 
     Shape:
@@ -58,8 +67,9 @@ class ConditionalBatchNorm2d(nn.Module):
         In training the batch's mean and biased variance normalise, and the running ones move; in evaluation the
         running ones normalise. Statistics are taken in float32 whatever autocast says. The child ``norm``
         holds the running statistics (as ``norm.running_mean`` and ``norm.running_var`` in the state dict) and
-        nothing else: ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces it, and from then on statistics in
-        training are those of the whole group's batch. Derivatives of every order.
+        nothing else. After :func:`synchronize_batch_norm`, or ``nn.SyncBatchNorm.convert_sync_batchnorm``, which
+        replaces the child, statistics in training are those of the whole group's batch. Derivatives of every
+        order.
 
     Reference:
         Miyato and Koyama, cGANs with Projection Discriminator; Brock et al., Large Scale GAN Training for High
@@ -85,6 +95,8 @@ class ConditionalBatchNorm2d(nn.Module):
         condition_features: int | None = None,
         spectral_norm: bool = False,
         biased_running_var: bool = False,
+        activation: str | None = None,
+        backend: str = "auto",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -92,6 +104,8 @@ class ConditionalBatchNorm2d(nn.Module):
         functional.check_sizes(num_features=num_features)
         functional.check_parameter_dtype(dtype)
         functional.check_positive("eps", eps)
+        functional.check_activation(activation)
+        functional.check_conditional_norm_backend(backend)
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"momentum: expected None or a number from 0 to 1, got {momentum!r}")
         if num_classes is not None and condition_features is not None:
@@ -102,6 +116,8 @@ class ConditionalBatchNorm2d(nn.Module):
         self.num_classes = num_classes
         self.condition_features = condition_features
         self.biased_running_var = biased_running_var
+        self.activation = activation
+        self.backend = backend
         self.norm = nn.BatchNorm2d(
             num_features, eps, momentum, False, track_running_stats, device=device, dtype=dtype
         )
@@ -124,6 +140,8 @@ class ConditionalBatchNorm2d(nn.Module):
             self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
             self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
         self._standing: _StandingStatistics | None = None
+        self._synchronized: tuple[ProcessGroup | None] | None = None
+        self._frozen_statistics = False
 
     @property
     def eps(self) -> float:
@@ -146,7 +164,7 @@ class ConditionalBatchNorm2d(nn.Module):
             self.bias_projection.reset_parameters()
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return the normalised x, scaled and shifted for its condition."""
+        """Return the normalised x, scaled and shifted for its condition, and ReLU of that if asked."""
         functional.check_input(
             x,
             channels=self.num_features,
@@ -158,19 +176,25 @@ class ConditionalBatchNorm2d(nn.Module):
         gain, bias = self._gain_and_bias(x, condition)
         if self._standing is not None:
             self._standing.add(x)
-            return functional.conditional_batch_norm(x, gain, bias, eps=self.norm.eps)
+            return functional.conditional_batch_norm(
+                x, gain, bias, eps=self.norm.eps, activation=self.activation, backend=self.backend
+            )
         training = self.norm.training  # the child's, so that code which freezes batch norms freezes this one
+        moves = training and not self._frozen_statistics
+        reads = moves or not training
         return functional.conditional_batch_norm(
             x,
             gain,
             bias,
-            self.norm.running_mean,
-            self.norm.running_var,
+            self.norm.running_mean if reads else None,
+            self.norm.running_var if reads else None,
             training=training,
-            momentum=self._count_batch() if training else 0.0,
+            momentum=self._count_batch() if moves else 0.0,
             eps=self.norm.eps,
             biased_running_var=self.biased_running_var,
             process_group=self._process_group() if training else None,
+            activation=self.activation,
+            backend=self.backend,
         )
 
     def begin_standing_statistics(self) -> None:
@@ -264,10 +288,16 @@ class ConditionalBatchNorm2d(nn.Module):
         return self.norm.num_batches_tracked.to(self.norm.running_mean.dtype).reciprocal()
 
     def _process_group(self) -> ProcessGroup | None:
-        """Return the group that shares statistics: only after conversion to SyncBatchNorm, only if it runs."""
-        if not isinstance(self.norm, nn.SyncBatchNorm) or not torch.distributed.is_initialized():
+        """Return the group that shares statistics, None where there is none or it does not run."""
+        if isinstance(self.norm, nn.SyncBatchNorm):
+            group = self.norm.process_group
+        elif self._synchronized is not None:
+            (group,) = self._synchronized
+        else:
             return None
-        return self.norm.process_group or torch.distributed.group.WORLD
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return None
+        return group or torch.distributed.group.WORLD
 
     def extra_repr(self) -> str:
         """Return the sizes and the options that are not in the child's description."""
@@ -276,12 +306,81 @@ class ConditionalBatchNorm2d(nn.Module):
             if self.condition_features is None
             else f"condition_features={self.condition_features}"
         )
-        biased = ", biased_running_var=True" if self.biased_running_var else ""
-        return f"{self.num_features}, {condition}{biased}"
+        options = [
+            text
+            for text, is_set in (
+                ("biased_running_var=True", self.biased_running_var),
+                (f"activation={self.activation!r}", self.activation is not None),
+                (f"backend={self.backend!r}", self.backend != "auto"),
+            )
+            if is_set
+        ]
+        return ", ".join([str(self.num_features), condition, *options])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave half-gathered standing statistics out of copies."""
-        return self.__dict__ | {"_standing": None}
+        """Leave half-gathered standing statistics, and the frozen state of a context, out of copies."""
+        return self.__dict__ | {"_standing": None, "_frozen_statistics": False}
+
+
+def synchronize_batch_norm(module: _ModuleT, process_group: ProcessGroup | None = None) -> _ModuleT:
+    """Let every :class:`ConditionalBatchNorm2d` in ``module`` take its training statistics over several processes.
+
+    What ``nn.SyncBatchNorm.convert_sync_batchnorm`` does to these layers, without replacing anything in them:
+    DistributedDataParallel refuses networks on a CPU that hold an ``nn.SyncBatchNorm``. State dicts do not change.
+    Torch's own batch norms are left alone.
+
+    Args:
+        module: a layer or a network.
+        process_group: over whose processes; over all by default. They need not run yet.
+
+    Returns:
+        ``module`` itself.
+
+    Raises:
+        ValueError: if there is no such layer.
+
+    Example:
+        >>> norm = synchronize_batch_norm(ConditionalBatchNorm2d(3, num_classes=2))
+        >>> norm(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])).shape  # alone, it is as before
+        torch.Size([4, 3, 8, 8])
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, ConditionalBatchNorm2d)]
+    if not layers:
+        raise ValueError(
+            "synchronize_batch_norm: expected a ConditionalBatchNorm2d in the module, found none"
+        )
+    for layer in layers:
+        layer._synchronized = (process_group,)
+    return module
+
+
+@contextlib.contextmanager
+def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of every :class:`ConditionalBatchNorm2d` in ``module`` from moving.
+
+    In training the batch's statistics normalise as always; they are not recorded. For passes that must leave no
+    trace: the recomputation of activation checkpointing (:func:`~sagan_layers.checkpointed`), or a look at
+    samples between two steps. Contexts nest; without such layers nothing happens.
+
+    Args:
+        module: a layer or a network.
+
+    Example:
+        >>> norm = ConditionalBatchNorm2d(3)
+        >>> with frozen_running_statistics(norm):
+        ...     _ = norm(torch.randn(4, 3, 8, 8) + 5)
+        >>> norm.norm.running_mean.tolist()
+        [0.0, 0.0, 0.0]
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, ConditionalBatchNorm2d)]
+    before = [layer._frozen_statistics for layer in layers]
+    for layer in layers:
+        layer._frozen_statistics = True
+    try:
+        yield
+    finally:
+        for layer, frozen in zip(layers, before, strict=True):
+            layer._frozen_statistics = frozen
 
 
 @contextlib.contextmanager

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.common_types import _size_2_t
 
-from sagan_layers.ops import dispatch, reference
+from sagan_layers.ops import dispatch, reference, resampling
 from sagan_layers.ops.reference import SelfAttentionWeights, SpectralNormResult
 from sagan_layers.ops.reference import SpectralNormTask as SpectralNormTask
+from sagan_layers.ops.resampling import Resampling
 from sagan_layers.ops.spectral_norm_cpu import LayerMemory as LayerMemory
 
 if TYPE_CHECKING:
@@ -30,13 +31,18 @@ __all__ = [
     "attention",
     "attention_weights",
     "conditional_batch_norm",
+    "conv2d_downsample",
     "explain_backends",
+    "explain_resampling",
     "force_backend",
     "record_backends",
     "select_backend",
+    "select_conditional_norm_backend",
+    "select_resampling",
     "self_attention_2d",
     "set_debug_checks",
     "spectral_normalize",
+    "upsample_conv2d",
 ]
 
 _ATTENTION_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -149,15 +155,8 @@ def explain_backends(query: Tensor, key: Tensor, value: Tensor) -> dict[str, str
     """
     _check_attention_inputs(query, key, value)
     chosen = dispatch.select_attention_backend(query, key, value, "auto").name
-    sentences = {}
-    for name, (against, unasked) in dispatch.reasons_against_attention_backends(query, key, value).items():
-        if against:
-            sentences[name] = f"cannot serve: {'; '.join(against)}"
-        elif name == chosen:
-            sentences[name] = "chosen"
-        else:
-            sentences[name] = f"serves when named: {'; '.join(unasked) or f'{chosen!r} comes first'}"
-    return sentences
+    reasons = dispatch.reasons_against_attention_backends(query, key, value)
+    return _sentences(reasons, chosen)
 
 
 def force_backend(backend: str) -> contextlib.AbstractContextManager[None]:
@@ -373,8 +372,10 @@ def conditional_batch_norm(
     eps: float = 1e-5,
     biased_running_var: bool = False,
     process_group: ProcessGroup | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    r"""Return the batch-normalised x with a gain and a bias for each sample.
+    r"""Return the batch-normalised x with a gain and a bias for each sample, and ReLU of that if asked.
 
     .. math:: y_{nc} = \mathrm{gain}_{nc}\, \frac{x_{nc} - \mu_c}{\sqrt{\sigma^2_c + \epsilon}} + \mathrm{bias}_{nc}
 
@@ -393,17 +394,22 @@ def conditional_batch_norm(
         biased_running_var: record the biased variance, as TensorFlow does; torch's batch norm records the
             unbiased one.
         process_group: take the batch's statistics over all processes of this group.
+        activation: "relu" for ReLU of the result, computed in the same pass; None for nothing.
+        backend: "auto", or the name of a backend to insist on (:func:`select_conditional_norm_backend` tells
+            which serves).
 
     Shape:
         - Output: as x, in the dtype of x.
 
     Raises:
-        ValueError: if shapes or devices disagree, or statistics would be taken of a single value a channel.
+        ValueError: if shapes or devices disagree, statistics would be taken of a single value a channel, or the
+            named backend does not exist or cannot serve.
         TypeError: if a tensor is not floating point.
 
     Note:
         Statistics are taken in float32 (float64 for float64 inputs), the mean subtracted before scaling, so
-        large means lose no digits. Derivatives of every order.
+        large means lose no digits. Derivatives of every order. With ReLU, backward reads the output, which must
+        not be changed in place.
 
     Reference:
         Dumoulin et al., A Learned Representation For Artistic Style (conditional instance norm); Miyato and
@@ -415,10 +421,9 @@ def conditional_batch_norm(
         >>> bool(y.mean().abs() < 1e-5), bool((y.std() - 1).abs() < 1e-2)
         (True, True)
     """
-    check_floating("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x: expected [N, C, *], got {_shape(x)}")
+    _check_feature_map(x)
     check_positive("eps", eps)
+    check_activation(activation)
     num_features = x.size(1)
     for name, coefficients in (("gain", gain), ("bias", bias)):
         check_floating(name, coefficients)
@@ -442,20 +447,220 @@ def conditional_batch_norm(
         raise ValueError(
             f"x: expected more than 1 value per channel to take batch statistics, got {_shape(x)}"
         )
-    wide = x.to(reference.compute_dtype(x.dtype))
-    if use_batch:
-        mean, var, count = reference.batch_statistics(wide, process_group)
-        if training and running_mean is not None and running_var is not None:
-            with torch.no_grad():
-                recorded = var.detach() if biased_running_var else var.detach() * (count / (count - 1))
-                for statistic, batch in ((running_mean, mean.detach()), (running_var, recorded)):
-                    share = momentum.to(statistic.dtype) if isinstance(momentum, Tensor) else momentum
-                    statistic.lerp_(batch.to(statistic.dtype), share)
-    else:
+    given = None
+    if not use_batch:
         assert running_mean is not None
         assert running_var is not None
-        mean, var = running_mean.to(wide.dtype), running_var.to(wide.dtype)
-    return reference.normalize(wide, mean, var, gain, bias, eps).to(x.dtype)
+        given = running_mean, running_var
+    chosen = dispatch.select_conditional_norm_backend(x, given, process_group, backend)
+    relu = activation == "relu"
+    y, mean, var, count = chosen.run(x, gain, bias, given, eps, relu, process_group)
+    if training and running_mean is not None and running_var is not None:
+        assert count is not None
+        with torch.no_grad():
+            recorded = var.detach() if biased_running_var else var.detach() * (count / (count - 1))
+            for statistic, batch in ((running_mean, mean.detach()), (running_var, recorded)):
+                share = momentum.to(statistic.dtype) if isinstance(momentum, Tensor) else momentum
+                statistic.lerp_(batch.to(statistic.dtype), share)
+    return y
+
+
+def select_conditional_norm_backend(
+    x: Tensor, *, process_group: ProcessGroup | None = None, backend: str = "auto"
+) -> str:
+    """Return the name of the backend that :func:`conditional_batch_norm` would use for this x.
+
+    Args:
+        x: [N, C, *].
+        process_group: as for :func:`conditional_batch_norm`.
+        backend: as for :func:`conditional_batch_norm`.
+
+    Raises:
+        ValueError: if the named backend does not exist or cannot serve.
+        TypeError: if x is not floating point.
+
+    Example:
+        >>> select_conditional_norm_backend(torch.randn(8, 64, 32, 32))
+        'blocked'
+    """
+    _check_feature_map(x)
+    return dispatch.select_conditional_norm_backend(x, None, process_group, backend).name
+
+
+def upsample_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    factor: int = 2,
+    padding: str | _size_2_t = 0,
+    dilation: _size_2_t = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Return the convolution of x after nearest upsampling, without making the upsampled map.
+
+    .. math:: y_{ij} = b + \sum_{de} W_{de}\, x_{\lfloor (i + d - p) / s \rfloor, \lfloor (j + e - p) / s \rfloor}
+
+    Equal to ``conv2d(interpolate(x, scale_factor=factor, mode="nearest"), weight, bias, padding=padding)`` with a
+    fraction of its multiplications: a quarter for a factor of 2.
+
+    Args:
+        x: [N, C, H, W] or [C, H, W], floating point.
+        weight: [out, C / groups, kernel height, kernel width], as for the plain convolution.
+        bias: [out] or None.
+        factor: s, by which height and width grow.
+        padding: p, zeros around the upsampled map: a number, one for (height, width), "same" or "valid".
+        dilation: of the kernel, a number or one for (height, width).
+        groups: of the convolution.
+        backend: "auto", or the name of a form to insist on (:func:`explain_resampling` lists them).
+
+    Shape:
+        - Output: [N, out, Ho, Wo] with Ho = s H + 2 p - dilation (kernel height - 1).
+
+    Raises:
+        ValueError: if shapes or devices disagree, nothing would be left of the map, or the named form does not
+            exist or cannot serve.
+        TypeError: if the dtypes disagree or are not floating point, or a size is not an integer.
+
+    Note:
+        Sums are taken in another order than in the plain composition, so in 16 bits the last digit differs.
+        Derivatives of every order.
+
+    Reference:
+        Released code of Zhang et al., Self-Attention Generative Adversarial Networks (``usample`` before
+        ``snconv2d``), computed as here.
+
+    Example:
+        >>> x, weight = torch.randn(2, 16, 8, 8), torch.randn(4, 16, 3, 3)
+        >>> upsample_conv2d(x, weight, padding=1).shape
+        torch.Size([2, 4, 16, 16])
+    """
+    return _resample(x, weight, bias, True, factor, padding, dilation, groups, backend)
+
+
+def conv2d_downsample(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    factor: int = 2,
+    padding: str | _size_2_t = 0,
+    dilation: _size_2_t = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Return the convolution of x, average-pooled, without making the map before pooling.
+
+    .. math:: y_{ij} = b + \frac{1}{s^2} \sum_{ab} \sum_{de} W_{de}\, x_{s i + a + d - p, s j + b + e - p}
+
+    Equal to ``avg_pool2d(conv2d(x, weight, bias, padding=padding), factor)`` with a fraction of its
+    multiplications: a quarter for a factor of 2. An incomplete square at the border is left out, as there.
+
+    Args:
+        x: [N, C, H, W] or [C, H, W], floating point.
+        weight: [out, C / groups, kernel height, kernel width], as for the plain convolution.
+        bias: [out] or None.
+        factor: s, side and stride of the pooling.
+        padding: p, zeros around x: a number, one for (height, width), "same" or "valid".
+        dilation: of the kernel, a number or one for (height, width).
+        groups: of the convolution.
+        backend: "auto", or the name of a form to insist on (:func:`explain_resampling` lists them).
+
+    Shape:
+        - Output: [N, out, Ho, Wo] with Ho = (H + 2 p - dilation (kernel height - 1)) // s.
+
+    Raises:
+        ValueError: if shapes or devices disagree, nothing would be left of the map, or the named form does not
+            exist or cannot serve.
+        TypeError: if the dtypes disagree or are not floating point, or a size is not an integer.
+
+    Note:
+        As :func:`upsample_conv2d`.
+
+    Reference:
+        Released code of Zhang et al., Self-Attention Generative Adversarial Networks (``dsample`` after
+        ``snconv2d``), computed as here.
+
+    Example:
+        >>> x, weight = torch.randn(2, 4, 16, 16), torch.randn(8, 4, 3, 3)
+        >>> conv2d_downsample(x, weight, padding=1).shape
+        torch.Size([2, 8, 8, 8])
+    """
+    return _resample(x, weight, bias, False, factor, padding, dilation, groups, backend)
+
+
+def select_resampling(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    upsample: int = 1,
+    downsample: int = 1,
+    padding: str | _size_2_t = 0,
+    dilation: _size_2_t = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> str:
+    """Return the name of the form that :func:`upsample_conv2d` or :func:`conv2d_downsample` would use.
+
+    Args:
+        x: [N, C, H, W] or [C, H, W].
+        weight: [out, C / groups, kernel height, kernel width].
+        upsample: the factor of :func:`upsample_conv2d`, or
+        downsample: the factor of :func:`conv2d_downsample`; one of the two is 1.
+        padding: as for these functions.
+        dilation: as for these functions.
+        groups: as for these functions.
+        backend: as for these functions.
+
+    Raises:
+        ValueError: as these functions.
+        TypeError: as these functions.
+
+    Example:
+        >>> select_resampling(torch.randn(4, 64, 32, 32), torch.randn(64, 64, 3, 3), upsample=2, padding=1)
+        'filtered'
+    """
+    x, how = _checked_resampling(x, weight, None, upsample, downsample, padding, dilation, groups)
+    return resampling.select_resampling_backend(x, weight, how, backend).name
+
+
+def explain_resampling(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    upsample: int = 1,
+    downsample: int = 1,
+    padding: str | _size_2_t = 0,
+    dilation: _size_2_t = 1,
+    groups: int = 1,
+) -> dict[str, str]:
+    """Return for every form of a resampling convolution whether it would serve these inputs, and why not.
+
+    Args:
+        x: [N, C, H, W] or [C, H, W].
+        weight: [out, C / groups, kernel height, kernel width].
+        upsample: as for :func:`select_resampling`.
+        downsample: as for :func:`select_resampling`.
+        padding: as for :func:`select_resampling`.
+        dilation: as for :func:`select_resampling`.
+        groups: as for :func:`select_resampling`.
+
+    Returns:
+        A sentence for each name, in the order in which "auto" asks.
+
+    Raises:
+        ValueError: as :func:`upsample_conv2d`.
+        TypeError: as :func:`upsample_conv2d`.
+
+    Example:
+        >>> x, weight = torch.randn(4, 64, 32, 32), torch.randn(64, 64, 3, 3)
+        >>> explain_resampling(x, weight, downsample=2, padding=1)["reordered"]
+        'cannot serve: the kernel is 3x3, and only 1x1 commutes with resampling'
+    """
+    x, how = _checked_resampling(x, weight, None, upsample, downsample, padding, dilation, groups)
+    chosen = resampling.select_resampling_backend(x, weight, how, "auto").name
+    return _sentences(resampling.reasons_against_resampling_backends(x, weight, how), chosen)
 
 
 # --- what the modules share ---------------------------------------------------------------------------
@@ -479,6 +684,11 @@ def normalize_layer_weights(tasks: list[SpectralNormTask]) -> list[SpectralNormR
 def with_spectral_gradient(task: SpectralNormTask, result: SpectralNormResult) -> Tensor:
     """Return the normalised weight of a result as a function of the task's weight for autograd."""
     return dispatch.with_gradient(task, result)
+
+
+def check_conditional_norm_backend(name: str) -> None:
+    """Raise ``ValueError`` unless ``name`` is "auto" or a backend of :func:`conditional_batch_norm`."""
+    dispatch.check_conditional_norm_backend_name(name)
 
 
 def check_block_backend(name: str) -> None:
@@ -515,6 +725,140 @@ def compose_self_attention(
 def positions(features: Tensor) -> Tensor:
     """[N, C, H, W] -> [N, H*W, C], a view where the memory format allows it."""
     return reference.positions(features)
+
+
+def check_resampling(upsample: object, downsample: object, backend: str) -> None:
+    """Raise unless both are factors, at most one of them above 1, and the backend exists.
+
+    Raises:
+        ValueError: for their values.
+        TypeError: if a factor is not an integer.
+    """
+    check_sizes(upsample=upsample, downsample=downsample)
+    if upsample != 1 and downsample != 1:
+        raise ValueError(
+            f"upsample, downsample: expected one of them to be 1, got {upsample} and {downsample}"
+        )
+    resampling.check_resampling_backend_name(backend)
+
+
+def _resample(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    upsample: bool,
+    factor: int,
+    padding: str | _size_2_t,
+    dilation: _size_2_t,
+    groups: int,
+    backend: str,
+) -> Tensor:
+    check_sizes(factor=factor)
+    factors = (factor, 1) if upsample else (1, factor)
+    batch, how = _checked_resampling(x, weight, bias, *factors, padding, dilation, groups)
+    y = resampling.run_resampling(batch, weight, bias, how, backend)
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _checked_resampling(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    upsample: int,
+    downsample: int,
+    padding: str | _size_2_t,
+    dilation: _size_2_t,
+    groups: int,
+) -> tuple[Tensor, Resampling]:
+    """Return x as [N, C, H, W] and the options in full, after all checks.
+
+    Raises:
+        ValueError: if shapes, devices or options disagree.
+        TypeError: if a tensor is not floating point or a size not an integer.
+    """
+    check_resampling(upsample, downsample, "auto")
+    check_sizes(groups=groups)
+    check_floating("x", x)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got {_shape(x)}")
+    batch = x if x.dim() == 4 else x.unsqueeze(0)
+    check_floating("weight", weight)
+    check_same_device("weight", weight, "x", x)
+    _check_same_dtype("weight", weight, x)
+    C = batch.size(1)
+    if weight.dim() != 4 or weight.numel() == 0:
+        raise ValueError(
+            f"weight: expected [out, C / groups, kernel height, kernel width], got {_shape(weight)}"
+        )
+    if weight.size(1) * groups != C or weight.size(0) % groups:
+        raise ValueError(
+            f"weight: expected [out, C / groups, kernel height, kernel width] with C = {C} and groups = {groups} "
+            f"dividing out, got {_shape(weight)}"
+        )
+    if bias is not None:
+        check_floating("bias", bias)
+        check_same_device("bias", bias, "x", x)
+        _check_same_dtype("bias", bias, x)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected [{weight.size(0)}], got {_shape(bias)}")
+    dilations = _pair("dilation", dilation, least=1)
+    how = Resampling(
+        upsample=upsample > 1,
+        factor=max(upsample, downsample),
+        padding=_explicit_padding(padding, dilations, weight),
+        dilation=dilations,
+        groups=groups,
+    )
+    output = how.output_size(batch, weight)
+    if min(output) < 1:
+        raise ValueError(
+            f"x: expected a larger map (the output would have {output[0]} x {output[1]} positions), got {_shape(x)}"
+        )
+    return batch, how
+
+
+def _explicit_padding(
+    padding: str | _size_2_t, dilation: tuple[int, int], weight: Tensor
+) -> tuple[int, int] | str:
+    """Return the zeros on each side of (height, width), or "same" where the two sides differ."""
+    if padding == "valid":
+        return (0, 0)
+    if padding == "same":
+        height, width = (dilation[i] * (weight.size(2 + i) - 1) for i in range(2))
+        return "same" if height % 2 or width % 2 else (height // 2, width // 2)
+    if isinstance(padding, str):
+        raise ValueError(f"padding: expected numbers, 'same' or 'valid', got {padding!r}")
+    return _pair("padding", padding, least=0)
+
+
+def _pair(name: str, value: _size_2_t, *, least: int) -> tuple[int, int]:
+    """Return one number as two, after checks."""
+    pair: tuple[object, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name}: expected one number or two, got {value!r}")
+    first, second = (_integer(name, number, least=least) for number in pair)
+    return first, second
+
+
+def _integer(name: str, number: object, *, least: int) -> int:
+    if isinstance(number, bool) or not isinstance(number, numbers.Integral):
+        raise TypeError(f"{name}: expected an int, got {number!r}")
+    if int(number) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return int(number)
+
+
+def _sentences(reasons: dict[str, tuple[list[str], list[str]]], chosen: str) -> dict[str, str]:
+    """Return for every backend what speaks against it, or that it is chosen."""
+    sentences = {}
+    for name, (against, unasked) in reasons.items():
+        if against:
+            sentences[name] = f"cannot serve: {'; '.join(against)}"
+        elif name == chosen:
+            sentences[name] = "chosen"
+        else:
+            sentences[name] = f"serves when named: {'; '.join(unasked) or f'{chosen!r} comes first'}"
+    return sentences
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *, backend: str) -> Tensor:
@@ -592,13 +936,16 @@ def check_positive(name: str, number: float) -> None:
         raise ValueError(f"{name}: expected a positive number, got {number!r}")
 
 
+def check_activation(activation: str | None) -> None:
+    """Raise ``ValueError`` unless it is None or "relu"."""
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+
+
 def check_sizes(**sizes: object) -> None:
     """Raise ``TypeError`` unless every size is an integer, ``ValueError`` unless it is at least 1."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, numbers.Integral):
-            raise TypeError(f"{name}: expected an int, got {size!r}")
-        if int(size) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
+        _integer(name, size, least=1)
 
 
 def check_parameter_dtype(dtype: torch.dtype | None) -> None:
@@ -643,6 +990,12 @@ def check_input(
     if x.dim() not in dims or x.size(channel_axis) != channels:
         raise ValueError(f"input: expected {layout} with C = {channels}, got {_shape(x)}")
     _check_module_tensor("input", x, like)
+
+
+def check_image(x: Tensor, *, channels: int, like: Tensor) -> None:
+    """Raise unless x is [N, C, H, W] or [C, H, W] as :func:`check_input` wants it."""
+    layout = "[N, C, H, W] or [C, H, W]"
+    check_input(x, channels=channels, dims=(3, 4), layout=layout, like=like, channel_axis=-3)
 
 
 def check_features(x: Tensor, *, features: int, like: Tensor, name: str = "input") -> None:
@@ -715,6 +1068,12 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"value: expected [N, S, Ev] = [{batch}, {key.size(1)}, Ev] with Ev >= 1, got {_shape(value)}"
         )
+
+
+def _check_feature_map(x: Tensor) -> None:
+    check_floating("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected [N, C, *], got {_shape(x)}")
 
 
 def _check_module_tensor(name: str, x: Tensor, like: Tensor) -> None:

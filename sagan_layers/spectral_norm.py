@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 
 from sagan_layers import functional
+from sagan_layers.resampling import ResamplingConv2d
 
 __all__ = [
     "SNConv2d",
@@ -176,7 +177,7 @@ class SpectralNormLayer(nn.Module):
     def _shared_weight(self, shared: _Shared) -> Tensor:
         weight, expected = self.weight, shared.task.weight
         if not torch.compiler.is_compiling() and "weight" in self._parameters:
-            if weight is not expected:
+            if weight is not expected and weight.data_ptr() != expected.data_ptr():
                 raise RuntimeError(
                     "weight: expected the parameter that shared_spectral_norm has normalised, got another tensor"
                 )
@@ -211,7 +212,7 @@ class SpectralNormLayer(nn.Module):
         return state
 
 
-class SNConv2d(SpectralNormLayer, nn.Conv2d):  # type: ignore[misc]
+class SNConv2d(SpectralNormLayer, ResamplingConv2d):  # type: ignore[misc]
     r"""Two-dimensional convolution with a spectrally normalised weight.
 
     .. math:: y = x * (W / \sigma(W)) + b
@@ -222,10 +223,11 @@ class SNConv2d(SpectralNormLayer, nn.Conv2d):  # type: ignore[misc]
         n_power_iterations: iterations at each forward.
         eps: added to the norms of u and v.
         iterate_when_frozen: see :class:`SpectralNormLayer`.
+        upsample, downsample, backend: as for :class:`ResamplingConv2d`.
 
     Shape:
         - Input: [N, C, H, W] or [C, H, W].
-        - Output: as :class:`torch.nn.Conv2d`.
+        - Output: as :class:`ResamplingConv2d`; as :class:`torch.nn.Conv2d` without resampling.
         - W as a matrix: [out_channels, in_channels / groups * kernel height * kernel width].
 
     Raises:
@@ -267,11 +269,11 @@ class SNConv2d(SpectralNormLayer, nn.Conv2d):  # type: ignore[misc]
         n_power_iterations: int = 1,
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
+        upsample: int = 1,
+        downsample: int = 1,
+        backend: str = "auto",
     ) -> None:
-        functional.check_sizes(in_channels=in_channels, out_channels=out_channels)
-        functional.check_convolution(kernel_size, stride, padding, dilation)
-        functional.check_parameter_dtype(dtype)
-        nn.Conv2d.__init__(
+        ResamplingConv2d.__init__(
             self,
             in_channels,
             out_channels,
@@ -281,17 +283,19 @@ class SNConv2d(SpectralNormLayer, nn.Conv2d):  # type: ignore[misc]
             dilation,
             groups,
             bias,
-            padding_mode,  # type: ignore[arg-type]
+            padding_mode,
             device,
             dtype,
+            upsample=upsample,
+            downsample=downsample,
+            backend=backend,
         )
         self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input`` with the normalised weight."""
         _check_image(input, self)
-        output: Tensor = self._conv_forward(input, self.normalized_weight(), self.bias)
-        return output
+        return self._resampled(input, self.normalized_weight())
 
 
 class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[misc]
@@ -527,14 +531,7 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
 
 
 def _check_image(input: Tensor, layer: SNConv2d | SNConvTranspose2d) -> None:
-    functional.check_input(
-        input,
-        channels=layer.in_channels,
-        dims=(3, 4),
-        layout="[N, C, H, W] or [C, H, W]",
-        like=layer.weight,
-        channel_axis=-3,
-    )
+    functional.check_image(input, channels=layer.in_channels, like=layer.weight)
 
 
 def _refuse_embedding_options(max_norm: float | None, sparse: bool) -> None:
@@ -587,8 +584,9 @@ def remove_spectral_norm(module: _ModuleT) -> _ModuleT:
     """Turn every spectrally normalised layer in ``module`` into its plain torch layer, in place.
 
     Each layer stays the same object, of class ``nn.Conv2d``, ``nn.ConvTranspose2d``, ``nn.Linear`` or
-    ``nn.Embedding``, and computes what it computed in evaluation before. Its ``weight`` is a new parameter, so
-    an optimizer of the old one has to be made anew, and weights that two layers shared are shared no longer.
+    ``nn.Embedding``, or :class:`ResamplingConv2d` where it resamples, and computes what it computed in evaluation
+    before. Its ``weight`` is a new parameter, so an optimizer of the old one has to be made anew, and weights that
+    two layers shared are shared no longer.
 
     Args:
         module: a layer or a network.
@@ -609,7 +607,10 @@ def remove_spectral_norm(module: _ModuleT) -> _ModuleT:
             del layer.weight_u, layer.weight_v
             for name in ("n_power_iterations", "eps", "iterate_when_frozen", *_PASSING_STATE):
                 layer.__dict__.pop(name, None)
-            layer.__class__ = layer._plain_class  # type: ignore[assignment]
+            resamples = isinstance(layer, SNConv2d) and layer.resamples
+            layer.__class__ = ResamplingConv2d if resamples else layer._plain_class  # type: ignore[assignment]
+            if not resamples:
+                layer.__dict__.pop("backend", None)
     return module
 
 
@@ -681,8 +682,11 @@ def apply_spectral_norm(
 
 
 _NORMALIZED_CLASSES: dict[type[nn.Module], type[SpectralNormLayer]] = {
-    layer_class._plain_class: layer_class
-    for layer_class in (SNConv2d, SNConvTranspose2d, SNLinear, SNEmbedding)
+    ResamplingConv2d: SNConv2d,
+    **{
+        layer_class._plain_class: layer_class
+        for layer_class in (SNConv2d, SNConvTranspose2d, SNLinear, SNEmbedding)
+    },
 }
 _WEIGHT_LAYERS = (
     nn.modules.conv._ConvNd,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sagan_layers import (
     ConditionalBatchNorm2d,
     ProjectionDiscriminatorHead,
+    ResamplingConv2d,
     SelfAttention2d,
     SNConv2d,
     SNConvTranspose2d,
@@ -104,6 +105,34 @@ BLOCKS = [
         lambda **to: SNConv2d(
             4, 6, (3, 2), stride=2, groups=2, bias=False, padding_mode="reflect", padding=1, **to
         ),
+        _image(4, 7, 5),
+        _state("", bias=False),
+        torch.bfloat16,
+    ),
+    Block(
+        "conv_upsampled",
+        lambda **to: SNConv2d(4, 6, 3, padding=1, upsample=2, backend="filtered", **to),
+        _image(4, 3, 5),
+        _state("", bias=True),
+        torch.bfloat16,
+    ),
+    Block(
+        "conv_downsampled",
+        lambda **to: SNConv2d(4, 6, 5, padding="same", downsample=3, backend="folded", **to),
+        _image(4, 7, 6),
+        _state("", bias=True),
+        torch.bfloat16,
+    ),
+    Block(
+        "conv_plain_upsampled_grouped",
+        lambda **to: ResamplingConv2d(4, 6, 3, padding=1, groups=2, upsample=2, backend="matmul", **to),
+        _image(4, 3, 5),
+        ("weight", "bias"),
+        torch.bfloat16,
+    ),
+    Block(
+        "conv_pointwise_downsampled",
+        lambda **to: SNConv2d(4, 6, 1, bias=False, downsample=2, **to),
         _image(4, 7, 5),
         _state("", bias=False),
         torch.bfloat16,

@@ -19,11 +19,14 @@ PACKAGE = Path(sagan_layers.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     "sagan_layers": {
         "sagan_layers.attention",
+        "sagan_layers.checkpointing",
         "sagan_layers.conditional_norm",
         "sagan_layers.convert",
         "sagan_layers.functional",
         "sagan_layers.losses",
+        "sagan_layers.passes",
         "sagan_layers.projection",
+        "sagan_layers.resampling",
         "sagan_layers.shared_spectral_norm",
         "sagan_layers.spectral_norm",
     },
@@ -31,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sagan_layers.functional",
         "sagan_layers.spectral_norm",
     },
-    "sagan_layers.spectral_norm": {"sagan_layers.functional"},
+    "sagan_layers.resampling": {"sagan_layers.functional"},
+    "sagan_layers.spectral_norm": {"sagan_layers.functional", "sagan_layers.resampling"},
     "sagan_layers.shared_spectral_norm": {"sagan_layers.functional", "sagan_layers.spectral_norm"},
     "sagan_layers.conditional_norm": {
         "sagan_layers.functional",
@@ -39,6 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "sagan_layers.projection": {"sagan_layers.functional", "sagan_layers.spectral_norm"},
     "sagan_layers.losses": {"sagan_layers.functional"},
+    "sagan_layers.passes": {"sagan_layers.losses"},
+    "sagan_layers.checkpointing": {"sagan_layers.conditional_norm", "sagan_layers.spectral_norm"},
     "sagan_layers.convert": {
         "sagan_layers.attention",
         "sagan_layers.conditional_norm",
@@ -48,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sagan_layers.functional": {
         "sagan_layers.ops.dispatch",
         "sagan_layers.ops.reference",
+        "sagan_layers.ops.resampling",
         "sagan_layers.ops.spectral_norm_cpu",
     },
     "sagan_layers.ops": set(),
@@ -55,6 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sagan_layers.ops.attention_autograd",
         "sagan_layers.ops.attention_chunked",
         "sagan_layers.ops.attention_sdpa",
+        "sagan_layers.ops.conditional_norm_autograd",
+        "sagan_layers.ops.conditional_norm_blocked",
         "sagan_layers.ops.reference",
         "sagan_layers.ops.self_attention_autograd",
         "sagan_layers.ops.spectral_norm_autograd",
@@ -70,9 +79,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sagan_layers.ops.attention_autograd": {"sagan_layers.ops.reference"},
     "sagan_layers.ops.attention_chunked": {"sagan_layers.ops.reference"},
     "sagan_layers.ops.attention_sdpa": {"sagan_layers.ops.reference"},
+    "sagan_layers.ops.conditional_norm_autograd": {"sagan_layers.ops.reference"},
+    "sagan_layers.ops.conditional_norm_blocked": {"sagan_layers.ops.reference"},
     "sagan_layers.ops.self_attention_autograd": {"sagan_layers.ops.reference"},
     "sagan_layers.ops.reference": set(),
+    "sagan_layers.ops.resampling": {"sagan_layers.ops.reference"},
 }
+MODULES = ["attention", "resampling", "spectral_norm", "conditional_norm", "projection", "losses"]
 MODULES = ["attention", "spectral_norm", "shared_spectral_norm", "conditional_norm", "projection", "losses"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import re
 from pathlib import Path
@@ -12,8 +14,11 @@ import torch
 from sagan.errors import UserError
 
 FORMAT = "sagan-layers trainer"
-VERSION = 1
+VERSION = 2
+BEST = "best.pt"
 _NAME = re.compile(r"iteration_(\d{9})\.pt")
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
@@ -23,7 +28,7 @@ class CheckpointError(UserError):
 def save_checkpoint(folder: Path, contents: dict[str, Any], *, iteration: int, keep: int) -> Path:
     """Write a checkpoint and delete all but the ``keep`` latest.
 
-    The file appears under its name only once it is complete and on the disk.
+    The file appears under its name only once it is complete and on the disk. Its SHA-256 lies beside it.
 
     Args:
         folder: where checkpoints are; made if missing.
@@ -34,17 +39,51 @@ def save_checkpoint(folder: Path, contents: dict[str, Any], *, iteration: int, k
     Returns:
         The path of the file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"iteration_{iteration:09d}.pt"
+    _write(path, contents)
+    for old in checkpoints_in(folder)[:-keep]:
+        old.unlink()
+        _digest_path(old).unlink(missing_ok=True)
+    return path
+
+
+def save_best(folder: Path, contents: dict[str, Any]) -> Path:
+    """Write the checkpoint with the best score so far, in place of the one before; it is never deleted."""
+    path = folder / BEST
+    _write(path, contents)
+    return path
+
+
+def _write(path: Path, contents: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
     with temporary.open("wb") as file:
         torch.save({"format": FORMAT, "version": VERSION, **contents}, file)
         file.flush()
         os.fsync(file.fileno())
+    digest = _digest_path(path)
+    partial_digest = digest.with_suffix(".partial-sha256")
+    with partial_digest.open("w") as text:
+        text.write(_sha256(temporary) + "\n")
+        text.flush()
+        os.fsync(text.fileno())
+    # A crash between the two leaves a checkpoint beside a digest of another one: it must not count as damaged.
+    digest.unlink(missing_ok=True)
     temporary.replace(path)
-    for old in checkpoints_in(folder)[:-keep]:
-        old.unlink()
-    return path
+    partial_digest.replace(digest)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a folder's new names on the disk; where folders cannot be opened (Windows), nothing is needed."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -60,22 +99,40 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: if there is none.
     """
-    if path.is_file():
-        return path
-    for folder in (path / "checkpoints", path):
-        found = checkpoints_in(folder)
-        if found:
-            return found[-1]
-    what = "a run's folder without checkpoints" if path.is_dir() else "no file or folder"
-    raise CheckpointError(f"expected a checkpoint or the folder of a run at {path}, found {what}")
+    return _candidates(path)[-1]
+
+
+def load_latest(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the latest checkpoint that can be read, and its contents; the ones passed over are logged.
+
+    Args:
+        path: a checkpoint, or the folder of a run.
+
+    Raises:
+        CheckpointError: if there is none, or none that can be read.
+    """
+    problems: list[str] = []
+    for candidate in reversed(_candidates(path)):
+        try:
+            contents = load_checkpoint(candidate)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            for problem in problems:
+                logger.warning("%s; going on from %s, which is older", problem, candidate.name)
+            return candidate, contents
+    raise CheckpointError("; ".join(problems))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the contents of a checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: if the file is torn, not one of this trainer's, or of a newer version.
+        CheckpointError: if the file is torn or changed, not one of this trainer's, or of another version.
     """
+    digest = _digest_path(path)
+    if digest.is_file() and digest.read_text().strip() != _sha256(path):
+        raise CheckpointError(f"{path} is damaged: it is not the file that was written (its SHA-256 differs)")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a torn or foreign file
@@ -87,6 +144,29 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is of version {contents.get('version')}; this trainer reads version {VERSION}"
         )
     return contents
+
+
+def _candidates(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    for folder in (path / "checkpoints", path):
+        found = checkpoints_in(folder)
+        if found:
+            return found
+    what = "a run's folder without checkpoints" if path.is_dir() else "no file or folder"
+    raise CheckpointError(f"expected a checkpoint or the folder of a run at {path}, found {what}")
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -26,17 +26,21 @@ from sagan.data import (
 from sagan.data.packed import MANIFEST
 from sagan.data.threads import usable_cpus
 from sagan.demo import run_demo
+from sagan.distributed import Processes, pick_device, processes
 from sagan.errors import UserError
 from sagan.figures import attention_maps, default_points, save_attention_figure, save_grid, save_image
 from sagan.networks import Discriminator, Generator, count_parameters
 from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, differences
+from sagan.report import draw_run, write_report
 from sagan.sampling import TrainedGenerator, load_generator, numbered_samples, sample_inputs, to_uint8
 from sagan.synthetic import SyntheticSet, write_layout
-from sagan.training import check_start, pick_device, save_config, train
+from sagan.training import check_start, save_config, train
 
 T = TypeVar("T")
-INTERRUPTED = 75  # exit code: stopped by a signal, a checkpoint is saved
+# Exit codes besides 0, 1 (an error, in plain words) and 2 (wrong arguments).
+INTERRUPTED = 75  # stopped by a signal, a checkpoint is saved
+COLLAPSED = 76  # stopped by a sign of collapse, a checkpoint is saved
 Weights = Literal["auto", "ema", "raw"]
 
 
@@ -45,16 +49,20 @@ class Train:
     """Train on a set that ``prepare`` made, or on a folder of images: DATA/train/<class>/*.JPEG.
 
     Starts from a recipe, changed by the options given. The images are checked before the first step. Stopped by
-    Ctrl-C it saves a checkpoint; --resume goes on from there.
+    Ctrl-C it saves a checkpoint; --resume goes on from there. Started by torchrun, its processes train as one.
 
     Attributes:
         run: the run.
         resume: go on with the run in --out.
+        auto_resume: go on with the run in --out if there is one, else start it; what torchrun's restarts do.
+        accept_changes: resume although the configuration or the images have changed.
         dry_run: print and save the resolved configuration, and stop.
     """
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     resume: bool = False
+    auto_resume: bool = False
+    accept_changes: bool = False
     dry_run: bool = False
 
 
@@ -176,6 +184,32 @@ class AttentionMaps:
 
 
 @dataclass(frozen=True)
+class Plot:
+    """Draw the curves of a run, finished or not: losses, logits, gamma, sigma, speed, scores.
+
+    Attributes:
+        source: folder of a run.
+        out: the PNG; curves.png in the run's folder by default.
+    """
+
+    source: Path
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML page about a run, with its curves and pictures inside.
+
+    Attributes:
+        source: folder of a run.
+        out: the file; report.html in the run's folder by default.
+    """
+
+    source: Path
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
 class Demo:
     """Train on scikit-learn's handwritten digits: minutes on two CPU cores, nothing to download.
 
@@ -195,6 +229,12 @@ def run_train(command: Train) -> int:
     config = command.run
     if config.data is None and not command.dry_run:
         raise UserError("data: expected --data with the folder that holds the images, got none")
+    with processes(config.device) as own:
+        return _train(command, own)
+
+
+def _train(command: Train, own: Processes) -> int:
+    config = command.run
     tree = packed = None
     if config.data is not None and is_prepared(config.data):
         packed = PackedDataset(config.data, config.network.resolution)
@@ -203,32 +243,53 @@ def run_train(command: Train) -> int:
     elif config.data is not None:
         tree = scan_image_tree(config.data, split=config.images.split)
         config = _with_classes(config, tree.num_classes)
-    print(describe_config(config))
+    say = print if own.is_first else _say_nothing
+    say(describe_config(config))
+    has_run = bool(checkpoints_in(config.out / "checkpoints"))
     if command.dry_run:
-        if checkpoints_in(config.out / "checkpoints"):
-            print(f"\nNot saved: {config.out} holds a run already. Dry run: stopping here.")
-        else:
-            print(f"\nSaved as {save_config(config)}. Dry run: stopping here.")
+        if has_run:
+            say(f"\nNot saved: {config.out} holds a run already. Dry run: stopping here.")
+        elif own.is_first:
+            say(f"\nSaved as {save_config(config)}. Dry run: stopping here.")
         return 0
-    print()
-    pick_device(config.device)
-    check_start(config, resume=command.resume)
+    say()
+    # A restart by torchrun is of a run that has begun, whatever the command says.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resume = command.resume or (has_run and (command.auto_resume or restarted))
+    check_start(config, resume=resume, accept_changes=command.accept_changes)
     config.out.mkdir(parents=True, exist_ok=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.step.tf32
     dataset: ImageDataset
     if packed is not None:
+        own.first_does(lambda: _check_packed(packed, config))
         dataset, fingerprint = packed, packed.fingerprint
-        _check_packed(packed, config)
     else:
         assert tree is not None
-        dataset, fingerprint = _checked_tree(tree, config)
-    result = train(config, dataset, fingerprint=fingerprint, resume=command.resume)
+        dataset, fingerprint = _checked_tree(tree, config, own)
+    result = train(
+        config,
+        dataset,
+        fingerprint=fingerprint,
+        own=own,
+        resume=resume,
+        accept_changes=command.accept_changes,
+    )
+    if result.collapsed:
+        say(
+            f"Stopped at iteration {result.iteration} by a sign of collapse (above), saved as {result.checkpoint}"
+        )
+        return COLLAPSED
     if result.interrupted:
-        print(f"Stopped at iteration {result.iteration}; go on with the same command and --resume.")
+        say(f"Stopped at iteration {result.iteration}; go on with the same command and --resume.")
         return INTERRUPTED
-    print(
+    say(
         f"Done: {result.iteration} iterations. Checkpoint {result.checkpoint}, grids in {config.out / 'samples'}."
     )
     return 0
+
+
+def _say_nothing(*_: object) -> None:
+    """What processes other than the first say."""
 
 
 def _check_packed(packed: PackedDataset, config: RunConfig) -> None:
@@ -239,25 +300,29 @@ def _check_packed(packed: PackedDataset, config: RunConfig) -> None:
     (config.out / "data_manifest.json").write_bytes((packed.manifest.folder / MANIFEST).read_bytes())
 
 
-def _checked_tree(tree: ImageTree, config: RunConfig) -> tuple[ImageFolderDataset, str]:
+def _checked_tree(tree: ImageTree, config: RunConfig, own: Processes) -> tuple[ImageFolderDataset, str]:
     """Look at the images of a tree, print the report, and return what is readable with its fingerprint."""
-    report = preflight(
-        tree,
-        resolution=config.network.resolution,
-        mode=config.images.check,
-        resample=config.images.resample,
-        progress=True,
-        report_path=config.out / "preflight.json",
-    )
-    print(report.format() + "\n")
-    tree = tree.without(report.unreadable_paths)
+
+    def look() -> list[str]:
+        report = preflight(
+            tree,
+            resolution=config.network.resolution,
+            mode=config.images.check,
+            resample=config.images.resample,
+            progress=True,
+            report_path=config.out / "preflight.json",
+        )
+        print(report.format() + "\n")
+        return [str(path) for path in report.unreadable_paths]
+
+    tree = tree.without(Path(path) for path in own.first_does(look))
     dataset = ImageFolderDataset(
         tree,
         config.network.resolution,
         resample=config.images.resample,
         draft=config.images.draft,
         cache_mib=config.images.cache_mib,
-        progress=True,
+        progress=own.is_first,
     )
     return dataset, tree.fingerprint()
 
@@ -414,6 +479,18 @@ def run_attention_maps(command: AttentionMaps) -> int:
     print(
         f"{command.count} images with {len(points)} maps each written to {command.out} ({_describe(trained)})"
     )
+    return 0
+
+
+def run_plot(command: Plot) -> int:
+    """Run ``plot`` and return the exit code."""
+    print(f"Written: {draw_run(command.source, command.out or command.source / 'curves.png')}")
+    return 0
+
+
+def run_report(command: Report) -> int:
+    """Run ``report`` and return the exit code."""
+    print(f"Written: {write_report(command.source, command.out)}")
     return 0
 
 

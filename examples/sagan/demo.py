@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from sagan.checkpoints import checkpoints_in
 from sagan.data import ImageFolderDataset, preflight, scan_image_tree
 from sagan.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
 from sagan.figures import attention_maps, default_points, save_attention_figure, save_curves, save_grid
+from sagan.logs import read_metrics, series
 from sagan.recipes import RunConfig
 from sagan.sampling import generate, load_generator, numbered_samples, sample_inputs, to_uint8
-from sagan.training import Trainer, TrainingResult, train
+from sagan.step import Trainer
+from sagan.training import TrainingResult, train
 
 VERDICT_SAMPLES = 2000
 CURVE_SAMPLES = 500
@@ -115,20 +117,17 @@ def describe(verdict: Verdict) -> str:
 
 def draw_curves(out: Path) -> None:
     """Draw metrics.jsonl and quality.jsonl of a demo's folder into curves.png."""
-    metrics = _read_rows(out / "metrics.jsonl")
+    metrics = read_metrics(out)
     quality = _read_rows(out / "quality.jsonl")
-
-    def curve(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-        return [row["iteration"] for row in rows], [row[name] for row in rows]
 
     gammas = [name for name in metrics[0] if name.startswith("gamma")]
     save_curves(
         out / "curves.png",
         [
-            ("loss", {"D": curve(metrics, "d_loss"), "G": curve(metrics, "g_loss")}),
-            ("attention's gamma", {name[6:].replace("_", " at "): curve(metrics, name) for name in gammas}),
-            ("share with right label", {"share": curve(quality, "share")}),
-            ("Frechet distance", {"distance": curve(quality, "frechet")}),
+            ("loss", {"D": series(metrics, "d_loss"), "G": series(metrics, "g_loss")}),
+            ("attention's gamma", {name[6:].replace("_", " at "): series(metrics, name) for name in gammas}),
+            ("share with right label", {"share": series(quality, "share")}),
+            ("Frechet distance", {"distance": series(quality, "frechet")}),
         ],
         title="SAGAN learns the digits",
     )
@@ -184,7 +183,7 @@ def _what_was_written(out: Path) -> str:
     return f"""
 Written to {out}:
   samples.png         ten generated digits of each class
-  samples/            the same latents through the run
+  samples/            the same latents through the run;  attention/  where G's attention looked
   attention_maps.png  where query points look
   curves.png          losses, gamma, share with the right label, Frechet distance
   verdict.json        the figures above

@@ -12,16 +12,17 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sagan.errors import UserError
 from sagan_layers import (
     ConditionalBatchNorm2d,
     ProjectionDiscriminatorHead,
+    ResamplingConv2d,
     SelfAttention2d,
     SNConv2d,
     SNLinear,
+    checkpointed,
 )
 
 RESOLUTIONS = (32, 64, 128, 256)
@@ -136,6 +137,7 @@ class Generator(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoints_activations = False
         sn = config.g_spectral_norm
         widths = _generator_widths(config)
         (first_resolution, width), *following = widths
@@ -153,6 +155,7 @@ class Generator(nn.Module):
             eps=config.bn_eps,
             momentum=config.last_bn_momentum,
             biased_running_var=config.biased_running_var,
+            activation="relu",
         )
         self.last_conv = _conv(width, 3, 3, sn, config.sn_eps)
         initialize(self, config.init)
@@ -161,11 +164,10 @@ class Generator(nn.Module):
         """Return the images of these latents and labels."""
         x = self.linear(latents).reshape(-1, *self.first_shape)
         for block in self.blocks:
-            x = block(x, labels)
+            x = checkpointed(block, x, labels) if self.checkpoints_activations else block(x, labels)
             if str(x.size(2)) in self.mixers:
                 x = self.mixers[str(x.size(2))](x)
-        x = torch.relu(self.last_norm(x))
-        images: Tensor = torch.tanh(self.last_conv(x))
+        images: Tensor = torch.tanh(self.last_conv(self.last_norm(x)))
         return images
 
 
@@ -180,19 +182,20 @@ class UpBlock(nn.Module):
             eps=config.bn_eps,
             momentum=config.bn_momentum,
             biased_running_var=config.biased_running_var,
+            activation="relu",
         )
         sn, eps = config.g_spectral_norm, config.sn_eps
         self.norm1 = norm(in_channels)
-        self.conv1 = _conv(in_channels, out_channels, 3, sn, eps)
+        self.conv1 = _conv(in_channels, out_channels, 3, sn, eps, upsample=2)
         self.norm2 = norm(out_channels)
         self.conv2 = _conv(out_channels, out_channels, 3, sn, eps)
-        self.shortcut = _conv(in_channels, out_channels, 1, sn, eps)
+        self.shortcut = _conv(in_channels, out_channels, 1, sn, eps, upsample=2)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """[N, in, H, W] -> [N, out, 2H, 2W]."""
-        main = self.conv1(_upsample(torch.relu(self.norm1(x, labels))))
-        main = self.conv2(torch.relu(self.norm2(main, labels)))
-        y: Tensor = self.shortcut(_upsample(x)) + main
+        main = self.conv1(self.norm1(x, labels))
+        main = self.conv2(self.norm2(main, labels))
+        y: Tensor = self.shortcut(x) + main
         return y
 
 
@@ -211,6 +214,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoints_activations = False
         sn = config.d_spectral_norm
         self.blocks = nn.ModuleList()
         self.mixers = nn.ModuleDict()
@@ -231,7 +235,7 @@ class Discriminator(nn.Module):
         """Return the logits of these images for their labels."""
         x = images
         for block in self.blocks:
-            x = block(x)
+            x = checkpointed(block, x) if self.checkpoints_activations else block(x)
             if str(x.size(2)) in self.mixers:
                 x = self.mixers[str(x.size(2))](x)
         logits: Tensor = self.head(self.last_block(x), labels)
@@ -245,14 +249,14 @@ class FirstDownBlock(nn.Module):
         super().__init__()
         sn, eps = config.d_spectral_norm, config.sn_eps
         self.conv1 = _conv(in_channels, out_channels, 3, sn, eps)
-        self.conv2 = _conv(out_channels, out_channels, 3, sn, eps)
-        self.shortcut = _conv(in_channels, out_channels, 1, sn, eps)
+        self.conv2 = _conv(out_channels, out_channels, 3, sn, eps, downsample=2)
+        self.shortcut = _conv(in_channels, out_channels, 1, sn, eps, downsample=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H/2, W/2]."""
-        main = F.avg_pool2d(self.conv2(torch.relu(self.conv1(x))), 2)
-        shortcut: Tensor = self.shortcut(F.avg_pool2d(x, 2))
-        return shortcut + main
+        main = self.conv2(torch.relu(self.conv1(x)))
+        y: Tensor = self.shortcut(x) + main
+        return y
 
 
 class DownBlock(nn.Module):
@@ -262,13 +266,14 @@ class DownBlock(nn.Module):
         super().__init__()
         sn, eps = config.d_spectral_norm, config.sn_eps
         self.conv1 = _conv(in_channels, out_channels, 3, sn, eps)
-        self.conv2 = _conv(out_channels, out_channels, 3, sn, eps)
-        self.shortcut = _conv(in_channels, out_channels, 1, sn, eps)
+        self.conv2 = _conv(out_channels, out_channels, 3, sn, eps, downsample=2)
+        self.shortcut = _conv(in_channels, out_channels, 1, sn, eps, downsample=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H/2, W/2]."""
         main = self.conv2(torch.relu(self.conv1(torch.relu(x))))
-        return F.avg_pool2d(self.shortcut(x), 2) + F.avg_pool2d(main, 2)
+        y: Tensor = self.shortcut(x) + main
+        return y
 
 
 class LastBlock(nn.Module):
@@ -333,17 +338,27 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
-def _upsample(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
 def _conv(
-    inputs: int, outputs: int, kernel_size: int, spectral_norm: bool, eps: float, *, bias: bool = True
+    inputs: int,
+    outputs: int,
+    kernel_size: int,
+    spectral_norm: bool,
+    eps: float,
+    *,
+    bias: bool = True,
+    upsample: int = 1,
+    downsample: int = 1,
 ) -> nn.Conv2d:
-    padding = kernel_size // 2
-    if spectral_norm:
-        return SNConv2d(inputs, outputs, kernel_size, padding=padding, bias=bias, eps=eps)
-    return nn.Conv2d(inputs, outputs, kernel_size, padding=padding, bias=bias)
+    conv = partial(SNConv2d, eps=eps) if spectral_norm else ResamplingConv2d
+    return conv(
+        inputs,
+        outputs,
+        kernel_size,
+        padding=kernel_size // 2,
+        bias=bias,
+        upsample=upsample,
+        downsample=downsample,
+    )
 
 
 def _linear(inputs: int, outputs: int, spectral_norm: bool, eps: float) -> nn.Linear:

@@ -77,16 +77,78 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class StepConfig:
+    """How an iteration is computed: speed and memory. What is computed changes with sync_batch_norm alone.
+
+    Attributes:
+        channels_last: memory format of weights and feature maps.
+        compile: compile both passes with torch.compile; the first iterations take minutes.
+        checkpoint_activations: keep each block's input alone for backward, and compute the rest again: less
+            memory for more time. Not together with compile.
+        tf32: let float32 products on CUDA round their factors to TF32 (in the precision fp32).
+        sync_batch_norm: G's batch statistics over all processes; the published recipes do without.
+    """
+
+    channels_last: bool = True
+    compile: bool = False
+    checkpoint_activations: bool = False
+    tf32: bool = True
+    sync_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compile and self.checkpoint_activations:
+            raise UserError("compile, checkpoint_activations: expected one at most, got both")
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """What a run does about its own faults.
+
+    Attributes:
+        on_nonfinite: what happens at a NaN or an infinity in a gradient. The update is never applied; the run
+            stops with a diagnosis ("stop"), or goes on ("skip").
+        most_skipped: iterations in a row that may be skipped before the run stops nevertheless.
+        on_collapse: what happens at a sign of collapse: "warn" says so, "stop" saves and ends the run, "off".
+        saturated_d_loss: a mean loss of D below this is a sign,
+        saturated_logs: when it is seen in so many logs in a row.
+        least_diversity: how little samples of one class may differ, as a share of what real images do.
+        rising_evaluations: evaluations in a row that may become worse.
+        check_every: iterations between checks that all processes hold the same numbers (with each checkpoint
+            they are checked anyway).
+    """
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    most_skipped: int = 100
+    on_collapse: Literal["warn", "stop", "off"] = "warn"
+    saturated_d_loss: float = 0.01
+    saturated_logs: int = 10
+    least_diversity: float = 0.05
+    rising_evaluations: int = 5
+    check_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("most_skipped", "saturated_logs", "rising_evaluations", "check_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.least_diversity < 1:
+            raise UserError(f"least_diversity: expected from 0 to below 1, got {self.least_diversity}")
+        for name, choices in (("on_nonfinite", ("stop", "skip")), ("on_collapse", ("warn", "stop", "off"))):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """What a run writes, and how often (in iterations).
 
     Attributes:
         log_every: metrics, one line of metrics.jsonl each.
-        sample_every: a PNG grid of fixed latents.
+        sample_every: a PNG grid of fixed latents, and one of where G's attention looks.
         checkpoint_every: a checkpoint.
-        keep_checkpoints: how many of the last checkpoints stay.
+        keep_checkpoints: how many of the last checkpoints stay (the best one stays besides).
         grid_rows: classes in the grid.
         grid_columns: images of each class in the grid.
+        tensorboard: write TensorBoard's files too, where it is installed.
     """
 
     log_every: int = 100
@@ -95,10 +157,11 @@ class OutputConfig:
     keep_checkpoints: int = 2
     grid_rows: int = 10
     grid_columns: int = 10
+    tensorboard: bool = True
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if getattr(self, each.name) < 1:
+            if each.name != "tensorboard" and getattr(self, each.name) < 1:
                 raise UserError(f"{each.name}: expected at least 1, got {getattr(self, each.name)}")
 
 
@@ -125,6 +188,8 @@ class RunConfig:
         network: the two networks.
         optimizer: Adam's settings.
         images: how images are read.
+        step: how an iteration is computed.
+        health: what the run does about its own faults.
         output: what is written when.
         evaluation: what is measured when; the best checkpoint is kept by it.
     """
@@ -146,6 +211,8 @@ class RunConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     images: DataConfig = field(default_factory=DataConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     evaluation: TrainingEvaluationConfig = field(default_factory=TrainingEvaluationConfig)
 
@@ -311,6 +378,8 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
         "network": NetworkConfig,
         "optimizer": OptimizerConfig,
         "images": DataConfig,
+        "step": StepConfig,
+        "health": HealthConfig,
         "output": OutputConfig,
     }
     arguments = _fields_of(RunConfig, values)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,12 +21,19 @@ from torch import Tensor
 from sagan_layers.ops import (
     attention_chunked,
     attention_sdpa,
+    conditional_norm_blocked,
     reference,
     spectral_norm_cpu,
     spectral_norm_grouped,
 )
 from sagan_layers.ops.attention_autograd import AttentionKernels, register_attention
-from sagan_layers.ops.reference import SelfAttentionWeights, SpectralNormResult, SpectralNormTask
+from sagan_layers.ops.conditional_norm_autograd import ConditionalNormKernels, register_conditional_norm
+from sagan_layers.ops.reference import (
+    ConditionalNormResult,
+    SelfAttentionWeights,
+    SpectralNormResult,
+    SpectralNormTask,
+)
 from sagan_layers.ops.self_attention_autograd import register_self_attention
 from sagan_layers.ops.spectral_norm_autograd import NormalizedWeight
 
@@ -38,6 +45,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Below so many weights a sample the reference is as fast on a CPU.
 _FEW_WEIGHTS = 2**18
+# Below so many values in a feature map the reference of conditional batch norm is as fast on a CPU.
+_FEW_VALUES = 2**16
 # Bytes of weights of the whole batch that may be kept for backward, where computing them again costs more: in
 # half precision it costs the most, as the logits are computed in float32.
 _MOST_KEPT_BYTES = 2**24
@@ -61,27 +70,58 @@ class AttentionBackend:
     reasons_against_unasked: Reasons = lambda query, key, value: []
 
 
-def _serves_everything(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+@dataclass(frozen=True)
+class ConditionalNormBackend:
+    """One way to compute conditional batch norm.
+
+    Attributes:
+        name: what a caller writes as ``backend=``.
+        reasons_against: takes (x, given statistics or None, process group or None); returns why they cannot be
+            served, empty if they can.
+        run: takes (x, gain, bias, given, eps, relu, process_group) as :func:`reference.conditional_batch_norm`.
+        reasons_against_unasked: as ``reasons_against``; why "auto" should take a later one nevertheless.
+    """
+
+    name: str
+    reasons_against: Callable[[Tensor, Given, Any], list[str]]
+    run: Callable[..., ConditionalNormResult]
+    reasons_against_unasked: Callable[[Tensor, Given, Any], list[str]] = lambda x, given, process_group: []
+
+
+Given = tuple[Tensor, Tensor] | None
+AnyBackend = TypeVar("AnyBackend", AttentionBackend, ConditionalNormBackend)
+
+
+def _serves_everything(*inputs: Any) -> list[str]:
     return []
 
 
 # --- triton -------------------------------------------------------------------------------------------------
 
 
-def _triton_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    if query.device.type != "cuda" and not (_INTERPRETING and query.device.type == "cpu"):
-        return [f"its kernels run on CUDA, and the tensors are on {query.device}"]
+def _no_triton_reasons(device: torch.device) -> list[str]:
+    """Return why Triton kernels cannot run on a device."""
+    if device.type != "cuda" and not (_INTERPRETING and device.type == "cpu"):
+        return [f"its kernels run on CUDA, and the tensors are on {device}"]
     if torch.version.hip is not None:
         return ["its kernels were never compiled for ROCm"]
-    if not _HAS_TRITON:
-        return ["Triton is not installed"]
+    return [] if _HAS_TRITON else ["Triton is not installed"]
+
+
+def _interpreter_reasons(device: torch.device) -> list[str]:
+    return ["on a CPU only Triton's interpreter runs it, for tests"] if device.type == "cpu" else []
+
+
+def _triton_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    if reasons := _no_triton_reasons(query.device):
+        return reasons
     from sagan_layers.ops import attention_triton
 
     return attention_triton.reasons_against(query, key, value)
 
 
 def _triton_reasons_unasked(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    return ["on a CPU only Triton's interpreter runs it, for tests"] if query.device.type == "cpu" else []
+    return _interpreter_reasons(query.device)
 
 
 def _triton_forward(
@@ -161,17 +201,10 @@ _sdpa_attention = register_attention(
 def _chunked_reasons_unasked(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     if query.device.type not in ("cpu", "cuda"):
         return [f"it was never tried on {query.device.type}"]
-    few = _is_known(query.size(1) * key.size(1) < _FEW_WEIGHTS)
+    few = reference.is_known(query.size(1) * key.size(1) < _FEW_WEIGHTS)
     if few and query.dtype in (torch.float32, torch.float64):
         return [f"with fewer than {_FEW_WEIGHTS} weights a sample 'reference' is as fast"]
     return []
-
-
-def _is_known(condition: bool | torch.SymBool) -> bool:
-    """Return a condition on sizes; False inside torch.export, which may leave sizes open."""
-    # The function that tells came after torch 2.6; until it did, compiling counts as exporting.
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return not exporting() and bool(condition)
 
 
 def _chunked_backward(
@@ -204,7 +237,9 @@ def _chunked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     keep = (
         torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in (query, key, value))
-        and _is_known(size <= (_MOST_KEPT_BYTES_OF_HALF if query.element_size() == 2 else _MOST_KEPT_BYTES))
+        and reference.is_known(
+            size <= (_MOST_KEPT_BYTES_OF_HALF if query.element_size() == 2 else _MOST_KEPT_BYTES)
+        )
     )
     return _chunked_operation(query, key, value, scale, keep)
 
@@ -260,16 +295,21 @@ def select_attention_backend(query: Tensor, key: Tensor, value: Tensor, name: st
     if _forced and name == FUSED:
         name = "auto"  # attention alone has no such form
     check_attention_backend_name(name)
+    return _select("attention", ATTENTION_BACKENDS, name, query, key, value)
+
+
+def _select(operation: str, backends: Sequence[AnyBackend], name: str, *inputs: Any) -> AnyBackend:
+    """Return the first backend of this name, or "auto", that has no reason against these inputs."""
     refusals = []
-    for backend in ATTENTION_BACKENDS:
+    for backend in backends:
         if name in ("auto", backend.name):
-            reasons = list(backend.reasons_against(query, key, value))
+            reasons = list(backend.reasons_against(*inputs))
             if name == "auto":
-                reasons += backend.reasons_against_unasked(query, key, value)
+                reasons += backend.reasons_against_unasked(*inputs)
             if not reasons:
                 return backend
             refusals.append(f"{backend.name}: {'; '.join(reasons)}")
-    raise ValueError(f"no attention backend serves these inputs ({' | '.join(refusals)})")
+    raise ValueError(f"no {operation} backend serves these inputs ({' | '.join(refusals)})")
 
 
 # --- the whole block ----------------------------------------------------------------------------------------
@@ -283,15 +323,10 @@ _fused_self_attention = register_self_attention(
 
 def reasons_against_fused(x: Tensor, weights: SelfAttentionWeights, pool_size: int) -> list[str]:
     """Return why the kernels of the whole block cannot serve, empty if they can."""
-    if x.device.type != "cuda" and not (_INTERPRETING and x.device.type == "cpu"):
-        return [f"its kernels run on CUDA, and the tensors are on {x.device}"]
-    if torch.version.hip is not None:
-        return ["its kernels were never compiled for ROCm"]
-    if not _HAS_TRITON:
-        return ["Triton is not installed"]
+    if reasons := _no_triton_reasons(x.device):
+        return reasons
     from sagan_layers.ops import self_attention_triton
 
-    reasons = []
     if torch.is_autocast_enabled(x.device.type):
         computed = torch.get_autocast_dtype(x.device.type)
         if x.dtype == computed:
@@ -326,6 +361,101 @@ def run_self_attention(x: Tensor, weights: SelfAttentionWeights, pool_size: int,
     tensors = [tensor for tensor in (x, *weights) if tensor is not None]
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return _fused_self_attention(x, weights, pool_size, save)
+
+
+# --- conditional batch norm ---------------------------------------------------------------------------------
+
+
+def _kernel_reasons(given: Given, process_group: Any) -> list[str]:
+    """Return why kernels that autograd does not look into cannot serve."""
+    reasons = []
+    if given is not None and any(statistic.requires_grad for statistic in given):
+        reasons.append("it has no gradients of given statistics")
+    if process_group is not None and torch.compiler.is_compiling():
+        reasons.append("torch.compile does not see its collective operations")
+    return reasons
+
+
+def _triton_norm_reasons(x: Tensor, given: Given, process_group: Any) -> list[str]:
+    if reasons := _no_triton_reasons(x.device):
+        return reasons
+    from sagan_layers.ops import conditional_norm_triton
+
+    return conditional_norm_triton.reasons_against(x) + _kernel_reasons(given, process_group)
+
+
+def _triton_norm_reasons_unasked(x: Tensor, given: Given, process_group: Any) -> list[str]:
+    if torch.compiler.is_compiling():
+        return ["torch.compile writes kernels of its own from 'reference'"]
+    return _interpreter_reasons(x.device)
+
+
+def _blocked_reasons(x: Tensor, given: Given, process_group: Any) -> list[str]:
+    if x.device.type != "cpu":
+        return [f"it is made for a CPU's cache, and the tensors are on {x.device}"]
+    return conditional_norm_blocked.reasons_against(x) + _kernel_reasons(given, process_group)
+
+
+def _blocked_reasons_unasked(x: Tensor, given: Given, process_group: Any) -> list[str]:
+    if reference.is_exporting():
+        return ["an exported program should need torch alone"]
+    if not torch.compiler.is_compiling() and type(x) not in (Tensor, torch.nn.Parameter):
+        return [f"it looks at values and writes in place, and x is a {type(x).__name__}"]
+    if x.numel() < _FEW_VALUES:
+        return [f"below {_FEW_VALUES} values 'reference' is as fast"]
+    return []
+
+
+def _norm_kernels() -> Any:
+    from sagan_layers.ops import conditional_norm_triton
+
+    return conditional_norm_triton
+
+
+CONDITIONAL_NORM_BACKENDS: tuple[ConditionalNormBackend, ...] = (
+    ConditionalNormBackend(
+        "triton",
+        _triton_norm_reasons,
+        register_conditional_norm(
+            "triton",
+            ConditionalNormKernels(
+                forward=lambda *args: _norm_kernels().forward(*args),
+                normalize=lambda *args: _norm_kernels().normalize(*args),
+                backward=lambda *args: _norm_kernels().backward(*args),
+            ),
+        ),
+        _triton_norm_reasons_unasked,
+    ),
+    ConditionalNormBackend(
+        "blocked",
+        _blocked_reasons,
+        register_conditional_norm(
+            "blocked",
+            ConditionalNormKernels(
+                forward=conditional_norm_blocked.forward,
+                normalize=conditional_norm_blocked.normalize,
+                backward=conditional_norm_blocked.backward,
+            ),
+        ),
+        _blocked_reasons_unasked,
+    ),
+    ConditionalNormBackend("reference", _serves_everything, reference.conditional_batch_norm),
+)
+
+
+def check_conditional_norm_backend_name(name: str) -> None:
+    """Raise ``ValueError`` unless ``name`` is "auto" or a backend of the table."""
+    known = ["auto", *(backend.name for backend in CONDITIONAL_NORM_BACKENDS)]
+    if name not in known:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, known))}, got {name!r}")
+
+
+def select_conditional_norm_backend(
+    x: Tensor, given: Given, process_group: Any, name: str
+) -> ConditionalNormBackend:
+    """Return the backend that serves these inputs, or raise ``ValueError`` with every reason against."""
+    check_conditional_norm_backend_name(name)
+    return _select("conditional batch norm", CONDITIONAL_NORM_BACKENDS, name, x, given, process_group)
 
 
 # --- choices that hold for a stretch of code ----------------------------------------------------------------

@@ -81,6 +81,22 @@ class SelfAttentionWeights(NamedTuple):
         return self._replace(**projections)
 
 
+class ConditionalNormResult(NamedTuple):
+    """A normalised batch, and what it was normalised with.
+
+    Attributes:
+        y: [N, C, *].
+        mean: [C].
+        var: [C], biased.
+        num_values: how many values of a channel mean and variance are of; None if they were given.
+    """
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+    num_values: int | Tensor | None
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which a tensor of ``dtype`` is accumulated: float64 for itself, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -91,6 +107,17 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # autocast does not know meta
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def is_exporting() -> bool:
+    """Return whether torch.export is at work."""
+    # The function that tells came after torch 2.6; until it did, compiling counts as exporting.
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+
+
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """Return a condition on sizes; False inside torch.export, which may leave sizes open."""
+    return not is_exporting() and bool(condition)
 
 
 def attention_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -196,6 +223,33 @@ def positions(features: Tensor) -> Tensor:
     return features.flatten(2).mT
 
 
+def upsample_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factor: int,
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Return the convolution of x, enlarged ``factor`` times by repeating its pixels."""
+    enlarged = F.interpolate(x, scale_factor=factor, mode="nearest")
+    return F.conv2d(enlarged, weight, bias, padding=padding, dilation=dilation, groups=groups)
+
+
+def conv2d_downsample(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factor: int,
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Return the convolution of x, averaged over squares of ``factor`` x ``factor`` pixels."""
+    return F.avg_pool2d(F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=groups), factor)
+
+
 def spectral_normalize(
     weight: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float, dim: int
 ) -> SpectralNormResult:
@@ -272,6 +326,27 @@ def _(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float)
 def _unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(vector)
     return torch.where(norm > eps, vector / (norm + eps), otherwise)
+
+
+def conditional_batch_norm(
+    x: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    given: tuple[Tensor, Tensor] | None,
+    eps: float,
+    relu: bool,
+    process_group: ProcessGroup | None,
+) -> ConditionalNormResult:
+    """Return x normalised by its batch's mean and variance, or by the given ones, and after that ReLU if asked."""
+    with without_autocast(x.device):
+        wide = x.to(compute_dtype(x.dtype))
+        count = None
+        if given is None:
+            mean, var, count = batch_statistics(wide, process_group)
+        else:
+            mean, var = (statistic.to(wide.dtype) for statistic in given)
+        y = normalize(wide, mean, var, gain, bias, eps).to(x.dtype)
+        return ConditionalNormResult(torch.relu(y) if relu else y, mean, var, count)
 
 
 def batch_statistics(x: Tensor, process_group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,8 @@ from sagan.checkpoints import (
     checkpoints_in,
     find_checkpoint,
     load_checkpoint,
+    load_latest,
+    save_best,
     save_checkpoint,
 )
 from sagan.errors import UserError
@@ -62,7 +64,7 @@ class TestSaving:
             save(tmp_path, iteration, keep)
         iterations = [load_checkpoint(path)["iteration"] for path in checkpoints_in(tmp_path)]
         assert iterations == list(range(6 - keep, 6))
-        assert len(list(tmp_path.iterdir())) == keep
+        assert len(list(tmp_path.iterdir())) == 2 * keep  # each with its digest
 
     def test_a_crash_while_writing_leaves_the_earlier_checkpoint_and_none_that_is_torn(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,7 +83,7 @@ class TestSaving:
         assert find_checkpoint(tmp_path) == earlier
         assert load_checkpoint(earlier)["iteration"] == 1
         later = save(tmp_path, 2, keep=1)  # the same name, after the leftover
-        assert [path.name for path in tmp_path.iterdir()] == [later.name]
+        assert {path.name for path in tmp_path.iterdir()} == {later.name, later.with_suffix(".sha256").name}
 
     def test_the_file_gets_its_name_only_when_complete(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -90,14 +92,23 @@ class TestSaving:
         replace = Path.replace
 
         def recording_replace(self: Path, target: Path) -> Path:
-            complete_at_naming.append(torch.load(self, weights_only=True)["iteration"] == 3)
+            if target.suffix == ".pt":
+                complete_at_naming.append(torch.load(self, weights_only=True)["iteration"] == 3)
             assert not target.exists()
             return replace(self, target)
 
         monkeypatch.setattr(Path, "replace", recording_replace)
         path = save(tmp_path, 3)
         assert complete_at_naming == [True]
-        assert list(tmp_path.iterdir()) == [path]
+        assert set(tmp_path.iterdir()) == {path, path.with_suffix(".sha256")}
+
+    def test_the_best_one_is_replaced_and_never_deleted(self, tmp_path: Path) -> None:
+        for iteration in (1, 2):
+            best = save_best(tmp_path, {"iteration": iteration})
+        for iteration in range(3, 8):
+            save(tmp_path, iteration, keep=1)
+        assert load_checkpoint(best)["iteration"] == 2
+        assert len(checkpoints_in(tmp_path)) == 1  # the best one is not the latest
 
 
 class TestFinding:
@@ -129,10 +140,37 @@ class TestLoading:
         path = save_checkpoint(tmp_path, {"weights": torch.randn(1000)}, iteration=1, keep=1)
         whole = path.read_bytes()
         path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(CheckpointError, match="is damaged: it is not the file that was written"):
+            load_checkpoint(path)
+        path.with_suffix(".sha256").unlink()  # as a crash just before it was written leaves it
         with pytest.raises(CheckpointError, match="is not a readable checkpoint") as caught:
             load_checkpoint(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+    def test_a_changed_bit_is_found(self, tmp_path: Path) -> None:
+        path = save_checkpoint(tmp_path, {"weights": torch.randn(1000)}, iteration=1, keep=1)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load_checkpoint(path)
+
+    def test_the_latest_that_can_be_read_is_taken_and_the_others_are_named(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        paths = [save(tmp_path, iteration) for iteration in (1, 2, 3)]
+        assert load_latest(tmp_path)[0] == paths[2]
+        paths[2].write_bytes(paths[2].read_bytes()[:100])
+        paths[1].write_bytes(b"something else")
+        path, contents = load_latest(tmp_path)
+        assert (path, contents["iteration"]) == (paths[0], 1)
+        told = [record.getMessage() for record in caplog.records]
+        assert len(told) == 2
+        assert all("going on from iteration_000000001.pt, which is older" in text for text in told)
+        paths[0].unlink()
+        with pytest.raises(CheckpointError, match=r"000003\.pt is damaged.*000002\.pt is damaged"):
+            load_latest(tmp_path)
 
     def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="is not a readable checkpoint"):
@@ -163,7 +201,7 @@ class TestLoading:
     def test_a_newer_version_is_refused_with_both_numbers(self, tmp_path: Path) -> None:
         path = tmp_path / "newer.pt"
         torch.save({"format": checkpoints.FORMAT, "version": 99}, path)
-        with pytest.raises(CheckpointError, match="is of version 99; this trainer reads version 1"):
+        with pytest.raises(CheckpointError, match="is of version 99; this trainer reads version 2"):
             load_checkpoint(path)
 
     def test_checkpoint_errors_are_shown_to_users_without_traceback(self) -> None:

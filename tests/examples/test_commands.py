@@ -293,6 +293,7 @@ class TestTrain:
             "preflight.json",
             "metrics.jsonl",
             "samples",
+            "attention",
             "checkpoints",
         }
 
@@ -323,7 +324,7 @@ class TestTrain:
         assert main(*options, "--out", tmp_path / "parts", *end, "--resume") == 0
         assert main(*options, "--out", tmp_path / "whole", *end) == 0
         states = [load_checkpoint(find_checkpoint(tmp_path / name)) for name in ("parts", "whole")]
-        for name in ("generator", "discriminator", "average", "g_optimizer", "d_optimizer", "noise"):
+        for name in ("generator", "discriminator", "average", "g_optimizer", "d_optimizer", "means"):
             assert_equal(states[0][name], states[1][name])
         assert states[0]["batches_drawn"] == states[1]["batches_drawn"] == 4 * (reached + 2)
         metrics = [self.metrics(tmp_path / name) for name in ("parts", "whole")]

@@ -110,7 +110,7 @@ class TestRecipes:
         unnamed = {
             key: value
             for key, value in values.items()
-            if key not in expected and not key.startswith(("images.", "output."))
+            if key not in expected and not key.startswith(("images.", "output.", "health.", "step."))
         }
         assert unnamed == {
             "recipe": name,

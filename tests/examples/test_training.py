@@ -19,12 +19,16 @@ from torch import Tensor, nn
 
 from sagan.checkpoints import CheckpointError, checkpoints_in, find_checkpoint, load_checkpoint
 from sagan.data import ImageFolderDataset, scan_image_tree
+from sagan.distributed import Processes, pick_device
 from sagan.errors import UserError
 from sagan.networks import NetworkConfig
+from sagan.randomness import training_noise
 from sagan.recipes import RunConfig, config_from_dict
-from sagan.training import Trainer, TrainingError, TrainingResult, pick_device
-from sagan_layers import SpectralNormLayer
+from sagan.step import Trainer
+from sagan.training import TrainingError, TrainingResult
+from sagan_layers import DiscriminatorPass, GeneratorPass, SpectralNormLayer
 
+ALONE = Processes(0, 1, torch.device("cpu"))
 TIMINGS = {"images_per_s", "data_wait_share", "seconds_left"}
 Train = Callable[..., TrainingResult]
 
@@ -40,7 +44,7 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
 
 
 def make_trainer(config: RunConfig, **changes: Any) -> Trainer:
-    trainer = Trainer(changed(config, **changes), torch.arange(3), torch.device("cpu"))
+    trainer = Trainer(changed(config, **changes), torch.arange(3), ALONE)
     with torch.no_grad():  # at 0 the mixers are the identity
         for network in (trainer.generator, trainer.discriminator):
             for mixer in network.mixers.values():
@@ -113,7 +117,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     for state in (first, second):
         del state["config"]["out"]
     assert first["iteration"] > 0
-    assert {"generator", "discriminator", "average", "g_optimizer", "d_optimizer", "noise"} <= set(first)
+    assert {"generator", "discriminator", "average", "g_optimizer", "d_optimizer", "means"} <= set(first)
     assert_same(first, second)
     assert metrics_of(one) == metrics_of(other)
     grids = [sorted((out / "samples").iterdir()) for out in (one, other)]
@@ -180,11 +184,8 @@ class TestSchedule:
         assert torch.equal(all_labels[:4], labels)
         assert not images.requires_grad  # no gradient flows to G in D's step
 
-    def test_generated_labels_come_from_the_classes_in_use_alone(self, tiny_config: RunConfig) -> None:
-        trainer = Trainer(
-            changed(tiny_config, network__num_classes=9), torch.tensor([2, 7]), torch.device("cpu")
-        )
-        latents, labels = trainer._draw(200)
+    def test_generated_labels_come_from_the_classes_in_use_alone(self) -> None:
+        latents, labels = training_noise(0, 0, 0, count=200, latent_dim=6, labels_in_use=torch.tensor([2, 7]))
         assert labels.unique().tolist() == [2, 7]
         assert 50 < (labels == 2).sum() < 150
         assert latents.shape == (200, 6)
@@ -280,35 +281,37 @@ class TestGradients:
 
     @staticmethod
     def replace_generator(trainer: Trainer) -> None:
-        """Put a generator without batch norm in place, and let parts draw what one large batch would."""
+        """Put a generator without batch norm in place."""
         torch.manual_seed(4)
-        trainer.generator = nn.Sequential(nn.Linear(6, 3 * 32 * 32), nn.Tanh(), nn.Unflatten(1, (3, 32, 32)))
-        network = trainer.generator
+        network = nn.Sequential(nn.Linear(6, 3 * 32 * 32), nn.Tanh(), nn.Unflatten(1, (3, 32, 32)))
         forward = network.forward
         network.forward = lambda latents, labels: forward(latents)
-        trainer.g_optimizer = torch.optim.Adam(network.parameters(), 1e-12)
-        random = torch.Generator().manual_seed(8)
-        draws = iter([(torch.randn(6, generator=random), n % 3) for n in range(100)])
-
-        def draw(count: int) -> tuple[Tensor, Tensor]:
-            drawn = [next(draws) for _ in range(count)]
-            return torch.stack([latent for latent, _ in drawn]), torch.tensor([label for _, label in drawn])
-
-        trainer._draw = draw
+        trainer.generator = network
+        losses = trainer._d_pass._loss, trainer._g_pass._loss
+        trainer._d_pass = DiscriminatorPass(network, trainer.discriminator, losses[0])
+        trainer._g_pass = GeneratorPass(network, trainer.discriminator, losses[1])
+        trainer.g_optimizer = torch.optim.Adam(network.parameters(), 1e-12, fused=True)
 
 
 class TestVectors:
+    @pytest.mark.parametrize(("accumulation", "d_steps"), [(1, 1), (2, 1), (1, 3)])
+    def test_an_iteration_moves_the_generators_vectors_exactly_once(
+        self, tiny_config: RunConfig, accumulation: int, d_steps: int
+    ) -> None:
+        trainer = make_trainer(tiny_config, accumulation=accumulation, d_steps=d_steps)
+        expected = move_vectors_once(trainer.generator)
+        trainer.step(Batches(4 // accumulation))
+        assert_same(vectors(trainer.generator), expected)
+
     @pytest.mark.parametrize("accumulation", [1, 2])
-    def test_discriminator_step_moves_both_networks_vectors_exactly_once(
+    def test_discriminator_step_moves_its_vectors_exactly_once(
         self, tiny_config: RunConfig, accumulation: int
     ) -> None:
         trainer = make_trainer(tiny_config, accumulation=accumulation)
-        expected = [move_vectors_once(network) for network in (trainer.generator, trainer.discriminator)]
-        before = vectors(trainer.discriminator)
+        before, expected = vectors(trainer.discriminator), move_vectors_once(trainer.discriminator)
         trainer._update_discriminator(Batches(4 // accumulation))
         assert differ(before, vectors(trainer.discriminator))
-        assert_same(vectors(trainer.generator), expected[0])
-        assert_same(vectors(trainer.discriminator), expected[1])
+        assert_same(vectors(trainer.discriminator), expected)
 
     @pytest.mark.parametrize("accumulation", [1, 2])
     @pytest.mark.parametrize("moves", [True, False])
@@ -318,10 +321,8 @@ class TestVectors:
         trainer = make_trainer(tiny_config, accumulation=accumulation, d_vectors_move_in_g_step=moves)
         before = vectors(trainer.discriminator)
         expected = move_vectors_once(trainer.discriminator) if moves else before
-        g_expected = move_vectors_once(trainer.generator)
         trainer._update_generator()
         assert_same(vectors(trainer.discriminator), expected)
-        assert_same(vectors(trainer.generator), g_expected)
         assert differ(before, vectors(trainer.discriminator)) == moves
 
 
@@ -591,8 +592,30 @@ class TestResuming:
         config = changed(tiny_config, out=tmp_path / "run")
         path = run_training(config).checkpoint
         path.write_bytes(path.read_bytes()[:5000])
-        with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        with pytest.raises(CheckpointError, match="is damaged"):
             run_training(config, resume=True)
+
+    def test_a_torn_latest_checkpoint_is_passed_over(
+        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = changed(tiny_config, iterations=4, output__checkpoint_every=2)
+        whole = run_training(changed(config, out=tmp_path / "whole"))
+        parts = changed(config, out=tmp_path / "parts")
+        path = run_training(parts).checkpoint
+        path.write_bytes(path.read_bytes()[:5000])
+        run_training(parts, resume=True)
+        assert "going on from iteration_000000002.pt, which is older" in caplog.text
+        assert_same_run(whole.out, parts.out)
+
+    def test_changes_are_accepted_when_told(
+        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
+    ) -> None:
+        run_training(changed(tiny_config, out=tmp_path / "run"))
+        other = changed(tiny_config, out=tmp_path / "run", iterations=3, optimizer__d_lr=0.5)
+        with pytest.raises(CheckpointError, match="--accept-changes"):
+            run_training(other, resume=True)
+        assert run_training(other, resume=True, accept_changes=True).iteration == 3
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["optimizer"]["d_lr"] == 0.5
 
     def test_a_run_is_never_overwritten(
         self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
@@ -610,7 +633,6 @@ class TestResuming:
         states = [run_training(config).trainer.state_dict() for config in configs]
         assert_same(states[0]["generator"], states[1]["generator"])
         assert differ(states[0]["generator"], states[2]["generator"])
-        assert not torch.equal(states[0]["noise"], states[2]["noise"])
 
 
 class TestOutput:
@@ -639,7 +661,13 @@ class TestOutput:
         samples = sorted(path.name for path in (config.out / "samples").iterdir())
         assert samples == [f"iteration_{number:09d}.png" for number in (0, 4, 7)]
         kept = [path.name for path in sorted((config.out / "checkpoints").iterdir())]
-        assert kept == ["iteration_000000006.pt", "iteration_000000007.pt"]
+        assert [name for name in kept if name.endswith(".pt")] == [
+            "iteration_000000006.pt",
+            "iteration_000000007.pt",
+        ]
+        attention = sorted(path.name for path in (config.out / "attention").iterdir())
+        assert attention == samples
+        assert {"sigma_g.linear", "sigma_d.blocks.0.conv1", "sigma_d.head.embedding"} <= set(rows[0])
         assert result.checkpoint == find_checkpoint(config.out)
         assert config_from_dict(json.loads((config.out / "config.json").read_text())) == config
         state = load_checkpoint(result.checkpoint)
@@ -724,7 +752,10 @@ class TestAlarms:
                 with torch.no_grad():
                     trainer.discriminator.head.linear.bias.fill_(float("nan"))
 
-        with pytest.raises(TrainingError, match="d_loss and g_loss not finite at iteration"):
+        with pytest.raises(
+            TrainingError,
+            match=r"losses or gradients not finite in 2 updates, the first in iteration 3 \(.*D: head\.linear\.bias",
+        ):
             run_training(config, observe=poison)
         for path in checkpoints_in(config.out / "checkpoints"):
             state = load_checkpoint(path)

@@ -1,5 +1,6 @@
 """Training images: a folder for each class, or a prepared set, checked and served as resumable batches."""
 
+from sagan.data.ahead import copied_ahead
 from sagan.data.dataset import ImageDataset, ImageFolderDataset
 from sagan.data.decoding import RESAMPLE_FILTERS, ImageReadError, decode_image
 from sagan.data.inspection import PreflightReport, UnreadableFile, preflight
@@ -21,6 +22,7 @@ __all__ = [
     "PreflightReport",
     "ResumableBatchSampler",
     "UnreadableFile",
+    "copied_ahead",
     "decode_image",
     "horizontal_flips",
     "is_prepared",

@@ -1,0 +1,489 @@
+"""A whole training step of SAGAN: D's update, G's update, the average of G; ours against what people run.
+
+``python -m benchmarks.bench_step --help`` lists the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import harness, textbook_networks
+from benchmarks.harness import Case, Outputs, Row, Run, Settings
+from benchmarks.textbook_networks import TextbookDiscriminator, TextbookGenerator
+from sagan.data import ImageDataset
+from sagan.distributed import Processes
+from sagan.randomness import training_noise
+from sagan.recipes import RECIPES, OutputConfig, RunConfig
+from sagan.step import Trainer
+from sagan.training import train
+from sagan_layers import SpectralNormLayer
+
+STEP, SCALING, LOOP = "step", "step, by size", "loop"
+# The GFLOP of one image's step at 128 pixels and width 64, written plainly (multiply and add count as two).
+GFLOP_PER_IMAGE = 148.0
+GAMMA = 0.5
+
+
+@dataclass(frozen=True)
+class StepCase(Case):
+    """One training step at one size.
+
+    Attributes:
+        suite: STEP or SCALING.
+        batch_size: real images, and generated ones in each update.
+        resolution: of the images.
+        base_width: of the networks.
+        device: "cpu" or "cuda".
+        names: the contenders.
+        peer: a checkout of BigGAN-PyTorch.
+        num_classes: of the data.
+    """
+
+    suite: str
+    batch_size: int
+    resolution: int
+    base_width: int
+    device: str
+    names: tuple[str, ...]
+    peer: Path | None = None
+    num_classes: int = 1000
+
+    @property
+    def name(self) -> str:
+        """What the tables show."""
+        return f"batch {self.batch_size}, {self.resolution} pixels, width {self.base_width}"
+
+    @property
+    def tolerance(self) -> float:
+        """The largest relative error: Adam's first step is almost the gradient's sign, where rounding shows."""
+        return 0.03
+
+    def describe(self) -> Row:
+        """Return the sizes."""
+        return {
+            "batch_size": self.batch_size,
+            "resolution": self.resolution,
+            "base_width": self.base_width,
+            "num_classes": self.num_classes,
+        }
+
+    def contenders(self) -> list[str]:
+        """Return the names of the contenders."""
+        return list(self.names)
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The run whose step it is: the best known recipe."""
+        attention = (32,) if self.resolution > 32 else (16,)
+        recipe = RECIPES["best_known"]()
+        network = replace(
+            recipe.network,
+            resolution=self.resolution,
+            base_width=self.base_width,
+            num_classes=self.num_classes,
+            g_attention=attention,
+            d_attention=attention,
+        )
+        return replace(recipe, batch_size=self.batch_size, device=self.device, network=network)
+
+    def inputs(self) -> Any:
+        """Return a trainer, whose networks every contender copies, and a batch of images and labels."""
+        generator = torch.Generator().manual_seed(0)
+        trainer = self._trainer()
+        size = (self.batch_size, 3, self.resolution, self.resolution)
+        pixels = torch.randint(256, size, generator=generator, dtype=torch.uint8)
+        labels = torch.randint(self.num_classes, (self.batch_size,), generator=generator)
+        return trainer, pixels.to(self.device), labels.to(self.device)
+
+    def prepare(self, contender: str, inputs: Any) -> Run:
+        """Return the step of one contender."""
+        trainer, pixels, labels = inputs
+        if contender.startswith("ours"):
+            return self._ours(contender, trainer, pixels, labels)
+        if contender.startswith("BigGAN"):
+            networks: tuple[nn.Module, nn.Module] = textbook_networks.peer_networks(
+                trainer.generator, trainer.discriminator, self.peer
+            )
+        else:
+            networks = TextbookGenerator(trainer.generator), TextbookDiscriminator(trainer.discriminator)
+        generator, discriminator = (network.to(self.device) for network in networks)
+        step = _PlainStep(generator, discriminator, self.run_config)
+        step.toggles = contender.endswith("toggled")
+        if contender.endswith("compiled"):
+            for network in (step.generator, step.discriminator):
+                network.compile(dynamic=False)
+        return lambda: step(pixels, labels)
+
+    def expected(self, inputs: Any) -> Outputs:
+        """Return the losses and some gradients of the textbook step in float64."""
+        trainer, pixels, labels = inputs
+        generator = TextbookGenerator(trainer.generator).to(self.device).double()
+        discriminator = TextbookDiscriminator(trainer.discriminator).to(self.device).double()
+        step = _PlainStep(generator, discriminator, self.run_config)
+        return step(pixels, labels)
+
+    def warm_up_case(self) -> Case:
+        """Return the same at two small images."""
+        return replace(self, batch_size=2, resolution=64, base_width=4, num_classes=10)
+
+    def _trainer(self, **changes: Any) -> Trainer:
+        config = replace(self.run_config, **changes)
+        trainer = Trainer(config, torch.arange(self.num_classes), Processes(0, 1, torch.device(self.device)))
+        with torch.no_grad():
+            for network in (trainer.generator, trainer.discriminator):
+                for mixer in network.mixers.values():
+                    nn.init.constant_(mixer.gamma, GAMMA)  # type: ignore[arg-type]
+                for layer in network.modules():
+                    if isinstance(layer, SpectralNormLayer):
+                        # Until the vectors stand still, the number of their moves would tell in the losses.
+                        for _ in range(100):
+                            layer.normalized_weight()
+        return trainer
+
+    def _ours(self, contender: str, given: Trainer, pixels: Tensor, labels: Tensor) -> Run:
+        changes: dict[str, Any] = {}
+        if "bf16" in contender:
+            changes["precision"] = "bf16"
+        step = given.config.step
+        if "compiled" in contender:
+            step = replace(step, compile=True)
+        if "NCHW" in contender:
+            step = replace(step, channels_last=False)
+        if "checkpointed" in contender:
+            step = replace(step, checkpoint_activations=True)
+        trainer = self._trainer(step=step, **changes)
+        trainer.generator.load_state_dict(given.generator.state_dict())
+        trainer.discriminator.load_state_dict(given.discriminator.state_dict())
+        batches = itertools.repeat((pixels, labels))
+
+        def run() -> Outputs:
+            trainer.step(batches)
+            means = trainer.means
+            results = _results(
+                means.sums["d_loss"] / means.counts["d_loss"],
+                means.sums["g_loss"] / means.counts["g_loss"],
+                trainer.generator.linear.weight.grad,
+                trainer.generator.last_conv.weight.grad,
+            )
+            means.take()
+            return results
+
+        return run
+
+
+class _PlainStep:
+    """BigGAN-PyTorch's training function, without what belongs to its loop.
+
+    Attributes:
+        generator: called with latents and labels.
+        discriminator: called with images and labels.
+        toggles: whether D's weights get no gradients in G's update, as its option ``--toggle_grads`` has it.
+    """
+
+    def __init__(self, generator: nn.Module, discriminator: nn.Module, config: RunConfig) -> None:
+        self.generator, self.discriminator = generator, discriminator
+        self.config = config
+        self.toggles = False
+        settings = config.optimizer
+        betas = (settings.beta1, settings.beta2)
+        self.g_optimizer = torch.optim.Adam(generator.parameters(), settings.g_lr, betas, settings.eps)
+        self.d_optimizer = torch.optim.Adam(discriminator.parameters(), settings.d_lr, betas, settings.eps)
+        self.average = copy.deepcopy(generator)
+        self.iteration = 0
+
+    def __call__(self, pixels: Tensor, labels: Tensor) -> Outputs:
+        generator, discriminator = self.generator, self.discriminator
+        dtype = next(generator.parameters()).dtype
+        real = pixels.to(dtype) / 127.5 - 1
+        self.g_optimizer.zero_grad()
+        self.d_optimizer.zero_grad()
+        latents, fake_labels = self._noise(0, pixels, dtype)
+        with torch.no_grad():
+            fake = generator(latents, fake_labels)
+        logits = discriminator(torch.cat([fake, real]), torch.cat([fake_labels, labels]))
+        fake_logits, real_logits = torch.split(logits, [len(fake), len(real)])
+        d_loss = F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean()
+        d_loss.backward()  # type: ignore[no-untyped-call]
+        self.d_optimizer.step()
+        self.g_optimizer.zero_grad()
+        if self.toggles:
+            discriminator.requires_grad_(False)
+        latents, fake_labels = self._noise(1, pixels, dtype)
+        g_loss = -discriminator(generator(latents, fake_labels), fake_labels).mean()
+        g_loss.backward()
+        self.g_optimizer.step()
+        if self.toggles:
+            discriminator.requires_grad_(True)
+        self._update_average()
+        self.iteration += 1
+        named = dict(generator.named_parameters())
+        last = "last_conv.weight" if "last_conv.weight" in named else "output_layer.2.weight"
+        return _results(d_loss, g_loss, named["linear.weight"].grad, named[last].grad)
+
+    def _noise(self, update: int, pixels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        network = self.config.network
+        assert network.num_classes is not None
+        latents, labels = training_noise(
+            self.config.seed,
+            self.iteration,
+            update,
+            count=len(pixels),
+            latent_dim=network.latent_dim,
+            labels_in_use=torch.arange(network.num_classes),
+        )
+        return latents.to(pixels.device, dtype), labels.to(pixels.device)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = 0.0 if self.iteration < self.config.ema_start else self.config.ema_decay
+        source = self.generator.state_dict()
+        for name, value in self.average.state_dict().items():
+            value.copy_(value * decay + source[name] * (1 - decay))
+
+
+def _results(d_loss: Tensor, g_loss: Tensor, linear: Tensor | None, last: Tensor | None) -> Outputs:
+    assert linear is not None
+    assert last is not None
+    return {
+        "d_loss": d_loss.detach().clone(),
+        "g_loss": g_loss.detach().clone(),
+        "linear_gradient": linear.detach(),
+        "last_gradient": last.detach(),
+    }
+
+
+# --- the loop around the step -------------------------------------------------------------------------------
+
+
+def measure_loop(device: str, *, iterations: int) -> list[Row]:
+    """Return the median time of the demo's step inside ``train``, and of a whole turn of the loop around it.
+
+    Logs are written as often as by default, samples and checkpoints not at all: a run writes them so rarely that
+    these few turns would say nothing of their share.
+    """
+    digits = RECIPES["digits"]()
+    inside: list[float] = []
+    starts: list[float] = []
+    step = Trainer.step
+
+    def timed(trainer: Trainer, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        starts.append(time.perf_counter())
+        step(trainer, _without_waiting(batches, waits))
+        inside.append(time.perf_counter() - starts[-1] - sum(waits))
+        waits.clear()
+
+    waits: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(
+            digits,
+            out=Path(folder) / "run",
+            device=device,
+            iterations=iterations,
+            network=replace(digits.network, num_classes=10),
+            output=OutputConfig(sample_every=10**9, checkpoint_every=10**9),
+        )
+        dataset = _RandomImages(config.network.resolution)
+        setattr(Trainer, "step", timed)  # noqa: B010 (mypy forbids assigning to a method)
+        try:
+            train(config, dataset, fingerprint="", progress=False)
+        finally:
+            setattr(Trainer, "step", step)  # noqa: B010
+    skipped = 5  # the first turns are warmer-up than the others
+    turns_ms = [1e3 * (after - before) for before, after in itertools.pairwise(starts)][skipped:]
+    steps_ms = [1e3 * seconds for seconds in inside[:-1]][skipped:]
+    identity = {
+        "suite": LOOP,
+        "case": f"demo's networks, batch {config.batch_size}",
+        "baseline": "the step alone",
+    }
+    rows = []
+    for contender, samples in (("the step alone", steps_ms), ("the whole loop", turns_ms)):
+        timing = harness.Timing(samples)
+        rows.append(
+            {
+                **identity,
+                "batch_size": config.batch_size,
+                "contender": contender,
+                "status": "ok",
+                "time_ms": timing.median_ms(),
+                "time_quartiles_ms": list(timing.quartiles_ms()),
+                "samples": len(samples),
+                "time_ratio": sum(samples) / sum(steps_ms),
+            }
+        )
+    return rows
+
+
+def _without_waiting(
+    batches: Iterator[tuple[Tensor, Tensor]], waits: list[float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Take what waiting for images costs out of the step: it is the loop's."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches)
+        waits.append(time.perf_counter() - start)
+        yield batch
+
+
+class _RandomImages(ImageDataset):
+    """Images in memory, drawn at random."""
+
+    cached = True
+
+    def __init__(self, resolution: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        size = (2000, 3, resolution, resolution)
+        self._images = torch.randint(256, size, generator=generator, dtype=torch.uint8)
+        self.labels = torch.arange(len(self._images)) % 10
+        self.class_names, self.num_classes = tuple(map(str, range(10))), 10
+        self.resolution = resolution
+        self.failures = []
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a batch."""
+        chosen = torch.as_tensor(indices)
+        return self._images[chosen], self.labels[chosen]
+
+
+# --- the runs -----------------------------------------------------------------------------------------------
+
+CPU_CONTENDERS = ("ours", "ours bf16", "textbook", "BigGAN-PyTorch", "BigGAN-PyTorch toggled")
+CUDA_CONTENDERS = (
+    "ours bf16",
+    "ours bf16 compiled",
+    "ours",
+    "ours compiled",
+    "textbook",
+    "textbook compiled",
+    "BigGAN-PyTorch",
+    "BigGAN-PyTorch toggled",
+)
+
+
+def make_cases(
+    device: str, *, quick: bool = False, compiled: bool = False, peer: Path | None = None
+) -> list[StepCase]:
+    """Return every case for a device, the most telling first."""
+    if quick:
+        return [StepCase(STEP, 4, 32, 8, device, ("ours", "textbook"), peer, num_classes=10)]
+    if device == "cuda":
+        sizes = [(256, 128, 64)]
+        names: tuple[str, ...] = CUDA_CONTENDERS
+        scaling = [(batch, 128, 64) for batch in (16, 64, 128)] + [(64, 64, 64), (32, 256, 64)]
+    else:
+        sizes = [(4, 128, 64)]
+        names = (*CPU_CONTENDERS[:1], "ours compiled", *CPU_CONTENDERS[1:]) if compiled else CPU_CONTENDERS
+        scaling = [(batch, 64, 16) for batch in (1, 2, 4, 8, 16)]
+        scaling += [(4, 64, width) for width in (8, 32, 64)] + [(4, size, 16) for size in (32, 128, 256)]
+    ours = ("ours bf16", "textbook") if device == "cuda" else ("ours", "textbook")
+    return [StepCase(STEP, *size, device, names, peer) for size in sizes] + [
+        StepCase(SCALING, *size, device, ours, None) for size in scaling
+    ]
+
+
+def add_rates(rows: Sequence[Row]) -> None:
+    """Add images a second to each timed row, and at full size the rate of the plainly written arithmetic."""
+    for row in rows:
+        if "time_ms" in row:
+            row["images_per_s"] = row["batch_size"] * 1e3 / row["time_ms"]
+            if (row.get("resolution"), row.get("base_width")) == (128, 64):
+                row["plain_gflop_per_s"] = row["images_per_s"] * GFLOP_PER_IMAGE
+
+
+def plot_scaling(rows: Sequence[Row], path: Path) -> Path | None:
+    """Draw the time of an image's step against batch, width and resolution; None where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    timed = [row for row in rows if row["suite"] == SCALING and "time_ms" in row]
+    if not timed:
+        return None
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    keys = ("batch_size", "base_width", "resolution")
+    common = {key: max({row[key] for row in timed}, key=[row[key] for row in timed].count) for key in keys}
+    for panel, varied in zip(figure.subplots(1, 3), keys, strict=True):
+        fixed = [key for key in keys if key != varied]
+        for contender in dict.fromkeys(row["contender"] for row in timed):
+            points = sorted(
+                (row[varied], row["time_ms"] / row["batch_size"])
+                for row in timed
+                if row["contender"] == contender and all(row[key] == common[key] for key in fixed)
+            )
+            panel.plot([x for x, _ in points], [y for _, y in points], marker="o", label=contender)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set_xlabel(f"{varied.replace('_', ' ')} ({', '.join(f'{key} {common[key]}' for key in fixed)})")
+        panel.set_ylabel("ms an image")
+        panel.grid(alpha=0.4)
+        panel.legend()
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="small networks, under half a minute")
+    parser.add_argument("--out", type=Path, help="the JSON file; Markdown and plots are written beside it")
+    parser.add_argument("--peer", type=Path, help="a checkout of BigGAN-PyTorch")
+    parser.add_argument("--only", type=re.compile, help='regular expression on "suite | case"')
+    parser.add_argument("--compiled", action="store_true", help="ours under torch.compile too, on the CPU")
+    parser.add_argument("--minutes", type=float, default=15.0, help="start no case after so long")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("There is no CUDA device here.")
+        return 2
+    default_out = harness.ROOT / "benchmarks" / "results" / f"step_{options.device}.json"
+    results = harness.Results(options.out or default_out, options.device)
+    settings = Settings(
+        max_rounds=7,
+        min_rounds=3,
+        target_s=0.5 if options.quick else 8.0,
+        memory=not options.no_memory,
+        memory_limit_s=300,
+    )
+    peer = options.peer.resolve() if options.peer else None
+    cases: list[Case] = [
+        case
+        for case in make_cases(options.device, quick=options.quick, compiled=options.compiled, peer=peer)
+        if options.only is None or options.only.search(f"{case.suite} | {case.name}")
+    ]
+    fault = harness.run_cases(cases, results, settings, budget_s=options.minutes * 60)
+    if not fault and options.only is None:
+        rows = measure_loop(options.device, iterations=12 if options.quick else 60)
+        results.add(rows)
+        for row in rows:
+            print(harness.line_of(row))
+    add_rates(results.rows)
+    if not fault:
+        results.finish()
+    written = [results.path, *harness.write_report(results)]
+    scaling = plot_scaling(results.rows, results.path.with_name(f"{results.path.stem}_scaling.png"))
+    for path in [*written, *([scaling] if scaling else [])]:
+        print(f"Wrote {path}")
+    failed = harness.any_wrong(results.rows) or harness.any_of_ours_failed(results.rows)
+    return 1 if fault or failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

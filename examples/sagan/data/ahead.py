@@ -1,0 +1,39 @@
+"""Batches brought to the device while the step before them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]
+
+
+def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches on the device; on CUDA each is copied, by a stream of its own, one step ahead.
+
+    Args:
+        batches: on the CPU, in pinned memory for copies that do not make the host wait.
+        device: where they are wanted.
+    """
+    if device.type != "cuda":
+        for pixels, labels in batches:
+            yield pixels.to(device), labels.to(device)
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def begin_next() -> Batch:
+        pixels, labels = next(batches)
+        with torch.cuda.stream(stream):
+            return pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    following = begin_next()
+    while True:
+        current = following
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(stream)
+        for tensor in current:
+            tensor.record_stream(computing)
+        following = begin_next()
+        yield current

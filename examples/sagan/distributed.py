@@ -1,0 +1,256 @@
+"""Several processes that train as one: who this one is, and what they tell each other.
+
+``torchrun`` starts them and sets RANK, WORLD_SIZE, LOCAL_RANK and the address of the first. Without it there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sagan.errors import UserError
+from sagan_layers import SpectralNormLayer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        rank: its number, from 0; 0 writes files and talks.
+        count: how many there are.
+        device: where its networks are.
+        control: the group for messages between hosts, on the CPU whatever the networks are on.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes files and talks."""
+        return self.rank == 0
+
+    def share(self, whole: Tensor, part: int, parts: int) -> Tensor:
+        """Return what this process takes of part ``part`` of a global batch, [N, ...] -> [N / parts / count, ...]."""
+        size = len(whole) // (parts * self.count)
+        start = (part * self.count + self.rank) * size
+        return whole[start : start + size]
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """Do something in the first process alone, and return its result in all; it must be what JSON can hold.
+
+        Raises:
+            UserError: whatever the first process raised; the others raise :class:`ToldByFirstError`.
+        """
+        if self.count == 1:
+            return work()
+        failed: UserError | OSError | None = None
+        answer = ""
+        if self.is_first:
+            try:
+                answer = json.dumps({"result": work()})
+            except (UserError, OSError) as error:
+                failed, answer = error, json.dumps({"error": str(error)})
+        told = json.loads(self.from_first(answer))
+        if failed is not None:
+            raise failed
+        if "error" in told:
+            raise ToldByFirstError(told["error"])
+        result: T = told["result"]
+        return result
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.count > 1:
+            dist.barrier(group=self.control)
+
+    def largest(self, number: int) -> int:
+        """Return the largest of all processes' numbers; no process waits for its GPU."""
+        if self.count == 1:
+            return number
+        numbers = torch.tensor([number])
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.control)
+        return int(numbers.item())
+
+    def mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Return the means over all processes of numbers of the same names."""
+        if self.count == 1:
+            return dict(numbers)
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        dist.all_reduce(values, group=self.control)
+        return dict(zip(numbers, (values / self.count).tolist(), strict=True))
+
+    def average_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace floating-point tensors by their mean over the processes, in one message for each dtype."""
+        if self.count == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for group in by_dtype.values():
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
+            dist.all_reduce(flat)
+            parts = torch.split(flat.div_(self.count), [tensor.numel() for tensor in group])
+            for tensor, part in zip(group, parts, strict=True):
+                tensor.detach().copy_(part.view(tensor.shape))
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Return every process's text, by rank."""
+        if self.count == 1:
+            return [text]
+        texts: list[str | None] = [None] * self.count
+        dist.all_gather_object(texts, text, group=self.control)
+        return [str(each) for each in texts]
+
+    def from_first(self, text: str) -> str:
+        """Return the text of process 0."""
+        if self.count == 1:
+            return text
+        texts = [text]
+        dist.broadcast_object_list(texts, src=0, group=self.control)
+        return texts[0]
+
+
+class ToldByFirstError(UserError):
+    """What the first process says already."""
+
+
+class ProcessesDisagreeError(UserError):
+    """Processes that should hold the same numbers do not."""
+
+
+@contextlib.contextmanager
+def processes(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[Processes]:
+    """Join the other processes for a ``with`` block, as ``torchrun`` says; alone without it.
+
+    Args:
+        device_name: "auto", "cpu" or "cuda"; each process takes the GPU of its LOCAL_RANK. A device with a number
+            ("cuda:1") is for a process alone.
+        timeout_minutes: after how long of waiting for another process this one gives up.
+
+    Raises:
+        UserError: if the environment is incomplete, or there are fewer GPUs than processes.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes(0, 1, pick_device(device_name))
+        return
+    missing = [
+        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is {count} but {', '.join(missing)} not set; start with torchrun")
+    device = _own_device(device_name, int(os.environ["LOCAL_RANK"]))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        control = (
+            dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+        )
+        yield Processes(dist.get_rank(), dist.get_world_size(), device, control)
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is the first GPU, or the CPU without one.
+
+    Raises:
+        UserError: if there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: expected auto, cpu or cuda[:index], got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: expected a CUDA device for {name!r}, found none")
+    return device
+
+
+def _own_device(name: str, local_rank: int) -> torch.device:
+    device = pick_device(name)
+    if device.type != "cuda":
+        return device
+    if name not in ("auto", "cuda"):
+        raise UserError(f"device: expected auto, cpu or cuda with several processes, got {name!r}")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"expected a GPU for each process of this machine, found {torch.cuda.device_count()} for process "
+            f"{local_rank}; start torchrun with --nproc-per-node={torch.cuda.device_count()}"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """Return the running means and variances of a network, those that move in training."""
+    return [
+        buffer
+        for name, buffer in network.named_buffers()
+        if name.endswith(("running_mean", "running_var")) and buffer is not None
+    ]
+
+
+def check_agreement(own: Processes, networks: Mapping[str, nn.Module]) -> None:
+    """Check that weights, spectral-norm vectors and running statistics are the same bits in all processes.
+
+    Args:
+        own: this process.
+        networks: by the names to call them in a message.
+
+    Raises:
+        ProcessesDisagreeError: naming the processes and what differs; in all processes alike.
+    """
+    if own.count == 1:
+        return
+    digests = {
+        f"{name}'s {kind}": _digest(tensors)
+        for name, network in networks.items()
+        for kind, tensors in (
+            ("weights", list(network.parameters())),
+            ("spectral-norm vectors", _vectors(network)),
+            ("running statistics", running_statistics(network)),
+        )
+    }
+    found = [text.split() for text in own.gather_texts(" ".join(digests.values()))]
+    different = [
+        f"{what} of process {rank}"
+        for index, what in enumerate(digests)
+        for rank, theirs in enumerate(found)
+        if theirs[index] != found[0][index]
+    ]
+    if different:
+        raise ProcessesDisagreeError(
+            f"expected the same numbers in all {own.count} processes, but these differ from process 0: "
+            + "; ".join(different)
+        )
+
+
+def _vectors(network: nn.Module) -> list[Tensor]:
+    layers = [layer for layer in network.modules() if isinstance(layer, SpectralNormLayer)]
+    return [vector for layer in layers for vector in (layer.weight_u, layer.weight_v)]
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,192 @@
+"""A run on one page: curves, pictures, and what happened, as a PNG and as an HTML file that needs no other."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sagan.checkpoints import checkpoints_in
+from sagan.errors import UserError
+from sagan.figures import save_curves
+from sagan.logs import read_metrics, series
+
+Curve = tuple[Sequence[float], Sequence[float]]
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+img { max-width: 100%; } figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top; }
+figcaption { color: #555; font-size: .85rem; } details { margin: .5rem 0; } code { background: #f3f3f3; }
+"""
+
+
+def draw_run(out: Path, path: Path) -> Path:
+    """Draw a run's curves: losses, logits, gamma, sigma, speed, and scores where it was evaluated.
+
+    Args:
+        out: the run's folder.
+        path: the PNG to write.
+
+    Raises:
+        UserError: if there are no metrics.
+    """
+    rows = read_metrics(out)
+    if not rows:
+        raise UserError(f"expected metrics of a run in {out}, found none yet")
+    save_curves(path, _panels(rows), title=str(out))
+    return path
+
+
+def _panels(rows: list[dict[str, Any]]) -> list[tuple[str, Mapping[str, Curve]]]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def curves(**wanted: str) -> dict[str, Curve]:
+        found = {label: series(rows, name) for label, name in wanted.items()}
+        return {label: curve for label, curve in found.items() if curve[0]}
+
+    gammas = {
+        name.removeprefix("gamma_").replace("_", " at "): name for name in names if name.startswith("gamma_")
+    }
+    panels: list[tuple[str, Mapping[str, Curve]]] = [
+        ("loss", curves(D="d_loss", G="g_loss")),
+        ("mean logit of D", curves(real="real_logits", generated="fake_logits")),
+        ("attention's gamma", curves(**gammas)),
+        (
+            "largest sigma",
+            {short.upper(): curve for short in "gd" if (curve := _largest_sigma(rows, short))[0]},
+        ),
+        ("images a second", curves(speed="images_per_s")),
+        ("share of time waiting for data", curves(share="data_wait_share")),
+    ]
+    scores = [name for name in names if name.startswith("evaluation/")]
+    panels += [(name.removeprefix("evaluation/"), curves(score=name)) for name in scores]
+    return [(label, found) for label, found in panels if found]
+
+
+def _largest_sigma(rows: list[dict[str, Any]], short: str) -> Curve:
+    found = [
+        (float(row["iteration"]), max(values))
+        for row in rows
+        if (values := [value for name, value in row.items() if name.startswith(f"sigma_{short}.") and value])
+    ]
+    return [iteration for iteration, _ in found], [value for _, value in found]
+
+
+def write_report(out: Path, path: Path | None = None) -> Path:
+    """Write one HTML file about a run, with its pictures inside.
+
+    Args:
+        out: the run's folder.
+        path: the file; ``report.html`` in the folder by default.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UserError: if it is not the folder of a run.
+    """
+    path = path or out / "report.html"
+    rows = read_metrics(out)
+    if not rows:
+        raise UserError(f"expected metrics of a run in {out}, found none yet")
+    config = json.loads((out / "config.json").read_text())
+    curves = draw_run(out, out / "curves.png")
+    parts = [
+        f"<h1>{html.escape(config['recipe'])}: {html.escape(str(out))}</h1>",
+        _summary(out, config, rows),
+        "<h2>Curves</h2>",
+        _picture(curves, "over the iterations"),
+        "<h2>Samples</h2>",
+        *(_picture(each, _caption(each)) for each in _few(sorted((out / "samples").glob("*.png")))),
+    ]
+    maps = sorted((out / "attention").glob("*.png"))
+    if maps:
+        parts += ["<h2>Where G's attention looks</h2>", _picture(maps[-1], _caption(maps[-1]))]
+    parts += ["<h2>Evaluations</h2>", _evaluations(rows)]
+    parts += ["<h2>Configuration</h2>", _configuration(config)]
+    text = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        f"<title>{html.escape(out.name)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def _summary(out: Path, config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    last = next((row for row in reversed(rows) if "d_loss" in row), rows[-1])
+    speeds = sorted(series(rows, "images_per_s")[1])
+    kept = [path.name for path in checkpoints_in(out / "checkpoints")]
+    facts: list[tuple[str, str]] = [
+        ("iterations", f"{rows[-1]['iteration']:,} of {config['iterations']:,}"),
+        ("batch", f"{config['batch_size']}, {config['network']['resolution']} pixels"),
+        ("classes", str(config["network"]["num_classes"])),
+        ("losses", f"D {_number(last.get('d_loss'))}, G {_number(last.get('g_loss'))}"),
+        ("images a second", f"{speeds[len(speeds) // 2]:.1f} (median)" if speeds else "not logged"),
+        (
+            "checkpoints",
+            ", ".join(kept) + (" and best.pt" if (out / "checkpoints" / "best.pt").exists() else ""),
+        ),
+    ]
+    problems = sum(row.get("skipped_updates", 0) for row in rows)
+    facts.append(("updates left out", f"{problems}"))
+    facts += [
+        ("alarm", f"iteration {row['iteration']:,}: {row['alarm']}") for row in rows if row.get("alarm")
+    ]
+    return _table([[name, value] for name, value in facts])
+
+
+def _evaluations(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row if name.startswith("evaluation/")))
+    found = [row for row in rows if any(name in row for name in names)]
+    if not found:
+        return "<p>This run was not evaluated in training.</p>"
+    header = ["iteration", *(name.removeprefix("evaluation/") for name in names)]
+    body = [[f"{row['iteration']:,}", *(_number(row.get(name)) for name in names)] for row in found]
+    return _table(body, header)
+
+
+def _configuration(config: dict[str, Any]) -> str:
+    plain = [[name, str(value)] for name, value in config.items() if not isinstance(value, dict)]
+    groups = [
+        f"<details><summary>{html.escape(name)}</summary>"
+        + _table([[inner, str(each)] for inner, each in value.items()])
+        + "</details>"
+        for name, value in config.items()
+        if isinstance(value, dict)
+    ]
+    return _table(plain) + "".join(groups)
+
+
+def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    head = line(header, "th") if header else ""
+    return f"<table>{head}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _picture(path: Path, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    text = html.escape(caption)
+    return f"<figure><img alt='{text}' src='data:image/png;base64,{data}'><figcaption>{text}</figcaption></figure>"
+
+
+def _few(paths: Sequence[Path]) -> list[Path]:
+    """The first, one from the middle, and the last."""
+    return list(dict.fromkeys([paths[0], paths[len(paths) // 2], paths[-1]])) if paths else []
+
+
+def _caption(path: Path) -> str:
+    return f"iteration {int(path.stem.removeprefix('iteration_')):,}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else "-"

@@ -1,0 +1,107 @@
+"""Metrics: written line by line, cut back for a resumed run, read again, drawn and reported."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sagan.errors import UserError
+from sagan.logs import RunLog, read_metrics, series
+from sagan.report import draw_run, write_report
+
+
+def test_rows_are_lines_and_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "run", 0, tensorboard=False) as log:
+        log.write({"iteration": 1, "d_loss": 0.5})
+        log.write({"iteration": 2, "d_loss": float("nan"), "alarm": "text"})
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"iteration": 1, "d_loss": 0.5},
+        {"iteration": 2, "d_loss": None, "alarm": "text"},
+    ]
+    rows = read_metrics(tmp_path / "run")
+    assert series(rows, "d_loss") == ([1.0], [0.5])
+
+
+def test_a_resumed_run_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n{"iteration": 3}\n{"itera')
+    with RunLog(tmp_path, 2, tensorboard=False) as log:
+        log.write({"iteration": 3, "again": 1})
+    assert read_metrics(tmp_path) == [{"iteration": 1}, {"iteration": 3, "again": 1}]
+
+
+def test_tensorboard_gets_every_number_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[str, float, int]] = []
+    made: list[tuple[Path, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: Path, purge_step: int) -> None:
+            made.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            written.append(("closed", 0, 0))
+
+    board: Any = ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr("sagan.logs.importlib.util.find_spec", lambda name: object())
+    with RunLog(tmp_path, 4, tensorboard=True) as log:
+        log.write({"iteration": 5, "g_loss": 1.5, "alarm": "text"})
+    assert made == [(tmp_path / "tensorboard", 5)]
+    assert written == [("g_loss", 1.5, 5), ("closed", 0, 0)]
+
+
+def test_reading_what_is_no_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected the folder of a run with metrics\.jsonl, found none"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="expected metrics of a run"):
+        draw_run(tmp_path, tmp_path / "curves.png")
+
+
+def test_a_run_is_drawn(trained_run: Path, tmp_path: Path) -> None:
+    path = draw_run(trained_run, tmp_path / "sub" / "curves.png")
+    with Image.open(path) as picture:
+        assert picture.width > 400
+        assert picture.height > 5 * 150  # a panel each: losses, logits, gamma, sigma, speed, waiting
+        assert len(picture.convert("RGB").getcolors(2**24) or []) > 50
+
+
+def test_a_report_holds_the_pictures_and_what_happened(trained_run: Path, tmp_path: Path) -> None:
+    metrics = trained_run / "metrics.jsonl"
+    before = metrics.read_text()
+    metrics.write_text(
+        before
+        + '{"iteration": 4, "evaluation/proxy": 12.25}\n{"iteration": 4, "alarm": "modes <are> lost"}\n'
+        + '{"iteration": 4, "skipped_updates": 3}\n'
+    )
+    try:
+        text = write_report(trained_run, tmp_path / "page.html").read_text()
+    finally:
+        metrics.write_text(before)
+    assert text.count("data:image/png;base64,") >= 4  # curves, two grids, attention
+    for part in (
+        "best_known",
+        "4 of 4",
+        "12.25",
+        "modes &lt;are&gt; lost",
+        "iteration_000000004.pt",
+        "sn_eps",
+    ):
+        assert part in text, part
+    assert "src='http" not in text
+    assert "href=" not in text
