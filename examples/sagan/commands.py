@@ -28,6 +28,8 @@ from sagan.data.threads import usable_cpus
 from sagan.demo import run_demo
 from sagan.distributed import Processes, pick_device, processes
 from sagan.errors import UserError
+from sagan.evaluation.evaluator import feature_network
+from sagan.evaluation.in_training import evaluation_in_training
 from sagan.figures import attention_maps, default_points, save_attention_figure, save_grid, save_image
 from sagan.networks import Discriminator, Generator, count_parameters
 from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
@@ -257,6 +259,9 @@ def _train(command: Train, own: Processes) -> int:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     resume = command.resume or (has_run and (command.auto_resume or restarted))
     check_start(config, resume=resume, accept_changes=command.accept_changes)
+    network = None  # a file that is missing or another's is refused before anything takes time
+    if config.evaluation.every:
+        network = feature_network(config.evaluation, own.device, resolution=config.network.resolution)
     config.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.step.tf32
     dataset: ImageDataset
@@ -266,6 +271,7 @@ def _train(command: Train, own: Processes) -> int:
     else:
         assert tree is not None
         dataset, fingerprint = _checked_tree(tree, config, own)
+    evaluate = None if network is None else evaluation_in_training(config, dataset, own, network)
     result = train(
         config,
         dataset,
@@ -273,6 +279,7 @@ def _train(command: Train, own: Processes) -> int:
         own=own,
         resume=resume,
         accept_changes=command.accept_changes,
+        evaluate=evaluate,
     )
     if result.collapsed:
         say(

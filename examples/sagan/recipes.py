@@ -381,6 +381,7 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
         "step": StepConfig,
         "health": HealthConfig,
         "output": OutputConfig,
+        "evaluation": TrainingEvaluationConfig,
     }
     arguments = _fields_of(RunConfig, values)
     for name, kind in nested.items():

@@ -12,6 +12,12 @@ from sagan.evaluation.inception_score import SPLITS
 Metric = Literal["fid", "is", "kid", "intra-fid", "pr"]
 METRICS: tuple[Metric, ...] = ("fid", "is", "kid", "intra-fid", "pr")
 PROXY_COUNT = 5000
+NO_NETWORK = (
+    "expected a feature network: inception-weights with the file pt_inception-2015-12-05-6726825d.pth (pytorch-fid "
+    "and torch-fidelity publish it), feature-network with an exported program, or proxy; got none. Nothing is "
+    "downloaded"
+)
+_PATHS = ("inception_weights", "feature_network", "cache", "data")
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class EvaluationConfig:
         feature_network_sha256: of that file, to say that you trust it.
         proxy: a small random network and fewer images, for small machines; its figures are no FIDs.
         cache: folder for features of the reals; by default below the user's cache folder.
+        data: a prepared set, or root of the real images, to compare with; by default the run's.
+        split: folder below it that holds them, for a prepared set their name in figures; by default the run's.
     """
 
     metrics: tuple[Metric, ...] = ()
@@ -47,11 +55,13 @@ class EvaluationConfig:
     feature_network_sha256: str | None = None
     proxy: bool = False
     cache: Path | None = None
+    data: Path | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         for each in fields(EvaluationConfig):  # from JSON, lists and strings
             value = getattr(self, each.name)
-            if each.name in ("inception_weights", "feature_network", "cache") and isinstance(value, str):
+            if each.name in _PATHS and isinstance(value, str):
                 object.__setattr__(self, each.name, Path(value))
             elif each.name == "metrics":
                 object.__setattr__(self, each.name, tuple(value))
@@ -69,19 +79,20 @@ class EvaluationConfig:
             raise UserError(f"bn_statistics: expected running, batch or standing, got {self.bn_statistics!r}")
         if self.truncation is not None and not self.truncation >= 0.02:
             raise UserError(f"truncation: expected at least 0.02, got {self.truncation}")
-        networks = [
-            name
-            for name, given in (
-                ("--inception-weights", self.inception_weights is not None),
-                ("--feature-network", self.feature_network is not None),
-                ("--proxy", self.proxy),
-            )
-            if given
-        ]
-        if len(networks) > 1:
-            raise UserError(f"feature network: expected one, got {' and '.join(networks)}")
+        if len(self.networks) > 1:
+            raise UserError(f"feature network: expected one, got {' and '.join(self.networks)}")
         if self.proxy and "is" in self.metrics:
             raise UserError("metrics: the proxy network has no classes, so there is no 'is' with --proxy")
+
+    @property
+    def networks(self) -> list[str]:
+        """The options given that name a feature network: one, or none so far."""
+        options = {
+            "inception-weights": self.inception_weights is not None,
+            "feature-network": self.feature_network is not None,
+            "proxy": self.proxy,
+        }
+        return [name for name, given in options.items() if given]
 
     @property
     def chosen_metrics(self) -> tuple[Metric, ...]:
@@ -101,10 +112,24 @@ class TrainingEvaluationConfig(EvaluationConfig):
     """Evaluation during training.
 
     Attributes:
-        every: iterations between evaluations; 0 for none.
+        every: iterations between evaluations, with one at the end; 0 for none.
         best_by: figure that decides which checkpoint is the best: fid, is, kid, intra-fid, precision or recall; by
             default the first of the metrics.
     """
 
     every: int = 0
     best_by: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 0:
+            raise UserError(f"every: expected at least 0, got {self.every}")
+        figures = [
+            name
+            for metric in self.chosen_metrics
+            for name in (("precision", "recall") if metric == "pr" else (metric,))
+        ]
+        if self.best_by is not None and self.best_by not in figures:
+            raise UserError(f"best_by: expected one of {', '.join(figures)}; got {self.best_by!r}")
+        if self.every and not self.networks:
+            raise UserError(f"evaluation.every: {NO_NETWORK}")

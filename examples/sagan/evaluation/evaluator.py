@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sagan.distributed import Processes
 from sagan.errors import UserError
-from sagan.evaluation.config import EvaluationConfig
+from sagan.evaluation.config import NO_NETWORK, EvaluationConfig
 from sagan.evaluation.features import (
     FeatureNetwork,
     exported_network,
@@ -20,16 +21,14 @@ from sagan.evaluation.features import (
     tensorflow_inception,
 )
 from sagan.evaluation.frechet import frechet_distance, frechet_distances_by_class
-from sagan.evaluation.group import Group
-from sagan.evaluation.inception import WEIGHTS_FILE
 from sagan.evaluation.inception_score import SPLITS, InceptionScore, splits_in_order
 from sagan.evaluation.kernel_distance import SUBSET_SIZE, SUBSETS, kernel_distance
 from sagan.evaluation.neighbours import NEIGHBOURS, precision_and_recall
 from sagan.evaluation.passes import Block, in_order
 from sagan.evaluation.protocol import FIGURES, LOWER, Protocol
 from sagan.evaluation.proxy import proxy_network
+from sagan.evaluation.reals import Reals
 from sagan.evaluation.reference import (
-    Reals,
     Reference,
     ReferenceFacts,
     default_cache,
@@ -80,24 +79,24 @@ class Evaluation:
     samples_checksum: str
     seconds: float
 
-    def value(self, metric: str) -> float:
-        """Return the figure of a metric.
+    def figure(self, metric: str | None = None) -> Figure:
+        """Return the figure of a metric, by default the first.
 
         Raises:
             UserError: if it was not asked for.
         """
         for figure in self.figures:
-            if figure.metric == metric:
-                return figure.value
+            if metric in (None, figure.metric):
+                return figure
         raise UserError(
             f"metric: expected one of {', '.join(each.metric for each in self.figures)}; got {metric!r}"
         )
 
     def score(self, metric: str | None = None) -> float:
         """Return a figure, of which less is better: negative where more is. By default the first."""
-        metric = metric or self.figures[0].metric
-        direction, _ = FIGURES[metric]
-        return self.value(metric) if direction == LOWER else -self.value(metric)
+        figure = self.figure(metric)
+        direction, _ = FIGURES[figure.metric]
+        return figure.value if direction == LOWER else -figure.value
 
     def scalars(self) -> dict[str, float]:
         """Return the figures by name, as "evaluation/fid50k-train-tfinception", for a run's log."""
@@ -128,9 +127,8 @@ class Evaluator:
     Args:
         config: what to evaluate, and how.
         reals: the real images.
-        device: where generator and feature network run.
+        own: this process; the feature network runs on its device.
         network: makes features; by default the one that the configuration names.
-        group: this process; by default among all of torch.distributed.
         progress: show progress bars on a terminal.
 
     Raises:
@@ -145,20 +143,19 @@ class Evaluator:
         self,
         config: EvaluationConfig,
         reals: Reals,
-        device: torch.device,
+        own: Processes,
         *,
         network: FeatureNetwork | None = None,
-        group: Group | None = None,
         progress: bool = False,
     ) -> None:
         self.config = config
         self._metrics = config.chosen_metrics
         self._reals = reals
-        self._group = group or Group.current()
+        self._own = own
         self._progress = progress
         if len(reals.source) <= NEIGHBOURS:
             raise UserError(f"reals: expected more than {NEIGHBOURS} images, got {len(reals.source)}")
-        self._network = network or feature_network(config, device, resolution=reals.source.resolution)
+        self._network = network or feature_network(config, own.device, resolution=reals.source.resolution)
         if "is" in self._metrics and not self._network.num_logits:
             raise UserError(
                 f"metrics: the network {self._network.name} has no logits, so there is no 'is' with it"
@@ -167,12 +164,22 @@ class Evaluator:
             self.facts, self._reference = obtain_reference(
                 reals,
                 self._network,
-                self._group,
+                own,
                 config.cache or default_cache(),
                 block_size=config.block_size,
                 all_features="intra-fid" in self._metrics,
                 progress=progress,
             )
+
+    @property
+    def split(self) -> str:
+        """Which images the reals are."""
+        return self._reals.split
+
+    @property
+    def proxy(self) -> bool:
+        """Whether the figures are a proxy's."""
+        return self._network.proxy
 
     def evaluate(
         self, generator: Generator, labels_in_use: Tensor, *, weights: Literal["ema", "raw"]
@@ -194,16 +201,16 @@ class Evaluator:
                 f"got {self._reals.source.resolution}"
             )
         classes, left_out = self._classes(generator, labels_in_use)
-        collected = _Collected(self.config, self._network) if self._group.is_first else None
+        collected = _Collected(self.config, self._network) if self._own.is_first else None
         with float32_alone():
-            own = with_statistics(generator, self.config, self._group, labels_in_use)
+            sampled = with_statistics(generator, self.config, self._own, labels_in_use)
             blocks = numbered_blocks(
-                own,
+                sampled,
                 self.config.num_samples,
                 seed=self.config.sample_seed,
                 batch_size=self.config.block_size,
-                rank=self._group.rank,
-                num_processes=self._group.count,
+                rank=self._own.rank,
+                num_processes=self._own.count,
                 labels_in_use=labels_in_use,
                 truncation=self.config.truncation,
             )
@@ -212,7 +219,7 @@ class Evaluator:
                 self.config.num_samples,
                 self.config.block_size,
                 self._network,
-                self._group,
+                self._own,
                 description="generated images" if self._progress else None,
             ):
                 assert collected is not None
@@ -222,7 +229,7 @@ class Evaluator:
                 assert collected is not None
                 return self._measure(collected, labels_in_use, classes)
 
-            measured = self._group.on_first(measure)
+            measured = self._own.first_does(measure)
         protocol = self._protocol(len(labels_in_use), weights)
         names = self._reals.source.class_names
         return Evaluation(
@@ -378,7 +385,4 @@ def feature_network(config: EvaluationConfig, device: torch.device, *, resolutio
         )
     if config.inception_weights is not None:
         return tensorflow_inception(config.inception_weights, device, resolution=resolution)
-    raise UserError(
-        f"feature network: expected --inception-weights with the file {WEIGHTS_FILE} (pytorch-fid and torch-fidelity "
-        "publish it), --feature-network with an exported program, or --proxy; got none. Nothing is downloaded"
-    )
+    raise UserError(f"evaluate: {NO_NETWORK}")

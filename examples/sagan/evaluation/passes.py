@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sagan.distributed import Processes
 from sagan.evaluation.features import FeatureNetwork
-from sagan.evaluation.group import Group
 
 
 class ImageSource(Protocol):
@@ -62,7 +62,7 @@ def in_order(
     count: int,
     block_size: int,
     network: FeatureNetwork,
-    group: Group,
+    own: Processes,
     *,
     description: str | None = None,
 ) -> Iterator[Block]:
@@ -76,7 +76,7 @@ def in_order(
         count: images in all blocks.
         block_size: images in a block; the last may have fewer.
         network: makes features.
-        group: this process.
+        own: this process.
         description: label of a progress bar; None for none.
     """
     width = network.num_features + network.num_logits
@@ -85,18 +85,18 @@ def in_order(
         total=count,
         desc=description,
         unit="img",
-        disable=True if description is None or not group.is_first else None,  # None: on a terminal only
+        disable=True if description is None or not own.is_first else None,  # None: on a terminal only
         dynamic_ncols=True,
     )
     with bar:
-        for first in range(0, num_blocks, group.count):
+        for first in range(0, num_blocks, own.count):
             outputs = torch.zeros(block_size, width)
             digest = torch.zeros(32, dtype=torch.int64)
-            if first + group.rank < num_blocks:
+            if first + own.rank < num_blocks:
                 images = next(own_blocks)
                 outputs[: len(images)] = torch.cat(network(images), 1)
                 digest = torch.tensor(list(hashlib.sha256(images.contiguous().numpy().data).digest()))
-            rows, digests = group.gather(outputs), group.gather(digest)
+            rows, digests = own.gather(outputs), own.gather(digest)
             for number, (row, each) in enumerate(zip(rows, digests, strict=True), first):
                 if number == num_blocks:
                     break
@@ -109,18 +109,18 @@ def in_order(
 
 
 def fetched_blocks(
-    source: ImageSource, block_size: int, group: Group, *, threads: int = 4
+    source: ImageSource, block_size: int, own: Processes, *, threads: int = 4
 ) -> Iterator[Tensor]:
     """Yield the images of blocks rank, rank + processes, ... of a data set, fetched ahead on threads.
 
     Args:
         source: the data set.
         block_size: images in a block; the last may have fewer.
-        group: this process.
+        own: this process.
         threads: blocks that are decoded at once; Pillow decodes outside of Python's lock.
     """
     count = len(source)
-    starts = iter(range(group.rank * block_size, count, group.count * block_size))
+    starts = iter(range(own.rank * block_size, count, own.count * block_size))
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
 

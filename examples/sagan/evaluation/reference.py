@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sagan.data import ImageTree
+from sagan.distributed import Processes
 from sagan.errors import UserError
 from sagan.evaluation.features import FeatureNetwork, file_sha256
 from sagan.evaluation.frechet import frechet_distance
-from sagan.evaluation.group import Group
 from sagan.evaluation.inception_score import SPLITS, InceptionScore
-from sagan.evaluation.passes import Block, ImageSource, fetched_blocks, in_order
+from sagan.evaluation.passes import Block, fetched_blocks, in_order
+from sagan.evaluation.reals import Reals
 from sagan.evaluation.statistics import Moments
 
 FORMAT = "sagan-layers reference features"
@@ -37,30 +37,6 @@ logger = logging.getLogger(__name__)
 
 class ReferenceError(UserError):
     """Kept features that are not of the images or the network asked for."""
-
-
-@dataclass(frozen=True)
-class Reals:
-    """Real images to compare with.
-
-    Attributes:
-        source: the images.
-        split: which ones they are, for the names of figures: "train", "val", ...
-        identity: text that is another one when an image may have changed; what is kept of them is found by it.
-    """
-
-    source: ImageSource
-    split: str
-    identity: str
-
-
-def folder_identity(tree: ImageTree, *, resample: str, draft: bool) -> str:
-    """Return 64 hex digits of a folder's file names, sizes and times of change, and of how they are decoded."""
-    digest = hashlib.sha256(f"{tree.fingerprint()} {resample} {draft}\n".encode())
-    for index in range(len(tree.paths)):
-        facts = tree.paths[index].stat()
-        digest.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -123,7 +99,7 @@ class Reference:
 def obtain_reference(
     reals: Reals,
     network: FeatureNetwork,
-    group: Group,
+    own: Processes,
     cache: Path,
     *,
     block_size: int,
@@ -137,7 +113,7 @@ def obtain_reference(
     Args:
         reals: the images.
         network: makes features.
-        group: this process.
+        own: this process.
         cache: folder of what is kept.
         block_size: images at a time in each process.
         all_features: keep the features of all images too, for the distances of single classes.
@@ -159,11 +135,9 @@ def obtain_reference(
             found.append(reference)
         return reference is not None
 
-    if not group.on_first(look_up):
-        reference = _compute(reals, network, group, folder, key, block_size, all_features, progress)
-        if reference is not None:
-            found.append(reference)
-    facts = ReferenceFacts(**group.on_first(lambda: asdict(found[0].facts)))
+    if not own.first_does(look_up):
+        found += _compute(reals, network, own, folder, key, block_size, all_features, progress)
+    facts = ReferenceFacts(**own.first_does(lambda: asdict(found[0].facts)))
     return facts, found[0] if found else None
 
 
@@ -182,44 +156,50 @@ def _key(reals: Reals, network: FeatureNetwork) -> dict[str, Any]:
 def _compute(
     reals: Reals,
     network: FeatureNetwork,
-    group: Group,
+    own: Processes,
     folder: Path,
     key: dict[str, Any],
     block_size: int,
     all_features: bool,
     progress: bool,
-) -> Reference | None:
-    """Pass over the reals with all processes; process 0 keeps and returns the result."""
+) -> list[Reference]:
+    """Pass over the reals with all processes; process 0 keeps the result, and returns it alone."""
     count = len(reals.source)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    collected = _Collected(network, count, partial if all_features else None) if group.is_first else None
+    collected = _Collected(network, count, partial if all_features else None) if own.is_first else None
     try:
         for block in in_order(
-            fetched_blocks(reals.source, block_size, group),
+            fetched_blocks(reals.source, block_size, own),
             count,
             block_size,
             network,
-            group,
+            own,
             description="features of the reals" if progress else None,
         ):
             assert collected is not None
             collected.add(block)
         failures = torch.tensor([len(getattr(reals.source, "failures", []))])
-        replaced = sum(int(each) for each in group.gather(failures))
-        if collected is None:
-            return None
-        if replaced:
-            logger.warning(
-                "%d of the reals cannot be read; the next of their class took their places", replaced
-            )
-        reference = collected.finish(replaced)
-        _save(reference, folder, partial, key)
+        replaced = sum(int(each) for each in own.gather(failures))
+        made: list[Reference] = []
+
+        def keep() -> None:
+            assert collected is not None
+            if replaced:
+                logger.warning(
+                    "%d of the reals cannot be read; the next of their class took their places", replaced
+                )
+            made.append(collected.finish(replaced))
+            _save(made[0], folder, partial, key)
+
+        own.first_does(keep)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already, unless something went wrong
     if not all_features:
-        return reference
-    features = np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False)
-    return replace(reference, features=features)
+        return made
+    return [
+        replace(each, features=np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False))
+        for each in made
+    ]
 
 
 class _Collected:

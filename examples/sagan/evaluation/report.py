@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 import sagan_layers
-from sagan.evaluation.evaluator import Evaluation, Figure
+from sagan.evaluation.evaluator import Evaluation, Evaluator, Figure
+from sagan.evaluation.reference import ReferenceFacts
 
 RESULTS = "results.md"
 _HEADER = """\
@@ -26,16 +27,24 @@ class Subject:
     """What was evaluated.
 
     Attributes:
-        checkpoint: the file.
+        source: the checkpoint, or the run's folder where it was evaluated in training.
         iteration: how long it was trained.
         recipe: of its run.
         device: where it was evaluated, in words.
     """
 
-    checkpoint: Path
+    source: Path
     iteration: int
     recipe: str
     device: str
+
+
+def about_reals(evaluator: Evaluator, cache: Path) -> str:
+    """Return where the features of the reals are, and the reals' own figures, for a terminal."""
+    facts = evaluator.facts
+    how = "read from" if facts.from_cache else "kept in"
+    own = _reals_own(facts, evaluator.split, proxy=evaluator.proxy)
+    return "\n".join([f"Features of {facts.count:,} reals {how} {cache}", *own])
 
 
 def table(evaluation: Evaluation, subject: Subject) -> str:
@@ -44,16 +53,10 @@ def table(evaluation: Evaluation, subject: Subject) -> str:
     weights = "averaged weights" if protocol.weights == "ema" else "raw weights"
     width = max(len(figure.name) for figure in evaluation.figures)
     lines = [
-        f"{subject.checkpoint}: iteration {subject.iteration}, {weights}",
+        f"{subject.source}: iteration {subject.iteration}, {weights}",
         *(f"  {figure.name:<{width}}  {_number(figure)}" for figure in evaluation.figures),
-        f"  against {reals.count:,} images of {protocol.real_split}, which among themselves have:",
+        *_reals_own(reals, protocol.real_split, proxy=protocol.proxy),
     ]
-    if reals.inception_score is not None:
-        mean, deviation = reals.inception_score
-        lines.append(f"    Inception Score {mean:.2f} +- {deviation:.2f}")
-    distance = "Frechet distance in the proxy's features" if protocol.proxy else "FID"
-    if reals.half_distance is not None:
-        lines.append(f"    {distance} of a random half to the other {reals.half_distance:.4g}")
     if evaluation.by_class:
         ordered = sorted(evaluation.by_class.items(), key=lambda item: item[1])
         lines.append("  best classes:  " + ", ".join(f"{name} {value:.4g}" for name, value in ordered[:3]))
@@ -89,7 +92,7 @@ def save(evaluation: Evaluation, subject: Subject, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"iteration_{subject.iteration:09d}_{evaluation.protocol.identity}.json"
     values: dict[str, Any] = {
-        "checkpoint": str(subject.checkpoint),
+        "source": str(subject.source),
         "iteration": subject.iteration,
         "recipe": subject.recipe,
         **evaluation.to_dict(),
@@ -105,11 +108,24 @@ def save(evaluation: Evaluation, subject: Subject, folder: Path) -> Path:
     temporary.write_text(json.dumps(values, indent=2) + "\n")
     temporary.replace(path)
     results = folder / RESULTS
-    with results.open("a") as file:
-        if file.tell() == 0:
-            file.write(_HEADER)
-        file.write(markdown_row(evaluation, subject) + "\n")
+    before = results.read_text() if results.exists() else _HEADER
+    row = markdown_row(evaluation, subject) + "\n"
+    if row not in before:  # a resumed run may evaluate an iteration again
+        results.write_text(before + row)
     return path
+
+
+def _reals_own(reals: ReferenceFacts, split: str, *, proxy: bool) -> list[str]:
+    """Return what the reals score themselves: how good generated images could become."""
+    lines = []
+    if reals.inception_score is not None:
+        mean, deviation = reals.inception_score
+        lines.append(f"    Inception Score {mean:.2f} +- {deviation:.2f}")
+    if reals.half_distance is not None:
+        distance = "proxy's Frechet distance" if proxy else "FID"
+        lines.append(f"    {distance} of a random half to the other {reals.half_distance:.4g}")
+    verdict = "which themselves have" if lines else "too few for figures of their own"
+    return [f"  against {reals.count:,} images of {split}, {verdict}", *lines]
 
 
 def device_name(device: torch.device) -> str:

@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor
 
+from sagan.distributed import Processes
 from sagan.evaluation.config import EvaluationConfig
-from sagan.evaluation.group import Group
 from sagan.networks import Generator
 from sagan.sampling import generate, sample_inputs
 from sagan_layers import ConditionalBatchNorm2d, standing_statistics
@@ -19,7 +19,7 @@ _STANDING_START = 2**40
 
 @torch.no_grad()
 def with_statistics(
-    generator: Generator, config: EvaluationConfig, group: Group, labels_in_use: Tensor
+    generator: Generator, config: EvaluationConfig, own: Processes, labels_in_use: Tensor
 ) -> Generator:
     """Return G with running, batch or standing statistics; G itself is left as it is.
 
@@ -28,26 +28,26 @@ def with_statistics(
     Args:
         generator: G.
         config: says which.
-        group: this process.
+        own: this process.
         labels_in_use: classes to go through in turn.
     """
     if config.bn_statistics == "running":
         return generator
-    own = copy.deepcopy(generator).eval()
+    replica = copy.deepcopy(generator).eval()
     if config.bn_statistics == "batch":
-        for layer in own.modules():
+        for layer in replica.modules():
             if isinstance(layer, ConditionalBatchNorm2d):
                 layer.begin_standing_statistics()  # and never end: each block is normalised by its own
-        return own
-    with standing_statistics(own, process_group=group.alone):
+        return replica
+    with own.alone() as alone, standing_statistics(replica, process_group=alone):
         for number in range(config.standing_batches):
             start = _STANDING_START + number * config.block_size
             latents, labels = sample_inputs(
                 range(start, start + config.block_size),
-                own.config,
+                replica.config,
                 config.sample_seed,
                 labels_in_use,
                 truncation=config.truncation,
             )
-            generate(own, latents, labels, batch_size=config.block_size)
-    return own
+            generate(replica, latents, labels, batch_size=config.block_size)
+    return replica
