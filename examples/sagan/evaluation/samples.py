@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -33,7 +31,10 @@ def with_statistics(
     """
     if config.bn_statistics == "running":
         return generator
-    replica = copy.deepcopy(generator).eval()
+    with torch.random.fork_rng(devices=[]):  # anew, for a copy would gather over all processes where G does
+        replica = Generator(generator.config)
+    replica.to(next(generator.parameters())).load_state_dict(generator.state_dict())
+    replica.eval()
     if config.bn_statistics == "batch":
         for layer in replica.modules():
             if isinstance(layer, ConditionalBatchNorm2d):
