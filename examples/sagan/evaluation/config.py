@@ -13,7 +13,7 @@ Metric = Literal["fid", "is", "kid", "intra-fid", "pr"]
 METRICS: tuple[Metric, ...] = ("fid", "is", "kid", "intra-fid", "pr")
 PROXY_COUNT = 5000
 NO_NETWORK = (
-    "expected a feature network: inception-weights with the file pt_inception-2015-12-05-6726825d.pth (pytorch-fid "
+    "feature network: expected inception-weights with the file pt_inception-2015-12-05-6726825d.pth (pytorch-fid "
     "and torch-fidelity publish it), feature-network with an exported program, or proxy; got none. Nothing is "
     "downloaded"
 )
@@ -132,4 +132,4 @@ class TrainingEvaluationConfig(EvaluationConfig):
         if self.best_by is not None and self.best_by not in figures:
             raise UserError(f"best_by: expected one of {', '.join(figures)}; got {self.best_by!r}")
         if self.every and not self.networks:
-            raise UserError(f"evaluation.every: {NO_NETWORK}")
+            raise UserError(NO_NETWORK)

@@ -385,4 +385,4 @@ def feature_network(config: EvaluationConfig, device: torch.device, *, resolutio
         )
     if config.inception_weights is not None:
         return tensorflow_inception(config.inception_weights, device, resolution=resolution)
-    raise UserError(f"evaluate: {NO_NETWORK}")
+    raise UserError(NO_NETWORK)
