@@ -110,7 +110,7 @@ class TestIntraFid:
         assert found.tolist() == [frechet_distance_of_features(*sets[label]) for label in (0, 3, 4)]
 
     def test_too_few_samples_and_other_widths_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="features_a: expected .* at least 2 samples, got"):
+        with pytest.raises(ValueError, match=r"features_a: expected .* at least 2 samples, got"):
             frechet_distance_of_features(torch.zeros(1, 3), torch.zeros(2, 3))
         with pytest.raises(ValueError, match="features_b: expected 3 features as in features_a, got 4"):
             frechet_distance_of_features(torch.zeros(2, 3), torch.zeros(2, 4))
