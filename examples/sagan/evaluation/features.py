@@ -59,6 +59,7 @@ class FeatureNetwork:
             - images: uint8 [N, 3, R, R].
             - Output: float32 [N, d] and [N, K], on the CPU; K is 0 for a network without logits.
         """
+        images = images.contiguous()  # a generator's memory format must not change the last bits
         chunks = torch.split(images, _CPU_CHUNK) if self.device.type == "cpu" else (images,)
         parts = [self._run(chunk) for chunk in chunks]
         features = torch.cat([features.float().cpu() for features, _ in parts])

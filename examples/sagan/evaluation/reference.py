@@ -303,7 +303,10 @@ def _load(folder: Path, key: dict[str, Any], all_features: bool) -> Reference | 
             logger.warning("%s is damaged; its features are computed anew", folder / name)
             return None
     with np.load(folder / _STATISTICS, allow_pickle=False) as arrays:
-        mean, products, sample = (torch.from_numpy(arrays[name]) for name in ("mean", "products", "sample"))
+        # Copied to torch's alignment in memory, which BLAS's last bits depend on.
+        mean, products, sample = (
+            torch.from_numpy(arrays[name]).clone() for name in ("mean", "products", "sample")
+        )
     features = np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False) if all_features else None
     return Reference(facts, Moments(facts.count, mean, products), sample, features)
 
