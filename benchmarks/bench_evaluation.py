@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -132,9 +133,11 @@ def measure_agreement(scale: Scale, results: harness.Results) -> None:
     score.add(logits, torch.zeros(scale.samples, dtype=torch.int64))
 
     def score_by_torchmetrics() -> float:
-        metric = TheirScore(feature=Unchanged(1008), splits=1)
-        metric.update(logits)
-        return float(metric.compute()[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of memory, and of the deviation of one split
+            metric = TheirScore(feature=Unchanged(1008), splits=1)
+            metric.update(logits)
+            return float(metric.compute()[0])
 
     case = f"{scale.samples:,} samples of 1008 logits"
     results.add(compared("Inception Score", case, score.result()[0], {"torchmetrics": score_by_torchmetrics}))
