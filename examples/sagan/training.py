@@ -366,7 +366,8 @@ class _Writer:
 
     def keep_best(self, score: Score, alarm: CollapseAlarm) -> None:
         """Write the best checkpoint anew if this score is better than its, or of another kind."""
-        if self.best_score is None or score.of != self.best_score_of or score.value < self.best_score:
+        known = self.best_score if score.of == self.best_score_of else None
+        if math.isfinite(score.value) and (known is None or score.value < known):
             self.best_score, self.best_score_of = score.value, score.of
             save_best(self._config.out / "checkpoints", self._contents(alarm))
 

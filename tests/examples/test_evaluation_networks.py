@@ -218,6 +218,10 @@ class TestFeatureNetwork:
             with pytest.raises(UserError, match=rf"expected features \[2, d\] for 2 images, got {found}"):
                 FeatureNetwork(module, name="x", digest="0", resize="", device=CPU, resolution=8)
 
+    def test_a_network_that_answers_nan_is_refused(self) -> None:
+        with pytest.raises(UserError, match="expected finite features, got a NaN or an infinity"):
+            FeatureNetwork(_Nan(), name="x", digest="0", resize="", device=CPU, resolution=8)
+
     def test_without_logits_there_are_none(self) -> None:
         network = proxy_network(CPU, resolution=32)
         features, logits = network(images_of(9))
@@ -248,6 +252,11 @@ class TestProxy:
             for each in (images_of(20), images_of(20, seed=1), images_of(20) // 8 + 112)
         )
         assert (noise - flat).norm() > 10 * (noise - other).norm()
+
+
+class _Nan(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).float() * float("nan")
 
 
 class _Words(nn.Module):

@@ -75,6 +75,8 @@ class FeatureNetwork:
         for what, output in (("features", features), ("logits", logits)):
             if output is None and what == "logits":
                 continue
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                raise UserError(f"feature network: expected finite {what}, got a NaN or an infinity")
             if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
                 found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise UserError(

@@ -83,4 +83,4 @@ def _factor(covariance: Tensor) -> Tensor:
 
 
 def _distance(difference: Tensor, traces: Tensor, cross: Tensor) -> float:
-    return max(0.0, float(difference.square().sum() + traces - 2 * cross))
+    return float((difference.square().sum() + traces - 2 * cross).clamp_min(0))
