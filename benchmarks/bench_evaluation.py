@@ -23,6 +23,7 @@ import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from benchmarks import harness
 
@@ -37,7 +38,6 @@ from sagan.evaluation.inception_score import InceptionScore
 from sagan.evaluation.kernel_distance import kernel_distance
 from sagan.evaluation.reals import folder_reals
 from sagan.evaluation.statistics import Moments
-from sagan.figures import save_image
 from sagan.networks import Generator, NetworkConfig
 from sagan.recipes import RunConfig
 from sagan.sampling import numbered_blocks
@@ -208,8 +208,21 @@ def _trace_by_scipy(product: Tensor) -> float:
     return float(np.real(np.trace(scipy.linalg.sqrtm(product.numpy()))))
 
 
+class Images(Dataset[Tensor]):
+    """Images for torch-fidelity, uint8 [N, 3, R, R]."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index].contiguous()
+
+
 def measure_end_to_end(scale: Scale, weights: Path, results: harness.Results) -> None:
-    """The same images through both programs: ours from the generator and a class tree, theirs from PNG files."""
+    """The same images through both programs, ours from a generator and files."""
     from torch_fidelity import calculate_metrics
 
     torch.manual_seed(0)
@@ -229,16 +242,14 @@ def measure_end_to_end(scale: Scale, weights: Path, results: harness.Results) ->
         )
         evaluator = Evaluator(config, reals, Processes(0, 1, torch.device("cpu")), progress=True)
         ours = evaluator.evaluate(generator, labels, weights="raw")
-        for number, image in enumerate(reals.source.fetch(range(len(reals.source)))[0]):
-            save_image(root / "real" / f"{number:06d}.png", image)
-        for numbers, images, _ in numbered_blocks(
+        real = Images(reals.source.fetch(range(len(reals.source)))[0])
+        blocks = numbered_blocks(
             generator, scale.images, seed=0, batch_size=config.block_size, labels_in_use=labels
-        ):
-            for number, image in zip(numbers, images, strict=True):
-                save_image(root / "fake" / f"{number:06d}.png", image)
+        )
+        fake = Images(torch.cat([images for _, images, _ in blocks]))
         theirs = calculate_metrics(
-            input1=str(root / "fake"),
-            input2=str(root / "real"),
+            input1=fake,
+            input2=real,
             cuda=False,
             isc=True,
             fid=True,
