@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeVar
 import torch
 import tyro
 
+from sagan.checking import checked_tree
 from sagan.checkpoints import checkpoints_in
 from sagan.data import (
     ImageDataset,
@@ -18,7 +19,6 @@ from sagan.data import (
     ImageTree,
     PackedDataset,
     is_prepared,
-    preflight,
     read_manifest,
     scan_image_tree,
     verify,
@@ -270,7 +270,7 @@ def _train(command: Train, own: Processes) -> int:
         dataset, fingerprint = packed, packed.fingerprint
     else:
         assert tree is not None
-        dataset, fingerprint = _checked_tree(tree, config, own)
+        dataset, fingerprint = _checked_images(tree, config, own)
     evaluate = None if network is None else evaluation_in_training(config, dataset, own, network)
     result = train(
         config,
@@ -307,22 +307,9 @@ def _check_packed(packed: PackedDataset, config: RunConfig) -> None:
     (config.out / "data_manifest.json").write_bytes((packed.manifest.folder / MANIFEST).read_bytes())
 
 
-def _checked_tree(tree: ImageTree, config: RunConfig, own: Processes) -> tuple[ImageFolderDataset, str]:
-    """Look at the images of a tree, print the report, and return what is readable with its fingerprint."""
-
-    def look() -> list[str]:
-        report = preflight(
-            tree,
-            resolution=config.network.resolution,
-            mode=config.images.check,
-            resample=config.images.resample,
-            progress=True,
-            report_path=config.out / "preflight.json",
-        )
-        print(report.format() + "\n")
-        return [str(path) for path in report.unreadable_paths]
-
-    tree = tree.without(Path(path) for path in own.first_does(look))
+def _checked_images(tree: ImageTree, config: RunConfig, own: Processes) -> tuple[ImageFolderDataset, str]:
+    """Return the images of a tree that can be read, after a look at all of them, and their fingerprint."""
+    tree = checked_tree(tree, config, own, report_path=config.out / "preflight.json")
     dataset = ImageFolderDataset(
         tree,
         config.network.resolution,

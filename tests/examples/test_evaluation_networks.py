@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sagan.checkpoints import file_sha256
 from sagan.errors import UserError
 from sagan.evaluation.features import (
     FeatureNetwork,
     exported_network,
-    file_sha256,
     float32_alone,
     tensorflow_inception,
 )

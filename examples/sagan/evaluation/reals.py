@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
+from sagan.checking import checked_tree
 from sagan.data import (
     ImageDataset,
     ImageFolderDataset,
     ImageTree,
     PackedDataset,
     is_prepared,
-    preflight,
     scan_image_tree,
 )
 from sagan.distributed import Processes
@@ -63,7 +62,7 @@ def open_reals(config: EvaluationConfig, run: RunConfig, class_names: list[str],
         reals = Reals(packed, split, packed.fingerprint)
     else:
         tree = scan_image_tree(data, split=config.split or run.images.split)
-        reals = folder_reals(_readable(tree, run, own), run, config.split)
+        reals = folder_reals(checked_tree(tree, run, own), run, config.split)
     if "intra-fid" in config.chosen_metrics and list(reals.source.class_names) != class_names:
         raise UserError(
             f"data: expected the run's {len(class_names)} classes for intra-fid, found others in {data}"
@@ -99,21 +98,6 @@ def folder_reals(tree: ImageTree, run: RunConfig, split: str | None) -> Reals:
         split=wanted if tree.root.name == wanted else "all",
         identity=_folder_identity(tree, resample),
     )
-
-
-def _readable(tree: ImageTree, run: RunConfig, own: Processes) -> ImageTree:
-    def unreadable() -> list[str]:
-        found = preflight(
-            tree,
-            resolution=run.network.resolution,
-            mode=run.images.check,
-            resample=run.images.resample,
-            progress=True,
-        )
-        print(found.format() + "\n")
-        return [str(path) for path in found.unreadable_paths]
-
-    return tree.without(Path(path) for path in own.first_does(unreadable))
 
 
 def _folder_identity(tree: ImageTree, resample: str) -> str:

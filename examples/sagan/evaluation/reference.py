@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sagan.checkpoints import file_sha256
 from sagan.distributed import Processes
 from sagan.errors import UserError
-from sagan.evaluation.features import FeatureNetwork, file_sha256
+from sagan.evaluation.features import FeatureNetwork
 from sagan.evaluation.frechet import frechet_distance
 from sagan.evaluation.inception_score import SPLITS, InceptionScore
 from sagan.evaluation.passes import Block, fetched_blocks, in_order
