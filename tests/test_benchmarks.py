@@ -395,6 +395,21 @@ def test_the_data_suite_runs_end_to_end(tmp_path: Path) -> None:
     assert (tmp_path / "data_rates.png").is_file()
 
 
+def test_the_evaluation_suite_agrees_with_the_others(tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    out = tmp_path / "evaluation.json"
+    done = run_python("-m", "benchmarks.bench_evaluation", "--quick", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    data = json.loads(out.read_text())
+    assert data["complete"] is True
+    differences = {
+        (row["suite"], row["contender"]): row["difference"] for row in data["rows"] if "difference" in row
+    }
+    assert {suite for suite, _ in differences} == {"FID", "Inception Score", "KID", "intra-FID"}
+    assert max(differences.values()) < 1e-6
+
+
 @pytest.mark.parametrize("suite", bench_attention.SUITES)
 @pytest.mark.parametrize("pool_size", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeVar
 import torch
 import tyro
 
+from sagan.checking import checked_tree
 from sagan.checkpoints import checkpoints_in
 from sagan.data import (
     ImageDataset,
@@ -18,7 +19,6 @@ from sagan.data import (
     ImageTree,
     PackedDataset,
     is_prepared,
-    preflight,
     read_manifest,
     scan_image_tree,
     verify,
@@ -28,6 +28,8 @@ from sagan.data.threads import usable_cpus
 from sagan.demo import run_demo
 from sagan.distributed import Processes, pick_device, processes
 from sagan.errors import UserError
+from sagan.evaluation.evaluator import feature_network
+from sagan.evaluation.in_training import evaluation_in_training
 from sagan.figures import attention_maps, default_points, save_attention_figure, save_grid, save_image
 from sagan.networks import Discriminator, Generator, count_parameters
 from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
@@ -257,6 +259,9 @@ def _train(command: Train, own: Processes) -> int:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     resume = command.resume or (has_run and (command.auto_resume or restarted))
     check_start(config, resume=resume, accept_changes=command.accept_changes)
+    network = None  # a file that is missing or another's is refused before anything takes time
+    if config.evaluation.every:
+        network = feature_network(config.evaluation, own.device, resolution=config.network.resolution)
     config.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.step.tf32
     dataset: ImageDataset
@@ -265,7 +270,8 @@ def _train(command: Train, own: Processes) -> int:
         dataset, fingerprint = packed, packed.fingerprint
     else:
         assert tree is not None
-        dataset, fingerprint = _checked_tree(tree, config, own)
+        dataset, fingerprint = _checked_images(tree, config, own)
+    evaluate = None if network is None else evaluation_in_training(config, dataset, own, network)
     result = train(
         config,
         dataset,
@@ -273,6 +279,7 @@ def _train(command: Train, own: Processes) -> int:
         own=own,
         resume=resume,
         accept_changes=command.accept_changes,
+        evaluate=evaluate,
     )
     if result.collapsed:
         say(
@@ -300,22 +307,9 @@ def _check_packed(packed: PackedDataset, config: RunConfig) -> None:
     (config.out / "data_manifest.json").write_bytes((packed.manifest.folder / MANIFEST).read_bytes())
 
 
-def _checked_tree(tree: ImageTree, config: RunConfig, own: Processes) -> tuple[ImageFolderDataset, str]:
-    """Look at the images of a tree, print the report, and return what is readable with its fingerprint."""
-
-    def look() -> list[str]:
-        report = preflight(
-            tree,
-            resolution=config.network.resolution,
-            mode=config.images.check,
-            resample=config.images.resample,
-            progress=True,
-            report_path=config.out / "preflight.json",
-        )
-        print(report.format() + "\n")
-        return [str(path) for path in report.unreadable_paths]
-
-    tree = tree.without(Path(path) for path in own.first_does(look))
+def _checked_images(tree: ImageTree, config: RunConfig, own: Processes) -> tuple[ImageFolderDataset, str]:
+    """Return the images of a tree that can be read, after a look at all of them, and their fingerprint."""
+    tree = checked_tree(tree, config, own, report_path=config.out / "preflight.json")
     dataset = ImageFolderDataset(
         tree,
         config.network.resolution,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from sagan.data import RESAMPLE_FILTERS
 from sagan.errors import UserError
+from sagan.evaluation.config import TrainingEvaluationConfig
 from sagan.networks import NetworkConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -190,6 +191,7 @@ class RunConfig:
         step: how an iteration is computed.
         health: what the run does about its own faults.
         output: what is written when.
+        evaluation: what is measured when; the best checkpoint is kept by it.
     """
 
     recipe: str
@@ -212,6 +214,7 @@ class RunConfig:
     step: StepConfig = field(default_factory=StepConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    evaluation: TrainingEvaluationConfig = field(default_factory=TrainingEvaluationConfig)
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "accumulation", "d_steps"):
@@ -378,6 +381,7 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
         "step": StepConfig,
         "health": HealthConfig,
         "output": OutputConfig,
+        "evaluation": TrainingEvaluationConfig,
     }
     arguments = _fields_of(RunConfig, values)
     for name, kind in nested.items():
