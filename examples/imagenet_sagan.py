@@ -25,6 +25,7 @@ SAGAN on ImageNet with sagan-layers.
   attention-maps   where chosen points of generated images look
   plot             a run's curves, also while it trains
   report           a run on one HTML page, with its pictures
+  compare          several runs: figures over the iterations, and a table of the best of each
   make-images      generated images in ImageNet's layouts, to try the others without ImageNet
 
 Start:
@@ -48,6 +49,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "attention-maps": (commands.AttentionMaps, commands.run_attention_maps),
     "plot": (commands.Plot, commands.run_plot),
     "report": (commands.Report, commands.run_report),
+    "compare": (commands.Compare, commands.run_compare),
     "make-images": (commands.MakeImages, commands.run_make_images),
 }
 

@@ -13,6 +13,7 @@ import tyro
 
 from sagan.checking import checked_tree
 from sagan.checkpoints import checkpoints_in
+from sagan.comparison import compare_runs
 from sagan.data import (
     ImageDataset,
     ImageFolderDataset,
@@ -209,6 +210,22 @@ class Report:
 
     source: Path
     out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Draw figures of several runs over the iterations, and a table of the best of each.
+
+    Takes what `evaluate` and `train --evaluation.every` wrote into the runs' folders. Figures of different protocols
+    get panels and columns of their own.
+
+    Attributes:
+        runs: folders of runs.
+        out: folder for comparison.md and comparison.png.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path = Path("comparison")
 
 
 @dataclass(frozen=True)
@@ -485,6 +502,16 @@ def run_plot(command: Plot) -> int:
 def run_report(command: Report) -> int:
     """Run ``report`` and return the exit code."""
     print(f"Written: {write_report(command.source, command.out)}")
+    return 0
+
+
+def run_compare(command: Compare) -> int:
+    """Run ``compare`` and return the exit code."""
+    if not command.runs:
+        raise UserError("runs: expected the folders of one or more, got none")
+    written = compare_runs(command.runs, command.out)
+    print(written[0].read_text(encoding="utf-8"))
+    print(f"Written: {', '.join(map(str, written))}")
     return 0
 
 
