@@ -140,7 +140,7 @@ class TestReading:
             read_runs([run])
 
     def test_what_is_no_run_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="found no config.json"):
+        with pytest.raises(UserError, match=r"found no config\.json"):
             read_runs([tmp_path])
 
     def test_one_run_twice_is_refused(self, tmp_path: Path) -> None:
