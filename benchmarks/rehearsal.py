@@ -58,7 +58,7 @@ class Rehearsal:
     def stage(self, name: str, work: Callable[[], str]) -> None:
         """Do one stage; ``work`` returns what was seen, and raises if it is not what it must be."""
         started = time.monotonic()
-        seen = work()
+        seen = work().replace(str(self.out), "DIR")
         seconds = time.monotonic() - started
         self.stages.append({"stage": name, "seconds": round(seconds, 1), "seen": seen})
         print(f"{name} ({seconds:.0f} s): {seen}", flush=True)
