@@ -526,6 +526,14 @@ def test_every_step_computes_the_same_losses_and_gradients(bf16: bool) -> None:
     assert rows[0]["images_per_s"] == pytest.approx(8e3 / rows[0]["time_ms"])
 
 
+def test_the_step_is_timed_in_processes_apart() -> None:
+    case = bench_step.StepCase(bench_step.STEP, 2, 32, 8, "cpu", ("ours", "textbook"), num_classes=10)
+    rows = bench_step.measure_apart(case, steps=2, rounds=1)
+    assert [(row["contender"], row["samples"]) for row in rows] == [("ours", 2), ("textbook", 2)]
+    assert rows[1]["time_ratio"] == 1.0
+    assert rows[0]["time_ratio"] == pytest.approx(rows[0]["time_ms"] / rows[1]["time_ms"])
+
+
 def test_the_step_suite_finds_a_wrong_loss() -> None:
     case = bench_step.StepCase(bench_step.STEP, 2, 32, 8, "cpu", ("ours", "textbook"), num_classes=10)
     inputs = case.inputs()

@@ -32,6 +32,7 @@ from sagan.errors import UserError
 from sagan.evaluation.evaluator import feature_network
 from sagan.evaluation.in_training import evaluation_in_training
 from sagan.figures import attention_maps, default_points, save_attention_figure, save_grid, save_image
+from sagan.memory import keep_freed_memory
 from sagan.networks import Discriminator, Generator, count_parameters
 from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, differences
@@ -249,6 +250,8 @@ def run_train(command: Train) -> int:
     if config.data is None and not command.dry_run:
         raise UserError("data: expected --data with the folder that holds the images, got none")
     with processes(config.device) as own:
+        if own.device.type == "cpu":
+            keep_freed_memory()
         return _train(command, own)
 
 
@@ -518,6 +521,7 @@ def run_compare(command: Compare) -> int:
 def run_demo_command(command: Demo) -> int:
     """Run ``demo`` and return the exit code."""
     config = replace(RECIPES["digits"](), out=command.out, iterations=command.iterations, seed=command.seed)
+    keep_freed_memory()
     result, verdict = run_demo(config)
     if verdict is None:
         print(f"Stopped at iteration {result.iteration}; the same command goes on from there.")
