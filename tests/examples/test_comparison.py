@@ -80,17 +80,17 @@ class TestTable:
         assert cells(text, "two")[3:] == ["not measured", "10 at 100 [18.28]"]
 
     def test_proxy_figures_stand_beside_nothing_published(self, tmp_path: Path) -> None:
-        run = write_run(tmp_path / "run")
+        run = write_run(tmp_path / "alone")
         write_evaluation(run, 100, proxy=True, fid=3.0)
         text = compare_runs([run], tmp_path / "out")[0].read_text()
-        assert cells(text, "run")[3] == "3 at 100"
+        assert cells(text, "alone")[3] == "3 at 100"
         assert "they are no FIDs" in text
 
     def test_other_resolutions_stand_beside_nothing_published(self, tmp_path: Path) -> None:
         network = replace(RECIPES["paper"]().network, resolution=64)
-        run = write_run(tmp_path / "run", network=network)
+        run = write_run(tmp_path / "alone", network=network)
         write_evaluation(run, 100, fid=3.0)
-        assert cells(compare_runs([run], tmp_path / "out")[0].read_text(), "run")[3] == "3 at 100"
+        assert cells(compare_runs([run], tmp_path / "out")[0].read_text(), "alone")[3] == "3 at 100"
 
     def test_what_differs_from_the_recipe_is_told_and_what_does_not_matter_is_not(
         self, tmp_path: Path
