@@ -33,6 +33,7 @@ SUITES = (
     Suite("step", 3.5),
     Suite("attention", 4.5),
     Suite("spectral_norm", 1.5),
+    Suite("conditional_norm", 2.5),
     Suite("resampling", 3, peers=False),
     Suite("data", None, peers=False),
 )

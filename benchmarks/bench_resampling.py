@@ -308,10 +308,12 @@ class NetworkCase(Case):
         )()
 
 
-def make_cases(device: str, *, quick: bool = False, dtypes: Sequence[str] = ()) -> list[Case]:
+def make_cases(
+    device: str, *, quick: bool = False, full: bool = False, dtypes: Sequence[str] = ()
+) -> list[Case]:
     """Return every case for a device, the most telling first."""
-    conv3x3 = [*GENERATOR, *DISCRIMINATOR]
-    conv1x1 = [*GENERATOR, *DISCRIMINATOR_SHORTCUTS]
+    conv3x3, conv1x1 = [*GENERATOR, *DISCRIMINATOR], [*GENERATOR, *DISCRIMINATOR_SHORTCUTS]
+    allowed = dtypes or tuple(DTYPES)
     if quick:
         small: tuple[Layer, ...] = (("up", 64, 32, 16), ("down", 32, 64, 32))
         cases = [
@@ -321,27 +323,34 @@ def make_cases(device: str, *, quick: bool = False, dtypes: Sequence[str] = ()) 
             for layer in small
         ]
         return [*cases, NetworkCase("Generator", 2, 32, 8, device)]
-    if device == "cuda":
-        settings = [("bfloat16", 64, True), ("float32", 64, True), ("float32", 64, False)]
-        batch = 32
-    else:
-        settings = [
-            ("float32", 4, False),
-            ("bfloat16", 4, False),
-            ("float32", 8, False),
-            ("float32", 4, True),
-        ]
-        batch = 4
-    settings = [setting for setting in settings if setting[0] in (dtypes or DTYPES)]
+    batch = 32 if device == "cuda" else 4
     whole = [NetworkCase(network, batch, 128, 64, device) for network in ("Generator", "Discriminator")]
-    layers = [
-        LayerCase(suite, layer, N, dtype, channels_last, device)
-        for dtype, N, channels_last in settings
-        for suite, chosen in ((CONV3X3, conv3x3), (CONV1X1, conv1x1))
-        for layer in chosen
+
+    def layers(dtype: str, N: int, channels_last: bool, *suites: str) -> list[Case]:
+        chosen = {CONV3X3: conv3x3, CONV1X1: conv1x1}
+        return [
+            LayerCase(suite, layer, N, dtype, channels_last, device)
+            for suite in suites
+            for layer in chosen[suite]
+            if dtype in allowed
+        ]
+
+    both = (CONV3X3, CONV1X1)
+    if device == "cuda":
+        return [
+            *layers("bfloat16", 64, True, *both),
+            *layers("float32", 64, True, *both),
+            *whole,
+            *(layers("float32", 64, False, *both) if full else []),
+        ]
+    return [
+        *layers("float32", batch, False, *both),
+        *(whole if "float32" in allowed else []),
+        *layers("bfloat16", batch, False, CONV3X3),
+        *(layers("bfloat16", batch, False, CONV1X1) if full else []),
+        *(layers("float32", 2 * batch, False, *both) if full else []),
+        *(layers("float32", batch, True, *both) if full else []),
     ]
-    first = len(conv3x3) + len(conv1x1)
-    return [*layers[:first], *(whole if not dtypes or "float32" in dtypes else []), *layers[first:]]
 
 
 def multiplications(rows: Sequence[Row]) -> str:
@@ -372,6 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few small shapes, under a minute")
     parser.add_argument("--out", type=Path, help="the JSON file; Markdown and plots are written beside it")
     parser.add_argument("--dtypes", nargs="+", default=(), choices=tuple(DTYPES))
+    parser.add_argument("--full", action="store_true", help="more batch sizes, dtypes and memory formats")
     parser.add_argument("--only", type=re.compile, help='regular expression on "suite | case"')
     parser.add_argument("--minutes", type=float, help="start no case after so long")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
@@ -382,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         # The float64 check of float32 cases means float32.
         torch.backends.cudnn.allow_tf32 = False
-    cases = make_cases(options.device, quick=options.quick, dtypes=options.dtypes)
+    cases = make_cases(options.device, quick=options.quick, full=options.full, dtypes=options.dtypes)
     if options.only:
         cases = [case for case in cases if options.only.search(f"{case.suite} | {case.name}")]
     default_out = harness.ROOT / "benchmarks" / "results" / f"resampling_{options.device}.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import multiprocessing
 import re
 import tempfile
 import time
@@ -25,13 +26,14 @@ from benchmarks.harness import Case, Outputs, Row, Run, Settings
 from benchmarks.textbook_networks import TextbookDiscriminator, TextbookGenerator
 from sagan.data import ImageDataset
 from sagan.distributed import Processes
+from sagan.memory import keep_freed_memory
 from sagan.randomness import training_noise
 from sagan.recipes import RECIPES, OutputConfig, Precision, RunConfig
 from sagan.step import Trainer
 from sagan.training import train
 from sagan_layers import SpectralNormLayer
 
-STEP, SCALING, LOOP = "step", "step, by size", "loop"
+STEP, SCALING, APART, LOOP = "step", "step, by size", "step, in processes of their own", "loop"
 # The GFLOP of one image's step at 128 pixels and width 64, written plainly (multiply and add count as two).
 GFLOP_PER_IMAGE = 148.0
 GAMMA = 0.5
@@ -144,8 +146,8 @@ class StepCase(Case):
         return step(pixels, labels)
 
     def warm_up_case(self) -> Case:
-        """Return the same at two small images."""
-        return replace(self, batch_size=2, resolution=64, base_width=8, num_classes=10)
+        """Return the same with two images in narrow networks."""
+        return replace(self, batch_size=2, base_width=8, num_classes=10)
 
     def _trainer(self, **step: Any) -> Trainer:
         config = self.run_config
@@ -271,6 +273,59 @@ def _results(d_loss: Tensor, g_loss: Tensor, linear: Tensor | None, last: Tensor
     }
 
 
+# --- in processes of their own ------------------------------------------------------------------------------
+
+
+def measure_apart(case: StepCase, *, steps: int, rounds: int) -> list[Row]:
+    """Return the step of each contender in a process of its own, as users run them: ours keeps freed memory there.
+
+    In one process with others the allocator's settings would be everybody's. The results are checked where all run in
+    one process.
+
+    Args:
+        case: whose contenders to take.
+        steps: timed in each process, after one that is not.
+        rounds: processes for each contender.
+    """
+    context = multiprocessing.get_context("spawn")
+    samples: dict[str, list[float]] = {name: [] for name in case.contenders()}
+    for _ in range(rounds):
+        for name in samples:
+            with context.Pool(1) as pool:
+                samples[name] += pool.apply(_times_apart, (case, name, steps, torch.get_num_threads()))
+    rows = []
+    for name, times_ms in samples.items():
+        timing = harness.Timing(times_ms)
+        row = {
+            "suite": APART,
+            "case": case.name,
+            "baseline": case.baseline,
+            **case.describe(),
+            "contender": name,
+            "status": "ok",
+            "time_ms": timing.median_ms(),
+            "time_quartiles_ms": list(timing.quartiles_ms()),
+            "samples": len(times_ms),
+        }
+        rows.append(row)
+    baseline_ms = harness.Timing(samples[case.baseline]).median_ms()
+    return [{**row, "time_ratio": row["time_ms"] / baseline_ms} for row in rows]
+
+
+def _times_apart(case: StepCase, contender: str, steps: int, threads: int) -> list[float]:
+    torch.set_num_threads(threads)
+    if contender == "ours":
+        keep_freed_memory()
+    run = case.prepare(contender, case.inputs())
+    run()
+    times_ms = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        run()
+        times_ms.append(1e3 * (time.perf_counter() - start))
+    return times_ms
+
+
 # --- the loop around the step -------------------------------------------------------------------------------
 
 
@@ -370,7 +425,12 @@ PEERS = ("textbook", "BigGAN-PyTorch", "BigGAN-PyTorch toggled")
 
 
 def make_cases(
-    device: str, *, quick: bool = False, compiled: bool = False, peer: Path | None = None
+    device: str,
+    *,
+    quick: bool = False,
+    full: bool = False,
+    compiled: bool = False,
+    peer: Path | None = None,
 ) -> list[StepCase]:
     """Return every case for a device, the most telling first."""
     if quick:
@@ -379,16 +439,17 @@ def make_cases(
     others: tuple[str, ...] = PEERS if peer else PEERS[:1]
     if device == "cuda":
         others += ("textbook compiled",)
-        full = (256, 128, 64)
+        size = (256, 128, 64)
         scaling = [(batch, 128, 64) for batch in (16, 64, 128)] + [(64, 64, 64), (32, 256, 64)]
     else:
-        full = (4, 128, 64)
+        size = (4, 128, 64)
         scaling = [(batch, 64, 16) for batch in (1, 2, 4, 8, 16)]
         scaling += [(4, 64, width) for width in (8, 32, 64)] + [(4, size, 16) for size in (32, 128, 256)]
     is_cuda = device == "cuda"
+    precisions = (is_cuda, not is_cuda) if is_cuda or full else (is_cuda,)
     return [
-        *(StepCase(STEP, *full, device, ours + others, peer, bf16=bf16) for bf16 in (is_cuda, not is_cuda)),
-        *(StepCase(SCALING, *size, device, ("ours", "textbook"), bf16=is_cuda) for size in scaling),
+        *(StepCase(STEP, *size, device, ours + others, peer, bf16=bf16) for bf16 in precisions),
+        *(StepCase(SCALING, *sizes, device, ("ours", "textbook"), bf16=is_cuda) for sizes in scaling),
     ]
 
 
@@ -428,7 +489,8 @@ def plot_scaling(rows: Sequence[Row], path: Path) -> Path | None:
         panel.set_yscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_major_formatter("{x:g}")
-        panel.set_xlabel(f"{varied.replace('_', ' ')} ({', '.join(f'{key} {common[key]}' for key in fixed)})")
+        at = ", ".join(f"{key} {common[key]}" for key in fixed)
+        panel.set_xlabel(f"{varied} ({at})".replace("_", " "))
         panel.set_ylabel("ms an image")
         panel.grid(alpha=0.4)
         panel.legend()
@@ -444,6 +506,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the JSON file; Markdown and plots are written beside it")
     parser.add_argument("--peer", type=Path, help="a checkout of BigGAN-PyTorch")
     parser.add_argument("--only", type=re.compile, help='regular expression on "suite | case"')
+    parser.add_argument(
+        "--full", action="store_true", help="on the CPU also in bfloat16, and in processes apart"
+    )
     parser.add_argument("--compiled", action="store_true", help="ours under torch.compile too, on the CPU")
     parser.add_argument("--minutes", type=float, default=15.0, help="start no case after so long")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
@@ -461,12 +526,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory_limit_s=300,
     )
     peer = options.peer.resolve() if options.peer else None
-    cases: list[Case] = [
+    cases = [
         case
-        for case in make_cases(options.device, quick=options.quick, compiled=options.compiled, peer=peer)
+        for case in make_cases(
+            options.device, quick=options.quick, full=options.full, compiled=options.compiled, peer=peer
+        )
         if options.only is None or options.only.search(f"{case.suite} | {case.name}")
     ]
-    fault = harness.run_cases(cases, results, settings, budget_s=options.minutes * 60)
+    deadline = time.monotonic() + options.minutes * 60
+    fault = ""
+    for suite, with_memory in ((STEP, settings.memory), (SCALING, False)):
+        if not fault:
+            fault = harness.run_cases(
+                [case for case in cases if case.suite == suite],
+                results,
+                replace(settings, memory=with_memory),
+                budget_s=deadline - time.monotonic(),
+            )
+    if options.full and options.device == "cpu":
+        for case in [case for case in cases if case.suite == STEP and not case.bf16]:
+            rows = measure_apart(case, steps=4, rounds=2)
+            results.add(rows)
+            for row in rows:
+                print(harness.line_of(row))
     if not fault and options.only is None:
         rows = measure_loop(options.device, iterations=12 if options.quick else 60)
         results.add(rows)

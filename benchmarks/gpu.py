@@ -130,6 +130,7 @@ def make_steps(out: Path, peer: Path | None) -> list[Step]:
         ),
         suite("attention", 200),
         suite("step", 100),
+        suite("conditional_norm", 45),
         suite("spectral_norm", 60),
         suite("resampling", 45, takes_peer=False),
         Step(

@@ -808,9 +808,11 @@ def plot(data: Row, stem: Path) -> list[Path]:
             continue
         figure = Figure(figsize=(13, 2.2 + 0.32 * len(cases)), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(1, 2, sharey=True)
         ratio = f"time / that of {_baseline_of(rows)} (below 1 is faster)"
-        columns = (("time_ratio", ratio), ("peak_mib", "peak memory, MiB"))
+        columns = [("time_ratio", ratio)]
+        if any(row.get("peak_mib") for row in rows):
+            columns.append(("peak_mib", "peak memory, MiB"))
+        (panels,) = figure.subplots(1, len(columns), sharey=True, squeeze=False)
         for panel, (column, label) in zip(panels, columns, strict=True):
             for index, contender in enumerate(contenders):
                 points = [

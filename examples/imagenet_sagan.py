@@ -9,6 +9,7 @@ from typing import Any
 from sagan import commands
 from sagan.distributed import ToldByFirstError
 from sagan.errors import UserError
+from sagan.evaluation.command import Evaluate, run_evaluate
 from sagan.recipes import DEFAULT_RECIPE, RECIPES
 
 OVERVIEW = f"""\
@@ -20,9 +21,11 @@ SAGAN on ImageNet with sagan-layers.
   prepare          pack ImageNet (its archives, a folder tree, parquet shards) into one array, once
   train            train on a prepared set, or a folder of images: DATA/train/<class>/*.JPEG
   sample           images from a trained run: a labelled grid, or a folder for each class
+  evaluate         FID, Inception Score, KID, intra-FID, precision and recall of a trained run
   attention-maps   where chosen points of generated images look
   plot             a run's curves, also while it trains
   report           a run on one HTML page, with its pictures
+  compare          several runs: figures over the iterations, and a table of the best of each
   make-images      generated images in ImageNet's layouts, to try the others without ImageNet
 
 Start:
@@ -42,9 +45,11 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "demo": (commands.Demo, commands.run_demo_command),
     "prepare": (commands.Prepare, commands.run_prepare),
     "sample": (commands.Sample, commands.run_sample),
+    "evaluate": (Evaluate, run_evaluate),
     "attention-maps": (commands.AttentionMaps, commands.run_attention_maps),
     "plot": (commands.Plot, commands.run_plot),
     "report": (commands.Report, commands.run_report),
+    "compare": (commands.Compare, commands.run_compare),
     "make-images": (commands.MakeImages, commands.run_make_images),
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_spectral_norm, bench_step, gpu, harness
+from benchmarks import bench_attention, bench_conditional_norm, bench_spectral_norm, bench_step, gpu, harness
 from benchmarks.harness import Case, Outputs, Refused, Row, Run, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -395,6 +395,21 @@ def test_the_data_suite_runs_end_to_end(tmp_path: Path) -> None:
     assert (tmp_path / "data_rates.png").is_file()
 
 
+def test_the_evaluation_suite_agrees_with_the_others(tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    out = tmp_path / "evaluation.json"
+    done = run_python("-m", "benchmarks.bench_evaluation", "--quick", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    data = json.loads(out.read_text())
+    assert data["complete"] is True
+    differences = {
+        (row["suite"], row["contender"]): row["difference"] for row in data["rows"] if "difference" in row
+    }
+    assert {suite for suite, _ in differences} == {"FID", "Inception Score", "KID", "intra-FID"}
+    assert max(differences.values()) < 1e-6
+
+
 @pytest.mark.parametrize("suite", bench_attention.SUITES)
 @pytest.mark.parametrize("pool_size", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -480,6 +495,26 @@ def test_the_spectral_norm_suite_finds_a_wrong_sigma() -> None:
         harness.compare(outputs, case.expected(inputs), case.tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("suite", [bench_conditional_norm.PLAIN, bench_conditional_norm.WITH_RELU])
+def test_every_conditional_norm_computes_what_batch_norm_does(
+    suite: str, channels_last: bool, dtype: str
+) -> None:
+    case = bench_conditional_norm.NormCase(suite, (3, 5, 7), dtype, channels_last, "cpu")
+    rows = {row["contender"]: row for row in harness.measure_case(case, FAST)}
+    assert {row["status"] for row in rows.values()} == {"ok"}, rows
+
+
+def test_the_conditional_norm_suite_finds_a_wrong_gradient() -> None:
+    case = bench_conditional_norm.NormCase("norm", (3, 5, 7), "float32", False, "cpu")
+    inputs = case.inputs()
+    outputs = case.prepare("ours", inputs)()
+    outputs["grad_gain"] = outputs["grad_gain"] * 1.01
+    with pytest.raises(harness.WrongResultError, match=r"grad_gain is off by 0\.01"):
+        harness.compare(outputs, case.expected(inputs), case.tolerance)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_every_step_computes_the_same_losses_and_gradients(bf16: bool) -> None:
     case = bench_step.StepCase(
@@ -489,6 +524,14 @@ def test_every_step_computes_the_same_losses_and_gradients(bf16: bool) -> None:
     assert [row["status"] for row in rows] == ["ok", "ok"], rows
     bench_step.add_rates(rows)
     assert rows[0]["images_per_s"] == pytest.approx(8e3 / rows[0]["time_ms"])
+
+
+def test_the_step_is_timed_in_processes_apart() -> None:
+    case = bench_step.StepCase(bench_step.STEP, 2, 32, 8, "cpu", ("ours", "textbook"), num_classes=10)
+    rows = bench_step.measure_apart(case, steps=2, rounds=1)
+    assert [(row["contender"], row["samples"]) for row in rows] == [("ours", 2), ("textbook", 2)]
+    assert rows[1]["time_ratio"] == 1.0
+    assert rows[0]["time_ratio"] == pytest.approx(rows[0]["time_ms"] / rows[1]["time_ms"])
 
 
 def test_the_step_suite_finds_a_wrong_loss() -> None:
@@ -531,6 +574,7 @@ def test_the_loop_and_the_scaling_of_the_step_are_reported(tmp_path: Path) -> No
         ["benchmarks.bench_attention", "--device", "cuda"],
         ["benchmarks.bench_spectral_norm", "--device", "cuda"],
         ["benchmarks.bench_step", "--device", "cuda"],
+        ["benchmarks.bench_conditional_norm", "--device", "cuda"],
         ["benchmarks.bench_resampling", "--device", "cuda"],
     ],
     ids=lambda c: c[0],

@@ -64,7 +64,7 @@ def _write(path: Path, contents: dict[str, Any]) -> None:
     digest = _digest_path(path)
     partial_digest = digest.with_suffix(".partial-sha256")
     with partial_digest.open("w") as text:
-        text.write(_sha256(temporary) + "\n")
+        text.write(file_sha256(temporary) + "\n")
         text.flush()
         os.fsync(text.fileno())
     # A crash between the two leaves a checkpoint beside a digest of another one: it must not count as damaged.
@@ -131,7 +131,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: if the file is torn or changed, not one of this trainer's, or of another version.
     """
     digest = _digest_path(path)
-    if digest.is_file() and digest.read_text().strip() != _sha256(path):
+    if digest.is_file() and digest.read_text().strip() != file_sha256(path):
         raise CheckpointError(f"{path} is damaged: it is not the file that was written (its SHA-256 differs)")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -161,7 +161,8 @@ def _digest_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):

@@ -11,14 +11,15 @@ from typing import Annotated, Literal, TypeVar
 import torch
 import tyro
 
+from sagan.checking import checked_tree
 from sagan.checkpoints import checkpoints_in
+from sagan.comparison import compare_runs
 from sagan.data import (
     ImageDataset,
     ImageFolderDataset,
     ImageTree,
     PackedDataset,
     is_prepared,
-    preflight,
     read_manifest,
     scan_image_tree,
     verify,
@@ -28,7 +29,10 @@ from sagan.data.threads import usable_cpus
 from sagan.demo import run_demo
 from sagan.distributed import Processes, pick_device, processes
 from sagan.errors import UserError
+from sagan.evaluation.evaluator import feature_network
+from sagan.evaluation.in_training import evaluation_in_training
 from sagan.figures import attention_maps, default_points, save_attention_figure, save_grid, save_image
+from sagan.memory import keep_freed_memory
 from sagan.networks import Discriminator, Generator, count_parameters
 from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, differences
@@ -210,6 +214,22 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Draw figures of several runs over the iterations, and a table of the best of each.
+
+    Takes what `evaluate` and `train --evaluation.every` wrote into the runs' folders. Figures of different protocols
+    get panels and columns of their own.
+
+    Attributes:
+        runs: folders of runs.
+        out: folder for comparison.md and comparison.png.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path = Path("comparison")
+
+
+@dataclass(frozen=True)
 class Demo:
     """Train on scikit-learn's handwritten digits: minutes on two CPU cores, nothing to download.
 
@@ -230,6 +250,8 @@ def run_train(command: Train) -> int:
     if config.data is None and not command.dry_run:
         raise UserError("data: expected --data with the folder that holds the images, got none")
     with processes(config.device) as own:
+        if own.device.type == "cpu":
+            keep_freed_memory()
         return _train(command, own)
 
 
@@ -257,6 +279,9 @@ def _train(command: Train, own: Processes) -> int:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     resume = command.resume or (has_run and (command.auto_resume or restarted))
     check_start(config, resume=resume, accept_changes=command.accept_changes)
+    network = None  # a file that is missing or another's is refused before anything takes time
+    if config.evaluation.every:
+        network = feature_network(config.evaluation, own.device, resolution=config.network.resolution)
     config.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.step.tf32
     dataset: ImageDataset
@@ -265,7 +290,8 @@ def _train(command: Train, own: Processes) -> int:
         dataset, fingerprint = packed, packed.fingerprint
     else:
         assert tree is not None
-        dataset, fingerprint = _checked_tree(tree, config, own)
+        dataset, fingerprint = _checked_images(tree, config, own)
+    evaluate = None if network is None else evaluation_in_training(config, dataset, own, network)
     result = train(
         config,
         dataset,
@@ -273,6 +299,7 @@ def _train(command: Train, own: Processes) -> int:
         own=own,
         resume=resume,
         accept_changes=command.accept_changes,
+        evaluate=evaluate,
     )
     if result.collapsed:
         say(
@@ -300,22 +327,9 @@ def _check_packed(packed: PackedDataset, config: RunConfig) -> None:
     (config.out / "data_manifest.json").write_bytes((packed.manifest.folder / MANIFEST).read_bytes())
 
 
-def _checked_tree(tree: ImageTree, config: RunConfig, own: Processes) -> tuple[ImageFolderDataset, str]:
-    """Look at the images of a tree, print the report, and return what is readable with its fingerprint."""
-
-    def look() -> list[str]:
-        report = preflight(
-            tree,
-            resolution=config.network.resolution,
-            mode=config.images.check,
-            resample=config.images.resample,
-            progress=True,
-            report_path=config.out / "preflight.json",
-        )
-        print(report.format() + "\n")
-        return [str(path) for path in report.unreadable_paths]
-
-    tree = tree.without(Path(path) for path in own.first_does(look))
+def _checked_images(tree: ImageTree, config: RunConfig, own: Processes) -> tuple[ImageFolderDataset, str]:
+    """Return the images of a tree that can be read, after a look at all of them, and their fingerprint."""
+    tree = checked_tree(tree, config, own, report_path=config.out / "preflight.json")
     dataset = ImageFolderDataset(
         tree,
         config.network.resolution,
@@ -494,9 +508,20 @@ def run_report(command: Report) -> int:
     return 0
 
 
+def run_compare(command: Compare) -> int:
+    """Run ``compare`` and return the exit code."""
+    if not command.runs:
+        raise UserError("runs: expected the folders of one or more, got none")
+    written = compare_runs(command.runs, command.out)
+    print(written[0].read_text(encoding="utf-8"))
+    print(f"Written: {', '.join(map(str, written))}")
+    return 0
+
+
 def run_demo_command(command: Demo) -> int:
     """Run ``demo`` and return the exit code."""
     config = replace(RECIPES["digits"](), out=command.out, iterations=command.iterations, seed=command.seed)
+    keep_freed_memory()
     result, verdict = run_demo(config)
     if verdict is None:
         print(f"Stopped at iteration {result.iteration}; the same command goes on from there.")

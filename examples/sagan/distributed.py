@@ -1,4 +1,4 @@
-"""Several processes that train as one: who this one is, and what they tell each other.
+"""Several processes that train or evaluate as one: who this one is, and what they tell each other.
 
 ``torchrun`` starts them and sets RANK, WORLD_SIZE, LOCAL_RANK and the address of the first. Without it there is one.
 """
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together.
+    """This process among those that work together.
 
     Attributes:
         rank: its number, from 0; 0 writes files and talks.
@@ -116,6 +116,30 @@ class Processes:
         texts: list[str | None] = [None] * self.count
         dist.all_gather_object(texts, text, group=self.control)
         return [str(each) for each in texts]
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return all processes' tensors by rank, in the first process; none in the others.
+
+        Args:
+            tensor: on the CPU, of one shape in all processes.
+        """
+        if self.count == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.count)] if self.is_first else None
+        dist.gather(tensor.contiguous(), found, group=self.control)
+        return found or []
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[dist.ProcessGroup | None]:
+        """Yield a group of this process alone, for what would otherwise gather over all of them."""
+        if self.count == 1:
+            yield None
+            return
+        group = dist.new_group([self.rank], use_local_synchronization=True)
+        try:
+            yield group
+        finally:
+            dist.destroy_process_group(group)
 
     def from_first(self, text: str) -> str:
         """Return the text of process 0."""

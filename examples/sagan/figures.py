@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,48 @@ def save_attention_figure(
             axis.set_yticks([])
     if title:
         figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure of several runs over the iterations.
+
+    Attributes:
+        label: of the vertical axis.
+        curves: by run, iterations and values.
+        published: by run, a value to compare with.
+    """
+
+    label: str
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    published: Mapping[str, float]
+
+
+def save_comparison(path: Path, panels: Sequence[Panel]) -> None:
+    """Write the panels one below another; a run has the same colour in all, and published values are dashed lines.
+
+    Args:
+        path: where to, a PNG.
+        panels: what to draw.
+    """
+    figure = Figure(figsize=(8.5, 3.2 * len(panels) + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: npt.NDArray[Any] = figure.subplots(len(panels), 1, squeeze=False, sharex=True)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
+    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        for name, (iterations, values) in panel.curves.items():
+            axis.plot(iterations, values, label=name, color=colours[name], marker="o", markersize=3)
+        for name, value in panel.published.items():
+            axis.axhline(
+                value, color=colours[name], linestyle="--", linewidth=1, label=f"{name}: published {value:g}"
+            )
+        axis.set_ylabel(panel.label, fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes[-1, 0].set_xlabel("iteration")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

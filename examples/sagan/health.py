@@ -112,6 +112,7 @@ class CollapseAlarm:
         diversity_was_enough: whether the samples have ever differed as they should; before, G has not begun.
         rising: evaluations in a row, each worse than the one before.
         last_score: of the last evaluation.
+        last_score_of: what that is a score of.
         raised: the signs that have been told already.
     """
 
@@ -120,6 +121,7 @@ class CollapseAlarm:
     diversity_was_enough: bool = False
     rising: int = 0
     last_score: float | None = None
+    last_score_of: str = ""
     raised: list[str] = field(default_factory=list)
 
     def see_losses(self, d_loss: float) -> str | None:
@@ -143,8 +145,15 @@ class CollapseAlarm:
             f"{self.config.least_diversity:.1%}: modes are lost",
         )
 
-    def see_score(self, score: float) -> str | None:
-        """Take in the score of an evaluation, of which less is better."""
+    def see_score(self, score: float, of: str = "") -> str | None:
+        """Take in the score of an evaluation, of which less is better.
+
+        Args:
+            score: the number.
+            of: what it is; after one of another kind counting starts anew.
+        """
+        if of != self.last_score_of:
+            self.rising, self.last_score, self.last_score_of = 0, None, of
         worse = self.last_score is not None and score > self.last_score
         self.rising = self.rising + 1 if worse else 0
         self.last_score = score
@@ -161,6 +170,7 @@ class CollapseAlarm:
             "diversity_was_enough": self.diversity_was_enough,
             "rising": self.rising,
             "last_score": self.last_score,
+            "last_score_of": self.last_score_of,
             "raised": list(self.raised),
         }
 

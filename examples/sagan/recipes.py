@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from sagan.data import RESAMPLE_FILTERS
 from sagan.errors import UserError
+from sagan.evaluation.config import TrainingEvaluationConfig
 from sagan.networks import NetworkConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -190,6 +191,7 @@ class RunConfig:
         step: how an iteration is computed.
         health: what the run does about its own faults.
         output: what is written when.
+        evaluation: what is measured when; the best checkpoint is kept by it.
     """
 
     recipe: str
@@ -212,6 +214,7 @@ class RunConfig:
     step: StepConfig = field(default_factory=StepConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    evaluation: TrainingEvaluationConfig = field(default_factory=TrainingEvaluationConfig)
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "accumulation", "d_steps"):
@@ -365,6 +368,37 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 DEFAULT_RECIPE = "best_known"
 
 
+@dataclass(frozen=True)
+class Published:
+    """What was published for a recipe, of ImageNet at 128 pixels.
+
+    Attributes:
+        fid: Frechet Inception Distance.
+        inception_score: mean.
+        intra_fid: mean FID of the classes.
+    """
+
+    fid: float | None = None
+    inception_score: float | None = None
+    intra_fid: float | None = None
+
+
+# Zhang et al., table 1 and table 2; of best_known, mmgeneration's model page.
+PUBLISHED: dict[str, Published] = {
+    "best_known": Published(12.83, 69.5),
+    "paper": Published(18.28, 51.43, 83.7),
+    "sn_on_gd_ttur": Published(22.96, 42.87),
+    "attention_8": Published(22.98, 43.15),
+    "attention_16": Published(22.14, 45.94),
+    "attention_32": Published(18.28, 51.43),
+    "attention_64": Published(18.65, 52.52),
+    "residual_8": Published(42.13, 23.17),
+    "residual_16": Published(22.40, 44.49),
+    "residual_32": Published(27.33, 38.50),
+    "residual_64": Published(28.82, 38.96),
+}
+
+
 def config_from_dict(values: dict[str, Any]) -> RunConfig:
     """Return the configuration that :meth:`RunConfig.to_dict` wrote.
 
@@ -378,6 +412,7 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
         "step": StepConfig,
         "health": HealthConfig,
         "output": OutputConfig,
+        "evaluation": TrainingEvaluationConfig,
     }
     arguments = _fields_of(RunConfig, values)
     for name, kind in nested.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,13 @@ def _panels(rows: list[dict[str, Any]]) -> list[tuple[str, Mapping[str, Curve]]]
         ("share of time waiting for data", curves(share="data_wait_share")),
     ]
     scores = [name for name in names if name.startswith("evaluation/")]
-    panels += [(name.removeprefix("evaluation/"), curves(score=name)) for name in scores]
+    panels += [(_short_lines(name.removeprefix("evaluation/")), curves(score=name)) for name in scores]
     return [(label, found) for label, found in panels if found]
+
+
+def _short_lines(name: str) -> str:
+    """Break the name of a figure at hyphens, to fit beside a panel."""
+    return textwrap.fill(name, 20)
 
 
 def _largest_sigma(rows: list[dict[str, Any]], short: str) -> Curve:

@@ -75,7 +75,12 @@ def load_generator(path: Path, device: torch.device, *, weights: str = "auto") -
 
 
 def sample_inputs(
-    indices: Sequence[int], network: NetworkConfig, seed: int, labels_in_use: Tensor | None = None
+    indices: Sequence[int],
+    network: NetworkConfig,
+    seed: int,
+    labels_in_use: Tensor | None = None,
+    *,
+    truncation: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return latents and labels of numbered samples; sample i depends on (seed, i) alone.
 
@@ -84,6 +89,7 @@ def sample_inputs(
         network: gives the size of a latent.
         seed: of the whole set.
         labels_in_use: classes to go through in turn; all by default.
+        truncation: draw coordinates beyond this anew until there are none; the others stay as they are without.
 
     Shape:
         - latents: [len(indices), latent_dim].
@@ -93,6 +99,8 @@ def sample_inputs(
     for row, index in enumerate(indices):
         own = torch.Generator().manual_seed(_mix(seed, index))
         torch.randn(network.latent_dim, generator=own, out=latents[row])
+        if truncation is not None:
+            _draw_anew_beyond(truncation, latents[row], own)
     classes = torch.arange(network.num_classes or 1) if labels_in_use is None else labels_in_use
     return latents, classes[torch.tensor(list(indices), dtype=torch.int64) % len(classes)]
 
@@ -133,6 +141,35 @@ def numbered_samples(
     num_processes: int = 1,
     labels_in_use: Tensor | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yield this process's share of samples 0 to count - 1 of a trained generator; see :func:`numbered_blocks`.
+
+    Args:
+        trained: the generator.
+        count, seed, batch_size, rank, num_processes: see :func:`numbered_blocks`.
+        labels_in_use: classes to go through in turn; by default those that had images in training.
+    """
+    return numbered_blocks(
+        trained.generator,
+        count,
+        seed=seed,
+        batch_size=batch_size,
+        rank=rank,
+        num_processes=num_processes,
+        labels_in_use=trained.labels_in_use if labels_in_use is None else labels_in_use,
+    )
+
+
+def numbered_blocks(
+    generator: Generator,
+    count: int,
+    *,
+    seed: int,
+    batch_size: int,
+    rank: int = 0,
+    num_processes: int = 1,
+    labels_in_use: Tensor | None = None,
+    truncation: float | None = None,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Yield this process's share of samples 0 to count - 1.
 
     The set is cut into blocks of ``batch_size``, and process r makes blocks r, r + num_processes, ... Every
@@ -140,23 +177,22 @@ def numbered_samples(
     for.
 
     Args:
-        trained: the generator.
+        generator: G; it is put into evaluation mode for each block.
         count: samples in the whole set.
         seed: of the whole set.
         batch_size: samples in a block; another size may change the last bits of an image.
         rank: this process, from 0.
         num_processes: how many processes share the work.
-        labels_in_use: classes to go through in turn; by default those that had images in training.
+        labels_in_use: classes to go through in turn; all by default.
+        truncation: see :func:`sample_inputs`.
 
     Yields:
         (numbers, uint8 images [n, 3, resolution, resolution], labels [n]).
     """
-    if labels_in_use is None:
-        labels_in_use = trained.labels_in_use
     for start in range(rank * batch_size, count, num_processes * batch_size):
         block = range(start, start + batch_size)
-        latents, labels = sample_inputs(block, trained.config.network, seed, labels_in_use)
-        images = _generate_block(trained.generator, latents, labels)
+        latents, labels = sample_inputs(block, generator.config, seed, labels_in_use, truncation=truncation)
+        images = _generate_block(generator, latents, labels)
         wanted = min(batch_size, count - start)
         yield list(block[:wanted]), images[:wanted], labels[:wanted]
 
@@ -177,6 +213,11 @@ def _generate_block(generator: nn.Module, latents: Tensor, labels: Tensor) -> Te
 def to_uint8(images: Tensor) -> Tensor:
     """Return images from -1 to 1 as uint8 from 0 to 255, rounded, on the CPU."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def _draw_anew_beyond(threshold: float, latent: Tensor, own: torch.Generator) -> None:
+    while (beyond := latent.abs() > threshold).any():
+        latent[beyond] = torch.randn(int(beyond.sum()), generator=own)
 
 
 def _mix(seed: int, index: int) -> int:

@@ -38,8 +38,23 @@ _ATTENTION_IMAGES = 4
 # Why the loop ends, the graver the larger.
 _GOES_ON, _STOPPED, _COLLAPSED = range(3)
 
-# Takes the trainer; returns a score, of which less is better, and what to log.
-Evaluate = Callable[[Trainer], tuple[float, dict[str, float]]]
+
+@dataclass(frozen=True)
+class Score:
+    """What an evaluation says of a run.
+
+    Attributes:
+        value: less is better.
+        of: what it is; scores of different kinds are not compared.
+        figures: what to log, by name.
+    """
+
+    value: float
+    of: str
+    figures: dict[str, float]
+
+
+Evaluate = Callable[[Trainer], Score]
 
 
 class TrainingError(UserError):
@@ -77,7 +92,6 @@ def train(
     accept_changes: bool = False,
     progress: bool = True,
     evaluate: Evaluate | None = None,
-    evaluate_every: int = 1,
     observe: Callable[[Trainer], None] | None = None,
 ) -> TrainingResult:
     """Train, or go on training, until ``config.iterations`` or a first SIGINT or SIGTERM.
@@ -93,8 +107,8 @@ def train(
         resume: go on from the latest checkpoint of ``config.out`` that can be read.
         accept_changes: resume although the configuration or the images have changed.
         progress: show a progress bar on a terminal, and a line for each log elsewhere.
-        evaluate: called in all processes, and the checkpoint with the best score is kept.
-        evaluate_every: iterations between its calls.
+        evaluate: called in all processes every ``config.evaluation.every`` iterations, and at the end; the best
+            checkpoint is kept.
         observe: called in the first process, with the trainer, whenever samples have been written.
 
     Raises:
@@ -113,7 +127,8 @@ def train(
             raise CheckpointError(f"the run in {config.out} was made with other images than those found now")
         trainer.load_state_dict(state)
         alarm.load_state_dict(state["alarm"])
-        writer.checkpoint, writer.best_score = path, state["best_score"]
+        writer.checkpoint = path
+        writer.best_score, writer.best_score_of = state["best_score"], state["best_score_of"]
     if own.is_first:
         save_config(config)
     batches = make_loader(
@@ -132,6 +147,7 @@ def train(
     output = config.output
     voice = _Voice(config, trainer.iteration, progress and own.is_first)
     log = RunLog(config.out, trainer.iteration, tensorboard=output.tensorboard) if own.is_first else None
+    every = config.evaluation.every
     ended, skipped = _GOES_ON, 0
     with voice, log or contextlib.nullcontext(), _first_signal() as received:
         if trainer.iteration == 0 and own.is_first:
@@ -155,13 +171,15 @@ def train(
                 voice.tell(row)
             if (iteration % output.sample_every == 0 or last) and own.is_first:
                 signs.append(alarm.see_diversity(writer.write_samples(observe)))
-            if evaluate is not None and (iteration % evaluate_every == 0 or last):
-                score, figures = evaluate(trainer)
-                signs.append(alarm.see_score(score))
+            if evaluate is not None and (last or (every and iteration % every == 0)):
+                with clock.stopped():
+                    score = evaluate(trainer)
+                signs.append(alarm.see_score(score.value, score.of))
                 if log is not None:
-                    log.write({"iteration": iteration, **figures})
+                    log.write({"iteration": iteration, **score.figures})
                 if own.is_first:
                     writer.keep_best(score, alarm)
+                voice.say(f"iteration {iteration:>7}  {_in_words(score.figures)}")
             for sign in filter(None, signs if config.health.on_collapse != "off" else []):
                 voice.say(f"Iteration {iteration}: {sign}.")
                 if log is not None:
@@ -279,6 +297,7 @@ class _Writer:
     Attributes:
         checkpoint: the last one written, or the one that the run goes on from.
         best_score: of the checkpoint kept as the best.
+        best_score_of: what that is a score of.
     """
 
     def __init__(self, config: RunConfig, dataset: ImageDataset, fingerprint: str, trainer: Trainer) -> None:
@@ -290,6 +309,7 @@ class _Writer:
         self._real_diversity = _real_diversity(dataset, self._labels)
         self.checkpoint: Path | None = None
         self.best_score: float | None = None
+        self.best_score_of = ""
 
     def write_samples(self, observe: Callable[[Trainer], None] | None) -> float:
         """Write the grid and the attention maps; return how much samples differ, as a share of real images."""
@@ -344,10 +364,11 @@ class _Writer:
             keep=self._config.output.keep_checkpoints,
         )
 
-    def keep_best(self, score: float, alarm: CollapseAlarm) -> None:
-        """Write the best checkpoint anew if this score is better than its."""
-        if self.best_score is None or score < self.best_score:
-            self.best_score = score
+    def keep_best(self, score: Score, alarm: CollapseAlarm) -> None:
+        """Write the best checkpoint anew if this score is better than its, or of another kind."""
+        known = self.best_score if score.of == self.best_score_of else None
+        if math.isfinite(score.value) and (known is None or score.value < known):
+            self.best_score, self.best_score_of = score.value, score.of
             save_best(self._config.out / "checkpoints", self._contents(alarm))
 
     def _contents(self, alarm: CollapseAlarm) -> dict[str, Any]:
@@ -356,6 +377,7 @@ class _Writer:
             "fingerprint": self._fingerprint,
             "class_names": self._class_names,
             "best_score": self.best_score,
+            "best_score_of": self.best_score_of,
             "alarm": alarm.state_dict(),
         }
 
@@ -417,6 +439,10 @@ class _Voice:
             self._bar.write(text) if not self._bar.disable else print(text, flush=True)
 
 
+def _in_words(figures: dict[str, float]) -> str:
+    return "  ".join(f"{name.removeprefix('evaluation/')} {value:.5g}" for name, value in figures.items())
+
+
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -461,6 +487,13 @@ class _Clock:
             batch = next(batches)
             self._waiting += time.perf_counter() - start
             yield batch
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Leave out the time that a ``with`` block takes."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
     def rates(self, iteration: int, config: RunConfig) -> dict[str, float]:
         """Return images/s, the share of time spent waiting for data, and the seconds to the end."""

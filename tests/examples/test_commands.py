@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 import imagenet_sagan
-from sagan import commands
+from sagan import checking, commands
 from sagan.checkpoints import find_checkpoint, load_checkpoint
 from sagan.commands import INTERRUPTED, describe_config, parse_train
 from sagan.figures import default_points
@@ -699,7 +699,7 @@ class TestChecksBeforeTheImages:
         def fail(*_: object, **__: object) -> None:
             raise AssertionError("the images were looked at")
 
-        monkeypatch.setattr(commands, "preflight", fail)
+        monkeypatch.setattr(checking, "preflight", fail)
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from several_processes import results_by_rank
 from torch import Tensor
 
 from sagan.data import ResumableBatchSampler
@@ -113,54 +110,21 @@ def disagreement(own: Processes) -> str:
     return "nothing"
 
 
-def work(rank: int, count: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def work(own: Processes) -> dict[str, Any]:
     torch.set_default_dtype(torch.float64)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port_of(count)),
+    return {
+        "identity": [own.rank, own.count],
+        "runs": {case: train(case, own) for case in CASES},
+        "disagreement": disagreement(own),
+        "largest": own.largest(10 * own.rank),
+        "texts": own.gather_texts(f"text {own.rank}"),
+        "first": own.from_first(f"text {own.rank}"),
     }
-    with processes("cpu") as own:
-        results: dict[str, Any] = {
-            "identity": [own.rank, own.count],
-            "runs": {case: train(case, own) for case in CASES},
-            "disagreement": disagreement(own),
-            "largest": own.largest(10 * rank),
-            "texts": own.gather_texts(f"text {rank}"),
-            "first": own.from_first(f"text {rank}"),
-        }
-        torch.save(results, Path(folder) / f"{rank}.pt")
-        own.wait()
-
-
-def port_of(count: int) -> int:
-    """A port that test processes on this machine do not share."""
-    return 20000 + (os.getppid() * 7 + count) % 20000
 
 
 @pytest.fixture(scope="module", params=COUNTS, ids=lambda count: f"{count} processes")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the processes computed; started once, also when pytest-xdist spreads the tests."""
-    count = request.param
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"training_on_{count}"
-    done = folder / "done"
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        deadline = time.monotonic() + 300
-        while not done.exists():
-            assert time.monotonic() < deadline, "the processes that another worker started do not end"
-            time.sleep(0.1)
-    else:
-        try:
-            torch.multiprocessing.spawn(work, args=(count, str(folder)), nprocs=count)
-        finally:
-            done.touch()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
+    return results_by_rank(work, request.param, "training", tmp_path_factory)
 
 
 @pytest.fixture

@@ -110,7 +110,8 @@ class TestRecipes:
         unnamed = {
             key: value
             for key, value in values.items()
-            if key not in expected and not key.startswith(("images.", "output.", "health.", "step."))
+            if key not in expected
+            and not key.startswith(("images.", "output.", "health.", "step.", "evaluation."))
         }
         assert unnamed == {
             "recipe": name,

@@ -1,0 +1,299 @@
+"""Agreement of the trainer's evaluation with independent implementations, and the time of its intra-FID.
+
+    python -m benchmarks.bench_evaluation [--quick]
+    python -m benchmarks.bench_evaluation --inception-weights FILE       (end to end; needs torch-fidelity)
+
+See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from benchmarks import harness
+
+sys.path.insert(0, str(harness.ROOT / "examples"))
+
+from sagan.data import scan_image_tree
+from sagan.distributed import Processes
+from sagan.evaluation.config import EvaluationConfig
+from sagan.evaluation.evaluator import Evaluator
+from sagan.evaluation.frechet import frechet_distance, frechet_distance_of_features
+from sagan.evaluation.inception_score import InceptionScore
+from sagan.evaluation.kernel_distance import kernel_distance
+from sagan.evaluation.reals import folder_reals
+from sagan.evaluation.statistics import Moments
+from sagan.networks import Generator, NetworkConfig
+from sagan.recipes import RunConfig
+from sagan.sampling import numbered_blocks
+from sagan.synthetic import SyntheticSet, write_layout
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much to measure.
+
+    Attributes:
+        width: features of a sample.
+        samples: in each set, for the agreement on the same features.
+        classes: of the intra-FID.
+        reals: of each class, in turn, with how many of the classes are measured.
+        direct: classes that the direct form is timed on.
+        images: in each set, end to end.
+    """
+
+    width: int = 2048
+    samples: int = 5000
+    classes: int = 1000
+    reals: tuple[tuple[int, int], ...] = ((50, 1000), (1300, 100))
+    direct: int = 3
+    images: int = 300
+
+
+QUICK = Scale(width=64, samples=300, classes=20, reals=((50, 20), (130, 5)), direct=2, images=40)
+GENERATED = 50  # samples of each class
+
+
+def features_of(seed: int, count: int, width: int) -> Tensor:
+    """Features like Inception's: not negative, of spreads over two orders of magnitude."""
+    draws = torch.Generator().manual_seed(seed)
+    spread = torch.logspace(0, -2, width)
+    scale = spread * (1 + 0.1 * (seed % 10))
+    return (torch.randn(count, width, generator=draws) * scale + 0.4).abs()
+
+
+def row(suite: str, case: str, contender: str, **values: float | None) -> harness.Row:
+    """Return a row, printed."""
+    shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items() if value is not None)
+    print(f"{suite} | {case} | {contender}: {shown}", flush=True)
+    return {"suite": suite, "case": case, "contender": contender, **values}
+
+
+def compared(suite: str, case: str, ours: float, others: dict[str, Callable[[], float]]) -> list[harness.Row]:
+    """Return rows of our value and of each other implementation's, with the relative difference."""
+    rows = [row(suite, case, "ours", value=ours)]
+    for name, compute in others.items():
+        value = compute()
+        rows.append(row(suite, case, name, value=value, difference=abs(ours - value) / abs(value)))
+    return rows
+
+
+class Unchanged(nn.Module):
+    """A feature network for torchmetrics that takes features for images."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_features = width
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images
+
+
+def measure_agreement(scale: Scale, results: harness.Results) -> None:
+    """FID, Inception Score and KID on the same features and logits."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.inception import InceptionScore as TheirScore
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = (features_of(seed, scale.samples, scale.width).double() for seed in (0, 1))
+    one, other = Moments.of(a), Moments.of(b)
+
+    def by_scipy() -> float:
+        cov_a, cov_b = (np.cov(features.numpy(), rowvar=False) for features in (a, b))
+        difference = (a.mean(0) - b.mean(0)).numpy()
+        root = scipy.linalg.sqrtm(cov_a @ cov_b)
+        return float(difference @ difference + np.trace(cov_a + cov_b - 2 * np.real(root)))
+
+    def by_torchmetrics() -> float:
+        metric = FrechetInceptionDistance(feature=Unchanged(scale.width))
+        metric.update(a, real=True)
+        metric.update(b, real=False)
+        return float(metric.compute())
+
+    case = f"{scale.samples:,} samples of {scale.width} features"
+    fid = frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
+    results.add(compared("FID", case, fid, {"scipy sqrtm": by_scipy, "torchmetrics": by_torchmetrics}))
+
+    logits = torch.randn(scale.samples, 1008, generator=torch.Generator().manual_seed(2)).double() * 2
+    score = InceptionScore(1008, splits=1)
+    score.add(logits, torch.zeros(scale.samples, dtype=torch.int64))
+
+    def score_by_torchmetrics() -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of memory, and of the deviation of one split
+            metric = TheirScore(feature=Unchanged(1008), splits=1)
+            metric.update(logits)
+            return float(metric.compute()[0])
+
+    case = f"{scale.samples:,} samples of 1008 logits"
+    results.add(compared("Inception Score", case, score.result()[0], {"torchmetrics": score_by_torchmetrics}))
+
+    few = min(1000, scale.samples)
+    distance, _ = kernel_distance(a[:few], b[:few], subsets=1, subset_size=few)
+    case = f"{few:,} samples of {scale.width} features, one subset"
+    results.add(compared("KID", case, distance, {"torchmetrics": lambda: float(poly_mmd(a[:few], b[:few]))}))
+
+
+def measure_intra_fid(scale: Scale, results: harness.Results) -> None:
+    """Time of the Gram form over all classes, and of the direct forms on a few of them."""
+    for reals, measured in scale.reals:
+        generated = features_of(1, GENERATED * scale.classes, scale.width)
+
+        def real(label: int, reals: int = reals) -> Tensor:
+            return features_of(label + 2, reals, scale.width)
+
+        def fake(label: int, generated: Tensor = generated) -> Tensor:
+            return generated[label :: scale.classes]
+
+        seconds, distances = [], []
+        for label in range(measured):
+            a, b = real(label), fake(label)  # drawing them is not timed
+            start = time.perf_counter()
+            distances.append(frechet_distance_of_features(a, b))
+            seconds.append(time.perf_counter() - start)
+        case = f"{scale.classes:,} classes, {GENERATED} samples against {reals:,} reals of {scale.width} features"
+        mean = statistics.fmean(distances)
+        rows = [row("intra-FID", case, "ours", value=mean, **_times(seconds, scale))]
+        for name, root in (
+            ("direct, eigenvalues", _trace_by_eigenvalues),
+            ("direct, scipy sqrtm", _trace_by_scipy),
+        ):
+            taken, differences = [], []
+            for label in range(scale.direct):
+                a, b = real(label).double(), fake(label).double()
+                start = time.perf_counter()
+                cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+                value = float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace())
+                value -= 2 * root(cov_a @ cov_b)
+                taken.append(time.perf_counter() - start)
+                differences.append(abs(value - distances[label]) / value)
+            rows.append(
+                row(
+                    "intra-FID",
+                    case,
+                    name,
+                    difference=max(differences),
+                    **_times(taken, scale),
+                )
+            )
+        results.add(rows)
+
+
+def _times(seconds: Sequence[float], scale: Scale) -> dict[str, float]:
+    """Return the median of a class, and what that makes for all of them."""
+    median = statistics.median(seconds)
+    return {"class_s": median, "classes_measured": len(seconds), "all_classes_s": median * scale.classes}
+
+
+def _trace_by_eigenvalues(product: Tensor) -> float:
+    return float(torch.linalg.eigvals(product).real.clamp_min(0).sqrt().sum())
+
+
+def _trace_by_scipy(product: Tensor) -> float:
+    return float(np.real(np.trace(scipy.linalg.sqrtm(product.numpy()))))
+
+
+class Images(Dataset[Tensor]):
+    """Images for torch-fidelity, uint8 [N, 3, R, R]."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index].contiguous()
+
+
+def measure_end_to_end(scale: Scale, weights: Path, results: harness.Results) -> None:
+    """The same images through both programs, ours from a generator and files."""
+    from torch_fidelity import calculate_metrics
+
+    torch.manual_seed(0)
+    network = NetworkConfig(resolution=32, base_width=4, num_classes=10, g_attention=(16,), d_attention=())
+    generator = Generator(network).eval()
+    for parameter in generator.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    run = RunConfig(recipe="best_known", network=network, device="cpu")
+    labels = torch.arange(10)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        made = SyntheticSet(classes=10, images=scale.images // 10, val_images=0, scale=0.2)
+        write_layout(root / "data", "folder", made)
+        reals = folder_reals(scan_image_tree(root / "data"), run, None)
+        config = EvaluationConfig(
+            metrics=("fid", "is", "kid"), count=scale.images, inception_weights=weights, cache=root / "cache"
+        )
+        evaluator = Evaluator(config, reals, Processes(0, 1, torch.device("cpu")), progress=True)
+        ours = evaluator.evaluate(generator, labels, weights="raw")
+        real = Images(reals.source.fetch(range(len(reals.source)))[0])
+        blocks = numbered_blocks(
+            generator, scale.images, seed=0, batch_size=config.block_size, labels_in_use=labels
+        )
+        fake = Images(torch.cat([images for _, images, _ in blocks]))
+        theirs = calculate_metrics(
+            input1=fake,
+            input2=real,
+            cuda=False,
+            isc=True,
+            fid=True,
+            kid=True,
+            kid_subsets=2,
+            kid_subset_size=scale.images,
+            samples_shuffle=False,
+            feature_extractor_weights_path=str(weights),
+            cache=False,
+            verbose=False,
+        )
+    case = f"{scale.images} images of 32 pixels on each side, from pixels"
+    for suite, metric, name in (
+        ("FID", "fid", "frechet_inception_distance"),
+        ("Inception Score", "is", "inception_score_mean"),
+        ("KID", "kid", "kernel_inception_distance_mean"),
+    ):
+        results.add(
+            compared(suite, case, ours.figure(metric).value, {"torch-fidelity": partial(float, theirs[name])})
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_evaluation", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few small sets: is everything in order?")
+    parser.add_argument(
+        "--inception-weights", type=Path, help="compare end to end with torch-fidelity instead"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=harness.ROOT / "benchmarks" / "results" / "evaluation_cpu.json"
+    )
+    options = parser.parse_args(arguments)
+    results = harness.Results(options.out, "cpu")
+    scale = QUICK if options.quick else Scale()
+    if options.inception_weights is not None:
+        measure_end_to_end(scale, options.inception_weights, results)
+    else:
+        measure_agreement(scale, results)
+        measure_intra_fid(scale, results)
+    results.finish()
+    print(f"Wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The subcommand ``evaluate``: its options, and what it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sagan.checkpoints import find_checkpoint
+from sagan.commands import Weights
+from sagan.distributed import processes
+from sagan.evaluation import report
+from sagan.evaluation.config import EvaluationConfig
+from sagan.evaluation.evaluator import Evaluator, feature_network
+from sagan.evaluation.reals import open_reals
+from sagan.evaluation.reference import default_cache
+from sagan.sampling import load_generator
+
+# The others wait while the first measures: precision and recall of 50,000 images take long on a CPU.
+_TIMEOUT_MINUTES = 720.0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a trained run: FID, Inception Score, KID, intra-FID, precision and recall, each with its protocol.
+
+    Features of the real images are computed once and kept. Started by torchrun, processes share the work; the
+    figures do not depend on how many they are. Writes a JSON file and a line of results.md.
+
+    Attributes:
+        source: folder of a run, or a checkpoint.
+        evaluation: what and how.
+        weights: moving average ("ema"), the weights themselves ("raw"), or the average if there is one.
+        out: folder to write to; by default "evaluation" in the run's.
+        device: "auto", "cpu", "cuda", ...
+    """
+
+    source: Path
+    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = field(default_factory=EvaluationConfig)
+    weights: Weights = "auto"
+    out: Path | None = None
+    device: str = "auto"
+
+
+def run_evaluate(command: Evaluate) -> int:
+    """Run ``evaluate`` and return the exit code."""
+    with processes(command.device, timeout_minutes=_TIMEOUT_MINUTES) as own:
+        checkpoint = find_checkpoint(command.source)
+        trained = load_generator(checkpoint, own.device, weights=command.weights)
+        config = command.evaluation
+        network = feature_network(config, own.device, resolution=trained.config.network.resolution)
+        reals = open_reals(config, trained.config, trained.class_names, own)
+        evaluator = Evaluator(config, reals, own, network=network, progress=True)
+        if own.is_first:
+            print(report.about_reals(evaluator, config.cache or default_cache()))
+        evaluation = evaluator.evaluate(
+            trained.generator, trained.labels_in_use, weights="ema" if trained.averaged else "raw"
+        )
+        if own.is_first:
+            subject = report.Subject(
+                checkpoint, trained.iteration, trained.config.recipe, report.device_name(own.device)
+            )
+            print(report.table(evaluation, subject))
+            path = report.save(evaluation, subject, command.out or _folder_of(checkpoint) / "evaluation")
+            print(f"Written to {path}, and a line to {path.with_name(report.RESULTS)}")
+    return 0
+
+
+def _folder_of(checkpoint: Path) -> Path:
+    """Return the folder of the run that a checkpoint is of."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

@@ -1,0 +1,59 @@
+"""Evaluation of a run while it trains."""
+
+from __future__ import annotations
+
+from sagan.data import ImageDataset
+from sagan.distributed import Processes
+from sagan.evaluation import report
+from sagan.evaluation.evaluator import Evaluator
+from sagan.evaluation.features import FeatureNetwork
+from sagan.evaluation.reals import open_reals, training_reals
+from sagan.evaluation.reference import default_cache
+from sagan.networks import Generator
+from sagan.recipes import RunConfig
+from sagan.step import Trainer
+from sagan.training import Evaluate, Score
+
+
+def evaluation_in_training(
+    run: RunConfig, dataset: ImageDataset, own: Processes, network: FeatureNetwork
+) -> Evaluate:
+    """Return what measures a run's G against its training images, or those that its configuration names.
+
+    All processes call this together, and then what it returns. Features of the reals are computed here, or read from
+    the cache. Each evaluation is written to the folder "evaluation" of the run.
+
+    Args:
+        run: the run.
+        dataset: its training images.
+        own: this process.
+        network: makes features.
+    """
+    config = run.evaluation
+    if config.data is None and config.split in (None, run.images.split):
+        reals = training_reals(dataset, run)
+    else:
+        reals = open_reals(config, run, list(dataset.class_names), own)
+    evaluator = Evaluator(config, reals, own, network=network, progress=True)
+    if own.is_first:
+        print(report.about_reals(evaluator, config.cache or default_cache()) + "\n")
+
+    def evaluate(trainer: Trainer) -> Score:
+        generator = trainer.sampling_generator
+        assert isinstance(generator, Generator)
+        evaluation = evaluator.evaluate(
+            generator,
+            trainer.labels_in_use,
+            weights="raw" if trainer.average is None else "ema",
+        )
+        if own.is_first:
+            subject = report.Subject(run.out, trainer.iteration, run.recipe, report.device_name(own.device))
+            report.save(evaluation, subject, run.out / "evaluation")
+        figure = evaluation.figure(config.best_by)
+        return Score(
+            value=evaluation.score(config.best_by),
+            of=f"{figure.name} of protocol {evaluation.protocol.identity}",
+            figures=evaluation.scalars(),
+        )
+
+    return evaluate

@@ -1,0 +1,307 @@
+"""The Inception-v3 that FID and the Inception Score are defined by: TensorFlow's of 2015-12-05.
+
+Its weights come as a file of tensors, under the names that pytorch-fid and torch-fidelity use. It is not torchvision's
+network: pooling, resize, the range of the input and the 1008 logits differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sagan.errors import UserError
+
+WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS_SHA256_START = "6726825d"
+NUM_FEATURES = 2048
+NUM_LOGITS = 1008
+INPUT_SIZE = 299
+
+
+@dataclass(frozen=True)
+class _Conv:
+    """A convolution in a branch: its name, width, kernel, and stride; padded so that stride 1 keeps the size."""
+
+    name: str
+    outputs: int
+    kernel: tuple[int, int]
+    stride: int = 1
+
+    def make(self, inputs: int) -> _ConvNorm:
+        padding = (self.kernel[0] // 2, self.kernel[1] // 2) if self.stride == 1 else (0, 0)
+        return _ConvNorm(inputs, self.outputs, self.kernel, self.stride, padding)
+
+
+# A branch is a sequence of pools ("average", "max", "halve"), convolutions, and pairs of convolutions that both take
+# what comes before them.
+_Branch = list[str | _Conv | tuple[_Conv, _Conv]]
+
+
+class InceptionV3(nn.Module):
+    """Inception-v3 of 2015-12-05, without weights.
+
+    Shape:
+        - images: uint8 [N, 3, H, W].
+        - Output: features of the last pooling [N, 2048], and logits [N, 1008] without the bias, which the
+          Inception Score leaves out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = _ConvNorm(3, 32, (3, 3), 2)
+        self.Conv2d_2a_3x3 = _ConvNorm(32, 32, (3, 3))
+        self.Conv2d_2b_3x3 = _ConvNorm(32, 64, (3, 3), padding=(1, 1))
+        self.Conv2d_3b_1x1 = _ConvNorm(64, 80, (1, 1))
+        self.Conv2d_4a_3x3 = _ConvNorm(80, 192, (3, 3))
+        self.Mixed_5b = _block_5(192, pooled=32)
+        self.Mixed_5c = _block_5(256, pooled=64)
+        self.Mixed_5d = _block_5(288, pooled=64)
+        self.Mixed_6a = _block_6a(288)
+        self.Mixed_6b = _block_6(inner=128)
+        self.Mixed_6c = _block_6(inner=160)
+        self.Mixed_6d = _block_6(inner=160)
+        self.Mixed_6e = _block_6(inner=192)
+        self.Mixed_7a = _block_7a(768)
+        self.Mixed_7b = _block_7(1280, pool="average")
+        self.Mixed_7c = _block_7(
+            2048, pool="max"
+        )  # as in TensorFlow's graph; the paper has an average here too
+        self.fc = nn.Linear(NUM_FEATURES, NUM_LOGITS)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features and logits."""
+        x = resize_like_tensorflow(images.float(), INPUT_SIZE)
+        x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = F.max_pool2d(x, 3, 2)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+        x = F.max_pool2d(x, 3, 2)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
+        features = x.mean((2, 3))
+        return features, F.linear(features, self.fc.weight)
+
+    @torch.no_grad()
+    def fold_batch_norm(self) -> InceptionV3:
+        """Put batch norm into the convolutions before it, for good, and return this network."""
+        for layer in self.modules():
+            if isinstance(layer, _ConvNorm):
+                layer.fold_batch_norm()
+        return self
+
+
+class _ConvNorm(nn.Module):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: tuple[int, int],
+        stride: int = 1,
+        padding: tuple[int, int] = (0, 0),
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+        self.bn: nn.Module = nn.BatchNorm2d(outputs, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn(self.conv(x)).relu_()
+        return y
+
+    def fold_batch_norm(self) -> None:
+        norm = self.bn
+        if not isinstance(norm, nn.BatchNorm2d):
+            return
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        bias = norm.bias.double() - norm.running_mean.double() * gain
+        weight = self.conv.weight.double() * gain.view(-1, 1, 1, 1)
+        self.conv.weight.copy_(weight)
+        self.conv.bias = nn.Parameter(bias.to(self.conv.weight))
+        self.bn = nn.Identity()
+
+
+class _Mixed(nn.Module):
+    """Branches over the same input, their outputs one after the other along the channels."""
+
+    def __init__(self, inputs: int, *branches: _Branch) -> None:
+        super().__init__()
+        self.branches = branches
+        for branch in branches:
+            width = inputs
+            for step in branch:
+                if not isinstance(step, str):
+                    convs = step if isinstance(step, tuple) else (step,)
+                    for conv in convs:
+                        self.add_module(conv.name, conv.make(width))
+                    width = sum(conv.outputs for conv in convs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self._run(branch, x) for branch in self.branches], 1)
+
+    def _run(self, branch: _Branch, x: Tensor) -> Tensor:
+        for step in branch:
+            if isinstance(step, str):
+                x = _pool(step, x)
+            elif isinstance(step, tuple):
+                x = torch.cat([self.get_submodule(conv.name)(x) for conv in step], 1)
+            else:
+                x = self.get_submodule(step.name)(x)
+        return x
+
+
+def _pool(kind: str, x: Tensor) -> Tensor:
+    if kind == "average":  # over the pixels that exist, as TensorFlow's
+        return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    return F.max_pool2d(x, 3, 2) if kind == "halve" else F.max_pool2d(x, 3, 1, 1)
+
+
+def _block_5(inputs: int, pooled: int) -> _Mixed:
+    return _Mixed(
+        inputs,
+        [_Conv("branch1x1", 64, (1, 1))],
+        [_Conv("branch5x5_1", 48, (1, 1)), _Conv("branch5x5_2", 64, (5, 5))],
+        [
+            _Conv("branch3x3dbl_1", 64, (1, 1)),
+            _Conv("branch3x3dbl_2", 96, (3, 3)),
+            _Conv("branch3x3dbl_3", 96, (3, 3)),
+        ],
+        ["average", _Conv("branch_pool", pooled, (1, 1))],
+    )
+
+
+def _block_6a(inputs: int) -> _Mixed:
+    return _Mixed(
+        inputs,
+        [_Conv("branch3x3", 384, (3, 3), 2)],
+        [
+            _Conv("branch3x3dbl_1", 64, (1, 1)),
+            _Conv("branch3x3dbl_2", 96, (3, 3)),
+            _Conv("branch3x3dbl_3", 96, (3, 3), 2),
+        ],
+        ["halve"],
+    )
+
+
+def _block_6(inner: int) -> _Mixed:
+    return _Mixed(
+        768,
+        [_Conv("branch1x1", 192, (1, 1))],
+        [
+            _Conv("branch7x7_1", inner, (1, 1)),
+            _Conv("branch7x7_2", inner, (1, 7)),
+            _Conv("branch7x7_3", 192, (7, 1)),
+        ],
+        [
+            _Conv("branch7x7dbl_1", inner, (1, 1)),
+            _Conv("branch7x7dbl_2", inner, (7, 1)),
+            _Conv("branch7x7dbl_3", inner, (1, 7)),
+            _Conv("branch7x7dbl_4", inner, (7, 1)),
+            _Conv("branch7x7dbl_5", 192, (1, 7)),
+        ],
+        ["average", _Conv("branch_pool", 192, (1, 1))],
+    )
+
+
+def _block_7a(inputs: int) -> _Mixed:
+    return _Mixed(
+        inputs,
+        [_Conv("branch3x3_1", 192, (1, 1)), _Conv("branch3x3_2", 320, (3, 3), 2)],
+        [
+            _Conv("branch7x7x3_1", 192, (1, 1)),
+            _Conv("branch7x7x3_2", 192, (1, 7)),
+            _Conv("branch7x7x3_3", 192, (7, 1)),
+            _Conv("branch7x7x3_4", 192, (3, 3), 2),
+        ],
+        ["halve"],
+    )
+
+
+def _block_7(inputs: int, pool: str) -> _Mixed:
+    return _Mixed(
+        inputs,
+        [_Conv("branch1x1", 320, (1, 1))],
+        [
+            _Conv("branch3x3_1", 384, (1, 1)),
+            (_Conv("branch3x3_2a", 384, (1, 3)), _Conv("branch3x3_2b", 384, (3, 1))),
+        ],
+        [
+            _Conv("branch3x3dbl_1", 448, (1, 1)),
+            _Conv("branch3x3dbl_2", 384, (3, 3)),
+            (_Conv("branch3x3dbl_3a", 384, (1, 3)), _Conv("branch3x3dbl_3b", 384, (3, 1))),
+        ],
+        [pool, _Conv("branch_pool", 192, (1, 1))],
+    )
+
+
+def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
+    """Resize as TensorFlow 1's ``resize_bilinear``: bilinear, no antialiasing, pixel i samples at i * old / new.
+
+    Neither of ``F.interpolate``'s conventions is this one: it aligns the first pixels' centres, and the last row
+    and column are repeated beyond the edge.
+
+    Args:
+        images: float [N, C, H, W].
+        size: height and width of the result.
+    """
+    for axis in (3, 2):  # in TensorFlow's order, to the last bit
+        old = images.size(axis)
+        if old == size:
+            continue
+        places = torch.arange(size, dtype=images.dtype, device=images.device)
+        places = places * torch.tensor(old / size, dtype=images.dtype, device=images.device)
+        low = places.long()
+        high = (low + 1).clamp_max(old - 1)
+        share = (places - low).view([-1 if each == axis else 1 for each in range(4)])
+        below, above = images.index_select(axis, low), images.index_select(axis, high)
+        images = below + (above - below) * share
+    return images
+
+
+def load_inception(path: Path) -> InceptionV3:
+    """Return the network with the weights of a file, in evaluation, batch norm folded into the convolutions.
+
+    Args:
+        path: of a state dict of tensors such as pt_inception-2015-12-05-6726825d.pth.
+
+    Raises:
+        UserError: if there is no such file, it holds more than tensors, or they are another network's.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"inception weights: expected the file {WEIGHTS_FILE} (its SHA-256 starts with {WEIGHTS_SHA256_START}; "
+            f"pytorch-fid and torch-fidelity publish it), found no file at {path}"
+        )
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a torn or foreign file
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"inception weights: {path} is not a readable file of tensors ({reason})") from error
+    network = InceptionV3()
+    wanted = network.state_dict()
+    if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):
+        raise UserError(f"inception weights: expected a state dict of tensors in {path}")
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
+    problems = [f"{name} is missing" for name in wanted if name not in tensors and name not in counters]
+    problems += [f"{name} is unknown" for name in tensors if name not in wanted]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, not {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"inception weights: {path} is not TensorFlow's Inception-v3 of 2015-12-05 ({WEIGHTS_FILE}): "
+            f"{'; '.join(problems[:3])}{more}"
+        )
+    network.load_state_dict({name: wanted[name] for name in counters} | tensors)
+    network.eval().requires_grad_(False).fold_batch_norm()
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

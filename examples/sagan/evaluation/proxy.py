@@ -1,0 +1,61 @@
+"""A stand-in for the Inception network on small machines: fixed, random and small, nothing to download."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sagan.evaluation.features import FeatureNetwork, module_digest
+
+_WIDTHS = (8, 16, 32)
+_LARGEST = 64
+_GRID = 4
+
+
+class RandomFeatures(nn.Module):
+    """Three convolutions with fixed random weights; means of the first two, and a 4x4 grid of the third.
+
+    Weights are drawn as integers, so that they are the same on every machine.
+
+    Shape:
+        - images: uint8 [N, 3, R, R]; larger ones than 64 are reduced to 64 pixels by areas.
+        - Output: [N, 536].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(0)
+        inputs = 3
+        for number, width in enumerate(_WIDTHS):
+            weight = torch.randint(-127, 128, (width, inputs, 3, 3), generator=draws).float()
+            # Variance 2 over the fan-in: ReLU then keeps the size of activations.
+            self.register_buffer(f"weight{number}", weight * (6 / (9 * inputs)) ** 0.5 / 127)
+            inputs = width
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features."""
+        x = images.float() / 127.5 - 1
+        if x.size(2) > _LARGEST:
+            x = F.interpolate(x, size=(_LARGEST, _LARGEST), mode="area")
+        parts = []
+        for number in range(len(_WIDTHS)):
+            if number:
+                parts.append(x.mean((2, 3)))
+                x = F.avg_pool2d(x, 2)
+            x = F.conv2d(x, self.get_buffer(f"weight{number}"), padding=1).relu()
+        return torch.cat([*parts, F.adaptive_avg_pool2d(x, _GRID).flatten(1)], 1)
+
+
+def proxy_network(device: torch.device, *, resolution: int) -> FeatureNetwork:
+    """Return the proxy for images of this resolution."""
+    module = RandomFeatures()
+    return FeatureNetwork(
+        module,
+        name="randomconv",
+        digest=module_digest(module),
+        resize=f"by areas to {_LARGEST}x{_LARGEST}, where larger",
+        device=device,
+        resolution=resolution,
+        proxy=True,
+    )

@@ -1,0 +1,182 @@
+"""Runs side by side: what may be compared, what is told apart, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import astuple, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import imagenet_sagan
+from sagan.comparison import TABLE_1, Kind, compare_runs, read_runs
+from sagan.errors import UserError
+from sagan.recipes import PUBLISHED, RECIPES
+
+FID, IS = "fid50k-train-tfinception", "is50k-tfinception"
+
+
+def write_run(folder: Path, recipe: str = "paper", **changes: Any) -> Path:
+    folder.mkdir(parents=True)
+    config = replace(RECIPES[recipe](), out=folder, **changes)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return folder
+
+
+def write_evaluation(
+    run: Path, iteration: int, identity: str = "0123456789ab", proxy: bool = False, **figures: float
+) -> None:
+    names = {"fid": FID, "is": IS, "kid": "kid50k-train-tfinception"}
+    values = {
+        "iteration": iteration,
+        "figures": {
+            ("proxy-" if proxy else "") + names[metric]: {"metric": metric, "value": value, "deviation": None}
+            for metric, value in figures.items()
+        },
+        "protocol": {"identity": identity, "proxy": proxy},
+    }
+    (run / "evaluation").mkdir(exist_ok=True)
+    path = run / "evaluation" / f"iteration_{iteration:09d}_{identity}.json"
+    path.write_text(json.dumps(values))
+
+
+def cells(table: str, start: str) -> list[str]:
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+class TestTable:
+    def test_the_best_of_each_run_stands_beside_what_was_published(self, tmp_path: Path) -> None:
+        one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", "best_known")
+        for iteration, fid, score in ((100, 30.0, 20.0), (200, 19.5, 51.0), (300, 24.0, 48.0)):
+            write_evaluation(one, iteration, **{"fid": fid, "is": score})
+        write_evaluation(two, 100, fid=13.25)
+        table, plot = compare_runs([one, two], tmp_path / "out")
+        text = table.read_text()
+        assert cells(text, "one") == [
+            "one",
+            "paper",
+            "1,000,000",
+            "19.5 at 200 [18.28]",
+            "51 at 200 [51.43]",
+        ]
+        assert cells(text, "two")[3:] == ["13.25 at 100 [12.83]", "not measured"]
+        pixels = np.asarray(Image.open(plot).convert("RGB"))
+        assert min(pixels.shape[:2]) > 300
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+    def test_figures_of_two_protocols_are_told_apart(self, tmp_path: Path) -> None:
+        one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+        write_evaluation(one, 100, "aaaaaaaaaaaa", fid=20.0)
+        write_evaluation(two, 100, "bbbbbbbbbbbb", fid=10.0)
+        text = compare_runs([one, two], tmp_path / "out")[0].read_text()
+        assert "fid: 2 protocols, in columns of their own" in text
+        assert cells(text, "one")[3:] == ["20 at 100 [18.28]", "not measured"]
+        assert cells(text, "two")[3:] == ["not measured", "10 at 100 [18.28]"]
+
+    def test_proxy_figures_stand_beside_nothing_published(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "alone")
+        write_evaluation(run, 100, proxy=True, fid=3.0)
+        text = compare_runs([run], tmp_path / "out")[0].read_text()
+        assert cells(text, "alone")[3] == "3 at 100"
+        assert "they are no FIDs" in text
+
+    def test_other_resolutions_stand_beside_nothing_published(self, tmp_path: Path) -> None:
+        network = replace(RECIPES["paper"]().network, resolution=64)
+        run = write_run(tmp_path / "alone", network=network)
+        write_evaluation(run, 100, fid=3.0)
+        assert cells(compare_runs([run], tmp_path / "out")[0].read_text(), "alone")[3] == "3 at 100"
+
+    def test_what_differs_from_the_recipe_is_told_and_what_does_not_matter_is_not(
+        self, tmp_path: Path
+    ) -> None:
+        run = write_run(tmp_path / "run", seed=7, data=tmp_path, device="cuda")
+        write_evaluation(run, 100, fid=3.0)
+        text = compare_runs([run], tmp_path / "out")[0].read_text()
+        assert "- **run**: recipe paper with seed 7\n" in text
+
+    def test_a_run_that_was_not_evaluated_is_named(self, tmp_path: Path) -> None:
+        one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+        write_evaluation(one, 100, fid=3.0)
+        assert "**two was not evaluated.**" in compare_runs([one, two], tmp_path / "out")[0].read_text()
+
+    def test_runs_of_table_1_are_arranged_as_in_the_paper(self, tmp_path: Path) -> None:
+        runs = []
+        for i, recipe in enumerate(("sn_on_gd_ttur", "attention_32", "residual_8")):
+            runs.append(write_run(tmp_path / recipe, recipe))
+            write_evaluation(runs[-1], 100, **{"fid": 20.0 + i, "is": 40.0 + i})
+        text = compare_runs(runs, tmp_path / "out")[0].read_text()
+        row = cells(text, f"FID ({FID})")
+        assert len(row) == 1 + len(TABLE_1)
+        assert row[1] == "20 / 22.96"
+        assert row[1 + TABLE_1.index("attention_32")] == "21 / 18.28"
+        assert row[1 + TABLE_1.index("attention_16")] == "- / 22.14"
+        assert cells(text, f"IS ({IS})")[1 + TABLE_1.index("residual_8")] == "42 / 23.17"
+
+
+class TestReading:
+    def test_a_repeated_name_is_told_apart_by_its_path(self, tmp_path: Path) -> None:
+        runs = read_runs([write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run")])
+        assert len({run.label for run in runs}) == 2
+
+    def test_more_is_better_for_is(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run")
+        write_evaluation(run, 100, **{"is": 10.0})
+        write_evaluation(run, 200, **{"is": 12.0})
+        (found,) = read_runs([run])
+        assert found.best(Kind("is", IS, "0123456789ab", False)) == (200, 12.0)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"protocol": {}}'])
+    def test_a_broken_evaluation_is_named(self, tmp_path: Path, text: str) -> None:
+        run = write_run(tmp_path / "run")
+        (run / "evaluation").mkdir()
+        (run / "evaluation" / "iteration_000000100_0123456789ab.json").write_text(text)
+        with pytest.raises(UserError, match=r"iteration_000000100_0123456789ab\.json"):
+            read_runs([run])
+
+    def test_what_is_no_run_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"found no config\.json"):
+            read_runs([tmp_path])
+
+    def test_one_run_twice_is_refused(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run")
+        with pytest.raises(UserError, match="one of them twice"):
+            read_runs([run, run / ".." / "run"])
+
+    def test_nothing_measured_is_refused_and_writes_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="none was evaluated"):
+            compare_runs([write_run(tmp_path / "run")], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+class TestCommand:
+    def test_it_prints_the_table_and_says_what_it_wrote(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = write_run(tmp_path / "run")
+        write_evaluation(run, 100, fid=3.0)
+        assert imagenet_sagan.main(["compare", str(run), "--out", str(tmp_path / "out")]) == 0
+        told = capsys.readouterr().out
+        assert "| run | paper |" in told
+        assert str(tmp_path / "out" / "comparison.png") in told
+
+    def test_without_runs_it_asks_for_them(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert imagenet_sagan.main(["compare"]) == 1
+        assert "expected the folders of one or more" in capsys.readouterr().err
+
+
+class TestPublished:
+    @pytest.mark.parametrize("name", list(PUBLISHED))
+    def test_every_number_is_in_the_recipes_own_description(self, name: str) -> None:
+        recipe = RECIPES[name]
+        told = (recipe.func if isinstance(recipe, partial) else recipe).__doc__ or ""
+        numbers = {float(text) for text in re.findall(r"\d+\.\d+", told)}
+        assert {value for value in astuple(PUBLISHED[name]) if value is not None} <= numbers
+
+    def test_all_of_table_1_are_recipes_with_a_published_result(self) -> None:
+        assert set(TABLE_1) <= set(PUBLISHED) <= set(RECIPES)

@@ -1,0 +1,407 @@
+"""The evaluator, what it keeps of the reals, and several processes that evaluate as one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from several_processes import results_by_rank
+from torch import Tensor, nn
+
+from sagan.distributed import Processes
+from sagan.errors import UserError
+from sagan.evaluation import report
+from sagan.evaluation.config import EvaluationConfig, TrainingEvaluationConfig
+from sagan.evaluation.evaluator import Evaluation, Evaluator, feature_network
+from sagan.evaluation.features import FeatureNetwork
+from sagan.evaluation.frechet import frechet_distance, frechet_distance_of_features
+from sagan.evaluation.protocol import FIGURES, Protocol, ProtocolError
+from sagan.evaluation.proxy import proxy_network
+from sagan.evaluation.reals import Reals
+from sagan.evaluation.reference import ReferenceError
+from sagan.evaluation.statistics import Moments
+from sagan.networks import Generator, NetworkConfig
+from sagan.sampling import generate, sample_inputs
+
+ALL = ("fid", "is", "kid", "intra-fid", "pr")
+ALONE = Processes(0, 1, torch.device("cpu"))
+LABELS = torch.tensor([0, 1, 2])
+
+
+@dataclass
+class InMemory:
+    """Images of three classes, each with another brightness."""
+
+    images: Tensor
+    labels: Tensor
+    class_names: Sequence[str] = ("ant", "bee", "cat")
+    resolution: int = 32
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self.images[list(indices)], self.labels[list(indices)]
+
+
+class Small(nn.Module):
+    """Features [N, 8] and logits [N, 4] of a fixed random convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(0)
+        self.register_buffer("weight", torch.randn(8, 3, 5, 5, generator=draws) / 8)
+        self.register_buffer("head", torch.randn(4, 8, generator=draws) * 3)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = nn.functional.conv2d(images.float() / 127.5 - 1, self.get_buffer("weight"), stride=3)
+        features = x.relu().mean((2, 3))
+        return features, features @ self.get_buffer("head").T
+
+
+def network() -> FeatureNetwork:
+    return FeatureNetwork(
+        Small(), name="small", digest="5" * 64, resize="none", device=torch.device("cpu"), resolution=32
+    )
+
+
+def reals_of(count: int = 47, seed: int = 0) -> Reals:
+    draws = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = torch.randint(100, (count, 3, 32, 32), generator=draws, dtype=torch.uint8)
+    images += (40 * labels).to(torch.uint8)[:, None, None, None]
+    return Reals(InMemory(images, labels), "train", f"in memory {count} {seed}")
+
+
+def generator_of(seed: int = 0, num_classes: int = 3) -> Generator:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = NetworkConfig(
+            resolution=32,
+            base_width=2,
+            num_classes=num_classes,
+            latent_dim=6,
+            g_attention=(16,),
+            d_attention=(),
+        )
+        generator = Generator(config)
+        for parameter in generator.parameters():  # so that images differ visibly
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return generator.eval()
+
+
+def evaluator_of(
+    folder: Path, own: Processes = ALONE, reals: Reals | None = None, **options: Any
+) -> Evaluator:
+    options = {"metrics": ALL, "count": 53, "block_size": 10, "cache": folder / "cache", **options}
+    return Evaluator(EvaluationConfig(**options), reals or reals_of(), own, network=network())
+
+
+def evaluate(folder: Path, own: Processes = ALONE, **options: Any) -> Evaluation:
+    return evaluator_of(folder, own, **options).evaluate(generator_of(), LABELS, weights="ema")
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    return evaluate(tmp_path_factory.mktemp("evaluation"))
+
+
+class TestFigures:
+    def test_are_those_of_all_samples_and_all_reals_at_once(self, evaluation: Evaluation) -> None:
+        latents, labels = sample_inputs(range(53), generator_of().config, 0, LABELS)
+        features, _ = network()(generate(generator_of(), latents, labels, batch_size=10))
+        source = reals_of().source
+        real, _ = network()(source.fetch(range(47))[0])
+        one, other = Moments.of(real), Moments.of(features)
+        fid = frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
+        assert evaluation.figure("fid").value == pytest.approx(fid, rel=1e-5)
+        by_class = [
+            frechet_distance_of_features(real[source.labels == label], features[labels == label])
+            for label in range(3)
+        ]
+        assert evaluation.by_class == pytest.approx(
+            dict(zip(("ant", "bee", "cat"), by_class, strict=True)), rel=1e-5
+        )
+        assert evaluation.figure("intra-fid").value == pytest.approx(np.mean(by_class), rel=1e-5)
+
+    def test_are_named_by_their_protocol(self, evaluation: Evaluation) -> None:
+        assert [figure.name for figure in evaluation.figures] == [
+            "fid53-train-small",
+            "is53-small",
+            "kid53-train-small",
+            "intra-fid53-train-small",
+            "precision53-train-small",
+            "recall53-train-small",
+        ]
+        assert next(iter(evaluation.scalars())) == "evaluation/fid53-train-small"
+        for name in (figure.name for figure in evaluation.figures):
+            assert name in report.markdown_row(evaluation, SUBJECT)
+
+    def test_a_score_is_better_when_less(self, evaluation: Evaluation) -> None:
+        assert evaluation.score() == evaluation.figure("fid").value
+        assert evaluation.score("is") == -evaluation.figure("is").value
+        with pytest.raises(UserError, match="metric: expected one of fid, is, kid"):
+            evaluation.score("pr")
+
+    def test_the_reals_own_are_told_and_written(self, evaluation: Evaluation, tmp_path: Path) -> None:
+        facts = evaluation.reals
+        assert facts.count == 47
+        assert facts.inception_score is not None
+        assert facts.inception_score[0] >= 1
+        assert facts.half_distance is not None
+        assert 0 < facts.half_distance < evaluation.figure("fid").value
+        table = report.table(evaluation, SUBJECT)
+        assert f"Inception Score {facts.inception_score[0]:.2f} +- {facts.inception_score[1]:.2f}" in table
+        assert f"FID of a random half to the other {facts.half_distance:.4g}" in table
+        values = json.loads(report.save(evaluation, SUBJECT, tmp_path).read_text())
+        assert values["reals"]["inception_score"] == list(facts.inception_score)
+        assert values["reals"]["half_distance"] == facts.half_distance
+        assert values["figures"]["is53-small"]["deviation"] == evaluation.figure("is").deviation
+        assert values["protocol"]["identity"] == evaluation.protocol.identity
+
+    def test_evaluated_again_adds_no_second_row(self, evaluation: Evaluation, tmp_path: Path) -> None:
+        for _ in range(2):
+            report.save(evaluation, SUBJECT, tmp_path)
+        report.save(evaluation, replace(SUBJECT, iteration=8), tmp_path)
+        assert len((tmp_path / report.RESULTS).read_text().splitlines()) == 4
+
+    def test_generator_and_random_state_are_as_before(self, tmp_path: Path) -> None:
+        generator = generator_of().train()
+        before = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
+        state = torch.random.get_rng_state()
+        for statistics in ("running", "batch", "standing"):
+            evaluator = evaluator_of(tmp_path, bn_statistics=statistics, standing_batches=2)
+            evaluator.evaluate(generator, LABELS, weights="raw")
+        assert generator.training
+        assert torch.equal(torch.random.get_rng_state(), state)
+        for name, tensor in generator.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+
+    def test_options_change_the_samples_as_their_names_say(
+        self, evaluation: Evaluation, tmp_path: Path
+    ) -> None:
+        seen = {evaluation.samples_checksum}
+        for options, part in (
+            ({"bn_statistics": "batch"}, "fid53-train-small-batch"),
+            ({"bn_statistics": "standing", "standing_batches": 3}, "fid53-train-small-standing"),
+            ({"truncation": 0.5}, "fid53-train-small-trunc0.5"),
+            ({"sample_seed": 1}, "fid53-train-small"),
+        ):
+            other = evaluate(tmp_path, metrics=("fid",), **options)
+            assert other.figure("fid").name == part
+            assert other.protocol.identity != evaluation.protocol.identity
+            seen.add(other.samples_checksum)
+        assert len(seen) == 5
+
+    def test_classes_with_one_real_are_left_out_and_named(self, tmp_path: Path) -> None:
+        source = reals_of().source
+        keep = (source.labels != 2) | (torch.arange(47) == 2)
+        few = Reals(InMemory(source.fetch(range(47))[0][keep], source.labels[keep]), "train", "few of 2")
+        found = evaluate(tmp_path, reals=few, metrics=("intra-fid",))
+        assert found.classes_left_out == ("cat",)
+        assert list(found.by_class or ()) == ["ant", "bee"]
+        assert "left out of intra-FID, with fewer than 2 reals: cat" in report.table(found, SUBJECT)
+
+    def test_a_proxys_figures_are_labelled_everywhere(self, tmp_path: Path) -> None:
+        config = EvaluationConfig(proxy=True, count=40, block_size=10, cache=tmp_path)
+        evaluator = Evaluator(config, reals_of(), ALONE)
+        found = evaluator.evaluate(generator_of(), LABELS, weights="raw")
+        assert [figure.name for figure in found.figures] == ["proxy-fid40-train-randomconv-raw"]
+        assert list(found.scalars()) == ["evaluation/proxy-fid40-train-randomconv-raw"]
+        assert "PROXY figures" in report.table(found, SUBJECT)
+        assert " FID" not in report.table(found, SUBJECT).replace("published FIDs", "")
+        assert "proxy's Frechet distance" in report.about_reals(evaluator, tmp_path)
+        assert found.to_dict()["protocol"]["proxy"]
+
+
+SUBJECT = report.Subject(Path("run"), 7, "paper", "CPU")
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"metrics": ("fid", "fid")}, "metrics: expected different ones out of fid, is"),
+            ({"metrics": ("FID",)}, "metrics: expected different ones out of fid, is"),
+            ({"count": 19}, "count: expected at least 20, got 19"),
+            ({"block_size": 0}, "block_size: expected at least 1, got 0"),
+            ({"sample_seed": -1}, "sample_seed: expected at least 0, got -1"),
+            ({"bn_statistics": "none"}, "bn_statistics: expected running, batch or standing"),
+            ({"truncation": 0.0}, r"truncation: expected at least 0\.02"),
+            (
+                {"proxy": True, "inception_weights": Path("x")},
+                "expected one, got inception-weights and proxy",
+            ),
+            ({"proxy": True, "metrics": ("is",)}, "proxy network has no classes"),
+        ],
+    )
+    def test_options_out_of_range(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            EvaluationConfig(**options)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"every": -1}, "every: expected at least 0, got -1"),
+            ({"every": 5}, "feature network: expected inception-weights .* got none. Nothing is downloaded"),
+            ({"proxy": True, "best_by": "is"}, "best_by: expected one of fid; got 'is'"),
+            ({"metrics": ("pr",), "best_by": "pr"}, "best_by: expected one of precision, recall; got 'pr'"),
+        ],
+    )
+    def test_options_of_evaluation_in_training(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            TrainingEvaluationConfig(**options)
+
+    def test_no_network_at_all(self) -> None:
+        with pytest.raises(UserError, match=r"expected inception-weights .* or proxy; got none"):
+            feature_network(EvaluationConfig(), torch.device("cpu"), resolution=32)
+
+    def test_no_logits_for_the_inception_score(self, tmp_path: Path) -> None:
+        proxy = proxy_network(torch.device("cpu"), resolution=32)
+        config = EvaluationConfig(cache=tmp_path)
+        with pytest.raises(UserError, match="the network randomconv has no logits"):
+            Evaluator(config, reals_of(), ALONE, network=proxy)
+
+    def test_too_few_reals(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="reals: expected more than 3 images, got 3"):
+            evaluator_of(tmp_path, reals=reals_of(3))
+
+    def test_too_few_samples_of_a_class(self, tmp_path: Path) -> None:
+        evaluator = evaluator_of(tmp_path, count=20)
+        with pytest.raises(UserError, match="at least 2 samples of each of 11 classes for intra-fid, got 20"):
+            evaluator.evaluate(generator_of(), torch.arange(11), weights="raw")
+
+    def test_classes_without_classes(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="expected a run with classes for intra-fid"):
+            evaluator_of(tmp_path).evaluate(generator_of(num_classes=0), LABELS[:1], weights="raw")
+
+    def test_another_resolution(self, tmp_path: Path) -> None:
+        generator = Generator(replace(generator_of().config, resolution=64))
+        with pytest.raises(UserError, match="expected images of 64 pixels as the generator's, got 32"):
+            evaluator_of(tmp_path).evaluate(generator, LABELS, weights="raw")
+
+
+class TestReference:
+    def test_is_computed_once(self, tmp_path: Path) -> None:
+        first, again = evaluator_of(tmp_path), evaluator_of(tmp_path)
+        assert (first.facts.from_cache, again.facts.from_cache) == (False, True)
+        assert replace(first.facts, from_cache=True) == again.facts
+        figures = [each.evaluate(generator_of(), LABELS, weights="raw").figures for each in (first, again)]
+        assert figures[0] == figures[1]
+        assert not list((tmp_path / "cache").glob("*.partial"))
+
+    def test_is_computed_anew_for_other_images_networks_or_all_features(self, tmp_path: Path) -> None:
+        evaluator_of(tmp_path, metrics=("fid",))
+        assert not evaluator_of(tmp_path, metrics=("fid",), reals=reals_of(seed=1)).facts.from_cache
+        assert not evaluator_of(tmp_path, metrics=("intra-fid",)).facts.from_cache  # wants features of all
+        assert evaluator_of(tmp_path, metrics=("intra-fid",)).facts.from_cache
+        assert evaluator_of(tmp_path, metrics=("fid",)).facts.from_cache
+        assert len(list((tmp_path / "cache").iterdir())) == 2
+
+    @pytest.mark.parametrize("name", ["manifest.json", "statistics.npz", "features.npy"])
+    def test_what_is_damaged_is_computed_anew_with_a_warning(
+        self, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        expected = evaluate(tmp_path).figures
+        [path] = (tmp_path / "cache").glob(f"*/{name}")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content if name != "manifest.json" else content[:50])
+        evaluator = evaluator_of(tmp_path)
+        assert not evaluator.facts.from_cache
+        assert f"{name} is damaged" in caplog.text
+        assert evaluator.evaluate(generator_of(), LABELS, weights="ema").figures == expected
+        assert evaluator_of(tmp_path).facts.from_cache
+
+    def test_what_is_of_other_images_is_refused(self, tmp_path: Path) -> None:
+        evaluator_of(tmp_path)
+        [path] = (tmp_path / "cache").glob("*/manifest.json")
+        manifest = json.loads(path.read_text())
+        manifest["key"]["images"] = "others"
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(ReferenceError, match="holds features of other images or another network: delete"):
+            evaluator_of(tmp_path)
+
+
+class TestProtocol:
+    def test_every_field_changes_its_identity_and_is_named_when_compared(
+        self, evaluation: Evaluation
+    ) -> None:
+        protocol = evaluation.protocol
+        for field in fields(Protocol):
+            other = replace(protocol, **{field.name: "another"})
+            assert other.identity != protocol.identity
+            with pytest.raises(ProtocolError, match=f"cannot be compared: {field.name} "):
+                protocol.check_comparable(other)
+        protocol.check_comparable(replace(protocol))
+
+    def test_names_follow_how_papers_write_them(self, evaluation: Evaluation) -> None:
+        protocol = replace(evaluation.protocol, sample_count=50_000, network="tfinception")
+        assert protocol.name("fid") == "fid50k-train-tfinception"
+        assert protocol.name("is") == "is50k-tfinception"
+        assert replace(protocol, weights="raw").name("is") == "is50k-tfinception-raw"
+        assert {metric: protocol.name(metric) for metric in FIGURES}
+
+
+def work(own: Processes) -> dict[str, Any]:
+    """Every kind of statistics in this process, and a refusal of the first."""
+    folder = Path(own.from_first(mkdtemp()))
+    found = {}
+    for statistics in ("running", "batch", "standing"):
+        evaluation = evaluate(folder, own, bn_statistics=statistics, standing_batches=2)
+        found[statistics] = {
+            "figures": [[figure.name, figure.value, figure.deviation] for figure in evaluation.figures],
+            "by_class": evaluation.by_class,
+            "samples": evaluation.samples_checksum,
+            "reals": [evaluation.reals.checksum, list(evaluation.reals.inception_score or ())],
+            "from_cache": evaluation.reals.from_cache,
+        }
+    own.wait()
+    if own.is_first:
+        for path in (folder / "cache").glob("*/manifest.json"):
+            path.write_text(path.read_text().replace("in memory", "elsewhere"))
+    own.wait()
+    try:
+        evaluator_of(folder, own)
+    except UserError as error:
+        found["refusal"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda count: f"{count} processes")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return results_by_rank(work, request.param, "evaluation", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return work(ALONE)
+
+
+@needs_gloo
+@pytest.mark.parametrize("statistics", ["running", "batch", "standing"])
+def test_all_processes_return_the_figures_of_one(
+    ranks: list[dict[str, Any]], alone: dict[str, Any], statistics: str
+) -> None:
+    for found in ranks:
+        assert found[statistics] == alone[statistics]
+
+
+@needs_gloo
+def test_a_refusal_reaches_all_processes(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    assert "ReferenceError: " in alone["refusal"]
+    assert "ReferenceError: " in ranks[0]["refusal"]
+    for found in ranks[1:]:
+        assert "ToldByFirstError: " in found["refusal"]
+        assert "holds features of other images" in found["refusal"]
