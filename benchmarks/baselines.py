@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Refused
+from benchmarks.peer import import_peer
 from sagan_layers import SelfAttention2d
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -102,17 +101,9 @@ def peer_block(ours: SelfAttention2d, checkout: Path | None) -> nn.Module:
     Raises:
         Refused: without a checkout, or for a form that it does not have.
     """
-    if checkout is None:
-        raise Refused("no checkout of BigGAN-PyTorch was given (--peer PATH)")
-    if not (checkout / "layers.py").is_file():
-        raise Refused(f"there is no layers.py in {checkout}")
+    layers = import_peer(checkout, "layers")
     if ours.pool_size != 2:
         raise Refused("BigGAN-PyTorch's attention always pools by 2")
-    sys.path.insert(0, str(checkout))
-    try:
-        layers = importlib.import_module("layers")
-    finally:
-        sys.path.remove(str(checkout))
     module = cast(nn.Module, layers.Attention(ours.in_channels, which_conv=nn.Conv2d)).to(ours.gamma)
     pairs = {"theta": ours.query, "phi": ours.key, "g": ours.value, "o": ours.out}
     with torch.no_grad():

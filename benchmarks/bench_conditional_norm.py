@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import harness
-from benchmarks.harness import Case, Outputs, Refused, Row, Run, Settings
+from benchmarks.harness import Case, Outputs, Row, Run, Settings
+from benchmarks.peer import import_peer
 from sagan_layers import ConditionalBatchNorm2d, functional
 
 PLAIN, WITH_RELU, MAPS = "norm", "norm and ReLU", "norm and ReLU, maps of G"
@@ -225,16 +224,9 @@ def _peer(checkout: Path | None, channels: int) -> Any:
     """Return BigGAN-PyTorch's layer with embeddings, as its SAGAN has it.
 
     Raises:
-        Refused: if there is no ``layers.py`` in the checkout.
+        Refused: as :func:`import_peer`.
     """
-    assert checkout is not None
-    if not (checkout / "layers.py").is_file():
-        raise Refused(f"there is no layers.py in {checkout}")
-    sys.path.insert(0, str(checkout))
-    try:
-        layers = importlib.import_module("layers")
-    finally:
-        sys.path.remove(str(checkout))
+    layers = import_peer(checkout, "layers")
     return layers.ccbn(channels, CLASSES, nn.Embedding)
 
 

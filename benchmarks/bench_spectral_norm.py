@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import importlib
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from benchmarks import harness
-from benchmarks.harness import Case, Outputs, Refused, Row, Run, Settings
+from benchmarks.harness import Case, Outputs, Row, Run, Settings
+from benchmarks.peer import import_peer
 from sagan_layers import (
     ResamplingConv2d,
     SpectralNormLayer,
@@ -336,16 +335,9 @@ def _biggan(checkout: Path | None) -> Callable[[nn.Module], None]:
     """Return what turns a plain layer into BigGAN-PyTorch's.
 
     Raises:
-        Refused: if there is no ``layers.py`` in the checkout.
+        Refused: as :func:`import_peer`.
     """
-    assert checkout is not None
-    if not (checkout / "layers.py").is_file():
-        raise Refused(f"there is no layers.py in {checkout}")
-    sys.path.insert(0, str(checkout))
-    try:
-        layers = importlib.import_module("layers")
-    finally:
-        sys.path.remove(str(checkout))
+    layers = import_peer(checkout, "layers")
     classes: dict[type[nn.Module], type[nn.Module]] = {}
     for plain, theirs in (
         (nn.Conv2d, layers.SNConv2d),

@@ -5,10 +5,7 @@ Made from the trainer's networks, whose weights they copy. Also BigGAN-PyTorch's
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -16,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Refused
+from benchmarks.peer import import_peer
 from sagan.networks import Discriminator, Generator, NetworkConfig, UpBlock
 from sagan_layers import ConditionalBatchNorm2d, SelfAttention2d
 
@@ -223,14 +221,10 @@ def peer_networks(
     Raises:
         Refused: without a checkout, or for a form of the networks that it does not have.
     """
-    if checkout is None:
-        raise Refused("no checkout of BigGAN-PyTorch was given (--peer PATH)")
-    if not (checkout / "BigGAN.py").is_file():
-        raise Refused(f"there is no BigGAN.py in {checkout}")
+    module = import_peer(checkout, "BigGAN")
     config = generator.config
     if config.resolution < 64 or not config.num_classes or not config.g_attention or not config.d_attention:
         raise Refused("made for 64 pixels and more, with classes and attention")
-    module = _import_peer(checkout)
     options: dict[str, Any] = {
         "resolution": config.resolution,
         "n_classes": config.num_classes,
@@ -253,14 +247,6 @@ def peer_networks(
         _fill_generator(theirs_g, generator)
         _fill_discriminator(theirs_d, discriminator)
     return theirs_g, theirs_d
-
-
-def _import_peer(checkout: Path) -> ModuleType:
-    sys.path.insert(0, str(checkout))
-    try:
-        return importlib.import_module("BigGAN")
-    finally:
-        sys.path.remove(str(checkout))
 
 
 def _fill_generator(theirs: Any, ours: Generator) -> None:
