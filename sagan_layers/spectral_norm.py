@@ -191,7 +191,11 @@ class SpectralNormLayer(nn.Module):
             raise RuntimeError(
                 f"weight: shared_spectral_norm has cast it to {lowered} for autocast, which is off here"
             )
-        return functional.with_spectral_gradient(shared.task._replace(weight=weight), shared.result)
+        old = shared.task  # written out, since torch.compile of torch 2.6 knows no _replace
+        task = functional.SpectralNormTask(
+            weight, old.u, old.v, old.dim, old.n_power_iterations, old.eps, old.dtype, old.memory
+        )
+        return functional.with_spectral_gradient(task, shared.result)
 
     def extra_repr(self) -> str:
         """Return the plain layer's description, and the options that differ from the defaults."""

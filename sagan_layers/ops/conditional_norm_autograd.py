@@ -80,19 +80,18 @@ def register_conditional_norm(
         relu: bool,
         process_group: ProcessGroup | None,
     ) -> ConditionalNormResult:
-        if given is None:
-            statistics: list[Any] = [None, None]
-        else:  # copies, so that the running statistics may move before backward
-            statistics = [statistic.to(torch.float64, copy=True) for statistic in given]
-        arguments = (x, gain, bias, *statistics, eps, relu)
+        mean = var = None
+        if given is not None:  # copies, so that the running statistics may move before backward
+            mean, var = (statistic.to(torch.float64, copy=True) for statistic in given)
+        arguments = (x, gain, bias, mean, var, eps, relu)
         if torch.compiler.is_compiling():
-            y, *statistics = compiled(*arguments)
-            statistics.append(x.numel() // x.size(1))
+            y, mean, var = compiled(*arguments)
+            count = x.numel() // x.size(1)
         else:
-            y, *statistics = eager(*arguments, process_group)
+            y, mean, var, count = eager(*arguments, process_group)
         if given is not None:
-            statistics = [*given, None]
-        return ConditionalNormResult(y, *statistics)
+            return ConditionalNormResult(y, *given, None)
+        return ConditionalNormResult(y, mean, var, count)
 
     return conditional_batch_norm
 
