@@ -90,8 +90,8 @@ class Prepare:
         synsets: what the development kit's numbers mean, if meta.mat does not lie beside them.
         words: human names of the classes: LOC_synset_mapping.txt or the like; by default looked for beside the source.
         workers: processes that decode; by default one for each CPU.
-        part_size: images between two marks of progress, of which a killed run redoes up to two for each worker; by
-            default a 64th of all, from 16 to 1024.
+        part_size: images that a process takes at a time: a killed run redoes those under way; by default a 64th of
+            all, from 16 to 1024.
         verify: check this finished set instead, and say what is wrong with it.
     """
 

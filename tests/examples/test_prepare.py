@@ -553,8 +553,11 @@ class TestResume:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         source = write_image_tree(
-            tmp_path / "src", class_names=WNIDS[:3], images_per_class=20, sizes=[(700, 600)]
+            tmp_path / "src", class_names=WNIDS[:3], images_per_class=1, sizes=[(1600, 1200)]
         )
+        for path in list(source.rglob("*.JPEG")):  # enough for a few seconds
+            for number in range(99):
+                shutil.copy(path, path.with_name(f"{path.parent.name}_9{number:02d}.JPEG"))
         command = [
             *(sys.executable, "-W", "error", str(ROOT / "examples" / "imagenet_sagan.py"), "prepare"),
             *("--source", str(source), "--out", str(tmp_path / "set"), "--resolution", "8"),
@@ -584,7 +587,7 @@ class TestResume:
         self.wait_for_the_end_of_the_group(process.pid)
         assert not (tmp_path / "set").exists()
         finished = {int(path.stem): path.stat().st_mtime_ns for path in markers.glob("*.json")}
-        assert 4 <= len(finished) < 20
+        assert 4 <= len(finished) < 100
 
         done: list[int] = []
         pack_part = packing.pack_part
@@ -597,7 +600,7 @@ class TestResume:
 
         monkeypatch.setattr(packing, "pack_part", counted)
         prepared = pack(source, tmp_path / "set", part_size=3)
-        assert sorted([*done, *finished]) == list(range(20))
+        assert sorted([*done, *finished]) == list(range(100))
         assert (prepared.packed, prepared.reused) == (3 * len(done), 3 * len(finished))
         monkeypatch.undo()
         whole = pack(source, tmp_path / "whole", part_size=7)
@@ -765,15 +768,16 @@ class TestSpaceAndPlaces:
     ) -> None:
         calls = [0]
 
-        def full(self: object, number: int, result: PartResult) -> None:
+        def full(self: object, results: dict[int, PartResult]) -> None:
             calls[0] += 1
-            if calls[0] == 3:
+            if calls[0] >= 3:
                 raise OSError(28, "No space left on device")
-            finish_part(self, number, result)
+            finish_parts(self, results)
 
-        finish_part = staging.Staging.finish_part
+        finish_parts = staging.Staging.finish_parts
         with monkeypatch.context() as patch:
-            patch.setattr(staging.Staging, "finish_part", full)
+            patch.setattr(packing, "MARK_EVERY_S", 0)
+            patch.setattr(staging.Staging, "finish_parts", full)
             with pytest.raises(OSError, match="No space left"):
                 pack(made("folder"), tmp_path / "set")
         assert pack(made("folder"), tmp_path / "set").reused == 10

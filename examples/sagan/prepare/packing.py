@@ -41,12 +41,14 @@ from sagan.data.packed import (
 from sagan.data.threads import usable_cpus
 from sagan.errors import UserError
 from sagan.prepare.listing import Indices, Listing
-from sagan.prepare.part import UNREADABLE, Part, digests_of, pack_part
+from sagan.prepare.part import UNREADABLE, Part, PartResult, digests_of, pack_part
 from sagan.prepare.pool import run_tasks
 from sagan.prepare.report import format_report, make_report
 from sagan.prepare.staging import Staging, write_durably
 
 CROP = "the central square, as wide as the short side"
+# A killed run does again what it finished in the last so many seconds: each mark waits for the disk.
+MARK_EVERY_S = 0.5
 DECODING = "full decode by Pillow, upright as EXIF says, RGB"
 
 
@@ -91,7 +93,7 @@ def prepare(
         resolution: side of the images in pixels.
         resample: see `decode_image`.
         workers: processes that decode; None takes one for each CPU, 1 decodes in this one.
-        part_size: images between two marks of progress; None takes a 64th of all, from 16 to 1,024.
+        part_size: images that a process takes at a time; None takes a 64th of all, from 16 to 1,024.
         progress: draw a bar on a terminal, print lines elsewhere.
 
     Raises:
@@ -193,30 +195,20 @@ class _Work:
         self.results = staging.finished()
 
     def pack(self) -> tuple[int, int, float]:
-        """Do the parts that are not done, check the array, and do again what is damaged.
+        """Check the parts that an earlier call finished, and do those that are damaged or not done.
 
         Returns:
             Images read, images that were finished before, and the seconds that reading took.
         """
-        staging = self.staging
-        if staging.is_moving:
+        if self.staging.is_moving:
             return 0, len(self.listing), 0.0
+        for number in self._damaged_parts():
+            self.staging.forget_part(number)
+            del self.results[number]
         reused = sum(len(self.parts[number]) for number in self.results)
         started = time.perf_counter()
         self._pack_missing()
-        seconds = time.perf_counter() - started
-        damaged = self._damaged_parts()
-        if damaged:
-            for number in damaged:
-                staging.forget_part(number)
-                del self.results[number]
-                reused -= len(self.parts[number])
-            self._pack_missing()
-            if self._damaged_parts():
-                raise UserError(
-                    f"{staging.array} holds other bytes than were written to it: is the disk sound?"
-                )
-        return len(self.listing) - max(0, reused), max(0, reused), seconds
+        return len(self.listing) - reused, reused, time.perf_counter() - started
 
     def _pack_missing(self) -> None:
         missing = [number for number in range(len(self.parts)) if number not in self.results]
@@ -224,10 +216,26 @@ class _Work:
             return
         done = len(self.listing) - sum(len(self.parts[number]) for number in missing)
         with _Progress(len(self.listing), done, self.progress) as progress:
-            for part, result in run_tasks(pack_part, self._tasks(missing), min(self.workers, len(missing))):
-                self.staging.finish_part(part.number, result)
-                self.results[part.number] = result
-                progress.add(len(part.rows))
+            unmarked: dict[int, PartResult] = {}
+            marked_at = time.monotonic()
+            try:
+                for part, result in run_tasks(
+                    pack_part, self._tasks(missing), min(self.workers, len(missing))
+                ):
+                    unmarked[part.number] = result
+                    progress.add(len(part.rows))
+                    if time.monotonic() - marked_at >= MARK_EVERY_S:
+                        self._mark(unmarked)
+                        marked_at = time.monotonic()
+            finally:  # what is finished is kept, whatever ends the work
+                self._mark(unmarked)
+
+    def _mark(self, results: dict[int, PartResult]) -> None:
+        """Mark the parts as finished and take them over."""
+        if results:
+            self.staging.finish_parts(results)
+            self.results.update(results)
+            results.clear()
 
     def _tasks(self, numbers: list[int]) -> Iterator[Part]:
         listing = self.listing
@@ -249,6 +257,9 @@ class _Work:
         )
 
     def _damaged_parts(self) -> list[int]:
+        """Return the finished parts whose pixels are not those that were written."""
+        if not self.results:
+            return []
         digests = self._digests()
         damaged = self._check(digests, np.any(digests != 0, axis=1))
         of_part = np.empty(len(self.listing), dtype=np.int64)

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,12 @@ class Staging:
                 results[int(path.stem)] = PartResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
         return results
 
-    def finish_part(self, number: int, result: PartResult) -> None:
-        """Mark a part as finished, after its pixels are on the disk."""
+    def finish_parts(self, results: Mapping[int, PartResult]) -> None:
+        """Mark parts as finished, after their pixels are on the disk."""
         with self.array.open("r+b") as file:
             os.fsync(file.fileno())
-        write_durably(self._parts / f"{number:05d}.json", json.dumps(result.to_dict()).encode())
+        for number, result in results.items():
+            write_durably(self._parts / f"{number:05d}.json", json.dumps(result.to_dict()).encode())
 
     def forget_part(self, number: int) -> None:
         """Take the mark of a finished part away."""
