@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class Suite:
 # All of them together end within 20 minutes.
 SUITES = (
     Suite("step", 3.5),
-    Suite("attention", 4.5),
+    Suite("attention", 4),
     Suite("spectral_norm", 1.5),
     Suite("conditional_norm", 2.5),
     Suite("resampling", 3, peers=False),
@@ -47,18 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=harness.ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
     statuses: list[int] = []
-    parts = ["# Benchmarks on the CPU", ""]
+    parts: list[str] = []
+    begun = time.monotonic()
     for suite in SUITES:
         out = options.out / f"{suite.name}_cpu{'_quick' if options.quick else ''}.json"
+        started = time.monotonic()
         module = importlib.import_module(f"benchmarks.bench_{suite.name}")
         given = ["--out", str(out), *(["--quick"] if options.quick else [])]
         given += ["--minutes", str(suite.minutes)] if suite.minutes else []
         given += ["--peer", str(options.peer)] if suite.peers and options.peer else []
         statuses.append(module.main(given))
         text = harness.markdown(json.loads(out.read_text(encoding="utf-8")))
-        parts += [f"# bench_{suite.name}", "", text]
+        minutes = (time.monotonic() - started) / 60
+        parts += [f"# bench_{suite.name} ({minutes:.1f} minutes)", "", text]
     summary = options.out / f"summary_cpu{'_quick' if options.quick else ''}.md"
-    summary.write_text("\n".join(parts), encoding="utf-8")
+    title = f"# Benchmarks on the CPU, in {(time.monotonic() - begun) / 60:.1f} minutes"
+    summary.write_text("\n".join([title, "", *parts]), encoding="utf-8")
     print(f"Wrote {summary}")
     return max(statuses)
 

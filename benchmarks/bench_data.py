@@ -52,6 +52,7 @@ class Scale:
         images: what is generated.
         copies: how many times each prepared image stands in the set that is read.
         rounds: turns of each contender.
+        prepare_rounds: likewise where a set is prepared, whose times scatter more.
         batches: batches of one turn of a loader that decodes; fast readers take ten times as many.
     """
 
@@ -59,10 +60,11 @@ class Scale:
     images: SyntheticSet = field(default_factory=lambda: SyntheticSet(classes=20, images=120, val_images=0))
     copies: int = 6
     rounds: int = 5
+    prepare_rounds: int = 7
     batches: int = 6
 
 
-QUICK = Scale(32, SyntheticSet(classes=4, images=80, val_images=0, scale=0.3), copies=2, rounds=2, batches=2)
+QUICK = Scale(32, SyntheticSet(classes=4, images=80, val_images=0, scale=0.3), copies=2, rounds=2, prepare_rounds=2, batches=2)
 
 
 # --- preparing --------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def measure_prepare(root: Path, scale: Scale, results: harness.Results) -> Path:
         "case": f"{len(paths)} files to {scale.resolution} pixels, {workers} processes",
     }
     rows = alternate(
-        contenders, dict.fromkeys(contenders, len(paths)), scale.rounds, identity, "Pillow alone"
+        contenders, dict.fromkeys(contenders, len(paths)), scale.prepare_rounds, identity, "Pillow alone"
     )
     for row in rows:
         if rates := decoding.get(row["contender"]):
