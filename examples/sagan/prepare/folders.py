@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sagan.data import DatasetError, PathTable, scan_image_tree
+from sagan.prepare.ahead import hinted, will_need
 from sagan.prepare.listing import Indices, Listing, Reader, Store, consecutive_parts
 
 # One file's own trouble; any other error is the disk's or the network's, and ends the run.
@@ -23,8 +24,7 @@ class FileReader(Reader):
     names: Sequence[str]
 
     def __iter__(self) -> Iterator[bytes | str]:
-        for name in self.names:
-            path = self.root / name
+        for path in hinted([self.root / name for name in self.names], will_need):
             try:
                 yield path.read_bytes()
             except OSError as error:

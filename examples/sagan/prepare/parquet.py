@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sagan.data import DatasetError, PathTable
+from sagan.prepare.ahead import will_need
 from sagan.prepare.listing import WNID, Indices, Listing, Reader, Store, sorted_by_class_and_name
 
 _WNID_SUFFIX = re.compile(r"_(n\d{8})(\.\w+)$")
@@ -42,16 +43,26 @@ class ParquetReader(Reader):
             wanted, row = set(rows), 0
             try:
                 with parquet.ParquetFile(path, memory_map=True) as file:
-                    batches = file.iter_batches(
-                        64, row_groups=[group], columns=[f"{self.column}.bytes"], use_threads=False
-                    )
+                    column = f"{self.column}.bytes"
+                    will_need(path, *_stretch(file.metadata.row_group(group), column))
+                    batches = file.iter_batches(64, row_groups=[group], columns=[column], use_threads=False)
                     for batch in batches:
                         for data in batch.column(0).field("bytes"):
                             if row in wanted:
-                                yield "no bytes in the parquet file" if data.as_py() is None else data.as_py()
+                                found = data.as_py()
+                                yield "no bytes in the parquet file" if found is None else found
                             row += 1
             except OSError as error:  # pyarrow's own errors are some too
                 raise DatasetError(f"cannot read row group {group} of {path}: {error}") from error
+
+
+def _stretch(group: Any, column: str) -> tuple[int, int]:
+    """Return where in the file a row group has a column, and how many bytes of it."""
+    for number in range(group.num_columns):
+        chunk = group.column(number)
+        if chunk.path_in_schema == column:
+            return chunk.dictionary_page_offset or chunk.data_page_offset, chunk.total_compressed_size
+    return 0, 0
 
 
 class ParquetStore(Store):

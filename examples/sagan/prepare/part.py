@@ -12,11 +12,9 @@ import numpy as np
 from sagan.data.decoding import ImageFacts, ImageReadError, pillow_warnings, read_pixels
 from sagan.data.inspection import widen
 from sagan.data.packed import DIGEST_BYTES, HEADER_BYTES, digest
-from sagan.data.threads import read_ahead
 from sagan.prepare.listing import Indices, Reader
 
 UNREADABLE, ROTATED, ENLARGED, MISNAMED_FORMAT = "unreadable", "rotated by EXIF", "enlarged", "format"
-_FILES_AHEAD = 16
 _WRITTEN_TOGETHER = 64
 _EXTENSIONS = {
     "JPEG": (".jpg", ".jpeg"),
@@ -102,8 +100,7 @@ def pack_part(part: Part) -> PartResult:
     digests = []
     pending: list[tuple[int, bytes]] = []
     with pillow_warnings(), part.array.open("r+b", buffering=0) as array:
-        files = read_ahead(part.reader, _FILES_AHEAD)
-        for row, name, data in zip(part.rows.tolist(), part.names, files, strict=True):
+        for row, name, data in zip(part.rows.tolist(), part.names, part.reader, strict=True):
             try:
                 if isinstance(data, str):
                     raise ImageReadError(Path(name), data)

@@ -14,6 +14,7 @@ import numpy as np
 
 from sagan.data import DatasetError, PathTable
 from sagan.data.layout import has_image_extension, is_hidden
+from sagan.prepare.ahead import hinted, will_need
 from sagan.prepare.listing import Indices, Listing, Reader, Store, consecutive_parts
 from sagan.prepare.pool import run_tasks
 
@@ -91,7 +92,7 @@ class TarReader(Reader):
     def __iter__(self) -> Iterator[bytes | str]:
         path, file = None, None
         try:
-            for place in self.places:
+            for place in hinted(self.places, lambda place: will_need(place.path, place.start, place.size)):
                 if place.path != path or file is None:
                     if file is not None:
                         file.close()
