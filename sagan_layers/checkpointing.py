@@ -1,4 +1,4 @@
-"""Activation checkpointing that repeats a block exactly, whatever moves in it."""
+"""Activation checkpointing that repeats a block exactly, whatever moves in it or has changed around it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sagan_layers.conditional_norm import frozen_running_statistics
-from sagan_layers.spectral_norm import frozen_spectral_norm
+from sagan_layers.spectral_norm import SpectralNormRecord, recording_spectral_norm, repeated_spectral_norm
 
 __all__ = ["checkpointed"]
 
@@ -21,18 +21,23 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
     ``torch.utils.checkpoint`` runs the block a second time during backward. Left to itself that would move the
     vectors of spectral normalisation and the running statistics of batch norm once more, and spectrally
     normalised weights would not be those of the first pass, so that gradients would be wrong without a message.
-    Here nothing moves in the second pass and the weights are the first one's.
+    Here the second pass takes the first one's parameters, normalised weights and vectors, and moves nothing:
+    results and gradients are those without it. So the block may be called several times before ``backward``,
+    frozen (:func:`~sagan_layers.frozen_spectral_norm`), with shared weights
+    (:func:`~sagan_layers.shared_spectral_norm`), whose block may have ended by then, or with other parameters
+    (:func:`~sagan_layers.call_with_constant_parameters`, ``torch.func.functional_call``).
 
     Args:
-        module: a block, called once for each ``backward``: run ``backward`` before it is called in training again
-            (or share its weights between calls by :func:`~sagan_layers.shared_spectral_norm`).
+        module: a block, in the same mode (``train`` or ``eval``) in ``backward`` as now.
         inputs: what to call it with.
 
     Raises:
-        RuntimeError: inside torch.compile, whose own partitioner decides what is kept.
+        RuntimeError: inside torch.compile, whose own partitioner decides what is kept; in ``backward``, if a
+            spectrally normalised weight has changed since.
 
     Note:
-        Derivatives of the first order, and of the second through torch's checkpoint without reentry.
+        Derivatives of the first order, and of the second through torch's checkpoint without reentry. Layers of
+        other packages that move in their forward, such as ``nn.BatchNorm2d``, move twice.
 
     Example:
         >>> from sagan_layers import SNConv2d
@@ -44,24 +49,34 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
     if torch.compiler.is_compiling():
         raise RuntimeError("checkpointed: expected eager code, got torch.compile")
 
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    record = SpectralNormRecord()
+
+    def run(*inputs: Any) -> Any:
+        now = module.named_parameters(remove_duplicate=False)
+        if all(parameter is parameters[name] for name, parameter in now):
+            return module(*inputs)
+        return torch.func.functional_call(module, parameters, inputs, tie_weights=False)
+
     return checkpoint(
-        module,
+        run,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _Repeating(module)),
+        context_fn=lambda: (recording_spectral_norm(module, record), _Repeating(module, record)),
     )
 
 
 class _Repeating:
     """The context of a repeated pass. Second derivatives enter it more than once."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, record: SpectralNormRecord) -> None:
         self._module = module
+        self._record = record
         self._entered: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
         stack = contextlib.ExitStack()
-        stack.enter_context(frozen_spectral_norm(self._module, iterate=False))
+        stack.enter_context(repeated_spectral_norm(self._record))
         stack.enter_context(frozen_running_statistics(self._module))
         self._entered.append(stack)
 

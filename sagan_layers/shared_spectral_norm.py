@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sagan_layers import functional
-from sagan_layers.spectral_norm import SpectralNormLayer, _Shared
+from sagan_layers.spectral_norm import SpectralNormLayer, _Shared, _version
 
 __all__ = ["SharedSpectralNorm", "shared_spectral_norm"]
 
@@ -118,7 +118,7 @@ class SharedSpectralNorm:
                 [vector for _, result in moves for vector in (result.u, result.v)],
             )
         for layer, task, result in zip(layers, tasks, results, strict=True):
-            layer._shared = _Shared(task, result, _version(layer), {})
+            layer._shared = _Shared(task, result, _version(layer))
         self._layers = layers
 
     def release(self) -> None:
@@ -136,10 +136,3 @@ class SharedSpectralNorm:
         if self.dtype is not None or device == "meta" or not torch.is_autocast_enabled(device):
             return self.dtype or own
         return torch.get_autocast_dtype(device)
-
-
-def _version(layer: SpectralNormLayer) -> int | None:
-    weight = layer._parameters.get("weight")
-    if torch.compiler.is_compiling() or weight is None or weight.is_inference():
-        return None
-    return weight._version

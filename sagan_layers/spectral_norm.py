@@ -28,7 +28,7 @@ __all__ = [
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
 # Attributes of a layer that are no part of it.
-_PASSING_STATE = ("_frozen_by", "_shared", "_memory")
+_PASSING_STATE = ("_frozen_by", "_shared", "_memory", "_records", "_repeated")
 
 
 class _Frozen(NamedTuple):
@@ -43,14 +43,33 @@ class _Shared(NamedTuple):
     Attributes:
         task: what it was found from.
         result: the normalised weight, sigma, u and v, without a graph.
-        version: of the weight at that time; None where it is not tracked.
-        derived: for whatever else is computed once from the weight, such as a folded one.
+        version: of the weight at that time, see :func:`_version`.
     """
 
     task: functional.SpectralNormTask
     result: functional.SpectralNormResult
     version: int | None
-    derived: dict[str, Tensor]
+
+
+class _Own(NamedTuple):
+    """What a layer divided its weight by when nothing was shared.
+
+    Attributes:
+        u: as it was after the iteration.
+        v: as it was after the iteration.
+        version: of the weight at that time, see :func:`_version`.
+    """
+
+    u: Tensor
+    v: Tensor
+    version: int | None
+
+
+class SpectralNormRecord:
+    """Which weights the forwards of every layer took, in their order; see :func:`recording_spectral_norm`."""
+
+    def __init__(self) -> None:
+        self.used: dict[SpectralNormLayer, list[_Own | _Shared]] = {}
 
 
 class SpectralNormLayer(nn.Module):
@@ -88,6 +107,10 @@ class SpectralNormLayer(nn.Module):
     _frozen_by: _Frozen | None = None
     _shared: _Shared | None = None
     _memory: functional.LayerMemory | None = None
+    # Where enclosing contexts write down what forwards take.
+    _records: tuple[list[_Own | _Shared], ...] = ()
+    # What forwards have to take again.
+    _repeated: Iterator[_Own | _Shared] | None = None
 
     def _init_spectral_norm(self, n_power_iterations: int, eps: float, iterate_when_frozen: bool) -> None:
         functional.check_sizes(n_power_iterations=n_power_iterations)
@@ -136,7 +159,10 @@ class SpectralNormLayer(nn.Module):
         Inside :func:`~sagan_layers.shared_spectral_norm` it is the one that was found there, in the dtype that
         was asked for there.
         """
+        if self._repeated is not None:
+            return self._weight_again(self._repeated)
         if self._shared is not None:
+            self._record(self._shared)
             return self._shared_weight(self._shared)
         moves = self._moves
         task = self._task(self.weight, iterate=moves or self._iterates_when_frozen)
@@ -146,7 +172,30 @@ class SpectralNormLayer(nn.Module):
             with torch.no_grad():
                 self.weight_u.copy_(result.u)
                 self.weight_v.copy_(result.v)
+        self._record(_Own(result.u, result.v, _version(self)))
         return result.weight
+
+    def _record(self, used: _Own | _Shared) -> None:
+        for record in self._records:
+            record.append(used)
+
+    def _weight_again(self, repeated: Iterator[_Own | _Shared]) -> Tensor:
+        """Return the weight that an earlier forward took."""
+        used = next(repeated, None)
+        if used is None:
+            raise RuntimeError(
+                "expected the forwards of the first pass to be repeated, got a further one (is the layer inside "
+                "torch.compile?)"
+            )
+        self._record(used)
+        if isinstance(used, _Shared):
+            return self._shared_weight(used)
+        if used.version is not None and _version(self) != used.version:
+            raise RuntimeError(
+                "weight: changed since the forward that is to be repeated; run backward before optimizer.step()"
+            )
+        task = self._task(self.weight, iterate=False)._replace(u=used.u, v=used.v)
+        return functional.normalize_layer_weight(task).weight
 
     @property
     def _moves(self) -> bool:
@@ -534,6 +583,14 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
         )
 
 
+def _version(layer: SpectralNormLayer) -> int | None:
+    """Return a number that grows when the layer's weight is changed in place; None where nobody counts."""
+    weight = layer._parameters.get("weight")
+    if torch.compiler.is_compiling() or weight is None or weight.is_inference():
+        return None
+    return weight._version
+
+
 def _check_image(input: Tensor, layer: SNConv2d | SNConvTranspose2d) -> None:
     functional.check_image(input, channels=layer.in_channels, like=layer.weight)
 
@@ -581,6 +638,67 @@ def frozen_spectral_norm(module: nn.Module, *, iterate: bool | None = None) -> I
         for layer, frozen in zip(layers, before, strict=True):
             if isinstance(layer, SpectralNormLayer):  # unless it was made a plain layer in between
                 layer._frozen_by = frozen
+
+
+@contextlib.contextmanager
+def recording_spectral_norm(module: nn.Module, record: SpectralNormRecord) -> Iterator[None]:
+    """Write down which weights the forwards inside a ``with`` block take, for :func:`repeated_spectral_norm`.
+
+    For :func:`~sagan_layers.checkpointed`. Contexts nest, each writes down all that happens in it.
+
+    Args:
+        module: a layer or a network.
+        record: what to write into.
+
+    Example:
+        >>> conv, record = SNConv2d(3, 8, kernel_size=3), SpectralNormRecord()
+        >>> x = torch.randn(2, 3, 16, 16)
+        >>> with recording_spectral_norm(conv, record):
+        ...     y = conv(x)
+        >>> _ = conv(x)  # moves u and v
+        >>> with repeated_spectral_norm(record):
+        ...     repeated = conv(x)
+        >>> torch.equal(repeated, y), torch.equal(conv(x), y)
+        (True, False)
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, SpectralNormLayer)]
+    before = [layer._records for layer in layers]
+    for layer in layers:
+        layer._records = (*layer._records, record.used.setdefault(layer, []))
+    try:
+        yield
+    finally:
+        for layer, records in zip(layers, before, strict=True):
+            layer._records = records
+
+
+@contextlib.contextmanager
+def repeated_spectral_norm(record: SpectralNormRecord) -> Iterator[None]:
+    """Let forwards inside a ``with`` block take the recorded weights again, in their order; nothing moves.
+
+    Whatever has moved u and v since, whether the layers are in training, frozen or shared now: the weights are
+    those of the record, and so are their gradients.
+
+    Args:
+        record: of the forwards to repeat.
+
+    Raises:
+        RuntimeError: inside the block, when a weight has changed since, or a layer is called more often than the
+            record has it.
+
+    Example:
+        >>> record = SpectralNormRecord()
+        >>> with repeated_spectral_norm(record):  # of nothing
+        ...     pass
+    """
+    before = [(layer, layer._repeated) for layer in record.used]
+    for layer, used in record.used.items():
+        layer._repeated = iter(used)
+    try:
+        yield
+    finally:
+        for layer, repeated in before:
+            layer._repeated = repeated
 
 
 @torch.no_grad()
