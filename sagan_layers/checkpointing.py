@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sagan_layers.conditional_norm import frozen_running_statistics
@@ -37,7 +37,8 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
 
     Note:
         Derivatives of the first order, and of the second through torch's checkpoint without reentry. Layers of
-        other packages that move in their forward, such as ``nn.BatchNorm2d``, move twice.
+        other packages that move in their forward, such as ``nn.BatchNorm2d``, move twice. A block that is compiled
+        itself (``block.compile()``) works, its graph broken at every normalised weight.
 
     Example:
         >>> from sagan_layers import SNConv2d
@@ -49,7 +50,7 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
     if torch.compiler.is_compiling():
         raise RuntimeError("checkpointed: expected eager code, got torch.compile")
 
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    parameters: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     record = SpectralNormRecord()
 
     def run(*inputs: Any) -> Any:

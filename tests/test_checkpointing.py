@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ from torch import Tensor, nn
 
 from sagan_layers import (
     ConditionalBatchNorm2d,
+    GeneratorPass,
     SNConv2d,
+    call_with_constant_parameters,
     checkpointed,
     frozen_running_statistics,
+    frozen_spectral_norm,
     shared_spectral_norm,
     synchronize_batch_norm,
 )
@@ -53,6 +58,210 @@ def test_gradients_and_buffers_are_those_without_it(shared: bool) -> None:
         assert torch.equal(one.grad, other.grad)
     for (name, one), other in zip(block.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(one, other), name
+
+
+Run = Callable[..., Tensor]
+Use = Callable[[Run, nn.Module, Tensor], None]
+
+
+def plainly(module: nn.Module, *inputs: Tensor) -> Tensor:
+    y: Tensor = module(*inputs)
+    return y
+
+
+def loss_of(y: Tensor) -> Tensor:
+    return y.float().square().sum()
+
+
+def backward_after_the_frozen_block(run: Run, block: nn.Module, x: Tensor) -> None:
+    with frozen_spectral_norm(block):
+        loss = loss_of(run(block, x))
+    loss.backward()
+
+
+def backward_after_the_frozen_shared_block(run: Run, block: nn.Module, x: Tensor) -> None:
+    with frozen_spectral_norm(block), shared_spectral_norm(block):
+        loss = loss_of(run(block, x))
+    loss.backward()
+
+
+def backward_after_the_shared_block_and_a_move(run: Run, block: nn.Module, x: Tensor) -> None:
+    with shared_spectral_norm(block):
+        loss = loss_of(run(block, x))
+    block(x.detach())
+    loss.backward()
+
+
+def backward_in_a_frozen_block(run: Run, block: nn.Module, x: Tensor) -> None:
+    loss = loss_of(run(block, x))
+    with frozen_spectral_norm(block, iterate=True):
+        loss.backward()
+
+
+def backward_in_a_shared_block(run: Run, block: nn.Module, x: Tensor) -> None:
+    loss = loss_of(run(block, x))
+    with shared_spectral_norm(block):
+        loss.backward()
+
+
+def two_calls_before_backward(run: Run, block: nn.Module, x: Tensor) -> None:
+    (loss_of(run(block, x)) + 3 * loss_of(run(block, 2 * x))).backward()
+
+
+def in_evaluation(run: Run, block: nn.Module, x: Tensor) -> None:
+    loss_of(run(block.eval(), x)).backward()
+
+
+def in_evaluation_without_iterating(run: Run, block: nn.Module, x: Tensor) -> None:
+    for layer in block.eval():
+        layer.iterate_when_frozen = False
+    loss_of(run(block, x)).backward()
+
+
+def three_iterations(run: Run, block: nn.Module, x: Tensor) -> None:
+    for layer in block:
+        layer.n_power_iterations = 3
+    loss_of(run(block, x)).backward()
+
+
+def one_layer_twice(run: Run, block: nn.Module, x: Tensor) -> None:
+    twice = nn.Sequential(block[1], block[1])
+    loss_of(run(twice, x)).backward()
+
+
+def a_block_in_a_block(run: Run, block: nn.Module, x: Tensor) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return run(self.inner, torch.tanh(run(self.inner[1], x)))
+
+    outer = Outer()
+    (loss_of(run(outer, x)) + loss_of(run(outer, 2 * x))).backward()
+
+
+def constant_parameters(run: Run, block: nn.Module, x: Tensor) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return run(self.inner, x)
+
+    loss_of(call_with_constant_parameters(Outer(), x)).backward()
+
+
+def autocast_and_sharing_that_end_before(run: Run, block: nn.Module, x: Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16), shared_spectral_norm(block):
+        loss = loss_of(run(block, x))
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        backward_after_the_frozen_block,
+        backward_after_the_frozen_shared_block,
+        backward_after_the_shared_block_and_a_move,
+        backward_in_a_frozen_block,
+        backward_in_a_shared_block,
+        two_calls_before_backward,
+        in_evaluation,
+        in_evaluation_without_iterating,
+        three_iterations,
+        one_layer_twice,
+        a_block_in_a_block,
+        constant_parameters,
+        autocast_and_sharing_that_end_before,
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_however_it_is_used_nothing_differs(use: Use, dtype: torch.dtype) -> None:
+    block = nn.Sequential(SNConv2d(4, 4, 3, padding=1), SNConv2d(4, 4, 3, padding=1)).to(dtype)
+    x = torch.randn(2, 4, 5, 5, dtype=dtype)
+    found = []
+    for run in (checkpointed, plainly):
+        own, leaf = copy.deepcopy(block), x.clone().requires_grad_()
+        for _ in range(2):
+            use(run, own, leaf)
+        found.append([leaf.grad, *(parameter.grad for parameter in own.parameters()), *own.buffers()])
+    assert found[0][0].ne(0).any()
+    for one, other in zip(*found, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_discriminator_of_such_blocks_serves_the_generators_pass(shared: bool) -> None:
+    class Discriminator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(SNConv2d(4, 6, 3), SNConv2d(6, 1, 3))
+            self.run: Run = checkpointed
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.run(self.block, x)
+
+    generator, discriminator, latents = SNConv2d(2, 4, 3), Discriminator(), torch.randn(3, 2, 9, 9)
+    results = []
+    for run in (checkpointed, plainly):
+        g, d = copy.deepcopy(generator), copy.deepcopy(discriminator)
+        d.run = run
+        with shared_spectral_norm(d) if shared else contextlib.nullcontext():
+            loss = GeneratorPass(g, d)(latents).loss
+        loss.backward()
+        assert all(parameter.grad is None for parameter in d.parameters())
+        results.append([loss, g.weight.grad, *d.buffers()])
+    assert results[0][1].ne(0).any()
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_weight_that_has_changed_before_backward_is_an_error(shared: bool) -> None:
+    block, x = nn.Sequential(SNConv2d(4, 4, 3), nn.Tanh()), torch.randn(2, 4, 5, 5)
+    with shared_spectral_norm(block) if shared else contextlib.nullcontext():
+        loss = loss_of(checkpointed(block, x))
+    with torch.no_grad():
+        block[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="weight: changed since"):
+        loss.backward()
+
+
+def test_a_block_that_takes_another_path_the_second_time_is_an_error() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.calls = SNConv2d(4, 4, 3, padding=1), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            for _ in range(self.calls):
+                x = torch.tanh(self.conv(x)) if self.calls == 1 else self.conv(torch.tanh(x))
+            return x
+
+    loss = loss_of(checkpointed(Fickle(), torch.randn(2, 4, 5, 5, requires_grad=True)))
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # dynamo's, where a graph breaks
+def test_a_block_that_is_compiled_itself_repeats_its_weights_too() -> None:
+    block = nn.Sequential(SNConv2d(4, 4, 3), nn.Tanh(), SNConv2d(4, 4, 3))
+    plain, x = copy.deepcopy(block), torch.randn(2, 4, 7, 7)
+    block.compile(backend="aot_eager")
+    for _ in range(2):
+        (loss_of(checkpointed(block, x)) + loss_of(checkpointed(block, 2 * x))).backward()
+        (loss_of(plain(x)) + loss_of(plain(2 * x))).backward()
+    torch.compiler.reset()
+    for one, other in zip(block.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    for one, other in zip(block.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_it_keeps_fewer_activations() -> None:
