@@ -33,7 +33,7 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
 
     Raises:
         RuntimeError: inside torch.compile, whose own partitioner decides what is kept; in ``backward``, if a
-            spectrally normalised weight has changed since.
+            spectrally normalised weight has changed since (steps of ``fused=True`` optimizers go unnoticed).
 
     Note:
         Derivatives of the first order, and of the second through torch's checkpoint without reentry. Layers of

@@ -615,8 +615,8 @@ def frozen_spectral_norm(module: nn.Module, *, iterate: bool | None = None) -> I
         module: a layer or a network that holds some.
         iterate: what sigma is taken from: u and v iterated from the stored ones (True), or the stored ones as
             they are (False), that is the very weight of the last forward that moved them. None leaves it to
-            each layer's ``iterate_when_frozen``. False is for passes that must repeat that forward: further
-            parts of an accumulated batch, and the recomputation of activation checkpointing.
+            each layer's ``iterate_when_frozen``. False is for passes that must repeat that forward, such as
+            further parts of an accumulated batch.
 
     Example:
         >>> conv = SNConv2d(3, 8, kernel_size=3)
