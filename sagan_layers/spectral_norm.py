@@ -194,7 +194,7 @@ class SpectralNormLayer(nn.Module):
             raise RuntimeError(
                 "weight: changed since the forward that is to be repeated; run backward before optimizer.step()"
             )
-        task = self._task(self.weight, iterate=False)._replace(u=used.u, v=used.v)
+        task = self._task(self.weight, iterate=False, vectors=(used.u, used.v))
         return functional.normalize_layer_weight(task).weight
 
     @property
@@ -207,15 +207,21 @@ class SpectralNormLayer(nn.Module):
         return self.iterate_when_frozen if frozen is None or frozen.iterate is None else frozen.iterate
 
     def _task(
-        self, weight: Tensor, *, iterate: bool, dtype: torch.dtype | None = None
+        self,
+        weight: Tensor,
+        *,
+        iterate: bool,
+        dtype: torch.dtype | None = None,
+        vectors: tuple[Tensor, Tensor] | None = None,
     ) -> functional.SpectralNormTask:
+        u, v = (self.weight_u, self.weight_v) if vectors is None else vectors
         memory = self._memory if self.training else None
         if self.training and memory is None and not torch.compiler.is_compiling():
             memory = self._memory = functional.LayerMemory()
         return functional.SpectralNormTask(
             weight,
-            self.weight_u,
-            self.weight_v,
+            u,
+            v,
             self._output_axis,
             self.n_power_iterations if iterate else 0,
             self.eps,

@@ -293,7 +293,7 @@ def test_second_derivatives_work() -> None:
 
 
 def test_inside_compile_it_is_refused() -> None:
-    with pytest.raises(Exception, match=r"expected eager code, got torch\.compile"):
+    with pytest.raises(Exception, match=r"expected eager code, got torch\.compile|Observed exception"):
         torch.compile(lambda module, x: checkpointed(module, x), backend="eager", fullgraph=True)(
             nn.Linear(2, 2), torch.ones(2)
         )

@@ -28,7 +28,7 @@ from sagan.data.packed import MANIFEST
 from sagan.data.threads import usable_cpus
 from sagan.demo import run_demo
 from sagan.distributed import Processes, pick_device, processes
-from sagan.errors import UserError
+from sagan.errors import UserError, check_is_new
 from sagan.evaluation.evaluator import feature_network
 from sagan.evaluation.in_training import evaluation_in_training
 from sagan.figures import attention_maps, default_points, save_attention_figure, save_grid, save_image
@@ -114,7 +114,7 @@ class MakeImages:
     """Generate images in ImageNet's own layouts, to try ``prepare`` and ``train`` without ImageNet.
 
     Attributes:
-        out: folder to write to.
+        out: folder to write to, not there yet or empty.
         layout: "folder" (train/ and val/ with class folders), "tars" (ILSVRC2012_img_train.tar, ..._val.tar and the
             development kit) or "parquet" (shards as on the Hugging Face hub).
         images: what to generate.
@@ -403,6 +403,7 @@ def _verify(folder: Path) -> int:
 
 def run_make_images(command: MakeImages) -> int:
     """Run ``make-images`` and return the exit code."""
+    check_is_new(command.out)
     write_layout(command.out, command.layout, command.images)
     made = command.images
     print(

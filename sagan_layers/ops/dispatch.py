@@ -534,8 +534,11 @@ def _grouped_gradient(
 
 
 def _normalize_by_reference(task: SpectralNormTask) -> SpectralNormResult:
-    result = reference.spectral_normalize(*task[:3], task.n_power_iterations, task.eps, task.dim)
-    return result._replace(weight=result.weight.to(task.dtype))
+    # Written out, since torch.compile of torch 2.6 knows neither slices of named tuples nor _replace.
+    weight, sigma, u, v = reference.spectral_normalize(
+        task.weight, task.u, task.v, task.n_power_iterations, task.eps, task.dim
+    )
+    return SpectralNormResult(weight.to(task.dtype), sigma, u, v)
 
 
 SPECTRAL_NORM_BACKENDS: tuple[SpectralNormBackend, ...] = (

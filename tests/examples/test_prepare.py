@@ -1035,6 +1035,8 @@ class TestCommand:
         made = ["--classes", 2, "--images", 5, "--val-images", 1, "--scale", 0.15]
         assert main("make-images", "--out", tmp_path / "src", *made) == 0
         assert "10 training and 2 validation images in 2 classes" in capsys.readouterr().out
+        assert main("make-images", "--out", tmp_path / "src", *made) == 1
+        assert "out: expected a folder that is not there yet or empty" in capsys.readouterr().err
         options = ["--source", tmp_path / "src", "--resolution", 32, "--workers", 1]
         assert main("prepare", *options, "--out", tmp_path / "set") == 0
         text = capsys.readouterr().out

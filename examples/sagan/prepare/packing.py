@@ -39,7 +39,7 @@ from sagan.data.packed import (
     read_manifest,
 )
 from sagan.data.threads import usable_cpus
-from sagan.errors import UserError
+from sagan.errors import UserError, check_is_new
 from sagan.prepare.listing import Indices, Listing
 from sagan.prepare.part import UNREADABLE, Part, PartResult, digests_of, pack_part
 from sagan.prepare.pool import run_tasks
@@ -167,8 +167,7 @@ def _already_there(staging: Staging, plan: dict[str, Any]) -> Manifest | None:
         _refuse_differences(manifest.values["source"]["plan"], plan, f"the prepared set in {out}", out)
         staging.remove_leftovers()
         return manifest
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out: expected a folder that is not there yet or empty, got {out}")
+    check_is_new(out)
     return None
 
 
