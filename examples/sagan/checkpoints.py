@@ -134,9 +134,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if digest.is_file() and digest.read_text().strip() != file_sha256(path):
         raise CheckpointError(f"{path} is damaged: it is not the file that was written (its SHA-256 differs)")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a torn or foreign file
-        raise CheckpointError(f"{path} is not a readable checkpoint ({_first_line(error)})") from error
+        contents = load_plain(path)
+    except UserError as error:
+        raise CheckpointError(f"{path} is not a readable checkpoint ({error})") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this trainer")
     if contents.get("version") != VERSION:
@@ -144,6 +144,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is of version {contents.get('version')}; this trainer reads version {VERSION}"
         )
     return contents
+
+
+def load_plain(path: Path) -> Any:
+    """Return what ``torch.save`` wrote, on the CPU; nothing in the file is run.
+
+    Raises:
+        UserError: the reason, if it cannot be read, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError((str(error).splitlines() or [type(error).__name__])[0][:200]) from error
+    except Exception as error:  # of many kinds; torch's words advise to unpickle the file all the same
+        raise UserError("it holds more than tensors and plain values, or is no file of torch.save") from error
 
 
 def _candidates(path: Path) -> list[Path]:
@@ -168,7 +182,3 @@ def file_sha256(path: Path) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

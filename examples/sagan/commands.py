@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 import torch
 import tyro
+from PIL import Image
 
 from sagan.checking import checked_tree
 from sagan.checkpoints import checkpoints_in
@@ -37,7 +38,14 @@ from sagan.networks import Discriminator, Generator, count_parameters
 from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, differences
 from sagan.report import draw_run, write_report
-from sagan.sampling import TrainedGenerator, load_generator, numbered_samples, sample_inputs, to_uint8
+from sagan.sampling import (
+    TrainedGenerator,
+    claim_folder,
+    load_generator,
+    numbered_samples,
+    sample_inputs,
+    to_uint8,
+)
 from sagan.synthetic import SyntheticSet, write_layout
 from sagan.training import check_start, save_config, train
 
@@ -130,7 +138,7 @@ class Sample:
     """Generate images from a trained run: one labelled grid, or a PNG for each in a folder of its class.
 
     Sample i depends on the seed and i alone. Several processes share the work when started by torchrun, or with
-    --process and --num-processes, and write the images that one would.
+    --process and --num-processes, and write the images that one would. Folders are never mixed with other samples.
 
     Attributes:
         source: folder of a run, or a checkpoint.
@@ -424,6 +432,7 @@ def run_sample(command: Sample) -> int:
     labels_in_use = _chosen_classes(command.classes, trained)
     if command.layout == "grid":
         return _sample_grid(command, trained, labels_in_use)
+    claim_folder(command.out, trained, count=command.count, seed=command.seed, classes=labels_in_use.tolist())
     written = 0
     for numbers, images, labels in numbered_samples(
         trained,
@@ -445,6 +454,9 @@ def run_sample(command: Sample) -> int:
 def _sample_grid(command: Sample, trained: TrainedGenerator, labels_in_use: torch.Tensor) -> int:
     if command.num_processes > 1:
         raise UserError("layout: expected 'folders' with several processes, got 'grid'")
+    suffix = command.out.suffix.lower()
+    if suffix != ".png" and suffix in Image.registered_extensions():
+        raise UserError(f"out: expected a PNG or a folder, got {command.out}")
     rows = max(-(-command.count // command.columns), len(command.classes))
     conditional = bool(trained.config.network.num_classes)
     if conditional and not command.classes and len(labels_in_use) > rows:
@@ -466,7 +478,7 @@ def _sample_grid(command: Sample, trained: TrainedGenerator, labels_in_use: torc
     ordered = [image for label in labels_in_use.tolist() for image in found[label]][:wanted]
     row_labels = [label for label in labels_in_use.tolist() for _ in range(per_class // command.columns)]
     names = [_class_name(trained, label) or "" for label in row_labels[:rows]] if conditional else None
-    path = command.out if command.out.suffix.lower() == ".png" else command.out / "grid.png"
+    path = command.out if suffix == ".png" else command.out / "grid.png"
     save_grid(path, torch.stack(ordered), columns=command.columns, row_names=names)
     print(f"{len(ordered)} images written to {path} ({_describe(trained)}, seed {command.seed})")
     return 0

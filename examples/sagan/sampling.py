@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,8 @@ from sagan.checkpoints import find_checkpoint, load_checkpoint
 from sagan.errors import UserError
 from sagan.networks import Generator, NetworkConfig
 from sagan.recipes import RunConfig, config_from_dict
+
+SAMPLES = "samples.json"
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,48 @@ def sample_inputs(
             _draw_anew_beyond(truncation, latents[row], own)
     classes = torch.arange(network.num_classes or 1) if labels_in_use is None else labels_in_use
     return latents, classes[torch.tensor(list(indices), dtype=torch.int64) % len(classes)]
+
+
+def claim_folder(out: Path, trained: TrainedGenerator, **options: object) -> None:
+    """Write down which set of samples a folder is to hold, so that two sets never mix.
+
+    The processes that share a set, and a process that is started again, find their own.
+
+    Args:
+        out: the folder; made if missing.
+        trained: the generator.
+        options: whatever else the samples depend on; plain values.
+
+    Raises:
+        UserError: the folder holds other samples, or anything else.
+    """
+    weights = hashlib.sha256()
+    for tensor in trained.generator.state_dict().values():
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    samples = {"iteration": trained.iteration, "weights": f"sha256:{weights.hexdigest()}", **options}
+    path = out / SAMPLES
+    # Looked at before the file, which another process may be writing.
+    taken = out.exists() and (
+        not out.is_dir() or any(not inside.name.startswith(SAMPLES) for inside in out.iterdir())
+    )
+    if path.is_file():
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            found = {}
+        differing = [name for name, value in samples.items() if found.get(name) != value]
+        if differing:
+            raise UserError(
+                f"out: {out} holds other samples, with another value of {', '.join(differing)}; choose another "
+                "folder, or delete it"
+            )
+    elif taken:
+        raise UserError(f"out: expected a folder that is not there yet or empty, got {out}")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{SAMPLES}.{os.getpid()}")
+        temporary.write_text(json.dumps(samples, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
 
 
 def generate(generator: nn.Module, latents: Tensor, labels: Tensor, *, batch_size: int) -> Tensor:

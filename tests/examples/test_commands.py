@@ -78,6 +78,10 @@ def files_below(folder: Path) -> dict[str, bytes]:
     }
 
 
+def images_below(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in files_below(folder).items() if name.endswith(".png")}
+
+
 def one_line(text: str) -> str:
     """Undo the wrapping and the frames of the parser's messages."""
     return " ".join(text.replace("│", " ").split())
@@ -408,7 +412,34 @@ class TestSample:
     def folders(self, source: Path, out: Path, *options: object) -> dict[str, bytes]:
         arguments = ["--layout", "folders", "--batch-size", 3, *options]
         assert main("sample", "--source", source, "--out", out, *arguments) == 0
-        return files_below(out)
+        return images_below(out)
+
+    def test_two_sets_never_mix_in_a_folder(
+        self, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "out"
+        options = ["sample", "--source", trained_run, "--out", out, "--layout", "folders", "--count", 4]
+        assert main(*options) == 0
+        files = files_below(out)
+        (out / WNIDS[1] / "000001.png").unlink()  # as after a kill
+        assert main(*options) == 0
+        assert files_below(out) == files
+        for other, name in (
+            (["--seed", 1], "seed"),
+            (["--weights", "raw"], "weights"),
+            (["--count", 3], "count"),
+        ):
+            capsys.readouterr()
+            assert main(*options, *other) == 1
+            assert f"holds other samples, with another value of {name};" in capsys.readouterr().err
+        (out / "samples.json").write_text("[]")
+        assert main(*options) == 1
+        (out / "samples.json").unlink()
+        capsys.readouterr()
+        assert main(*options) == 1
+        assert "out: expected a folder that is not there yet or empty, got" in capsys.readouterr().err
+        (out / "samples.json").write_bytes(files["samples.json"])
+        assert files_below(out) == files
 
     def test_folders_hold_each_numbered_image_in_the_folder_of_its_class(
         self, trained_run: Path, tmp_path: Path
@@ -448,7 +479,9 @@ class TestSample:
         results = [process.communicate(timeout=120) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], results
         assert [out.split()[0] for out, _ in results] == ["5", "3"]
-        assert files_below(tmp_path / "shared") == self.folders(trained_run, tmp_path / "alone", "--count", 8)
+        assert images_below(tmp_path / "shared") == self.folders(
+            trained_run, tmp_path / "alone", "--count", 8
+        )
 
     def test_seeds_and_weights_make_other_images(self, trained_run: Path, tmp_path: Path) -> None:
         variants = [
@@ -532,6 +565,7 @@ class TestSample:
                 "process: expected from 0 to 1, got 2",
             ),
             (["--num-processes", 2], "layout: expected 'folders' with several processes, got 'grid'"),
+            (["--out", "grid.JPG"], "out: expected a PNG or a folder, got grid.JPG"),
             (
                 ["--classes", "tench"],
                 "classes: expected a class's name or a label from 0 to 2, got 'tench'",
@@ -581,7 +615,7 @@ class TestUnconditional:
     def test_folders_hold_one_folder_of_images(self, unconditional_run: Path, tmp_path: Path) -> None:
         options = ["--layout", "folders", "--count", 3]
         assert main("sample", "--source", unconditional_run, "--out", tmp_path / "out", *options) == 0
-        assert sorted(files_below(tmp_path / "out")) == [f"images/{n:06d}.png" for n in range(3)]
+        assert sorted(images_below(tmp_path / "out")) == [f"images/{n:06d}.png" for n in range(3)]
 
     def test_a_grid_has_no_names(self, unconditional_run: Path, tmp_path: Path) -> None:
         out = tmp_path / "grid.png"

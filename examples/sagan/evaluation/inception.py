@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sagan.checkpoints import load_plain
 from sagan.errors import UserError
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -280,10 +281,9 @@ def load_inception(path: Path) -> InceptionV3:
             f"pytorch-fid and torch-fidelity publish it), found no file at {path}"
         )
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a torn or foreign file
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"inception weights: {path} is not a readable file of tensors ({reason})") from error
+        tensors = load_plain(path)
+    except UserError as error:
+        raise UserError(f"inception weights: {path} is not a readable file of tensors ({error})") from error
     network = InceptionV3()
     wanted = network.state_dict()
     if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):
