@@ -165,7 +165,9 @@ class StepCase(Case):
         return trainer
 
     def _ours(self, contender: str, given: Trainer, pixels: Tensor, labels: Tensor) -> Run:
-        trainer = self._trainer(compile=contender.endswith("compiled"))
+        trainer = self._trainer(
+            compile=contender.endswith("compiled"), checkpoint_activations=contender.endswith("checkpointed")
+        )
         trainer.generator.load_state_dict(given.generator.state_dict())
         trainer.discriminator.load_state_dict(given.discriminator.state_dict())
         batches = itertools.repeat((pixels, labels))
@@ -430,12 +432,14 @@ def make_cases(
     quick: bool = False,
     full: bool = False,
     compiled: bool = False,
+    checkpointed: bool = False,
     peer: Path | None = None,
 ) -> list[StepCase]:
     """Return every case for a device, the most telling first."""
     if quick:
         return [StepCase(STEP, 4, 32, 8, device, ("ours", "textbook"), peer, num_classes=10)]
-    ours = ("ours", "ours compiled") if compiled or device == "cuda" else ("ours",)
+    ours: tuple[str, ...] = ("ours", "ours compiled") if compiled or device == "cuda" else ("ours",)
+    ours += ("ours checkpointed",) if checkpointed else ()
     others: tuple[str, ...] = PEERS if peer else PEERS[:1]
     if device == "cuda":
         others += ("textbook compiled",)
@@ -510,6 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--full", action="store_true", help="on the CPU also in bfloat16, and in processes apart"
     )
     parser.add_argument("--compiled", action="store_true", help="ours under torch.compile too, on the CPU")
+    parser.add_argument("--checkpointed", action="store_true", help="ours keeping few activations, too")
     parser.add_argument("--minutes", type=float, default=15.0, help="start no case after so long")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     options = parser.parse_args(arguments)
@@ -529,7 +534,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [
         case
         for case in make_cases(
-            options.device, quick=options.quick, full=options.full, compiled=options.compiled, peer=peer
+            options.device,
+            quick=options.quick,
+            full=options.full,
+            compiled=options.compiled,
+            checkpointed=options.checkpointed,
+            peer=peer,
         )
         if options.only is None or options.only.search(f"{case.suite} | {case.name}")
     ]
