@@ -316,7 +316,7 @@ def measure_apart(case: StepCase, *, steps: int, rounds: int) -> list[Row]:
 
 def _times_apart(case: StepCase, contender: str, steps: int, threads: int) -> list[float]:
     torch.set_num_threads(threads)
-    if contender == "ours":
+    if contender.startswith("ours"):
         keep_freed_memory()
     run = case.prepare(contender, case.inputs())
     run()
@@ -439,7 +439,12 @@ def make_cases(
     if quick:
         return [StepCase(STEP, 4, 32, 8, device, ("ours", "textbook"), peer, num_classes=10)]
     ours: tuple[str, ...] = ("ours", "ours compiled") if compiled or device == "cuda" else ("ours",)
-    ours += ("ours checkpointed",) if checkpointed else ()
+    activations = []
+    if (
+        checkpointed
+    ):  # at the size below the optimizers' state is the larger part, at this one activations are
+        ours += ("ours checkpointed",)
+        activations = [StepCase(STEP, 16, 128, 32, device, (*ours, "textbook"))]
     others: tuple[str, ...] = PEERS if peer else PEERS[:1]
     if device == "cuda":
         others += ("textbook compiled",)
@@ -453,6 +458,7 @@ def make_cases(
     precisions = (is_cuda, not is_cuda) if is_cuda or full else (is_cuda,)
     return [
         *(StepCase(STEP, *size, device, ours + others, peer, bf16=bf16) for bf16 in precisions),
+        *activations,
         *(StepCase(SCALING, *sizes, device, ("ours", "textbook"), bf16=is_cuda) for sizes in scaling),
     ]
 
