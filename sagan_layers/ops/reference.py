@@ -73,12 +73,22 @@ class SelfAttentionWeights(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> SelfAttentionWeights:
         """Return the same in another dtype, gamma excepted."""
-        projections = {
-            name: tensor.to(dtype)
-            for name, tensor in self._asdict().items()
-            if tensor is not None and name != "gamma"
-        }
-        return self._replace(**projections)
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(dtype)
+
+        # Written out, since torch.compile of torch 2.6 knows neither _asdict nor _replace.
+        return SelfAttentionWeights(
+            self.query.to(dtype),
+            self.key.to(dtype),
+            self.value.to(dtype),
+            cast(self.out),
+            cast(self.query_bias),
+            cast(self.key_bias),
+            cast(self.value_bias),
+            cast(self.out_bias),
+            self.gamma,
+        )
 
 
 class ConditionalNormResult(NamedTuple):
