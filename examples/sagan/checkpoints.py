@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(folder: Path, contents: dict[str, Any], *, iteration: int, keep: int) -> Path:
-    """Write a checkpoint and delete all but the ``keep`` latest.
+    """Write a checkpoint and delete all but it and the ``keep - 1`` before it.
 
     The file appears under its name only once it is complete and on the disk. Its SHA-256 lies beside it.
 
@@ -41,7 +43,7 @@ def save_checkpoint(folder: Path, contents: dict[str, Any], *, iteration: int, k
     """
     path = folder / f"iteration_{iteration:09d}.pt"
     _write(path, contents)
-    for old in checkpoints_in(folder)[:-keep]:
+    for old in [each for each in checkpoints_in(folder) if each.name <= path.name][:-keep]:
         old.unlink()
         _digest_path(old).unlink(missing_ok=True)
     return path
@@ -57,10 +59,19 @@ def save_best(folder: Path, contents: dict[str, Any]) -> Path:
 def _write(path: Path, contents: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, "version": VERSION, **contents}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **contents}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        free = shutil.disk_usage(path.parent).free
+        raise CheckpointError(
+            f"{path} could not be written ({_first_line(error)}; {free / 1e6:,.1f} MB are free there); "
+            "the checkpoints before it are whole"
+        ) from error
     digest = _digest_path(path)
     partial_digest = digest.with_suffix(".partial-sha256")
     with partial_digest.open("w") as text:
@@ -100,6 +111,20 @@ def find_checkpoint(path: Path) -> Path:
         CheckpointError: if there is none.
     """
     return _candidates(path)[-1]
+
+
+def set_aside_later(path: Path) -> list[Path]:
+    """Rename the checkpoints that are later than this one, and return their new paths.
+
+    A run that goes on from here has passed them over, because they are damaged: they must not count among those that
+    are kept.
+    """
+    found = []
+    for later in checkpoints_in(path.parent):
+        if later.name > path.name:
+            found.append(later.replace(later.with_suffix(".pt.damaged")))
+            _digest_path(later).unlink(missing_ok=True)
+    return found
 
 
 def load_latest(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -155,7 +180,7 @@ def load_plain(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:
-        raise UserError((str(error).splitlines() or [type(error).__name__])[0][:200]) from error
+        raise UserError(_first_line(error)) from error
     except Exception as error:  # of many kinds; torch's words advise to unpickle the file all the same
         raise UserError("it holds more than tensors and plain values, or is no file of torch.save") from error
 
@@ -182,3 +207,7 @@ def file_sha256(path: Path) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -47,7 +47,7 @@ from sagan.sampling import (
     to_uint8,
 )
 from sagan.synthetic import SyntheticSet, write_layout
-from sagan.training import check_start, save_config, train
+from sagan.training import check_images, check_start, check_unused, save_config, train
 
 T = TypeVar("T")
 # Exit codes besides 0, 1 (an error, in plain words) and 2 (wrong arguments).
@@ -286,7 +286,9 @@ def _train(command: Train, own: Processes) -> int:
     # A restart by torchrun is of a run that has begun, whatever the command says.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     resume = command.resume or (has_run and (command.auto_resume or restarted))
-    check_start(config, resume=resume, accept_changes=command.accept_changes)
+    found = check_start(config, resume=resume, accept_changes=command.accept_changes)
+    if not (resume or command.auto_resume or restarted):
+        check_unused(config.out)
     network = None  # a file that is missing or another's is refused before anything takes time
     if config.evaluation.every:
         network = feature_network(config.evaluation, own.device, resolution=config.network.resolution)
@@ -294,11 +296,23 @@ def _train(command: Train, own: Processes) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.step.tf32
     dataset: ImageDataset
     if packed is not None:
-        own.first_does(lambda: _check_packed(packed, config))
         dataset, fingerprint = packed, packed.fingerprint
+        if found is not None:
+            check_images(found, fingerprint, accept_changes=command.accept_changes)
+        own.first_does(lambda: _check_packed(packed, config))
     else:
         assert tree is not None
-        dataset, fingerprint = _checked_images(tree, config, own)
+        report, seen = config.out / "preflight.json", config.out / "preflight.json.new"
+        dataset, fingerprint = _checked_images(tree, config, own, seen)
+        try:
+            if found is not None:
+                check_images(found, fingerprint, accept_changes=command.accept_changes)
+        except UserError:
+            if own.is_first:
+                seen.unlink(missing_ok=True)
+            raise
+        if own.is_first:
+            seen.replace(report)
     evaluate = None if network is None else evaluation_in_training(config, dataset, own, network)
     result = train(
         config,
@@ -335,9 +349,11 @@ def _check_packed(packed: PackedDataset, config: RunConfig) -> None:
     (config.out / "data_manifest.json").write_bytes((packed.manifest.folder / MANIFEST).read_bytes())
 
 
-def _checked_images(tree: ImageTree, config: RunConfig, own: Processes) -> tuple[ImageFolderDataset, str]:
+def _checked_images(
+    tree: ImageTree, config: RunConfig, own: Processes, report: Path
+) -> tuple[ImageFolderDataset, str]:
     """Return the images of a tree that can be read, after a look at all of them, and their fingerprint."""
-    tree = checked_tree(tree, config, own, report_path=config.out / "preflight.json")
+    tree = checked_tree(tree, config, own, report_path=report)
     dataset = ImageFolderDataset(
         tree,
         config.network.resolution,

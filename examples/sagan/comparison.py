@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ class MeasuredRun:
 
     def best(self, kind: Kind) -> tuple[int, float] | None:
         """Return the iteration with the best value, and the value; None if it was not measured."""
-        values = self.figures.get(kind)
+        values = {at: value for at, value in self.figures.get(kind, {}).items() if math.isfinite(value)}
         if not values:
             return None
         choose = min if FIGURES[kind.metric][0] == LOWER else max

@@ -19,13 +19,15 @@ class Skipped:
 
     Attributes:
         count: how many, since this was last asked.
-        in_a_row: how many iterations with one there were in a row, up to now.
         first_iteration: the iteration of the first of them.
+        in_a_row: how many iterations with one there were in a row, up to now.
+        since: the first iteration of that row.
     """
 
     count: int
-    in_a_row: int
     first_iteration: int
+    in_a_row: int
+    since: int
 
 
 class FiniteGuard:
@@ -42,6 +44,7 @@ class FiniteGuard:
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._first = torch.full((), -1, dtype=torch.int64, device=device)
+        self._since = torch.full((), -1, dtype=torch.int64, device=device)
         self._found = torch.zeros((), device=device)
         self._iteration = 0
 
@@ -59,6 +62,7 @@ class FiniteGuard:
         before = [tensor.clone() for tensor in moving]
         yield
         found = self._found > 0
+        self._since = torch.where(found & (self._in_a_row == 0), number, self._since)
         self._in_a_row = torch.where(found, self._in_a_row + 1, 0)
         for tensor, old in zip(moving, before, strict=True):
             tensor.copy_(torch.where(found, old, tensor))
@@ -87,9 +91,18 @@ class FiniteGuard:
         count = int(self._count)
         if count == 0:
             return None
-        found = Skipped(count, int(self._in_a_row), int(self._first))
+        found = Skipped(count, int(self._first), int(self._in_a_row), int(self._since))
         self._count = torch.zeros_like(self._count)
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from, once :meth:`skipped` has been called."""
+        return {"in_a_row": int(self._in_a_row), "since": int(self._since)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state that :meth:`state_dict` returned."""
+        self._in_a_row.fill_(state["in_a_row"])
+        self._since.fill_(state["since"])
 
 
 def parameters_not_finite(network: nn.Module) -> list[str]:

@@ -39,7 +39,10 @@ def draw_run(out: Path, path: Path) -> Path:
     rows = read_metrics(out)
     if not rows:
         raise UserError(f"expected metrics of a run in {out}, found none yet")
-    save_curves(path, _panels(rows), title=str(out))
+    panels = _panels(rows)
+    if not panels:
+        raise UserError(f"expected metrics of a run in {out}, found none with a number yet")
+    save_curves(path, panels, title=str(out))
     return path
 
 

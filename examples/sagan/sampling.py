@@ -69,6 +69,8 @@ def load_generator(path: Path, device: torch.device, *, weights: str = "auto") -
         generator.load_state_dict(average)
     else:
         generator.load_state_dict(state["generator"])
+    if config.step.channels_last:  # as in training, to the bit
+        generator = generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return TrainedGenerator(
         generator.to(device).eval(),
         config,

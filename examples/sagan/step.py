@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,17 @@ class Means:
         """Return the means so far."""
         return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
 
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the sums and counts."""
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]], device: torch.device) -> None:
+        """Take up sums and counts, tensors or numbers."""
+        self.sums, self.counts = (
+            {name: torch.as_tensor(value, dtype=dtype, device=device) for name, value in state[kind].items()}
+            for kind, dtype in (("sums", torch.float64), ("counts", torch.int64))
+        )
+
     def take(self) -> dict[str, float]:
         """Return the means, and start anew."""
         means = self.now()
@@ -99,6 +111,8 @@ class Trainer:
         self.batches_drawn = 0
         self._steps = 0  # in this process
         self.means = Means()
+        self.skipped = 0  # updates left out since the last log
+        self._means_of_processes: list[dict[str, dict[str, float]]] = []
         self.guard = FiniteGuard(own.device)
         torch.manual_seed(config.seed)
         self.generator = Generator(config.network).to(own.device)
@@ -256,8 +270,14 @@ class Trainer:
         dtype = self._compute_dtype
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
+    def share_means(self) -> None:
+        """Tell each other the means since the last log, for the checkpoint; all processes call this before."""
+        state = self.means.state_dict()
+        own = {kind: {name: value.item() for name, value in each.items()} for kind, each in state.items()}
+        self._means_of_processes = [json.loads(text) for text in self.own.gather_texts(json.dumps(own))]
+
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the rest of the run depends on; the same in every process."""
+        """Return everything that the rest of the run depends on; the same in every process, this one's means apart."""
         return {
             "config": self.config.to_dict(),
             "iteration": self.iteration,
@@ -269,28 +289,56 @@ class Trainer:
             "d_optimizer": self.d_optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "torch_rng": torch.get_rng_state(),
-            "means": {"sums": self.means.sums, "counts": self.means.counts},
+            "means": self.means.state_dict(),
+            "means_of_processes": self._means_of_processes,
+            "guard": self.guard.state_dict(),
+            "skipped": self.skipped,
             "labels_in_use": self.labels_in_use,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state that :meth:`state_dict` returned."""
         self.iteration = state["iteration"]
-        self.batches_drawn = state["batches_drawn"]
+        before = state["config"]
+        images_drawn = state["batches_drawn"] * (before["batch_size"] // before["accumulation"])
+        # Another size of batch goes on with the next images all the same.
+        self.batches_drawn = -(-images_drawn // (self.config.batch_size // self.config.accumulation))
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
-        if self.average is not None:
+        if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
+        elif self.average is not None:  # it begins here
+            self.average.module.load_state_dict(state["generator"])
         self.g_optimizer.load_state_dict(state["g_optimizer"])
         self.d_optimizer.load_state_dict(state["d_optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # of a run in fp16
+            self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["torch_rng"])
-        self.means = Means(
-            *(
-                {name: value.to(self.device) for name, value in state["means"][kind].items()}
-                for kind in ("sums", "counts")
-            )
-        )
+        self.means.load_state_dict(self._own_means(state), self.device)
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
+            self.skipped = state["skipped"]
+
+    def _own_means(self, state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return this process's means of a checkpoint; those of all, if it was of another number of processes."""
+        of_processes = state.get("means_of_processes", [])
+        if len(of_processes) == self.own.count:
+            own: dict[str, dict[str, Any]] = of_processes[self.own.rank]
+            return own
+        if len(of_processes) < 2:
+            alone: dict[str, dict[str, Any]] = state["means"]
+            return alone
+        counts = {
+            name: sum(each["counts"][name] for each in of_processes) for name in of_processes[0]["counts"]
+        }
+        share = {name: round(count / len(of_processes)) for name, count in counts.items()}
+        return {
+            "sums": {
+                name: sum(each["sums"][name] for each in of_processes) * share[name] / max(counts[name], 1)
+                for name in counts
+            },
+            "counts": share,
+        }
 
     @property
     def networks(self) -> dict[str, nn.Module]:

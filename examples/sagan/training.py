@@ -16,13 +16,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sagan.checkpoints import CheckpointError, checkpoints_in, load_latest, save_best, save_checkpoint
+from sagan.checkpoints import (
+    BEST,
+    CheckpointError,
+    checkpoints_in,
+    load_checkpoint,
+    load_latest,
+    save_best,
+    save_checkpoint,
+    set_aside_later,
+)
 from sagan.data import ImageDataset, copied_ahead, make_loader
 from sagan.distributed import Processes, check_agreement, pick_device
 from sagan.errors import UserError
 from sagan.figures import attention_maps, default_points, save_attention_figure, save_grid
 from sagan.health import CollapseAlarm, diversity, parameters_not_finite
-from sagan.logs import RunLog
+from sagan.locking import locked
+from sagan.logs import METRICS, RunLog
 from sagan.recipes import RunConfig, config_from_dict, differences
 from sagan.sampling import generate, sample_inputs, to_uint8
 from sagan.step import Trainer
@@ -117,20 +127,47 @@ def train(
         TrainingError: if losses or gradients are not finite.
     """
     own = own or Processes(0, 1, pick_device(config.device))
-    found = check_start(config, resume=resume, accept_changes=accept_changes)
+    with contextlib.ExitStack() as held:
+        if not resume or config.out.is_dir():
+            own.first_does(lambda: _hold(config.out, held))
+        found = check_start(config, resume=resume, accept_changes=accept_changes)
+        if found is not None:
+            check_images(found, fingerprint, accept_changes=accept_changes)
+        return _train(config, dataset, found, fingerprint, own, progress, evaluate, observe)
+
+
+def _hold(out: Path, held: contextlib.ExitStack) -> None:
+    """Let no other training write into this folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(locked(out / ".lock", f"another training is at work in {out}"))
+
+
+def _train(
+    config: RunConfig,
+    dataset: ImageDataset,
+    found: Found | None,
+    fingerprint: str,
+    own: Processes,
+    progress: bool,
+    evaluate: Evaluate | None,
+    observe: Callable[[Trainer], None] | None,
+) -> TrainingResult:
     trainer = Trainer(config, torch.unique(dataset.labels), own)
     writer = _Writer(config, dataset, fingerprint, trainer)
     alarm = CollapseAlarm(config.health)
     if found is not None:
         path, state = found
-        if state["fingerprint"] != fingerprint and not accept_changes:
-            raise CheckpointError(f"the run in {config.out} was made with other images than those found now")
-        trainer.load_state_dict(state)
+        try:
+            trainer.load_state_dict(state)
+        except (RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} holds networks that are not of this configuration, which --accept-changes cannot change"
+            ) from error
         alarm.load_state_dict(state["alarm"])
         writer.checkpoint = path
         writer.best_score, writer.best_score_of = state["best_score"], state["best_score_of"]
     if own.is_first:
-        save_config(config)
+        writer.begin(found is not None)
     batches = make_loader(
         dataset,
         batch_size=config.batch_size // config.accumulation,
@@ -148,7 +185,7 @@ def train(
     voice = _Voice(config, trainer.iteration, progress and own.is_first)
     log = RunLog(config.out, trainer.iteration, tensorboard=output.tensorboard) if own.is_first else None
     every = config.evaluation.every
-    ended, skipped = _GOES_ON, 0
+    ended = _GOES_ON
     with voice, log or contextlib.nullcontext(), _first_signal() as received:
         if trainer.iteration == 0 and own.is_first:
             writer.write_samples(observe)
@@ -159,12 +196,12 @@ def train(
             last = iteration == config.iterations
             signs: list[str | None] = []
             if own.device.type == "cpu" or iteration % output.log_every == 0 or last:
-                skipped += _refuse_not_finite(trainer)
+                trainer.skipped += _refuse_not_finite(trainer)
             if iteration % output.log_every == 0 or last:
                 row = {"iteration": iteration, **trainer.measurements(), **clock.rates(iteration, config)}
                 _refuse_lost_losses(row)
-                if skipped:
-                    row["skipped_updates"], skipped = skipped, 0
+                if trainer.skipped:
+                    row["skipped_updates"], trainer.skipped = trainer.skipped, 0
                 signs.append(alarm.see_losses(row["d_loss"]))
                 if log is not None:
                     log.write(row)
@@ -177,6 +214,7 @@ def train(
                 signs.append(alarm.see_score(score.value, score.of))
                 if log is not None:
                     log.write({"iteration": iteration, **score.figures})
+                trainer.share_means()
                 if own.is_first:
                     writer.keep_best(score, alarm)
                 voice.say(f"iteration {iteration:>7}  {_in_words(score.figures)}")
@@ -192,7 +230,8 @@ def train(
             if saves or iteration % config.health.check_every == 0:
                 check_agreement(own, trainer.networks)
             if saves:
-                skipped += _refuse_not_finite(trainer)
+                trainer.skipped += _refuse_not_finite(trainer)
+                trainer.share_means()
                 if own.is_first:
                     writer.write_checkpoint(alarm)
                 writer.checkpoint = Path(own.from_first(str(writer.checkpoint)))
@@ -207,9 +246,10 @@ def train(
     )
 
 
-def check_start(
-    config: RunConfig, *, resume: bool, accept_changes: bool = False
-) -> tuple[Path, dict[str, Any]] | None:
+Found = tuple[Path, dict[str, Any]]
+
+
+def check_start(config: RunConfig, *, resume: bool, accept_changes: bool = False) -> Found | None:
     """Return the checkpoint to go on from and its contents, None for a new run; what needs no images is checked.
 
     Args:
@@ -242,6 +282,31 @@ def check_start(
     return path, state
 
 
+def check_images(found: Found, fingerprint: str, *, accept_changes: bool = False) -> None:
+    """Check that a checkpoint is of a run with these images.
+
+    Raises:
+        CheckpointError: if it is not, unless changes are accepted.
+    """
+    path, state = found
+    if state["fingerprint"] != fingerprint and not accept_changes:
+        raise CheckpointError(f"the run of {path} was made with other images than those found now")
+
+
+def check_unused(out: Path) -> None:
+    """Check that a folder without a checkpoint to go on from holds nothing of a run that has begun.
+
+    Raises:
+        CheckpointError: if it does.
+    """
+    metrics = out / METRICS
+    if (out / "checkpoints" / BEST).exists() or (metrics.is_file() and metrics.stat().st_size):
+        raise CheckpointError(
+            f"{out} holds a run that ended before its first checkpoint; delete it, or choose another --out "
+            "(--auto-resume starts it anew)"
+        )
+
+
 def save_config(config: RunConfig) -> Path:
     """Write the resolved configuration to config.json in the run's folder and return its path."""
     config.out.mkdir(parents=True, exist_ok=True)
@@ -262,6 +327,12 @@ def _refuse_not_finite(trainer: Trainer) -> int:
         return 0
     if health.on_nonfinite == "skip" and skipped.in_a_row <= health.most_skipped:
         return skipped.count
+    if health.on_nonfinite == "skip":
+        what = f"in {skipped.in_a_row} iterations in a row, the first {skipped.since + 1}"
+        remedies = "; --health.most-skipped allows more"
+    else:
+        what = f"in {skipped.count} updates, the first in iteration {skipped.first_iteration + 1}"
+        remedies = "; --health.on-nonfinite skip leaves such updates out and goes on"
     where = {name: parameters_not_finite(network) for name, network in trainer.networks.items()}
     named = "; ".join(
         f"{name}: {', '.join(names[:5])}{' and others' if len(names) > 5 else ''}"
@@ -269,11 +340,9 @@ def _refuse_not_finite(trainer: Trainer) -> int:
         if names
     )
     raise TrainingError(
-        f"losses or gradients not finite in {skipped.count} updates, the first in iteration "
-        f"{skipped.first_iteration + 1}"
-        f"{f' ({named})' if named else ''}. No such update was applied, and the last checkpoint is from before. "
-        "Lower learning rates or the precision fp32 are the usual remedies; --health.on-nonfinite skip leaves "
-        "such updates out and goes on"
+        f"losses or gradients not finite {what}{f' ({named})' if named else ''}. No such update was applied, and "
+        "the last checkpoint is from before. Lower learning rates or the precision fp32 are the usual remedies"
+        f"{remedies}"
     )
 
 
@@ -310,6 +379,27 @@ class _Writer:
         self.checkpoint: Path | None = None
         self.best_score: float | None = None
         self.best_score_of = ""
+        self._best_kept: tuple[float, str] | None = None
+
+    def begin(self, resumes: bool) -> None:
+        """Write the configuration, and see to what an earlier part of the run has left behind it."""
+        out, iteration = self._config.out, self._trainer.iteration
+        save_config(self._config)
+        if resumes and self.checkpoint is not None and self.checkpoint.parent == out / "checkpoints":
+            set_aside_later(self.checkpoint)
+        best = out / "checkpoints" / BEST
+        if best.is_file():
+            with contextlib.suppress(CheckpointError):
+                state = load_checkpoint(best)
+                if state["best_score"] is not None:
+                    self._best_kept = state["best_score"], state["best_score_of"]
+        # As their rows of metrics; the run makes them again.
+        for evaluation in sorted((out / "evaluation").glob("iteration_*.json")):
+            number = evaluation.name.split("_")[1]
+            if number.isdigit() and int(number) > iteration:
+                dropped = evaluation.parent / "dropped" / evaluation.name
+                dropped.parent.mkdir(exist_ok=True)
+                evaluation.replace(dropped)
 
     def write_samples(self, observe: Callable[[Trainer], None] | None) -> float:
         """Write the grid and the attention maps; return how much samples differ, as a share of real images."""
@@ -367,9 +457,13 @@ class _Writer:
     def keep_best(self, score: Score, alarm: CollapseAlarm) -> None:
         """Write the best checkpoint anew if this score is better than its, or of another kind."""
         known = self.best_score if score.of == self.best_score_of else None
-        if math.isfinite(score.value) and (known is None or score.value < known):
-            self.best_score, self.best_score_of = score.value, score.of
+        if not math.isfinite(score.value) or (known is not None and score.value >= known):
+            return
+        self.best_score, self.best_score_of = score.value, score.of
+        # The file may be of iterations that this part of the run has still before it.
+        if self._best_kept is None or self._best_kept[1] != score.of or score.value < self._best_kept[0]:
             save_best(self._config.out / "checkpoints", self._contents(alarm))
+            self._best_kept = score.value, score.of
 
     def _contents(self, alarm: CollapseAlarm) -> dict[str, Any]:
         return {

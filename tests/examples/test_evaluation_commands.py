@@ -87,6 +87,17 @@ class TestEvaluate:
         assert list(named["figures"]) == ["proxy-fid24-flowers32-randomconv"]
         assert named["reals"]["from_cache"]  # the same checksum
 
+    def test_the_size_of_blocks_is_no_part_of_the_protocol(self, trained_run: Path, tmp_path: Path) -> None:
+        found = []
+        for size in (50, 7):
+            out = tmp_path / f"{size}"
+            options = ("--proxy", "--count", 24, "--device", "cpu", "--cache", out / "cache", "--out", out)
+            assert main("evaluate", "--source", trained_run, "--block-size", size, *options) == 0
+            found += written(out)
+        assert found[0]["protocol"] == found[1]["protocol"]
+        [one], [other] = (each["figures"].values() for each in found)
+        assert one["value"] == pytest.approx(other["value"], rel=1e-6)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

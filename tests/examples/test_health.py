@@ -43,7 +43,7 @@ class TestFiniteGuard:
         for state, moment in zip(optimizer.state.values(), moments, strict=True):
             assert torch.equal(state["exp_avg_sq"], moment)
             assert int(state["step"]) == 1
-        assert guard.skipped() == Skipped(count=1, in_a_row=1, first_iteration=1)
+        assert guard.skipped() == Skipped(count=1, first_iteration=1, in_a_row=1, since=1)
         assert guard.skipped() is None
         assert not hasattr(optimizer, "found_inf")
 
@@ -53,7 +53,7 @@ class TestFiniteGuard:
         with guard.iteration(7, ()):
             give_gradients(network)
             guard.step(optimizer, network, torch.tensor(float("nan")))
-        assert guard.skipped() == Skipped(count=1, in_a_row=1, first_iteration=7)
+        assert guard.skipped() == Skipped(count=1, first_iteration=7, in_a_row=1, since=7)
 
     def test_it_is_the_plain_optimizer_otherwise(self) -> None:
         torch.manual_seed(1)
@@ -78,14 +78,14 @@ class TestFiniteGuard:
                 for value in values:
                     give_gradients(network, value)
                     guard.step(optimizer, network, LOSS)
-        assert guard.skipped() == Skipped(count=3, in_a_row=2, first_iteration=1)
+        assert guard.skipped() == Skipped(count=3, first_iteration=1, in_a_row=2, since=1)
         with guard.iteration(3, ()):
             give_gradients(network)
             guard.step(optimizer, network, LOSS)
         with guard.iteration(4, ()):
             give_gradients(network, float("nan"))
             guard.step(optimizer, network, LOSS)
-        assert guard.skipped() == Skipped(count=1, in_a_row=1, first_iteration=4)
+        assert guard.skipped() == Skipped(count=1, first_iteration=4, in_a_row=1, since=4)
 
     def test_moving_buffers_are_put_back_after_an_iteration_with_one(self) -> None:
         network, optimizer = network_and_optimizer()

@@ -1060,6 +1060,14 @@ class TestCommand:
         manifest = (tmp_path / "set" / "manifest.json").read_bytes()
         assert (tmp_path / "whole" / "data_manifest.json").read_bytes() == manifest
 
+        other = ["--source", tmp_path / "src", "--split", "val", "--resolution", 32, "--workers", 1]
+        assert main("prepare", *other, "--out", tmp_path / "val") == 0
+        train[2] = tmp_path / "val"
+        capsys.readouterr()
+        assert main(*train, "--out", tmp_path / "whole", "--iterations", 4, "--resume") == 1
+        assert "was made with other images" in capsys.readouterr().err
+        assert (tmp_path / "whole" / "data_manifest.json").read_bytes() == manifest  # of the run still
+
     def test_training_refuses_another_resolution_and_a_damaged_set(
         self, made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -1149,4 +1157,8 @@ class TestSynthetic:
         next((tmp_path / "a" / "train").rglob("*.JPEG")).rename(
             tmp_path / "a" / "train" / MADE.wnids[0] / "x.JPEG"
         )
-        assert fingerprint(tmp_path / "a") != fingerprint(made("folder"))
+        renamed = fingerprint(tmp_path / "a")
+        assert renamed != fingerprint(made("folder"))
+        with (tmp_path / "a" / "train" / MADE.wnids[0] / "x.JPEG").open("ab") as file:
+            file.write(b"x")
+        assert fingerprint(tmp_path / "a") != renamed

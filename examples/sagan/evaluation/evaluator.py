@@ -67,7 +67,7 @@ class Evaluation:
         reals: the reals, and how they score themselves.
         by_class: FID of each class by its name, where intra-FID was asked for.
         classes_left_out: those of intra-FID with fewer than two real images.
-        samples_checksum: SHA-256 of the generated images' pixels.
+        samples_checksum: SHA-256 of the SHA-256 of each generated image's pixels.
         seconds: how long it took.
     """
 

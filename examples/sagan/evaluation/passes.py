@@ -47,7 +47,7 @@ class Block:
         stop: number after the last.
         features: float32 [stop - start, d].
         logits: float32 [stop - start, K].
-        digest: SHA-256 of the images.
+        digest: the SHA-256 of each image, one after the other.
     """
 
     start: int
@@ -91,11 +91,12 @@ def in_order(
     with bar:
         for first in range(0, num_blocks, own.count):
             outputs = torch.zeros(block_size, width)
-            digest = torch.zeros(32, dtype=torch.int64)
+            digest = torch.zeros(block_size, 32, dtype=torch.uint8)
             if first + own.rank < num_blocks:
                 images = next(own_blocks)
                 outputs[: len(images)] = torch.cat(network(images), 1)
-                digest = torch.tensor(list(hashlib.sha256(images.contiguous().numpy().data).digest()))
+                of_each = b"".join(hashlib.sha256(image.tobytes()).digest() for image in images.numpy())
+                digest[: len(images)] = torch.frombuffer(bytearray(of_each), dtype=torch.uint8).view(-1, 32)
             rows, digests = own.gather(outputs), own.gather(digest)
             for number, (row, each) in enumerate(zip(rows, digests, strict=True), first):
                 if number == num_blocks:
@@ -104,7 +105,7 @@ def in_order(
                 features, logits = torch.split(
                     row[: stop - start], [network.num_features, network.num_logits], 1
                 )
-                yield Block(start, stop, features, logits, bytes(each.tolist()))
+                yield Block(start, stop, features, logits, each[: stop - start].numpy().tobytes())
                 bar.update(stop - start)
 
 

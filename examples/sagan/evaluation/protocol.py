@@ -37,7 +37,7 @@ class Protocol:
         proxy: whether it stands in for the Inception network, on a small machine.
         real_split: which images it compares with: "train", "val", ...
         real_count: how many there are.
-        real_checksum: SHA-256 of their pixels at the generator's resolution.
+        real_checksum: SHA-256 of the SHA-256 of each one's pixels at the generator's resolution.
         real_resolution: that resolution.
         sample_count: generated images.
         sample_seed: of the set of them.

@@ -46,7 +46,7 @@ class ReferenceFacts:
 
     Attributes:
         count: images.
-        checksum: SHA-256 of their pixels.
+        checksum: SHA-256 of the SHA-256 of each image's pixels.
         replaced: unreadable files among them, in whose place another image was taken.
         inception_score: mean and standard deviation of the reals' own; None without logits or with too few images.
         half_distance: Frechet distance of a random half of the reals to the other; None with too few images.
@@ -151,6 +151,7 @@ def _key(reals: Reals, network: FeatureNetwork) -> dict[str, Any]:
         "network_sha256": network.digest,
         "resize": network.resize,
         "precision": "float32",
+        "checksum": "of each image",  # by blocks before
     }
 
 

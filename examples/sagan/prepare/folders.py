@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,16 @@ class FileStore(Store):
 
     def __init__(self, names: PathTable) -> None:
         self.names = names
+
+    def identity(self) -> bytes:
+        digest = hashlib.sha256()
+        for index in range(len(self.names)):
+            try:
+                size = (self.names.root / self.names.relative(index)).stat().st_size
+            except OSError:  # such as a link to nothing
+                size = -1
+            digest.update(f"{size} ".encode())
+        return digest.digest()
 
     def parts(self, size: int) -> list[Indices]:
         return consecutive_parts(len(self.names), size)

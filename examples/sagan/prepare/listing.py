@@ -87,7 +87,7 @@ class Listing:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits that change when the list does; files' contents are not read."""
+        """64 hex digits that change when the list or a file's size does; files' contents are not read."""
         total = hashlib.sha256()
         for name in (*self.class_names, "", *map(self.names.relative, range(len(self)))):
             total.update(os.fsencode(name) + b"\0")

@@ -96,7 +96,7 @@ class ParquetStore(Store):
         return ParquetReader(self.column, groups)
 
     def identity(self) -> bytes:
-        return "\0".join(path.name for path in self.paths).encode()
+        return "\0".join(f"{path.name} {path.stat().st_size}" for path in self.paths).encode()
 
 
 def find_shards(path: Path, split: str) -> list[Path]:

@@ -25,6 +25,7 @@ import numpy as np
 
 from sagan.data.packed import HEADER_BYTES, IMAGES, PARTIAL, image_header
 from sagan.errors import UserError
+from sagan.locking import locked
 from sagan.prepare.listing import Indices
 from sagan.prepare.part import PartResult, write_all
 
@@ -56,11 +57,7 @@ class Staging:
             UserError: another process holds it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("a+") as file:
-            try:
-                _lock(file.fileno())
-            except OSError as error:
-                raise UserError(f"another prepare is at work in {self.folder}") from error
+        with locked(self.folder / "lock", f"another prepare is at work in {self.folder}"):
             yield
 
     def read_plan(self) -> dict[str, Any] | None:
@@ -196,17 +193,6 @@ def _read_rows(file: Any, row: int, row_bytes: int) -> bytes:
     data: bytes = file.read(row_bytes)
     assert len(data) == row_bytes
     return data
-
-
-def _lock(descriptor: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would hold it too
 
 
 def _gb(count: int) -> str:
