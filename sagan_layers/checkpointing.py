@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sagan_layers.conditional_norm import frozen_running_statistics
-from sagan_layers.spectral_norm import SpectralNormRecord, recording_spectral_norm, repeated_spectral_norm
+from sagan_layers.spectral_norm import (
+    SpectralNormLayer,
+    SpectralNormRecord,
+    recording_spectral_norm,
+    repeated_spectral_norm,
+)
 
 __all__ = ["checkpointed"]
 
@@ -33,7 +38,10 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
 
     Raises:
         RuntimeError: inside torch.compile, whose own partitioner decides what is kept; in ``backward``, if a
-            spectrally normalised weight has changed since (steps of ``fused=True`` optimizers go unnoticed).
+            parameter has changed since, or a buffer of a part in evaluation (steps of ``fused=True`` optimizers
+            go unnoticed).
+        TypeError: for a :class:`~sagan_layers.DiscriminatorPass` or :class:`~sagan_layers.GeneratorPass`, whose
+            other network is none of its parts: checkpoint blocks of the networks.
 
     Note:
         Derivatives of the first order, and of the second through torch's checkpoint without reentry. Layers of
@@ -50,14 +58,16 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
     if torch.compiler.is_compiling():
         raise RuntimeError("checkpointed: expected eager code, got torch.compile")
 
-    parameters: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    if any(getattr(part, "calls_another_network", False) for part in module.modules()):
+        raise TypeError("checkpointed: expected a block of a network, got a pass of a whole training step")
+
+    tensors = _tensors_of(module)
     record = SpectralNormRecord()
 
     def run(*inputs: Any) -> Any:
-        now = module.named_parameters(remove_duplicate=False)
-        if all(parameter is parameters[name] for name, parameter in now):
+        if all(tensor is tensors[name] for name, tensor in _tensors_of(module).items()):
             return module(*inputs)
-        return torch.func.functional_call(module, parameters, inputs, tie_weights=False)
+        return torch.func.functional_call(module, tensors, inputs, tie_weights=False)
 
     return checkpoint(
         run,
@@ -67,6 +77,22 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
     )
 
 
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def _standing_still(module: nn.Module) -> dict[str, Tensor]:
+    """Return what must not change before backward: parameters, and buffers that are read and not moved."""
+    still: dict[str, Tensor] = dict(module.named_parameters())
+    for prefix, part in module.named_modules():
+        if not part.training and not isinstance(part, SpectralNormLayer):  # whose vectors are recorded
+            still |= {
+                f"{prefix}.{name}".lstrip("."): buffer for name, buffer in part.named_buffers(recurse=False)
+            }
+    return still
+
+
 class _Repeating:
     """The context of a repeated pass. Second derivatives enter it more than once."""
 
@@ -74,8 +100,19 @@ class _Repeating:
         self._module = module
         self._record = record
         self._entered: list[contextlib.ExitStack] = []
+        self._still = {
+            name: (tensor, tensor._version)
+            for name, tensor in _standing_still(module).items()
+            if not tensor.is_inference()
+        }
 
     def __enter__(self) -> None:
+        changed = [name for name, (tensor, version) in self._still.items() if tensor._version != version]
+        if changed:
+            raise RuntimeError(
+                f"checkpointed: {', '.join(changed[:5])} changed since the forward that is to be repeated; run "
+                "backward before optimizer.step()"
+            )
         stack = contextlib.ExitStack()
         stack.enter_context(repeated_spectral_norm(self._record))
         stack.enter_context(frozen_running_statistics(self._module))

@@ -140,7 +140,7 @@ class ConditionalBatchNorm2d(nn.Module):
             self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
             self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
         self._standing: _StandingStatistics | None = None
-        self._synchronized: tuple[ProcessGroup | None] | None = None
+        self._synchronized: _SharedBy | None = None
         self._frozen_statistics = False
 
     @property
@@ -235,7 +235,7 @@ class ConditionalBatchNorm2d(nn.Module):
         assert self._standing is not None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._standing.gather(process_group)
-        if self._standing.count == 0:
+        if not self._standing.count:
             raise ValueError(
                 "standing statistics: expected at least one forward pass of each layer, got none"
             )
@@ -245,9 +245,9 @@ class ConditionalBatchNorm2d(nn.Module):
         assert standing is not None
         assert self.norm.running_mean is not None
         assert self.norm.running_var is not None
-        correction = 0 if self.biased_running_var or standing.count == 1 else 1
+        correction = 0 if self.biased_running_var else 1
         self.norm.running_mean.copy_(standing.mean)
-        self.norm.running_var.copy_(standing.squares / (standing.count - correction))
+        self.norm.running_var.copy_(standing.squares / (standing.count - correction).clamp_min(1))
 
     def _gain_and_bias(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         batch = x.size(0)
@@ -292,7 +292,7 @@ class ConditionalBatchNorm2d(nn.Module):
         if isinstance(self.norm, nn.SyncBatchNorm):
             group = self.norm.process_group
         elif self._synchronized is not None:
-            (group,) = self._synchronized
+            group = self._synchronized.group
         else:
             return None
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -322,6 +322,23 @@ class ConditionalBatchNorm2d(nn.Module):
         return self.__dict__ | {"_standing": None, "_frozen_statistics": False}
 
 
+class _SharedBy:
+    """The processes that share statistics. Copies share with the same; in other processes all do, until told again.
+
+    Attributes:
+        group: of these processes, None for all.
+    """
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedBy:
+        return self
+
+    def __reduce__(self) -> tuple[type[_SharedBy], tuple[()]]:
+        return type(self), ()
+
+
 def synchronize_batch_norm(module: _ModuleT, process_group: ProcessGroup | None = None) -> _ModuleT:
     """Let every :class:`ConditionalBatchNorm2d` in ``module`` take its training statistics over several processes.
 
@@ -331,7 +348,8 @@ def synchronize_batch_norm(module: _ModuleT, process_group: ProcessGroup | None 
 
     Args:
         module: a layer or a network.
-        process_group: over whose processes; over all by default. They need not run yet.
+        process_group: over whose processes; over all by default. They need not run yet. Copies share with the same
+            processes; a group is not pickled, and an unpickled module shares with all until it is given one again.
 
     Returns:
         ``module`` itself.
@@ -350,7 +368,7 @@ def synchronize_batch_norm(module: _ModuleT, process_group: ProcessGroup | None 
             "synchronize_batch_norm: expected a ConditionalBatchNorm2d in the module, found none"
         )
     for layer in layers:
-        layer._synchronized = (process_group,)
+        layer._synchronized = _SharedBy(process_group)
     return module
 
 
@@ -447,7 +465,8 @@ class _StandingStatistics:
     """Count, mean and sum of squared deviations of each channel, in float64, of all batches added."""
 
     def __init__(self, num_features: int, device: torch.device) -> None:
-        self.count = 0
+        # A tensor, since torch.compile takes numbers for constants.
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.mean = torch.zeros(num_features, dtype=torch.float64, device=device)
         self.squares = torch.zeros_like(self.mean)
 
@@ -455,23 +474,24 @@ class _StandingStatistics:
     def add(self, x: Tensor) -> None:
         """Add the values of x, [N, C, H, W]."""
         var, mean = torch.var_mean(x.to(functional.accumulation_dtype(x.dtype)), (0, 2, 3), correction=0)
-        count = x.numel() // x.size(1)
+        if x.numel() == 0:
+            return
+        count = self.count.new_full((), x.numel() // x.size(1))
         self._merge(count, mean.double(), var.double() * count)
 
     @torch.no_grad()
     def gather(self, process_group: ProcessGroup | None) -> None:
         """Merge those of all processes, in the same order everywhere."""
-        mine = torch.cat([self.mean.new_tensor([self.count]), self.mean, self.squares])
+        mine = torch.cat([self.count[None], self.mean, self.squares])
         theirs = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(process_group))]
         torch.distributed.all_gather(theirs, mine, group=process_group)
         self.__init__(self.mean.numel(), self.mean.device)  # type: ignore[misc]
         for part in theirs:
             mean, squares = part[1:].chunk(2)
-            self._merge(int(part[0]), mean, squares)
+            if part[0]:
+                self._merge(part[0], mean, squares)
 
-    def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        if count == 0:
-            return
+    def _merge(self, count: Tensor, mean: Tensor, squares: Tensor) -> None:
         total = self.count + count
         difference = mean - self.mean
         self.mean = self.mean + difference * (count / total)

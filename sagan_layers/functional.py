@@ -457,6 +457,12 @@ def conditional_batch_norm(
     y, mean, var, count = chosen.run(x, gain, bias, given, eps, relu, process_group)
     if training and running_mean is not None and running_var is not None:
         assert count is not None
+        if isinstance(count, Tensor):  # of a group, whose values nobody could count before
+            if count.device.type == "cpu" and not torch.compiler.is_compiling() and bool(count < 2):
+                raise ValueError(
+                    f"x: expected more than one value per channel in training, got {int(count)} in all processes"
+                )
+            count = count.clamp_min(2)
         with torch.no_grad():
             recorded = var.detach() if biased_running_var else var.detach() * (count / (count - 1))
             for statistic, batch in ((running_mean, mean.detach()), (running_var, recorded)):

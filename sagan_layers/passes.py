@@ -94,6 +94,7 @@ class DiscriminatorPass(nn.Module):
 
     Raises:
         ValueError: if there are labels for one kind of images only.
+        TypeError: if the discriminator returns anything but one tensor.
 
     Example:
         >>> generator, discriminator = nn.Linear(4, 6), nn.Linear(6, 1)
@@ -112,6 +113,7 @@ class DiscriminatorPass(nn.Module):
     ) -> None:
         super().__init__()
         self.discriminator = discriminator
+        self.calls_another_network = True
         self._generator = (generator,)  # in a tuple, so that it is not a submodule
         self._loss = loss
 
@@ -133,7 +135,12 @@ class DiscriminatorPass(nn.Module):
             logits = self.discriminator(images)
         else:
             logits = self.discriminator(images, torch.cat([real_labels, fake_labels]))
-        real_logits, fake_logits = logits.split([len(real), len(fake)])
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"discriminator: expected one tensor of logits, got {type(logits).__name__}; return one, or write the "
+                "pass out"
+            )
+        real_logits, fake_logits = torch.split(logits, [len(real), len(fake)])
         return DiscriminatorResult(
             self._loss(real_logits=real_logits, fake_logits=fake_logits), real_logits, fake_logits
         )
@@ -171,6 +178,7 @@ class GeneratorPass(nn.Module):
     ) -> None:
         super().__init__()
         self.generator = generator
+        self.calls_another_network = True
         self._discriminator = (discriminator,)
         self._loss = loss
 

@@ -32,8 +32,9 @@ def shared_spectral_norm(module: nn.Module, *, dtype: torch.dtype | None = None)
 
     Raises:
         TypeError: if ``dtype`` is not a floating-point dtype.
-        RuntimeError: inside the block, when a layer is called whose weight has changed or been replaced since
-            (torch does not count the steps of ``fused=True`` optimizers as changes, so these go unnoticed).
+        RuntimeError: inside the block, when a layer is called in eager mode whose weight has changed or been
+            replaced since. Torch does not count the steps of ``fused=True`` optimizers and what is done to
+            ``weight.data`` as changes, so these go unnoticed.
 
     Note:
         Training mode and frozen contexts are looked at on entry only. Layers that an enclosing context shares

@@ -232,11 +232,13 @@ class SpectralNormLayer(nn.Module):
     def _shared_weight(self, shared: _Shared) -> Tensor:
         weight, expected = self.weight, shared.task.weight
         if not torch.compiler.is_compiling() and "weight" in self._parameters:
-            if weight is not expected and weight.data_ptr() != expected.data_ptr():
+            # What torch.func wraps has no memory to compare; its weight is divided anew, by the shared sigma's vectors.
+            is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(weight)
+            if weight is not expected and not is_wrapped and weight.data_ptr() != expected.data_ptr():
                 raise RuntimeError(
                     "weight: expected the parameter that shared_spectral_norm has normalised, got another tensor"
                 )
-            if shared.version is not None and weight._version != shared.version:
+            if shared.version is not None and expected._version != shared.version:
                 raise RuntimeError(
                     "weight: changed since shared_spectral_norm has normalised it; call update() after each "
                     "optimizer.step(), or leave the block before"
@@ -244,7 +246,8 @@ class SpectralNormLayer(nn.Module):
         lowered = shared.result.weight.dtype
         if lowered != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
             raise RuntimeError(
-                f"weight: shared_spectral_norm has cast it to {lowered} for autocast, which is off here"
+                f"weight: it is {weight.dtype}, and shared_spectral_norm has normalised it to {lowered}, which serves "
+                "under autocast only (off here)"
             )
         old = shared.task  # written out, since torch.compile of torch 2.6 knows no _replace
         task = functional.SpectralNormTask(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from sagan_layers import (
     ConditionalBatchNorm2d,
+    DiscriminatorPass,
     GeneratorPass,
     SNConv2d,
     call_with_constant_parameters,
@@ -226,8 +228,54 @@ def test_a_weight_that_has_changed_before_backward_is_an_error(shared: bool) -> 
         loss = loss_of(checkpointed(block, x))
     with torch.no_grad():
         block[0].weight.mul_(2)
-    with pytest.raises(RuntimeError, match="weight: changed since"):
+    with pytest.raises(RuntimeError, match=r"checkpointed: 0\.weight changed since"):
         loss.backward()
+
+
+def test_any_other_parameter_that_has_changed_is_an_error_too() -> None:
+    block = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Tanh())
+    loss = loss_of(checkpointed(block, torch.randn(2, 4, 5, 5)))
+    with torch.no_grad():
+        block[0].bias.add_(1)
+    with pytest.raises(RuntimeError, match=r"checkpointed: 0\.bias changed since"):
+        loss.backward()
+
+
+def test_running_statistics_that_moved_since_an_evaluation_are_an_error() -> None:
+    block, x = nn.Sequential(SNConv2d(3, 3, 3), ConditionalBatchNorm2d(3)), torch.randn(2, 3, 8, 8)
+    loss = loss_of(checkpointed(block.eval(), x))
+    block.train()(x + 5)
+    block.eval()
+    with pytest.raises(RuntimeError, match=r"checkpointed: 1\.norm\.running_mean, .* changed since"):
+        loss.backward()
+
+
+def test_buffers_given_by_functional_call_are_those_of_the_second_pass_too() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(SNConv2d(3, 3, 3, padding=1), ConditionalBatchNorm2d(3), nn.Tanh())
+
+        def forward(self, x: Tensor, run: Run) -> Tensor:
+            return run(self.block, x)
+
+    net, x = Net().eval(), torch.randn(2, 3, 8, 8)
+    given = {
+        name: torch.full_like(buffer, 9.0) if "running" in name else buffer
+        for name, buffer in net.named_buffers()
+    }
+    gradients = []
+    for run in (plainly, checkpointed):
+        net.zero_grad()
+        loss_of(torch.func.functional_call(net, (dict(net.named_parameters()), given), (x, run))).backward()
+        gradients.append(net.block[0].weight.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("kind", [GeneratorPass, DiscriminatorPass])
+def test_a_pass_is_refused(kind: type[nn.Module]) -> None:
+    with pytest.raises(TypeError, match="expected a block of a network, got a pass"):
+        checkpointed(kind(nn.Linear(2, 3), nn.Linear(3, 1)), torch.ones(2, 2))
 
 
 def test_a_block_that_takes_another_path_the_second_time_is_an_error() -> None:
@@ -343,7 +391,8 @@ class TestSynchronize:
         assert synchronize_batch_norm(norm) is norm
         assert torch.equal(norm(x, labels), expected)
         assert list(norm.state_dict()) == names
-        assert copy.deepcopy(norm)._synchronized == (None,)
+        assert copy.deepcopy(norm)._synchronized is norm._synchronized
+        assert pickle.loads(pickle.dumps(norm))._synchronized.group is None
 
     def test_a_module_without_such_layers_is_refused(self) -> None:
         with pytest.raises(ValueError, match="expected a ConditionalBatchNorm2d in the module, found none"):

@@ -604,3 +604,18 @@ def test_a_wrong_condition_is_called_by_its_name() -> None:
     norm = ConditionalBatchNorm2d(6, None, condition_features=4)
     with pytest.raises(ValueError, match=r"condition: expected \[\*, 4\], got \[4, 5\]"):
         norm(torch.randn(4, 6, 5, 5), torch.randn(4, 5))
+
+
+def test_standing_statistics_of_a_compiled_network_compile_once() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), ConditionalBatchNorm2d(4))
+    other = copy.deepcopy(network)
+    network.compile(backend="eager", fullgraph=True)
+    batches = [torch.randn(6, 3, 8, 8) for _ in range(12)]
+    with torch.no_grad(), standing_statistics(network), standing_statistics(other):
+        for number, batch in enumerate(batches):
+            with torch.compiler.set_stance("default" if number < 2 else "fail_on_recompile"):
+                network(batch)
+            other(batch)
+    torch.compiler.reset()
+    torch.testing.assert_close(network[1].norm.running_mean, other[1].norm.running_mean)
+    torch.testing.assert_close(network[1].norm.running_var, other[1].norm.running_var)

@@ -27,6 +27,7 @@ from sagan_layers import (
     hinge_discriminator_loss,
     shared_spectral_norm,
     standing_statistics,
+    synchronize_batch_norm,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -197,6 +198,11 @@ def refusals() -> dict[str, str]:
         module(torch.ones(1, CHANNELS, 1, 1))
     except ValueError as error:
         messages["single value in a group of one"] = str(error)
+    one = synchronize_batch_norm(ConditionalBatchNorm2d(CHANNELS))
+    try:
+        one(torch.ones(dist.get_rank(), CHANNELS, 1, 1))
+    except ValueError as error:
+        messages["single value in all processes"] = str(error)
     silent = ConditionalBatchNorm2d(CHANNELS)
     try:
         with standing_statistics(silent):
@@ -220,6 +226,18 @@ def average_is_synchronised_only_in_training() -> dict[str, bool]:
     return {}
 
 
+def uneven_batches(rank: int | None) -> dict[str, Tensor]:
+    """Of sizes for which this process alone would choose different backends."""
+    x = torch.randn(4, CHANNELS, 100, 100, generator=torch.Generator().manual_seed(7)).double()
+    parts = {None: x, 0: x[:3], 1: x[3:]}
+    own = parts[rank].clone().requires_grad_()
+    module = synchronize_batch_norm(ConditionalBatchNorm2d(CHANNELS).double())
+    y = module(own)
+    y.pow(3).sum().backward()
+    assert own.grad is not None
+    return {"y": y.detach(), "gradient": own.grad, "running_var": module.norm.running_var}
+
+
 CASES = [
     (condition, split, biased) for condition in CONDITIONS for split in SPLITS for biased in (False, True)
 ]
@@ -235,6 +253,7 @@ def work(rank: int, world_size: int, folder: str) -> None:
             "shared weights": train_with_shared_weights(rank),
             "standing": {biased: gather_standing_statistics(biased, rank) for biased in (False, True)},
             "refusals": refusals(),
+            "uneven": uneven_batches(rank),
             "evaluation": average_is_synchronised_only_in_training(),
         }
         torch.save(results, Path(folder) / f"{rank}.pt")
@@ -297,6 +316,15 @@ def test_synchronised_batch_norm_of_two_processes_is_that_of_the_whole_batch(
         )
 
 
+def test_batches_of_different_sizes_are_normalised_together(ranks: list[dict[str, Any]]) -> None:
+    with no_process_group():
+        whole = uneven_batches(None)
+    first, second = (results["uneven"] for results in ranks)
+    for name in ("y", "gradient"):
+        torch.testing.assert_close(torch.cat([first[name], second[name]]), whole[name])
+    torch.testing.assert_close(first["running_var"], whole["running_var"])
+
+
 def test_training_on_two_processes_is_training_on_one(ranks: list[dict[str, Any]]) -> None:
     with no_process_group():
         whole = train_discriminator(None)
@@ -343,6 +371,8 @@ def test_standing_statistics_are_equal_on_one_and_two_processes(
 def test_processes_refuse_what_one_process_refuses(ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
         assert results["refusals"] == {
+            "single value in all processes": "x: expected more than one value per channel in training, got 1 in "
+            "all processes",
             "single value in a group of one": "x: expected more than 1 value per channel to take batch "
             f"statistics, got [1, {CHANNELS}, 1, 1]",
             "nothing gathered anywhere": "standing statistics: expected at least one forward pass "

@@ -240,3 +240,12 @@ def test_both_passes_are_one_graph_each_and_never_compiled_again() -> None:
     assert compiled == pytest.approx(train(*plain, False), rel=1e-4)
     for mine, theirs in zip(networks[0].buffers(), plain[0].buffers(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_discriminator_of_several_outputs_is_refused_in_words() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    with pytest.raises(TypeError, match="discriminator: expected one tensor of logits, got tuple"):
+        DiscriminatorPass(nn.Linear(4, 6), Two())(torch.randn(3, 6), torch.randn(3, 4))

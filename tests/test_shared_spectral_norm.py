@@ -627,7 +627,9 @@ def test_under_autocast_weights_are_cast_once_and_gradients_are_float32() -> Non
     assert_close(state(network), state(layerwise), 0)
     with shared_spectral_norm(network, dtype=torch.float16):
         assert network.wide._shared.result.weight.dtype == torch.float16
-        with pytest.raises(RuntimeError, match=r"cast it to torch.float16 for autocast, which is off"):
+        with pytest.raises(
+            RuntimeError, match=r"normalised it to torch.float16, which serves under autocast"
+        ):
             network(x, labels)
 
 
@@ -709,3 +711,40 @@ def test_the_explicit_form_ends_with_release() -> None:
     shared.release()
     layer(torch.randn(2, 4))
     assert not torch.equal(layer.weight_u, before)
+
+
+class TestFunctionTransforms:
+    """Of parameters, inside the block: they see the given weights, divided by what u and v find for these."""
+
+    def net(self) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+        net = nn.Sequential(SNLinear(4, 3), nn.Tanh(), SNLinear(3, 1)).double()
+        with torch.no_grad():
+            for _ in range(50):  # so that the next move changes nothing
+                net(torch.zeros(1, 4).double())
+        return net, {name: p.detach() for name, p in net.named_parameters()}, torch.randn(5, 4).double()
+
+    def test_gradients_are_those_of_autograd(self) -> None:
+        net, parameters, x = self.net()
+        with shared_spectral_norm(net):
+            net(x).sum().backward()
+            found = torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).sum())(parameters)
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad)
+
+    def test_gradients_of_single_samples_sum_to_that_of_all(self) -> None:
+        net, parameters, x = self.net()
+
+        def loss(p: dict[str, Tensor], sample: Tensor) -> Tensor:
+            return torch.func.functional_call(net, p, (sample[None],)).sum()
+
+        with shared_spectral_norm(net):
+            net(x).sum().backward()
+            found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(found[name].sum(0), parameter.grad)
+
+    def test_data_of_the_parameters_is_taken_for_them(self) -> None:
+        net, _, x = self.net()
+        with shared_spectral_norm(net):
+            data = {name: p.data for name, p in net.named_parameters()}
+            assert torch.equal(torch.func.functional_call(net, data, (x,)), net(x))

@@ -26,6 +26,8 @@ GUESS_VALUES = 32
 SIDE_BY_SIDE = 1024
 # Up to so many standard deviations a mean costs three bits at the most where values are not centred first.
 NEAR = 8.0
+# From so many on a guess of the mean was so bad that the squares around it have lost digits.
+MISSED = 2.0
 
 
 def reasons_against(x: Tensor) -> list[str]:
@@ -64,6 +66,9 @@ def forward(
         guess = layout.guess_mean(values)
     if guess is not None:
         mean, var = _statistics_around(guess, layout, values, results)
+        if not _is_near(mean - guess, var, eps, MISSED):
+            guess = mean.to(layout.dtype)
+            mean, var = _statistics_around(guess, layout, values, results)
     if combine is not None:
         mean, var = combine(mean, var)
     if guess is None:
@@ -337,9 +342,9 @@ def _scale_and_shift(
             result.copy_(room)
 
 
-def _is_near(mean: Tensor, var: Tensor, eps: float) -> bool:
+def _is_near(mean: Tensor, var: Tensor, eps: float, limit: float = NEAR) -> bool:
     """Whether every mean is a few standard deviations, so that values need not be centred before they are scaled."""
-    return bool((mean.square() <= (var + eps).mul_(NEAR**2)).all())
+    return bool((mean.square() <= (var + eps).mul_(limit**2)).all())
 
 
 def _centred(x: Tensor, centre: Tensor | None = None, *, room: Tensor) -> Tensor:

@@ -401,7 +401,8 @@ def _blocked_reasons_unasked(x: Tensor, given: Given, process_group: Any) -> lis
         return ["an exported program should need torch alone"]
     if not torch.compiler.is_compiling() and type(x) not in (Tensor, torch.nn.Parameter):
         return [f"it looks at values and writes in place, and x is a {type(x).__name__}"]
-    if x.numel() < _FEW_VALUES:
+    # The processes of a group must choose alike, and their batches may have different sizes.
+    if process_group is None and x.numel() < _FEW_VALUES:
         return [f"below {_FEW_VALUES} values 'reference' is as fast"]
     return []
 

@@ -225,6 +225,22 @@ def test_large_means_and_small_variances_cost_no_digits(
         assert (got.double() - wanted).abs().max() <= 2e-6 * size, what
 
 
+@kernels
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_a_few_values_far_from_the_others_cost_no_digits(name: str, layout: str, place: str) -> None:
+    x = torch.randn(4, 3, 1, 4096)
+    start = {"first": 0, "middle": 2046, "last": 4092}[place]
+    x[..., start : start + 4] = 1000.0
+    x = laid_out(x, layout)
+    inputs = (x, torch.rand(4, 3) + 0.5, torch.randn(4, 3))
+    cotangent = torch.randn(x.shape)
+    ours = run(served(BACKENDS[name], x), inputs, cotangent)
+    exact, sizes = in_float64(inputs, cotangent, None, None)
+    for what, got, wanted, size in zip(NAMES, ours, exact, sizes, strict=True):
+        assert (got.double() - wanted).abs().max() <= 3e-6 * size, what
+
+
 @every_backend
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_constant_channels_give_the_bias_and_finite_gradients(
