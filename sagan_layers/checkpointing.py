@@ -111,7 +111,7 @@ class _Repeating:
         if changed:
             raise RuntimeError(
                 f"checkpointed: {', '.join(changed[:5])} changed since the forward that is to be repeated; run "
-                "backward before optimizer.step()"
+                "backward before that"
             )
         stack = contextlib.ExitStack()
         stack.enter_context(repeated_spectral_norm(self._record))
