@@ -440,9 +440,8 @@ def make_cases(
         return [StepCase(STEP, 4, 32, 8, device, ("ours", "textbook"), peer, num_classes=10)]
     ours: tuple[str, ...] = ("ours", "ours compiled") if compiled or device == "cuda" else ("ours",)
     activations = []
-    if (
-        checkpointed
-    ):  # at the size below the optimizers' state is the larger part, at this one activations are
+    if checkpointed:
+        # At full size the optimizers' state is the larger part of the memory, at this one activations are.
         ours += ("ours checkpointed",)
         activations = [StepCase(STEP, 16, 128, 32, device, (*ours, "textbook"))]
     others: tuple[str, ...] = PEERS if peer else PEERS[:1]

@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from sagan_layers import functional
-from sagan_layers.spectral_norm import SNLinear
+from sagan_layers.spectral_norm import SNLinear, _setting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -391,14 +391,8 @@ def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
         [0.0, 0.0, 0.0]
     """
     layers = [layer for layer in module.modules() if isinstance(layer, ConditionalBatchNorm2d)]
-    before = [layer._frozen_statistics for layer in layers]
-    for layer in layers:
-        layer._frozen_statistics = True
-    try:
+    with _setting("_frozen_statistics", dict.fromkeys(layers, True)):
         yield
-    finally:
-        for layer, frozen in zip(layers, before, strict=True):
-            layer._frozen_statistics = frozen
 
 
 @contextlib.contextmanager

@@ -105,6 +105,8 @@ class DiscriminatorPass(nn.Module):
         (True, False)
     """
 
+    calls_another_network = True  # which is none of its parts
+
     def __init__(
         self,
         generator: nn.Module,
@@ -113,7 +115,6 @@ class DiscriminatorPass(nn.Module):
     ) -> None:
         super().__init__()
         self.discriminator = discriminator
-        self.calls_another_network = True
         self._generator = (generator,)  # in a tuple, so that it is not a submodule
         self._loss = loss
 
@@ -170,6 +171,8 @@ class GeneratorPass(nn.Module):
         (False, True)
     """
 
+    calls_another_network = True  # which is none of its parts
+
     def __init__(
         self,
         generator: nn.Module,
@@ -178,7 +181,6 @@ class GeneratorPass(nn.Module):
     ) -> None:
         super().__init__()
         self.generator = generator
-        self.calls_another_network = True
         self._discriminator = (discriminator,)
         self._loss = loss
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sagan_layers import functional
-from sagan_layers.spectral_norm import SpectralNormLayer, _Shared, _version
+from sagan_layers.spectral_norm import SpectralNormLayer, _Shared
 
 __all__ = ["SharedSpectralNorm", "shared_spectral_norm"]
 
@@ -138,3 +138,10 @@ class SharedSpectralNorm:
         if self.dtype is not None or device == "meta" or not torch.is_autocast_enabled(device):
             return self.dtype or own
         return torch.get_autocast_dtype(device)
+
+
+def _version(layer: SpectralNormLayer) -> int | None:
+    weight = layer._parameters.get("weight")
+    if torch.compiler.is_compiling() or weight is None or weight.is_inference():
+        return None
+    return weight._version

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -43,7 +43,7 @@ class _Shared(NamedTuple):
     Attributes:
         task: what it was found from.
         result: the normalised weight, sigma, u and v, without a graph.
-        version: of the weight at that time, see :func:`_version`.
+        version: of the weight at that time; None where it is not tracked.
     """
 
     task: functional.SpectralNormTask
@@ -52,17 +52,10 @@ class _Shared(NamedTuple):
 
 
 class _Own(NamedTuple):
-    """What a layer divided its weight by when nothing was shared.
-
-    Attributes:
-        u: as it was after the iteration.
-        v: as it was after the iteration.
-        version: of the weight at that time, see :func:`_version`.
-    """
+    """What a layer divided its weight by when nothing was shared: u and v after the iteration."""
 
     u: Tensor
     v: Tensor
-    version: int | None
 
 
 class SpectralNormRecord:
@@ -172,7 +165,7 @@ class SpectralNormLayer(nn.Module):
             with torch.no_grad():
                 self.weight_u.copy_(result.u)
                 self.weight_v.copy_(result.v)
-        self._record(_Own(result.u, result.v, _version(self)))
+        self._record(_Own(result.u, result.v))
         return result.weight
 
     def _record(self, used: _Own | _Shared) -> None:
@@ -190,10 +183,6 @@ class SpectralNormLayer(nn.Module):
         self._record(used)
         if isinstance(used, _Shared):
             return self._shared_weight(used)
-        if used.version is not None and _version(self) != used.version:
-            raise RuntimeError(
-                "weight: changed since the forward that is to be repeated; run backward before optimizer.step()"
-            )
         task = self._task(self.weight, iterate=False, vectors=(used.u, used.v))
         return functional.normalize_layer_weight(task).weight
 
@@ -592,14 +581,6 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
         )
 
 
-def _version(layer: SpectralNormLayer) -> int | None:
-    """Return a number that grows when the layer's weight is changed in place; None where nobody counts."""
-    weight = layer._parameters.get("weight")
-    if torch.compiler.is_compiling() or weight is None or weight.is_inference():
-        return None
-    return weight._version
-
-
 def _check_image(input: Tensor, layer: SNConv2d | SNConvTranspose2d) -> None:
     functional.check_image(input, channels=layer.in_channels, like=layer.weight)
 
@@ -609,6 +590,24 @@ def _refuse_embedding_options(max_norm: float | None, sparse: bool) -> None:
         raise ValueError("max_norm: expected None (no row of a normalised matrix is longer than 1)")
     if sparse:
         raise ValueError("sparse: expected False (the gradient of the spectral norm is dense)")
+
+
+def _layers_of(module: nn.Module) -> list[SpectralNormLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, SpectralNormLayer)]
+
+
+@contextlib.contextmanager
+def _setting(name: str, values: Mapping[_ModuleT, Any]) -> Iterator[None]:
+    """Set an attribute of each layer to its value for a ``with`` block."""
+    before = {layer: getattr(layer, name) for layer in values}
+    for layer, value in values.items():
+        setattr(layer, name, value)
+    try:
+        yield
+    finally:
+        for layer, value in before.items():
+            if hasattr(layer, name):  # unless it was made a plain layer in between
+                setattr(layer, name, value)
 
 
 @contextlib.contextmanager
@@ -637,16 +636,9 @@ def frozen_spectral_norm(module: nn.Module, *, iterate: bool | None = None) -> I
         >>> torch.equal(conv.weight_u, before), torch.equal(repeated, y)
         (True, True)
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, SpectralNormLayer)]
-    before = [layer._frozen_by for layer in layers]
-    for layer in layers:
-        layer._frozen_by = _Frozen(iterate)
-    try:
+    frozen = _Frozen(iterate)
+    with _setting("_frozen_by", dict.fromkeys(_layers_of(module), frozen)):
         yield
-    finally:
-        for layer, frozen in zip(layers, before, strict=True):
-            if isinstance(layer, SpectralNormLayer):  # unless it was made a plain layer in between
-                layer._frozen_by = frozen
 
 
 @contextlib.contextmanager
@@ -670,15 +662,10 @@ def recording_spectral_norm(module: nn.Module, record: SpectralNormRecord) -> It
         >>> torch.equal(repeated, y), torch.equal(conv(x), y)
         (True, False)
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, SpectralNormLayer)]
-    before = [layer._records for layer in layers]
-    for layer in layers:
-        layer._records = (*layer._records, record.used.setdefault(layer, []))
-    try:
+    layers = _layers_of(module)
+    lists = {layer: (*layer._records, record.used.setdefault(layer, [])) for layer in layers}
+    with _setting("_records", lists):
         yield
-    finally:
-        for layer, records in zip(layers, before, strict=True):
-            layer._records = records
 
 
 @contextlib.contextmanager
@@ -686,28 +673,23 @@ def repeated_spectral_norm(record: SpectralNormRecord) -> Iterator[None]:
     """Let forwards inside a ``with`` block take the recorded weights again, in their order; nothing moves.
 
     Whatever has moved u and v since, whether the layers are in training, frozen or shared now: the weights are
-    those of the record, and so are their gradients.
+    those of the record, and so are their gradients. Whether the parameters are still the same is the caller's to
+    check.
 
     Args:
         record: of the forwards to repeat.
 
     Raises:
-        RuntimeError: inside the block, when a weight has changed since, or a layer is called more often than the
-            record has it.
+        RuntimeError: inside the block, when a layer is called more often than the record has it, or the weight of
+            a shared one has changed since.
 
     Example:
         >>> record = SpectralNormRecord()
         >>> with repeated_spectral_norm(record):  # of nothing
         ...     pass
     """
-    before = [(layer, layer._repeated) for layer in record.used]
-    for layer, used in record.used.items():
-        layer._repeated = iter(used)
-    try:
+    with _setting("_repeated", {layer: iter(used) for layer, used in record.used.items()}):
         yield
-    finally:
-        for layer, repeated in before:
-            layer._repeated = repeated
 
 
 @torch.no_grad()

@@ -71,6 +71,17 @@ def plainly(module: nn.Module, *inputs: Tensor) -> Tensor:
     return y
 
 
+class Holder(nn.Module):
+    """A network of one block, which it calls in a given way."""
+
+    def __init__(self, block: nn.Module, run: Run) -> None:
+        super().__init__()
+        self.block, self.run = block, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.block, x)
+
+
 def loss_of(y: Tensor) -> Tensor:
     return y.float().square().sum()
 
@@ -145,15 +156,7 @@ def a_block_in_a_block(run: Run, block: nn.Module, x: Tensor) -> None:
 
 
 def constant_parameters(run: Run, block: nn.Module, x: Tensor) -> None:
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = block
-
-        def forward(self, x: Tensor) -> Tensor:
-            return run(self.inner, x)
-
-    loss_of(call_with_constant_parameters(Outer(), x)).backward()
+    loss_of(call_with_constant_parameters(Holder(block, run), x)).backward()
 
 
 def autocast_and_sharing_that_end_before(run: Run, block: nn.Module, x: Tensor) -> None:
@@ -197,20 +200,11 @@ def test_however_it_is_used_nothing_differs(use: Use, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_discriminator_of_such_blocks_serves_the_generators_pass(shared: bool) -> None:
-    class Discriminator(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = nn.Sequential(SNConv2d(4, 6, 3), SNConv2d(6, 1, 3))
-            self.run: Run = checkpointed
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.run(self.block, x)
-
-    generator, discriminator, latents = SNConv2d(2, 4, 3), Discriminator(), torch.randn(3, 2, 9, 9)
+    block = nn.Sequential(SNConv2d(4, 6, 3), SNConv2d(6, 1, 3))
+    generator, latents = SNConv2d(2, 4, 3), torch.randn(3, 2, 9, 9)
     results = []
     for run in (checkpointed, plainly):
-        g, d = copy.deepcopy(generator), copy.deepcopy(discriminator)
-        d.run = run
+        g, d = copy.deepcopy(generator), Holder(copy.deepcopy(block), run)
         with shared_spectral_norm(d) if shared else contextlib.nullcontext():
             loss = GeneratorPass(g, d)(latents).loss
         loss.backward()
@@ -251,23 +245,16 @@ def test_running_statistics_that_moved_since_an_evaluation_are_an_error() -> Non
 
 
 def test_buffers_given_by_functional_call_are_those_of_the_second_pass_too() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = nn.Sequential(SNConv2d(3, 3, 3, padding=1), ConditionalBatchNorm2d(3), nn.Tanh())
-
-        def forward(self, x: Tensor, run: Run) -> Tensor:
-            return run(self.block, x)
-
-    net, x = Net().eval(), torch.randn(2, 3, 8, 8)
+    block = nn.Sequential(SNConv2d(3, 3, 3, padding=1), ConditionalBatchNorm2d(3), nn.Tanh())
+    net, x = Holder(block, plainly).eval(), torch.randn(2, 3, 8, 8)
     given = {
         name: torch.full_like(buffer, 9.0) if "running" in name else buffer
         for name, buffer in net.named_buffers()
     }
     gradients = []
-    for run in (plainly, checkpointed):
+    for net.run in (plainly, checkpointed):
         net.zero_grad()
-        loss_of(torch.func.functional_call(net, (dict(net.named_parameters()), given), (x, run))).backward()
+        loss_of(torch.func.functional_call(net, (dict(net.named_parameters()), given), (x,))).backward()
         gradients.append(net.block[0].weight.grad)
     assert torch.equal(*gradients)
 

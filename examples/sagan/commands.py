@@ -297,22 +297,19 @@ def _train(command: Train, own: Processes) -> int:
     dataset: ImageDataset
     if packed is not None:
         dataset, fingerprint = packed, packed.fingerprint
-        if found is not None:
-            check_images(found, fingerprint, accept_changes=command.accept_changes)
+        check_images(found, fingerprint, accept_changes=command.accept_changes)
         own.first_does(lambda: _check_packed(packed, config))
     else:
         assert tree is not None
         report, seen = config.out / "preflight.json", config.out / "preflight.json.new"
         dataset, fingerprint = _checked_images(tree, config, own, seen)
         try:
-            if found is not None:
-                check_images(found, fingerprint, accept_changes=command.accept_changes)
-        except UserError:
+            check_images(found, fingerprint, accept_changes=command.accept_changes)
+            if own.is_first:
+                seen.replace(report)
+        finally:
             if own.is_first:
                 seen.unlink(missing_ok=True)
-            raise
-        if own.is_first:
-            seen.replace(report)
     evaluate = None if network is None else evaluation_in_training(config, dataset, own, network)
     result = train(
         config,

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sagan.digests import tensor_bytes
 from sagan.errors import UserError
 from sagan_layers import SpectralNormLayer
 
@@ -276,5 +277,5 @@ def _vectors(network: nn.Module) -> list[Tensor]:
 def _digest(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:16]

@@ -13,7 +13,14 @@ class UserError(ValueError):
     """
 
 
+def is_taken(out: Path, *, besides: str | None = None) -> bool:
+    """Whether something lies where a folder is to be written, files whose names begin with ``besides`` apart."""
+    if not out.is_dir():
+        return out.exists()
+    return any(besides is None or not inside.name.startswith(besides) for inside in out.iterdir())
+
+
 def check_is_new(out: Path) -> None:
     """Raise :class:`UserError` where a folder is to be written and something is there already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise UserError(f"out: expected a folder that is not there yet or empty, got {out}")

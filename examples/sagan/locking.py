@@ -30,19 +30,17 @@ def locked(path: Path, held: str) -> Iterator[None]:
             try:
                 _lock(file.fileno())
             except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                    yield
-                    return
-                raise UserError(held) from error
+                if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                    raise UserError(held) from error
+            if not _is_still(path, file.fileno()):  # its last holder has removed it in between
+                continue
             try:
-                if not _is_still(path, file.fileno()):  # its last holder has removed it in between
-                    continue
                 yield
-                return
             finally:
                 if _is_still(path, file.fileno()):
                     with contextlib.suppress(OSError):  # Windows removes no open file
                         path.unlink()
+            return
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

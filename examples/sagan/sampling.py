@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sagan.checkpoints import find_checkpoint, load_checkpoint
-from sagan.errors import UserError
+from sagan.digests import module_digest
+from sagan.errors import UserError, check_is_new, is_taken
 from sagan.networks import Generator, NetworkConfig
 from sagan.recipes import RunConfig, config_from_dict
 
@@ -125,15 +125,10 @@ def claim_folder(out: Path, trained: TrainedGenerator, **options: object) -> Non
     Raises:
         UserError: the folder holds other samples, or anything else.
     """
-    weights = hashlib.sha256()
-    for tensor in trained.generator.state_dict().values():
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    samples = {"iteration": trained.iteration, "weights": f"sha256:{weights.hexdigest()}", **options}
+    weights = f"sha256:{module_digest(trained.generator)}"
+    samples = {"iteration": trained.iteration, "weights": weights, **options}
     path = out / SAMPLES
-    # Looked at before the file, which another process may be writing.
-    taken = out.exists() and (
-        not out.is_dir() or any(not inside.name.startswith(SAMPLES) for inside in out.iterdir())
-    )
+    taken = is_taken(out, besides=SAMPLES)  # before the file, which another process may be writing
     if path.is_file():
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -146,7 +141,7 @@ def claim_folder(out: Path, trained: TrainedGenerator, **options: object) -> Non
                 "folder, or delete it"
             )
     elif taken:
-        raise UserError(f"out: expected a folder that is not there yet or empty, got {out}")
+        check_is_new(out)
     else:
         out.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{SAMPLES}.{os.getpid()}")

@@ -65,6 +65,8 @@ class Score:
 
 
 Evaluate = Callable[[Trainer], Score]
+# A checkpoint to go on from, and its contents.
+Found = tuple[Path, dict[str, Any]]
 
 
 class TrainingError(UserError):
@@ -131,8 +133,7 @@ def train(
         if not resume or config.out.is_dir():
             own.first_does(lambda: _hold(config.out, held))
         found = check_start(config, resume=resume, accept_changes=accept_changes)
-        if found is not None:
-            check_images(found, fingerprint, accept_changes=accept_changes)
+        check_images(found, fingerprint, accept_changes=accept_changes)
         return _train(config, dataset, found, fingerprint, own, progress, evaluate, observe)
 
 
@@ -167,7 +168,7 @@ def _train(
         writer.checkpoint = path
         writer.best_score, writer.best_score_of = state["best_score"], state["best_score_of"]
     if own.is_first:
-        writer.begin(found is not None)
+        writer.begin()
     batches = make_loader(
         dataset,
         batch_size=config.batch_size // config.accumulation,
@@ -246,9 +247,6 @@ def _train(
     )
 
 
-Found = tuple[Path, dict[str, Any]]
-
-
 def check_start(config: RunConfig, *, resume: bool, accept_changes: bool = False) -> Found | None:
     """Return the checkpoint to go on from and its contents, None for a new run; what needs no images is checked.
 
@@ -282,15 +280,14 @@ def check_start(config: RunConfig, *, resume: bool, accept_changes: bool = False
     return path, state
 
 
-def check_images(found: Found, fingerprint: str, *, accept_changes: bool = False) -> None:
-    """Check that a checkpoint is of a run with these images.
+def check_images(found: Found | None, fingerprint: str, *, accept_changes: bool = False) -> None:
+    """Check that a checkpoint, if there is one to go on from, is of a run with these images.
 
     Raises:
         CheckpointError: if it is not, unless changes are accepted.
     """
-    path, state = found
-    if state["fingerprint"] != fingerprint and not accept_changes:
-        raise CheckpointError(f"the run of {path} was made with other images than those found now")
+    if found is not None and found[1]["fingerprint"] != fingerprint and not accept_changes:
+        raise CheckpointError(f"the run of {found[0]} was made with other images than those found now")
 
 
 def check_unused(out: Path) -> None:
@@ -379,20 +376,13 @@ class _Writer:
         self.checkpoint: Path | None = None
         self.best_score: float | None = None
         self.best_score_of = ""
-        self._best_kept: tuple[float, str] | None = None
 
-    def begin(self, resumes: bool) -> None:
+    def begin(self) -> None:
         """Write the configuration, and see to what an earlier part of the run has left behind it."""
         out, iteration = self._config.out, self._trainer.iteration
         save_config(self._config)
-        if resumes and self.checkpoint is not None and self.checkpoint.parent == out / "checkpoints":
+        if self.checkpoint is not None:
             set_aside_later(self.checkpoint)
-        best = out / "checkpoints" / BEST
-        if best.is_file():
-            with contextlib.suppress(CheckpointError):
-                state = load_checkpoint(best)
-                if state["best_score"] is not None:
-                    self._best_kept = state["best_score"], state["best_score_of"]
         # As their rows of metrics; the run makes them again.
         for evaluation in sorted((out / "evaluation").glob("iteration_*.json")):
             number = evaluation.name.split("_")[1]
@@ -460,10 +450,9 @@ class _Writer:
         if not math.isfinite(score.value) or (known is not None and score.value >= known):
             return
         self.best_score, self.best_score_of = score.value, score.of
-        # The file may be of iterations that this part of the run has still before it.
-        if self._best_kept is None or self._best_kept[1] != score.of or score.value < self._best_kept[0]:
-            save_best(self._config.out / "checkpoints", self._contents(alarm))
-            self._best_kept = score.value, score.of
+        folder = self._config.out / "checkpoints"
+        if not _holds_better(folder / BEST, score):
+            save_best(folder, self._contents(alarm))
 
     def _contents(self, alarm: CollapseAlarm) -> dict[str, Any]:
         return {
@@ -474,6 +463,18 @@ class _Writer:
             "best_score_of": self.best_score_of,
             "alarm": alarm.state_dict(),
         }
+
+
+def _holds_better(best: Path, score: Score) -> bool:
+    """Whether a best checkpoint is as good: of iterations that this part of the run has still before it."""
+    if not best.is_file():
+        return False
+    try:
+        state = load_checkpoint(best)
+    except CheckpointError:
+        return False
+    known: float | None = state["best_score"]
+    return known is not None and state["best_score_of"] == score.of and known <= score.value
 
 
 def _grid_inputs(config: RunConfig, labels_in_use: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,18 @@ def scores(*values: float) -> Callable[[Trainer], Score]:
     return evaluate
 
 
+def evaluated(config: RunConfig, out: Path, *, every: int) -> RunConfig:
+    """Return a run of four iterations with two checkpoints and evaluations."""
+    return changed(
+        config,
+        out=out,
+        iterations=4,
+        output__checkpoint_every=2,
+        evaluation__proxy=True,
+        evaluation__every=every,
+    )
+
+
 def remove_latest(out: Path) -> None:
     """Leave what a kill just before the last checkpoint leaves."""
     latest = checkpoints_in(out / "checkpoints")[-1]
@@ -80,14 +92,7 @@ class TestBest:
     def test_a_better_one_of_iterations_still_to_come_is_not_replaced(
         self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
     ) -> None:
-        config = changed(
-            tiny_config,
-            out=tmp_path / "run",
-            iterations=4,
-            output__checkpoint_every=2,
-            evaluation__proxy=True,
-            evaluation__every=1,
-        )
+        config = evaluated(tiny_config, tmp_path / "run", every=1)
         run_training(config, evaluate=scores(50.0, 45.0, 47.0, 40.0))
         best = config.out / "checkpoints" / BEST
         assert load_checkpoint(best)["iteration"] == 4
@@ -100,14 +105,7 @@ class TestBest:
     def test_evaluations_of_iterations_that_are_made_again_are_put_aside(
         self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
     ) -> None:
-        config = changed(
-            tiny_config,
-            out=tmp_path / "run",
-            iterations=4,
-            output__checkpoint_every=2,
-            evaluation__proxy=True,
-            evaluation__every=2,
-        )
+        config = evaluated(tiny_config, tmp_path / "run", every=2)
         run_training(config, evaluate=scores(5.0, 4.0))
         remove_latest(config.out)
         run_training(changed(config, iterations=3, evaluation__every=0), resume=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,15 +153,6 @@ def exported_network(
             f"feature network: {path} is not an exported program for any number of {resolution}x{resolution} "
             f"images ({reason})"
         ) from error
-
-
-def module_digest(module: nn.Module) -> str:
-    """Return 64 hex digits of a module's parameters and buffers, names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sagan.evaluation.features import FeatureNetwork, module_digest
+from sagan.digests import module_digest
+from sagan.evaluation.features import FeatureNetwork
 
 _WIDTHS = (8, 16, 32)
 _LARGEST = 64
