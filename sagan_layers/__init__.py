@@ -9,12 +9,18 @@ from sagan_layers.conditional_norm import (
     standing_statistics,
     synchronize_batch_norm,
 )
-from sagan_layers.losses import (
+from sagan_layers.gan import (
+    DiscriminatorPass,
+    DiscriminatorResult,
+    GeneratorPass,
+    GeneratorResult,
     GradientPenalty,
     HingeDiscriminatorLoss,
     HingeGeneratorLoss,
+    ProjectionDiscriminatorHead,
     SoftplusDiscriminatorLoss,
     SoftplusGeneratorLoss,
+    call_with_constant_parameters,
     gradient_penalty,
     hinge_discriminator_loss,
     hinge_generator_loss,
@@ -22,17 +28,9 @@ from sagan_layers.losses import (
     softplus_discriminator_loss,
     softplus_generator_loss,
 )
-from sagan_layers.passes import (
-    DiscriminatorPass,
-    DiscriminatorResult,
-    GeneratorPass,
-    GeneratorResult,
-    call_with_constant_parameters,
-)
-from sagan_layers.projection import ProjectionDiscriminatorHead
 from sagan_layers.resampling import ResamplingConv2d
-from sagan_layers.shared_spectral_norm import SharedSpectralNorm, shared_spectral_norm
 from sagan_layers.spectral_norm import (
+    SharedSpectralNorm,
     SNConv2d,
     SNConvTranspose2d,
     SNEmbedding,
@@ -41,6 +39,7 @@ from sagan_layers.spectral_norm import (
     apply_spectral_norm,
     frozen_spectral_norm,
     remove_spectral_norm,
+    shared_spectral_norm,
 )
 
 __version__ = "0.1.0"

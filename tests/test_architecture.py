@@ -15,91 +15,42 @@ from sagan_layers import convert, functional
 
 PACKAGE = Path(sagan_layers.__file__).parent
 
-# Module -> functional -> dispatch -> backend. A new file has to be given its place here.
-MAY_IMPORT: dict[str, set[str]] = {
-    "sagan_layers": {
-        "sagan_layers.attention",
-        "sagan_layers.checkpointing",
-        "sagan_layers.conditional_norm",
-        "sagan_layers.convert",
-        "sagan_layers.functional",
-        "sagan_layers.losses",
-        "sagan_layers.passes",
-        "sagan_layers.projection",
-        "sagan_layers.resampling",
-        "sagan_layers.shared_spectral_norm",
-        "sagan_layers.spectral_norm",
-    },
-    "sagan_layers.attention": {
-        "sagan_layers.functional",
-        "sagan_layers.spectral_norm",
-    },
-    "sagan_layers.resampling": {"sagan_layers.functional"},
-    "sagan_layers.spectral_norm": {"sagan_layers.functional", "sagan_layers.resampling"},
-    "sagan_layers.shared_spectral_norm": {"sagan_layers.functional", "sagan_layers.spectral_norm"},
-    "sagan_layers.conditional_norm": {
-        "sagan_layers.functional",
-        "sagan_layers.spectral_norm",
-    },
-    "sagan_layers.projection": {"sagan_layers.functional", "sagan_layers.spectral_norm"},
-    "sagan_layers.losses": {"sagan_layers.functional"},
-    "sagan_layers.passes": {"sagan_layers.losses"},
-    "sagan_layers.checkpointing": {"sagan_layers.conditional_norm", "sagan_layers.spectral_norm"},
-    "sagan_layers.convert": {
-        "sagan_layers.attention",
-        "sagan_layers.conditional_norm",
-        "sagan_layers.projection",
-        "sagan_layers.spectral_norm",
-    },
-    "sagan_layers.functional": {
-        "sagan_layers.ops.dispatch",
-        "sagan_layers.ops.reference",
-        "sagan_layers.ops.resampling",
-        "sagan_layers.ops.spectral_norm_cpu",
-    },
-    "sagan_layers.ops": set(),
-    "sagan_layers.ops.dispatch": {
-        "sagan_layers.ops.attention_autograd",
-        "sagan_layers.ops.attention_chunked",
-        "sagan_layers.ops.attention_sdpa",
-        "sagan_layers.ops.conditional_norm_autograd",
-        "sagan_layers.ops.conditional_norm_blocked",
-        "sagan_layers.ops.reference",
-        "sagan_layers.ops.self_attention_autograd",
-        "sagan_layers.ops.spectral_norm_autograd",
-        "sagan_layers.ops.spectral_norm_cpu",
-        "sagan_layers.ops.spectral_norm_grouped",
-    },
-    "sagan_layers.ops.spectral_norm_grouped": {
-        "sagan_layers.ops.reference",
-        "sagan_layers.ops.spectral_norm_cpu",
-    },
-    "sagan_layers.ops.spectral_norm_autograd": {"sagan_layers.ops.reference"},
-    "sagan_layers.ops.spectral_norm_cpu": {"sagan_layers.ops.reference"},
-    "sagan_layers.ops.attention_autograd": {"sagan_layers.ops.reference"},
-    "sagan_layers.ops.attention_chunked": {"sagan_layers.ops.reference"},
-    "sagan_layers.ops.attention_sdpa": {"sagan_layers.ops.reference"},
-    "sagan_layers.ops.conditional_norm_autograd": {"sagan_layers.ops.reference"},
-    "sagan_layers.ops.conditional_norm_blocked": {"sagan_layers.ops.reference"},
-    "sagan_layers.ops.self_attention_autograd": {"sagan_layers.ops.reference"},
-    "sagan_layers.ops.reference": set(),
-    "sagan_layers.ops.resampling": {"sagan_layers.ops.reference"},
-}
-MODULES = ["attention", "resampling", "spectral_norm", "conditional_norm", "projection", "losses"]
-MODULES = ["attention", "spectral_norm", "shared_spectral_norm", "conditional_norm", "projection", "losses"]
+FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+# What every part of the package may use; these files import only each other.
+FOUNDATION = {f"sagan_layers.{name}" for name in ("backends", "checks", "torch_support", "triton_support")}
+# From the definition of an operation up to what users see.
+REFERENCE, BACKEND, TABLE, FUNCTIONAL, MODULE, PACKAGE_NAMES = range(6)
 
 
-def is_kernel(module: str) -> bool:
-    return module.startswith("sagan_layers.ops.") and module.endswith("_triton")
+def folder_of(module: str) -> str | None:
+    """The operation's folder; None for a file beside the folders."""
+    name = module.split(".")[1] if "." in module else ""
+    return name if name in FOLDERS else None
 
 
-def allowed_imports(module: str) -> set[str]:
-    kernels = {name for name in files() if is_kernel(name)}
-    if is_kernel(module):
-        return {"sagan_layers.ops.reference", *kernels}
-    if module in ("sagan_layers.ops.dispatch", "sagan_layers.ops.self_attention_autograd"):
-        return MAY_IMPORT[module] | kernels  # inside functions: see the test that importing loads no Triton
-    return MAY_IMPORT[module]
+def layer(module: str) -> int:
+    """How high a file stands in its folder. The files that its ``__init__`` imports from hold public names."""
+    folder = folder_of(module)
+    if folder is None or module == f"sagan_layers.{folder}":
+        return PACKAGE_NAMES
+    named = {"reference": REFERENCE, "table": TABLE, "functional": FUNCTIONAL}
+    if (name := module.split(".")[-1]) in named:
+        return named[name]
+    return MODULE if module in imported(PACKAGE / folder / "__init__.py") else BACKEND
+
+
+def may_import(module: str, other: str) -> bool:
+    """Module -> functional -> table -> backend -> reference; other folders only by their public names."""
+    if other in FOUNDATION or module in FOUNDATION:
+        return other in FOUNDATION
+    if module == "sagan_layers.functional":
+        return layer(other) in (REFERENCE, TABLE, FUNCTIONAL)
+    if folder_of(module) is None:
+        return layer(other) == PACKAGE_NAMES
+    if folder_of(module) == folder_of(other):
+        # Backends share kernels and autograd with each other; so do the files that hold public names.
+        return layer(other) < layer(module) or layer(other) == layer(module) in (BACKEND, MODULE)
+    return folder_of(other) is not None and layer(other) == PACKAGE_NAMES and layer(module) >= MODULE
 
 
 def files() -> dict[str, Path]:
@@ -128,28 +79,42 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("module", sorted(files()))
 def test_each_file_imports_only_what_lies_below_it(module: str) -> None:
-    assert module in MAY_IMPORT or is_kernel(module), f"{module} has no place in MAY_IMPORT yet"
     inside = {name for name in imported(files()[module]) if name.split(".")[0] == "sagan_layers"}
-    allowed = allowed_imports(module)
-    assert inside <= allowed, f"{module} reaches for {sorted(inside - allowed)}"
+    upwards = sorted(other for other in inside if not may_import(module, other))
+    assert not upwards, f"{module} reaches for {upwards}"
 
 
-def test_the_table_of_places_has_no_file_that_is_gone() -> None:
-    assert set(MAY_IMPORT) <= set(files())
+@pytest.mark.parametrize(
+    ("module", "other"),
+    [
+        ("attention.reference", "attention.table"),
+        ("attention.table", "attention.functional"),
+        ("attention.chunked", "attention.table"),
+        ("attention.functional", "attention.module"),
+        ("attention.module", "spectral_norm.layers"),
+        ("attention.table", "spectral_norm"),
+        ("conditional_norm.blocked", "attention.chunked"),
+        ("checks", "attention.reference"),
+        ("functional", "attention"),
+        ("gan.losses", "attention.functional"),
+    ],
+)
+def test_the_rule_refuses_arrows_that_point_up_or_across(module: str, other: str) -> None:
+    assert not may_import(f"sagan_layers.{module}", f"sagan_layers.{other}")
 
 
 @pytest.mark.parametrize("module", sorted(files()))
 def test_the_package_depends_on_torch_and_numpy_only(module: str) -> None:
     outside = {name.split(".")[0] for name in imported(files()[module])} - {"sagan_layers"}
-    allowed = {"torch", "numpy", "triton"} if is_kernel(module) else {"torch", "numpy"}
+    allowed = {"torch", "numpy", "triton"} if "triton" in module.split(".")[-1] else {"torch", "numpy"}
     strangers = outside - set(sys.stdlib_module_names) - allowed
     assert not strangers, f"{module} imports {sorted(strangers)}"
     assert not outside & {"examples", "sagan", "tests", "benchmarks"}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_have_no_device_branches(name: str) -> None:
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("module", sorted(name for name in files() if layer(name) == MODULE))
+def test_modules_have_no_device_branches(module: str) -> None:
+    tree = ast.parse(files()[module].read_text(encoding="utf-8"))
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not attributes & {"is_cuda", "is_cpu", "cuda", "is_mps", "backends"}
 
@@ -171,9 +136,6 @@ print("triton" in sys.modules and "triton" not in loaded_by_torch)
     completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert completed.stdout.split() == ["[]", "False", "False"]
     assert completed.stderr == ""
-
-
-# --- the public names --------------------------------------------------------------------------------------------
 
 
 def has_example(thing: object) -> bool:
@@ -218,12 +180,10 @@ def test_public_names_are_listed_once_and_nothing_else_is_exported() -> None:
     assert own <= set(sagan_layers.__all__)
 
 
-@pytest.mark.parametrize("name", [*MODULES, "convert", "functional"])
-def test_each_public_file_lists_what_it_offers(name: str) -> None:
-    module = sys.modules[f"sagan_layers.{name}"]
+@pytest.mark.parametrize("folder", sorted(FOLDERS))
+def test_each_folder_lists_what_it_offers(folder: str) -> None:
+    module = sys.modules[f"sagan_layers.{folder}"]
     assert all(hasattr(module, public) for public in module.__all__)
-    if name not in ("convert", "functional"):
-        assert set(module.__all__) <= set(sagan_layers.__all__)
 
 
 def test_the_package_is_marked_as_typed() -> None:

@@ -491,6 +491,6 @@ def test_images_that_do_not_pair_are_refused(
 
 
 def test_every_loss_is_public() -> None:
-    from sagan_layers import losses
+    from sagan_layers.gan import losses
 
     assert set(losses.__all__) <= set(sagan_layers.__all__)

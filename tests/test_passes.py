@@ -22,10 +22,10 @@ from sagan_layers import (
     frozen_spectral_norm,
     hinge_discriminator_loss,
     hinge_generator_loss,
-    shared_spectral_norm,
     softplus_discriminator_loss,
     softplus_generator_loss,
 )
+from sagan_layers.spectral_norm import shared as shared_spectral_norm
 
 CLASSES = 3
 

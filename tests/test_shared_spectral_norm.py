@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from blocks import spectral_layers
+from sagan_layers.ops import dispatch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,9 +30,9 @@ from sagan_layers import (
     frozen_spectral_norm,
     functional,
     remove_spectral_norm,
-    shared_spectral_norm,
 )
-from sagan_layers.ops import dispatch, spectral_norm_grouped
+from sagan_layers.spectral_norm import grouped as spectral_norm_grouped
+from sagan_layers.spectral_norm import shared as shared_spectral_norm
 
 CLASSES = 5
 

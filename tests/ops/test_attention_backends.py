@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sagan_layers import functional
-from sagan_layers.ops import dispatch, reference
-from sagan_layers.ops.dispatch import ATTENTION_BACKENDS, AttentionBackend
+from sagan_layers.attention import reference
+from sagan_layers.attention.table import ATTENTION
+from sagan_layers.backends import Backend
+from sagan_layers.torch_support import accumulation_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -22,9 +24,9 @@ SIZES = [1, 2, 3, 7, 8, 13, 16, 17, 31, 64, 65, 127]
 
 pytestmark = pytest.mark.usefixtures("_unwritten_memory_is_nan")
 
-BACKENDS = {backend.name: backend for backend in ATTENTION_BACKENDS}
+BACKENDS = {backend.name: backend for backend in ATTENTION.backends}
 
-every_backend = pytest.mark.parametrize("backend", ATTENTION_BACKENDS, ids=lambda backend: backend.name)
+every_backend = pytest.mark.parametrize("backend", ATTENTION.backends, ids=lambda backend: backend.name)
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
@@ -47,7 +49,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 
 def run(
-    backend: AttentionBackend, inputs: tuple[Tensor, ...], cotangent: Tensor, scale: float
+    backend: Backend, inputs: tuple[Tensor, ...], cotangent: Tensor, scale: float
 ) -> list[Tensor]:
     """Output and the gradients of query, key and value."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -79,9 +81,9 @@ def sums_of_sizes(inputs: tuple[Tensor, ...], cotangent: Tensor, scale: float) -
 
 
 def assert_as_accurate_as_the_reference(
-    backend: AttentionBackend, inputs: tuple[Tensor, ...], cotangent: Tensor, scale: float
+    backend: Backend, inputs: tuple[Tensor, ...], cotangent: Tensor, scale: float
 ) -> None:
-    reference_backend = ATTENTION_BACKENDS[-1]
+    reference_backend = ATTENTION.backends[-1]
     assert reference_backend.name == "reference"
     ours = run(backend, inputs, cotangent, scale)
     same_dtype = run(reference_backend, inputs, cotangent, scale)
@@ -91,7 +93,7 @@ def assert_as_accurate_as_the_reference(
     if inputs[0].dtype == torch.float64:
         unit *= 2  # what the result is held against was itself computed in float64
     # A logit's own rounding, in the accumulation dtype, is a relative error of the weight.
-    unit += logit * torch.finfo(reference.compute_dtype(inputs[0].dtype)).eps
+    unit += logit * torch.finfo(accumulation_dtype(inputs[0].dtype)).eps
     for what, got, plain, wanted, size in zip("yqkv", ours, same_dtype, exact, sizes, strict=True):
         assert got.shape == wanted.shape
         assert got.dtype == inputs[0].dtype
@@ -130,7 +132,7 @@ def cases(draw: st.DrawFn) -> Case:
 @given(case=cases())
 @settings(suppress_health_check=[HealthCheck.filter_too_much])
 def test_output_and_gradients_are_as_accurate_as_the_references(
-    backend: AttentionBackend, dtype: torch.dtype, device: str, case: Case
+    backend: Backend, dtype: torch.dtype, device: str, case: Case
 ) -> None:
     check_accuracy(backend, dtype, device, case)
 
@@ -145,7 +147,7 @@ def test_output_and_gradients_of_triton_are_as_accurate_as_the_references(
     check_accuracy(BACKENDS["triton"], dtype, device, case)
 
 
-def check_accuracy(backend: AttentionBackend, dtype: torch.dtype, device: str, case: Case) -> None:
+def check_accuracy(backend: Backend, dtype: torch.dtype, device: str, case: Case) -> None:
     batch, queries, keys, width, value_width, layouts, gradient, scale, spread, seed = case
     generator = torch.Generator().manual_seed(seed)
     shapes = ((batch, queries, width), (batch, keys, width), (batch, keys, value_width))
@@ -153,7 +155,7 @@ def check_accuracy(backend: AttentionBackend, dtype: torch.dtype, device: str, c
         laid_out((torch.randn(shape, generator=generator) * spread).to(dtype).to(device), layout)
         for shape, layout in zip(shapes, layouts, strict=True)
     )
-    assume(not backend.reasons_against(*inputs))
+    assume(not backend.unsupported_reasons(*inputs))
     output = (batch, queries, value_width)
     if gradient == "scalar":  # what sum() hands back: one number, expanded
         cotangent = torch.ones((), dtype=dtype, device=device).expand(output)
@@ -164,9 +166,9 @@ def check_accuracy(backend: AttentionBackend, dtype: torch.dtype, device: str, c
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_backend
-def test_results_are_within_a_few_roundings_of_float64(backend: AttentionBackend, dtype: torch.dtype) -> None:
+def test_results_are_within_a_few_roundings_of_float64(backend: Backend, dtype: torch.dtype) -> None:
     inputs = tuple(torch.randn(2, length, width).to(dtype) for length, width in ((37, 5), (23, 5), (23, 11)))
-    if reasons := backend.reasons_against(*inputs):
+    if reasons := backend.unsupported_reasons(*inputs):
         pytest.skip("; ".join(reasons))
     cotangent = torch.randn(2, 37, 11).to(dtype)
     ours = run(backend, inputs, cotangent, 1.0)
@@ -181,11 +183,11 @@ def test_results_are_within_a_few_roundings_of_float64(backend: AttentionBackend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_backend
 def test_logits_of_hundreds_neither_overflow_nor_lose_accuracy(
-    backend: AttentionBackend, dtype: torch.dtype
+    backend: Backend, dtype: torch.dtype
 ) -> None:
     query, key = (torch.randn(2, length, 16).mul(12).to(dtype) for length in (19, 29))
     inputs = (query, key, torch.randn(2, 29, 7).to(dtype))
-    if reasons := backend.reasons_against(*inputs):
+    if reasons := backend.unsupported_reasons(*inputs):
         pytest.skip("; ".join(reasons))
     logits = query.double() @ key.double().transpose(1, 2)
     assert logits.abs().max() > 1000
@@ -200,11 +202,11 @@ def test_logits_of_hundreds_neither_overflow_nor_lose_accuracy(
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
 @every_backend
 def test_autocast_does_not_lower_the_precision(
-    backend: AttentionBackend, inputs_dtype: torch.dtype, autocast_dtype: torch.dtype
+    backend: Backend, inputs_dtype: torch.dtype, autocast_dtype: torch.dtype
 ) -> None:
     query, key = (torch.randn(2, length, 16).mul(12).to(inputs_dtype) for length in (19, 29))
     inputs = (query, key, torch.randn(2, 29, 7).to(inputs_dtype))
-    if reasons := backend.reasons_against(*inputs):
+    if reasons := backend.unsupported_reasons(*inputs):
         pytest.skip("; ".join(reasons))
     cotangent = torch.randn(2, 19, 7).to(inputs_dtype)
     plain = run(backend, inputs, cotangent, 1.0)
@@ -216,9 +218,9 @@ def test_autocast_does_not_lower_the_precision(
 
 
 @every_backend
-def test_the_same_input_gives_the_same_bits(backend: AttentionBackend) -> None:
+def test_the_same_input_gives_the_same_bits(backend: Backend) -> None:
     inputs = tuple(torch.randn(2, length, width) for length, width in ((37, 8), (23, 8), (23, 16)))
-    if reasons := backend.reasons_against(*inputs):
+    if reasons := backend.unsupported_reasons(*inputs):
         pytest.skip("; ".join(reasons))
     cotangent = torch.randn(2, 37, 16)
     first, second = (run(backend, inputs, cotangent, 1.0) for _ in range(2))
@@ -228,7 +230,7 @@ def test_the_same_input_gives_the_same_bits(backend: AttentionBackend) -> None:
 @every_backend
 @pytest.mark.parametrize("layout", LAYOUTS[:-1])
 def test_gradients_of_first_and_second_order_pass_the_numerical_check(
-    backend: AttentionBackend, layout: str
+    backend: Backend, layout: str
 ) -> None:
     inputs = tuple(
         laid_out(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
@@ -236,7 +238,7 @@ def test_gradients_of_first_and_second_order_pass_the_numerical_check(
     )
     # Along one random direction where the interpreter computes: its kernels take a second each.
     fast = backend.name == "triton"
-    if reasons := backend.reasons_against(*inputs):
+    if reasons := backend.unsupported_reasons(*inputs):
         pytest.skip("; ".join(reasons))
 
     def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -247,7 +249,7 @@ def test_gradients_of_first_and_second_order_pass_the_numerical_check(
 
 
 @every_backend
-def test_inputs_are_not_changed(backend: AttentionBackend) -> None:
+def test_inputs_are_not_changed(backend: Backend) -> None:
     inputs = tuple(torch.randn(2, length, width) for length, width in ((4, 3), (5, 3), (5, 2)))
     copies = [tensor.clone() for tensor in inputs]
     run(backend, inputs, torch.randn(2, 4, 2), 1.0)
@@ -271,7 +273,7 @@ class Recorder:
     def __init__(self, name: str, *refused: torch.dtype) -> None:
         self.refused = refused
         self.scales: list[float] = []
-        self.backend = AttentionBackend(name, self.reasons_against, self.run)
+        self.backend = Backend(name, self.unsupported_reasons, self.run)
 
     def reasons_against(self, query: Tensor, key: Tensor, value: Tensor) -> list[str]:
         if query.dtype in self.refused:
@@ -284,12 +286,12 @@ class Recorder:
 
 
 def test_the_reference_is_the_last_of_the_table_and_refuses_nothing() -> None:
-    assert ATTENTION_BACKENDS[-1].name == "reference"
-    names = [backend.name for backend in ATTENTION_BACKENDS]
+    assert ATTENTION.backends[-1].name == "reference"
+    names = [backend.name for backend in ATTENTION.backends]
     assert len(set(names)) == len(names)
     assert "auto" not in names
     for dtype in DTYPES:
-        assert ATTENTION_BACKENDS[-1].reasons_against(*inputs_of(dtype)) == []
+        assert ATTENTION.backends[-1].unsupported_reasons(*inputs_of(dtype)) == []
 
 
 @pytest.mark.parametrize("name", ["flash", "", "Reference"])
@@ -303,7 +305,7 @@ def test_an_unknown_backend_is_refused_by_name(name: str) -> None:
 
 def test_auto_takes_the_first_backend_without_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     picky = Recorder("picky", torch.float64)
-    monkeypatch.setattr(dispatch, "ATTENTION_BACKENDS", (picky.backend, *ATTENTION_BACKENDS))
+    monkeypatch.setattr(ATTENTION, "backends", (picky.backend, *ATTENTION.backends))
     assert functional.select_backend(*inputs_of()) == "picky"
     assert functional.select_backend(*inputs_of(torch.float64)) == "reference"
     functional.attention(*inputs_of(torch.float64))
@@ -314,7 +316,7 @@ def test_auto_takes_the_first_backend_without_a_reason(monkeypatch: pytest.Monke
 
 def test_a_named_backend_computes_or_raises_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     picky = Recorder("picky", torch.float64)
-    monkeypatch.setattr(dispatch, "ATTENTION_BACKENDS", (picky.backend, *ATTENTION_BACKENDS))
+    monkeypatch.setattr(ATTENTION, "backends", (picky.backend, *ATTENTION.backends))
     assert functional.select_backend(*inputs_of(), backend="reference") == "reference"
     functional.attention(*inputs_of(), backend="reference")
     assert picky.scales == []
@@ -329,7 +331,7 @@ def test_a_named_backend_computes_or_raises_with_every_reason(monkeypatch: pytes
 
 def test_when_none_serves_the_reasons_of_all_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     recorders = [Recorder("first", torch.float32), Recorder("second", torch.float32)]
-    monkeypatch.setattr(dispatch, "ATTENTION_BACKENDS", tuple(recorder.backend for recorder in recorders))
+    monkeypatch.setattr(ATTENTION, "backends", tuple(recorder.backend for recorder in recorders))
     reasons = "torch.float32 is not served; on a rainy day"
     with pytest.raises(ValueError, match=rf"\(first: {reasons} \| second: {reasons}\)"):
         functional.attention(*inputs_of())
@@ -340,7 +342,7 @@ def test_a_failure_inside_a_backend_is_not_swallowed(monkeypatch: pytest.MonkeyP
         raise RuntimeError("the kernel failed")
 
     failing = replace(Recorder("failing").backend, run=fail)
-    monkeypatch.setattr(dispatch, "ATTENTION_BACKENDS", (failing, *ATTENTION_BACKENDS))
+    monkeypatch.setattr(ATTENTION, "backends", (failing, *ATTENTION.backends))
     with pytest.raises(RuntimeError, match="the kernel failed"):
         functional.attention(*inputs_of())
 
@@ -349,7 +351,7 @@ def test_the_module_hands_its_choice_to_the_dispatch(monkeypatch: pytest.MonkeyP
     from sagan_layers import SelfAttention2d
 
     recorder = Recorder("recorder")
-    monkeypatch.setattr(dispatch, "ATTENTION_BACKENDS", (*ATTENTION_BACKENDS, recorder.backend))
+    monkeypatch.setattr(ATTENTION, "backends", (*ATTENTION.backends, recorder.backend))
     x = torch.randn(1, 8, 4, 4)
     outputs = []
     for choice in ("auto", "reference", "recorder"):

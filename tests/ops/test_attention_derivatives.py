@@ -18,10 +18,12 @@ from sagan_layers import (
     gradient_penalty,
     interpolate_images,
 )
-from sagan_layers.ops import attention_chunked, attention_sdpa, dispatch, reference
-from sagan_layers.ops.dispatch import ATTENTION_BACKENDS
+from sagan_layers.attention import chunked as attention_chunked
+from sagan_layers.attention import reference
+from sagan_layers.attention import sdpa as attention_sdpa
+from sagan_layers.attention.table import ATTENTION
 
-BACKENDS = {backend.name: backend for backend in ATTENTION_BACKENDS}
+BACKENDS = {backend.name: backend for backend in ATTENTION.backends}
 OURS = ["triton", "sdpa", "chunked"]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -445,7 +447,7 @@ def test_results_and_derivatives_on_a_gpu_are_the_references(
 ) -> None:
     shapes = ((2, 300, width), (2, 130, width), (2, 130, value_width))
     inputs = [torch.randn(s, device="cuda").mul(0.5).to(dtype).requires_grad_() for s in shapes]
-    if reasons := BACKENDS[name].reasons_against(*inputs):
+    if reasons := BACKENDS[name].unsupported_reasons(*inputs):
         pytest.skip("; ".join(reasons))
 
     def results(backend: str, tensors: list[Tensor]) -> list[Tensor]:
@@ -493,7 +495,7 @@ def test_single_positions_and_any_scale_pass_on_a_gpu(
         # As a feature map gives them: channels first.
         shapes = ((2, 64, queries), (2, 64, keys), (2, 256, keys))
         inputs = [torch.randn(s, device="cuda").mul(0.3).to(dtype).mT.requires_grad_() for s in shapes]
-        if BACKENDS[name].reasons_against(*inputs):
+        if BACKENDS[name].unsupported_reasons(*inputs):
             continue
         y, expected = attention_on(name, scale)(*inputs), attention_on("reference", scale)(*inputs)
         torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from sagan_layers.ops import attention_triton, reference  # noqa: E402 (needs triton)
+from sagan_layers.attention import reference
+from sagan_layers.attention import triton as attention_triton
+from sagan_layers.torch_support import accumulation_dtype
 
 pytestmark = pytest.mark.usefixtures("_unwritten_memory_is_nan")
 
@@ -117,7 +119,7 @@ def assert_as_accurate_as_the_reference(case: Case, scale: float = 1.0) -> None:
     same_dtype = run_reference(case, scale, dtype)
     sizes, logit = sums_of_all_sizes(case, scale)
     # A logit's own rounding, in the accumulation dtype, is a relative error of the weight.
-    unit = torch.finfo(dtype).eps + logit * torch.finfo(reference.compute_dtype(dtype)).eps
+    unit = torch.finfo(dtype).eps + logit * torch.finfo(accumulation_dtype(dtype)).eps
     for name, got, plain, wanted, size in zip(NAMES, ours, same_dtype, exact, sizes, strict=True):
         assert got.shape == wanted.shape
         assert got.dtype == dtype
@@ -236,7 +238,7 @@ def test_rows_whose_logits_are_all_far_from_zero_stay_finite(dtype: torch.dtype,
 def test_lse_is_the_logarithm_of_the_denominators(dtype: torch.dtype) -> None:
     case = case_of((2, 23, 37, 5, 11), dtype)
     _, lse = attention_triton.forward(case.query, case.key, case.value, 0.7)
-    assert lse.dtype == reference.compute_dtype(dtype)
+    assert lse.dtype == accumulation_dtype(dtype)
     exact = torch.logsumexp(0.7 * case.query.double() @ case.key.double().transpose(1, 2), -1)
     assert distance(lse, exact) <= 1e-5
 
@@ -315,25 +317,25 @@ def tensors(E: int = 3, EV: int = 2, dtype: torch.dtype = torch.float32, device:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_interpreter_serves_every_dtype_and_width_of_the_table(dtype: torch.dtype) -> None:
     for widths in attention_triton.widths_of(dtype):
-        assert attention_triton.reasons_against(*tensors(*widths, dtype)) == []
+        assert attention_triton.unsupported_reasons(*tensors(*widths, dtype)) == []
 
 
 @interpreted
 def test_another_device_is_refused() -> None:
-    (reason,) = attention_triton.reasons_against(*tensors(device="meta"))
+    (reason,) = attention_triton.unsupported_reasons(*tensors(device="meta"))
     assert reason == "Triton's interpreter takes CPU and CUDA tensors, got meta"
 
 
 def test_widths_beyond_the_table_are_refused_by_name() -> None:
     for dtype, E, EV in ((torch.bfloat16, 64, 256), (torch.float16, 32, 128), (torch.float32, 32, 128)):
-        reasons = attention_triton.reasons_against(*tensors(E + 1, EV + 1, dtype))
+        reasons = attention_triton.unsupported_reasons(*tensors(E + 1, EV + 1, dtype))
         assert f"serves E up to {E} in {dtype}, got {E + 1}" in reasons
         assert f"serves Ev up to {EV} in {dtype}, got {EV + 1}" in reasons
 
 
 def test_samples_beyond_32_bits_are_refused() -> None:
     query, key = (torch.empty(1).expand(1, length, 64) for length in (2**25, 3))
-    assert f"serves samples of less than 2**31 numbers, got {2**25} x 64" in attention_triton.reasons_against(
+    assert f"serves samples of less than 2**31 numbers, got {2**25} x 64" in attention_triton.unsupported_reasons(
         query, key, key
     )
 
@@ -341,12 +343,12 @@ def test_samples_beyond_32_bits_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e5m2], ids=str)
 def test_a_dtype_is_refused_by_compiled_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_triton, "_interpreting", lambda: False)
-    assert f"{dtype} is not served" in attention_triton.reasons_against(*tensors(dtype=dtype))
+    assert f"{dtype} is not served" in attention_triton.unsupported_reasons(*tensors(dtype=dtype))
 
 
 def test_compiled_kernels_need_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_triton, "_interpreting", lambda: False)
-    assert attention_triton.reasons_against(*tensors()) == ["needs a CUDA device, got cpu"]
+    assert attention_triton.unsupported_reasons(*tensors()) == ["needs a CUDA device, got cpu"]
 
 
 class CudaLookalike:
@@ -370,9 +372,9 @@ def test_older_gpus_and_rocm_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         ((9, 0), []),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, answer=capability: answer)
-        assert attention_triton.reasons_against(*lookalikes) == reasons
+        assert attention_triton.unsupported_reasons(*lookalikes) == reasons
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert attention_triton.reasons_against(*lookalikes) == ["needs an NVIDIA GPU, got a ROCm build of torch"]
+    assert attention_triton.unsupported_reasons(*lookalikes) == ["needs an NVIDIA GPU, got a ROCm build of torch"]
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sagan_layers import functional
-from sagan_layers.ops import conditional_norm_blocked, dispatch, reference
-from sagan_layers.ops.dispatch import CONDITIONAL_NORM_BACKENDS, ConditionalNormBackend
+from sagan_layers.backends import Backend
+from sagan_layers.conditional_norm import blocked as conditional_norm_blocked
+from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM
+from sagan_layers.torch_support import accumulation_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -25,9 +27,9 @@ EPS = 1e-5
 
 pytestmark = pytest.mark.usefixtures("_unwritten_memory_is_nan")
 
-BACKENDS = {backend.name: backend for backend in CONDITIONAL_NORM_BACKENDS}
+BACKENDS = {backend.name: backend for backend in CONDITIONAL_BATCH_NORM.backends}
 every_backend = pytest.mark.parametrize(
-    "backend", CONDITIONAL_NORM_BACKENDS, ids=lambda backend: backend.name
+    "backend", CONDITIONAL_BATCH_NORM.backends, ids=lambda backend: backend.name
 )
 kernels = pytest.mark.parametrize("name", ["blocked", "triton"])
 with_and_without_relu = pytest.mark.parametrize("relu", [False, True])
@@ -51,7 +53,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 
 def run(
-    backend: ConditionalNormBackend,
+    backend: Backend,
     inputs: tuple[Tensor, Tensor, Tensor],
     cotangent: Tensor,
     given_statistics: tuple[Tensor, Tensor] | None = None,
@@ -109,7 +111,7 @@ def in_float64(
 
 
 def assert_as_accurate_as_the_reference(
-    backend: ConditionalNormBackend,
+    backend: Backend,
     inputs: tuple[Tensor, Tensor, Tensor],
     cotangent: Tensor,
     given_statistics: tuple[Tensor, Tensor] | None = None,
@@ -126,7 +128,7 @@ def assert_as_accurate_as_the_reference(
     for what, got, plain, wanted, size, like in zip(
         NAMES, ours, same_dtype, exact, sizes, (inputs[0], *inputs), strict=True
     ):
-        unit = torch.finfo(like.dtype).eps + torch.finfo(reference.compute_dtype(inputs[0].dtype)).eps
+        unit = torch.finfo(like.dtype).eps + torch.finfo(accumulation_dtype(inputs[0].dtype)).eps
         if inputs[0].dtype == torch.float64:
             unit *= 8  # what the result is held against adds thousands of numbers in float64, too
         assert got.shape == wanted.shape, what
@@ -137,8 +139,8 @@ def assert_as_accurate_as_the_reference(
         assert error <= limit, f"{what}: {error:.3g} > {limit:.3g} (reference {allowed:.3g})"
 
 
-def served(backend: ConditionalNormBackend, x: Tensor) -> ConditionalNormBackend:
-    if reasons := backend.reasons_against(x, None, None):
+def served(backend: Backend, x: Tensor) -> ConditionalNormBackend:
+    if reasons := backend.unsupported_reasons(x, None, None):
         pytest.skip("; ".join(reasons))
     return backend
 
@@ -162,7 +164,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def check_accuracy(
-    backend: ConditionalNormBackend, dtype: torch.dtype, device: str, case: dict[str, Any]
+    backend: Backend, dtype: torch.dtype, device: str, case: dict[str, Any]
 ) -> None:
     shape = case["shape"]
     # What float64 results are held against was itself computed in float64, and lost digits of a large mean.
@@ -244,7 +246,7 @@ def test_a_few_values_far_from_the_others_cost_no_digits(name: str, layout: str,
 @every_backend
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_constant_channels_give_the_bias_and_finite_gradients(
-    backend: ConditionalNormBackend, layout: str
+    backend: Backend, layout: str
 ) -> None:
     x = laid_out(torch.full((3, 4, 5, 2), 77.3), layout)
     gain, bias = torch.randn(3, 4), torch.randn(3, 4)
@@ -265,7 +267,7 @@ def test_not_a_number_goes_through_relu_as_in_torch(name: str) -> None:
 @every_backend
 @with_and_without_relu
 def test_the_same_input_gives_the_same_bits_and_stays_as_it_is(
-    backend: ConditionalNormBackend, relu: bool
+    backend: Backend, relu: bool
 ) -> None:
     inputs = torch.randn(3, 4, 5, 7), torch.randn(3, 4), torch.randn(4)
     served(backend, inputs[0])
@@ -293,7 +295,7 @@ def test_output_and_gradient_have_the_memory_format_of_the_input(
 @pytest.mark.parametrize("given_statistics", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_derivatives_of_first_and_second_order_pass_the_numerical_check(
-    backend: ConditionalNormBackend, layout: str, given_statistics: bool, relu: bool
+    backend: Backend, layout: str, given_statistics: bool, relu: bool
 ) -> None:
     x = laid_out(torch.randn(3, 2, 2, 2, dtype=torch.float64), layout).requires_grad_()
     gain = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
@@ -316,7 +318,7 @@ def test_derivatives_of_first_and_second_order_pass_the_numerical_check(
 def test_third_derivatives_and_gains_that_depend_on_the_input_are_the_references(name: str) -> None:
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
 
-    def derivatives(backend: ConditionalNormBackend) -> list[Tensor]:
+    def derivatives(backend: Backend) -> list[Tensor]:
         found = [backend.run(x, x.mean(2).exp(), x[0, :, 0], None, EPS, True, None).y]
         for _ in range(3):
             (derivative,) = torch.autograd.grad(found[-1].pow(2).sum(), x, create_graph=True)
@@ -390,7 +392,7 @@ def test_changing_an_output_of_relu_in_place_makes_backward_raise(name: str) -> 
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_does_not_lower_the_precision(
-    backend: ConditionalNormBackend, x_dtype: torch.dtype, autocast_dtype: torch.dtype
+    backend: Backend, x_dtype: torch.dtype, autocast_dtype: torch.dtype
 ) -> None:
     inputs = torch.randn(3, 4, 5).to(x_dtype), torch.randn(3, 4), torch.randn(4)
     cotangent = torch.randn(3, 4, 5).to(x_dtype)
@@ -414,7 +416,7 @@ def test_statistics_are_returned_in_float64(name: str) -> None:
 @with_and_without_relu
 @pytest.mark.parametrize("shape", [(0, 3, 2, 2), (2, 3, 0), (2, 0, 3)])
 def test_empty_inputs_have_empty_outputs_and_gradients(
-    backend: ConditionalNormBackend, shape: tuple[int, ...], relu: bool
+    backend: Backend, shape: tuple[int, ...], relu: bool
 ) -> None:
     x = torch.randn(shape)
     channels = shape[1]
@@ -547,7 +549,7 @@ class Normalise(torch.nn.Module):
 
 def test_exported_it_is_made_of_torchs_operations_unless_a_backend_is_named() -> None:
     inputs = torch.randn(8, 16, 32, 32), torch.randn(8, 16), torch.randn(16)
-    assert functional.select_conditional_norm_backend(inputs[0]) == "blocked"
+    assert select_norm_backend(inputs[0]) == "blocked"
     for name, own in (("auto", set()), ("blocked", {"sagan_layers.conditional_norm_blocked.default"})):
         program = torch.export.export(Normalise(name), inputs)
         found = {operation for operation in operations_of(program) if operation.startswith("sagan_layers")}
@@ -598,25 +600,25 @@ def test_forward_mode_is_refused_with_the_remedy(name: str) -> None:
 
 
 def test_the_reference_is_the_last_of_the_table_and_refuses_nothing() -> None:
-    names = [backend.name for backend in CONDITIONAL_NORM_BACKENDS]
+    names = [backend.name for backend in CONDITIONAL_BATCH_NORM.backends]
     assert names[-1] == "reference"
     assert len(set(names)) == len(names)
     for dtype in (*DTYPES, torch.float8_e5m2):
         x = torch.empty(2, 3, 4, dtype=dtype, device="meta")
-        assert functional.select_conditional_norm_backend(x) == "reference"
+        assert select_norm_backend(x) == "reference"
 
 
 def test_auto_takes_the_blocks_for_large_maps_on_a_cpu() -> None:
-    assert functional.select_conditional_norm_backend(torch.randn(16, 64, 8, 8)) == "blocked"
-    assert functional.select_conditional_norm_backend(torch.randn(15, 64, 8, 8)) == "reference"
-    assert functional.select_conditional_norm_backend(torch.randn(2, 3), backend="blocked") == "blocked"
+    assert select_norm_backend(torch.randn(16, 64, 8, 8)) == "blocked"
+    assert select_norm_backend(torch.randn(15, 64, 8, 8)) == "reference"
+    assert select_norm_backend(torch.randn(2, 3), backend="blocked") == "blocked"
 
 
 @pytest.mark.parametrize("name", ["native", "", "Reference"])
 def test_an_unknown_backend_is_refused_by_name(name: str) -> None:
     message = f"backend: expected one of 'auto', 'triton', 'blocked', 'reference', got {name!r}"
     with pytest.raises(ValueError, match=message):
-        functional.select_conditional_norm_backend(torch.randn(2, 3), backend=name)
+        select_norm_backend(torch.randn(2, 3), backend=name)
     with pytest.raises(ValueError, match=message):
         functional.conditional_batch_norm(torch.randn(2, 3), torch.ones(3), torch.zeros(3), backend=name)
 
@@ -634,7 +636,7 @@ def test_an_unknown_backend_is_refused_by_name(name: str) -> None:
 )
 def test_what_the_blocks_cannot_serve_is_refused_with_the_reason(x: Tensor, reason: str) -> None:
     with pytest.raises(ValueError, match=f"no conditional batch norm backend serves these inputs.*{reason}"):
-        functional.select_conditional_norm_backend(x, backend="blocked")
+        select_norm_backend(x, backend="blocked")
 
 
 def test_gradients_of_running_statistics_are_left_to_the_reference() -> None:

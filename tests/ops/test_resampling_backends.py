@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sagan_layers import functional
-from sagan_layers.ops import resampling
+from sagan_layers.resampling import forms as resampling
 
 BACKENDS = [backend.name for backend in resampling.RESAMPLING_BACKENDS]
 FORMS = ["matmul", "filtered", "folded"]  # what serves kernels of any odd size

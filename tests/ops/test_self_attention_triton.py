@@ -12,8 +12,9 @@ from torch.nn.functional import conv2d, max_pool2d
 
 pytest.importorskip("triton")
 
-from sagan_layers.ops import reference
-from sagan_layers.ops import self_attention_triton as block
+from sagan_layers.attention import fused_triton as block
+from sagan_layers.attention import reference
+from sagan_layers.torch_support import accumulation_dtype
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["y", "x", "wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "gamma"]
@@ -127,7 +128,7 @@ def by_autograd(inputs: Inputs, grad_y: Tensor, pool: int, dtype: torch.dtype) -
 
 
 def by_kernels(inputs: Inputs, grad_y: Tensor, pool: int) -> list[Tensor | None]:
-    reasons = block.reasons_against(*inputs[:5])
+    reasons = block.unsupported_reasons(*inputs[:5])
     if reasons and not block._INTERPRETED:
         pytest.skip("; ".join(reasons))
     assert reasons == []
@@ -189,7 +190,7 @@ def assert_accurate(inputs: Inputs, grad_y: Tensor, pool: int) -> None:
     plain = by_autograd(inputs, grad_y, pool, dtype)
     sizes, logit = sums_of_sizes(inputs, grad_y, pool)
     # A logit's own rounding, in the accumulation dtype, is a relative error of the weight.
-    unit = torch.finfo(dtype).eps + logit * torch.finfo(reference.compute_dtype(dtype)).eps
+    unit = torch.finfo(dtype).eps + logit * torch.finfo(accumulation_dtype(dtype)).eps
     for name, got, same, wanted, size in zip(NAMES, ours, plain, exact, sizes, strict=True):
         if wanted is None:
             assert got is None, name
@@ -388,7 +389,7 @@ SERVED = Case(2, 16, 8, 8, 7, 5, 2)
 
 
 def refused(case: Case = SERVED, dtype: torch.dtype = torch.bfloat16, **given: Tensor) -> list[str]:
-    return block.reasons_against(*inputs_of(case, dtype)._replace(**given)[:5])
+    return block.unsupported_reasons(*inputs_of(case, dtype)._replace(**given)[:5])
 
 
 def test_what_cannot_be_served_is_refused_with_the_reason() -> None:
@@ -422,7 +423,7 @@ def test_compiled_kernels_refuse_wide_elements_and_odd_widths(
     monkeypatch.setattr(block, "_INTERPRETED", False)
     widths = f"serves widths that are multiples of 8, got C = {case.C}, E = {case.E}, Ev = {case.EV}"
     wanted = widths if change else f"serves torch.bfloat16 and torch.float16, got {dtype}"
-    assert wanted in block.reasons_against(*inputs[:5])
+    assert wanted in block.unsupported_reasons(*inputs[:5])
 
 
 def test_compiled_kernels_without_output_projection_refuse_masked_widths(
@@ -431,8 +432,8 @@ def test_compiled_kernels_without_output_projection_refuse_masked_widths(
     inputs = [inputs_of(Case(1, C, 8, C, 4, 4, 2, out=False), torch.float16)[:5] for C in (24, 32)]
     monkeypatch.setattr(block, "_INTERPRETED", False)
     reason = "without an output projection serves powers of two from 16 as Ev, got 24"
-    assert reason in block.reasons_against(*inputs[0])
-    assert not any("projection" in reason for reason in block.reasons_against(*inputs[1]))
+    assert reason in block.unsupported_reasons(*inputs[0])
+    assert not any("projection" in reason for reason in block.unsupported_reasons(*inputs[1]))
 
 
 def test_float32_products_are_as_torch_has_been_told() -> None:
@@ -484,7 +485,7 @@ def test_every_tile_and_kernel_is_among_what_is_compiled_ahead_of_time() -> None
 )
 def test_real_sizes_are_as_accurate_as_the_composition(case: Case, dtype: torch.dtype, layout: str) -> None:
     inputs = inputs_of(case, dtype, layout)
-    if reasons := block.reasons_against(*inputs[:5]):
+    if reasons := block.unsupported_reasons(*inputs[:5]):
         pytest.skip("; ".join(reasons))
     grad_y = laid_out(torch.randn(inputs.x.shape).to(inputs.x), layout)
     assert_accurate(inputs, grad_y, case.pool)

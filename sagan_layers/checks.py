@@ -1,0 +1,222 @@
+"""The one place that checks a caller's tensors and numbers.
+
+Every check raises ``ValueError`` or ``TypeError`` that says what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import numbers
+import os
+
+import torch
+from torch import Tensor
+from torch.nn.common_types import _size_2_t
+
+_debug_checks = os.environ.get("SAGAN_LAYERS_DEBUG_CHECKS", "0") not in ("", "0")
+
+
+def set_debug_checks(enabled: bool) -> None:
+    """Turn on or off the checks that make the host wait for a GPU.
+
+    Values of labels and query points on the CPU are always checked. On a GPU looking at them would stall the
+    stream at every step, so they are checked only after ``set_debug_checks(True)`` or with the environment
+    variable ``SAGAN_LAYERS_DEBUG_CHECKS=1``; without, CUDA's own assertion stops an index out of range.
+    Inside ``torch.compile`` and ``torch.export`` values are never looked at.
+
+    Args:
+        enabled: whether to check.
+
+    Example:
+        >>> set_debug_checks(True)
+        >>> set_debug_checks(False)
+    """
+    global _debug_checks
+    _debug_checks = enabled
+
+
+def check_number(name: str, number: object) -> None:
+    """Raise ``TypeError`` unless this is a real number; a tensor would lose its gradient."""
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {kind_of(number)}")
+
+
+def check_positive(name: str, number: float) -> None:
+    """Raise ``ValueError`` unless the number is above zero."""
+    if not number > 0:
+        raise ValueError(f"{name}: expected a positive number, got {number!r}")
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise ``ValueError`` unless it is None or "relu"."""
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+
+
+def check_sizes(**sizes: object) -> None:
+    """Raise ``TypeError`` unless every size is an integer, ``ValueError`` unless it is at least 1."""
+    for name, size in sizes.items():
+        integer_of(name, size, least=1)
+
+
+def check_parameter_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ``TypeError`` unless parameters can have this dtype."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+
+
+def check_convolution(
+    kernel_size: _size_2_t, stride: _size_2_t, padding: str | _size_2_t, dilation: _size_2_t
+) -> None:
+    """Raise unless kernel size, stride and dilation are at least 1, and the padding is not negative."""
+    for name, value, least in (
+        ("kernel_size", kernel_size, 1),
+        ("stride", stride, 1),
+        ("dilation", dilation, 1),
+        ("padding", padding, 0),
+    ):
+        for size in value if isinstance(value, (tuple, list)) else (value,):
+            if not isinstance(size, str) and not size >= least:
+                raise ValueError(f"{name}: expected at least {least}, got {value!r}")
+
+
+def check_input(
+    x: Tensor, *, channels: int, dims: tuple[int, ...], layout: str, like: Tensor, channel_axis: int
+) -> None:
+    """Raise unless x has one of the ranks ``dims``, ``channels`` on its axis, and the dtype and device of ``like``.
+
+    Args:
+        x: a module's input.
+        channels: what the module was made for.
+        dims: allowed numbers of axes.
+        layout: how the expected shape is written in the message, for example "[N, C, H, W]".
+        like: a parameter of the module. Under autocast any floating dtype passes.
+        channel_axis: where the channels are, counted from the end (negative).
+
+    Raises:
+        ValueError: for rank, channels or device.
+        TypeError: if x is not a floating-point tensor of the module's dtype.
+    """
+    check_floating("input", x)
+    if x.dim() not in dims or x.size(channel_axis) != channels:
+        raise ValueError(f"input: expected {layout} with C = {channels}, got {shape_of(x)}")
+    _check_module_tensor("input", x, like)
+
+
+def check_image(x: Tensor, *, channels: int, like: Tensor) -> None:
+    """Raise unless x is [N, C, H, W] or [C, H, W] as :func:`check_input` wants it."""
+    layout = "[N, C, H, W] or [C, H, W]"
+    check_input(x, channels=channels, dims=(3, 4), layout=layout, like=like, channel_axis=-3)
+
+
+def check_features(x: Tensor, *, features: int, like: Tensor, name: str = "input") -> None:
+    """Raise unless the last axis of x has ``features`` entries, in the dtype and on the device of ``like``.
+
+    Raises:
+        ValueError: for the size or device.
+        TypeError: if x is not a floating-point tensor of the module's dtype.
+    """
+    check_floating(name, x)
+    if x.dim() < 1 or x.size(-1) != features:
+        raise ValueError(f"{name}: expected [*, {features}], got {shape_of(x)}")
+    _check_module_tensor(name, x, like)
+
+
+def check_indices(name: str, indices: object, *, upper: int, like: Tensor) -> None:
+    """Raise unless ``indices`` are int64 or int32, on the device of ``like`` and in ``[0, upper)``.
+
+    Values on a GPU are looked at only when :func:`set_debug_checks` asks for it.
+
+    Raises:
+        ValueError: for device or range.
+        TypeError: if they are not integers.
+    """
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected an int64 or int32 tensor, got {kind_of(indices)}")
+    check_same_device(name, indices, "the module's parameters", like)
+    if torch.compiler.is_compiling() or indices.is_meta or indices.numel() == 0:
+        return
+    if indices.device.type == "cpu" or _debug_checks:
+        low, high = (int(bound) for bound in torch.aminmax(indices))
+        if low < 0 or high >= upper:
+            raise ValueError(
+                f"{name}: expected values from 0 to {upper - 1}, got values from {low} to {high}"
+            )
+
+
+def check_labels(labels: Tensor | None, *, num_classes: int | None, batch: int, like: Tensor) -> None:
+    """Raise unless there is one label in ``[0, num_classes)`` for each sample, or none where none is wanted.
+
+    Raises:
+        ValueError: for shape, device or range, or for labels that are missing or not wanted.
+        TypeError: if they are not integers.
+    """
+    if num_classes is None:
+        if labels is not None:
+            raise ValueError("labels: expected None (the module has no classes), got a tensor")
+        return
+    if labels is None:
+        raise ValueError(f"labels: expected class indices of shape [N] = [{batch}], got None")
+    check_indices("labels", labels, upper=num_classes, like=like)
+    if labels.shape != (batch,):
+        raise ValueError(f"labels: expected shape [N] = [{batch}], got {shape_of(labels)}")
+
+
+def check_feature_map(x: Tensor) -> None:
+    """Raise unless x is a floating-point [N, C, *]."""
+    check_floating("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected [N, C, *], got {shape_of(x)}")
+
+
+def _check_module_tensor(name: str, x: Tensor, like: Tensor) -> None:
+    check_same_device(name, x, "the module's parameters", like)
+    if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{name}: expected the module's dtype {like.dtype}, got {x.dtype}; convert one, or use torch.autocast"
+        )
+
+
+def check_floating(name: str, tensor: object) -> None:
+    """Raise ``TypeError`` unless this is a floating-point tensor."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {kind_of(tensor)}")
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ``ValueError`` unless both tensors are on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {tensor.device}")
+
+
+def check_same_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise ``TypeError`` unless the dtype is that of x; under autocast any is right."""
+    if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
+
+
+def pair_of(name: str, value: _size_2_t, *, least: int) -> tuple[int, int]:
+    """Return one number as two, after checks."""
+    pair: tuple[object, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name}: expected one number or two, got {value!r}")
+    first, second = (integer_of(name, number, least=least) for number in pair)
+    return first, second
+
+
+def integer_of(name: str, number: object, *, least: int) -> int:
+    """Return the number as an int; raise ``TypeError`` or ``ValueError`` unless it is one and at least ``least``."""
+    if isinstance(number, bool) or not isinstance(number, numbers.Integral):
+        raise TypeError(f"{name}: expected an int, got {number!r}")
+    if int(number) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return int(number)
+
+
+def shape_of(tensor: Tensor) -> str:
+    """Return the shape as text for a message."""
+    return str(list(tensor.shape))
+
+
+def kind_of(thing: object) -> str:
+    """Return dtype or type as text for a message."""
+    return str(thing.dtype) if isinstance(thing, Tensor) else type(thing).__name__

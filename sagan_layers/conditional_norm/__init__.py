@@ -1,0 +1,15 @@
+"""Conditional batch norm: the module, its functional form, its definition and its backends."""
+
+from sagan_layers.conditional_norm.module import (
+    ConditionalBatchNorm2d,
+    frozen_running_statistics,
+    standing_statistics,
+    synchronize_batch_norm,
+)
+
+__all__ = [
+    "ConditionalBatchNorm2d",
+    "frozen_running_statistics",
+    "standing_statistics",
+    "synchronize_batch_norm",
+]

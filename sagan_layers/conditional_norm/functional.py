@@ -1,0 +1,139 @@
+"""The stateless form of conditional batch norm: checks, then the backend that serves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sagan_layers.checks import (
+    check_activation,
+    check_feature_map,
+    check_floating,
+    check_positive,
+    check_same_device,
+    shape_of,
+)
+from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM, ConditionalNormInputs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def conditional_batch_norm(
+    x: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    biased_running_var: bool = False,
+    process_group: ProcessGroup | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Return the batch-normalised x with a gain and a bias for each sample, and ReLU of that if asked.
+
+    .. math:: y_{nc} = \mathrm{gain}_{nc}\, \frac{x_{nc} - \mu_c}{\sqrt{\sigma^2_c + \epsilon}} + \mathrm{bias}_{nc}
+
+    Mean and (biased) variance are the batch's when ``training`` or when there are no running statistics, and
+    else the running ones. When ``training``, running statistics move in place by ``momentum``.
+
+    Args:
+        x: [N, C, *], floating point; two axes or more.
+        gain: [N, C], or [C] for all samples alike.
+        bias: as ``gain``.
+        running_mean: [C] or None.
+        running_var: [C] or None, both or neither.
+        training: whether to use and record the batch's statistics.
+        momentum: weight of the batch in the running statistics, a number or a scalar tensor.
+        eps: added to the variance.
+        biased_running_var: record the biased variance, as TensorFlow does; torch's batch norm records the
+            unbiased one.
+        process_group: take the batch's statistics over all processes of this group.
+        activation: "relu" for ReLU of the result, computed in the same pass; None for nothing.
+        backend: "auto", or the name of a backend to insist on (:func:`select_backend` tells
+            which serves).
+
+    Shape:
+        - Output: as x, in the dtype of x.
+
+    Raises:
+        ValueError: if shapes or devices disagree, statistics would be taken of a single value a channel, or the
+            named backend does not exist or cannot serve.
+        TypeError: if a tensor is not floating point.
+
+    Note:
+        Statistics are taken in float32 (float64 for float64 inputs), the mean subtracted before scaling, so
+        large means lose no digits. Derivatives of every order. With ReLU, backward reads the output, which must
+        not be changed in place.
+
+    Reference:
+        Dumoulin et al., A Learned Representation For Artistic Style (conditional instance norm); Miyato and
+        Koyama, cGANs with Projection Discriminator, for batch norm in G.
+
+    Example:
+        >>> x = torch.randn(4, 3, 5, 5) * 7 + 2
+        >>> y = conditional_batch_norm(x, torch.ones(4, 3), torch.zeros(4, 3), training=True)
+        >>> bool(y.mean().abs() < 1e-5), bool((y.std() - 1).abs() < 1e-2)
+        (True, True)
+    """
+    check_feature_map(x)
+    check_positive("eps", eps)
+    check_activation(activation)
+    num_features = x.size(1)
+    for name, coefficients in (("gain", gain), ("bias", bias)):
+        check_floating(name, coefficients)
+        expected = x.shape[:2] if coefficients.dim() == 2 else x.shape[1:2]
+        if coefficients.shape != expected:
+            raise ValueError(
+                f"{name}: expected [N, C] = [{x.size(0)}, {num_features}] or [{num_features}], "
+                f"got {shape_of(coefficients)}"
+            )
+        check_same_device(name, coefficients, "x", x)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var: expected both or neither, got one")
+    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        if statistic is not None:
+            if statistic.shape != (num_features,):
+                raise ValueError(f"{name}: expected shape [{num_features}], got {shape_of(statistic)}")
+            check_same_device(name, statistic, "x", x)
+    use_batch = training or running_mean is None
+    alone = process_group is None or process_group.size() == 1
+    if use_batch and alone and x.numel() <= num_features:
+        raise ValueError(
+            f"x: expected more than 1 value per channel to take batch statistics, got {shape_of(x)}"
+        )
+    given = None
+    if not use_batch:
+        assert running_mean is not None
+        assert running_var is not None
+        given = running_mean, running_var
+    inputs = ConditionalNormInputs(x, given, process_group)
+    chosen = CONDITIONAL_BATCH_NORM.select_and_record(inputs, backend)
+    relu = activation == "relu"
+    y, mean, var, count = chosen.implementation(x, gain, bias, given, eps, relu, process_group)
+    if training and running_mean is not None and running_var is not None:
+        assert count is not None
+        if isinstance(count, Tensor):  # of a group, whose values nobody could count before
+            if count.device.type == "cpu" and not torch.compiler.is_compiling() and bool(count < 2):
+                raise ValueError(
+                    f"x: expected more than one value per channel in training, got {int(count)} in all processes"
+                )
+            count = count.clamp_min(2)
+        with torch.no_grad():
+            recorded = var.detach() if biased_running_var else var.detach() * (count / (count - 1))
+            for statistic, batch in ((running_mean, mean.detach()), (running_var, recorded)):
+                share = momentum.to(statistic.dtype) if isinstance(momentum, Tensor) else momentum
+                statistic.lerp_(batch.to(statistic.dtype), share)
+    return y
+
+
+def conditional_norm_inputs(x: Tensor, *, process_group: ProcessGroup | None = None) -> ConditionalNormInputs:
+    """Return what the backends of :func:`conditional_batch_norm` choose by, after all checks."""
+    check_feature_map(x)
+    return ConditionalNormInputs(x, None, process_group)

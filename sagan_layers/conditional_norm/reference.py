@@ -1,0 +1,104 @@
+"""Conditional batch norm in plain torch: the definition, differentiable to any order.
+
+The functional form has checked the inputs. Half-precision inputs are computed in float32 and rounded once at the end;
+float64 stays float64.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from sagan_layers.torch_support import accumulation_dtype, without_autocast
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class ConditionalNormResult(NamedTuple):
+    """A normalised batch, and what it was normalised with.
+
+    Attributes:
+        y: [N, C, *].
+        mean: [C].
+        var: [C], biased.
+        num_values: how many values of a channel mean and variance are of; None if they were given.
+    """
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+    num_values: int | Tensor | None
+
+
+def conditional_batch_norm(
+    x: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    given: tuple[Tensor, Tensor] | None,
+    eps: float,
+    relu: bool,
+    process_group: ProcessGroup | None,
+) -> ConditionalNormResult:
+    """Return x normalised by its batch's mean and variance, or by the given ones, and after that ReLU if asked."""
+    with without_autocast(x.device):
+        wide = x.to(accumulation_dtype(x.dtype))
+        count = None
+        if given is None:
+            mean, var, count = batch_statistics(wide, process_group)
+        else:
+            mean, var = (statistic.to(wide.dtype) for statistic in given)
+        y = normalize(wide, mean, var, gain, bias, eps).to(x.dtype)
+        return ConditionalNormResult(torch.relu(y) if relu else y, mean, var, count)
+
+
+def batch_statistics(x: Tensor, process_group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and biased variance of each channel, both [C], and the number of values, a scalar.
+
+    With a process group they are those of the batches of all its processes together.
+    """
+    dims = [d for d in range(x.dim()) if d != 1]
+    count = torch.full((), x.numel() // x.size(1), dtype=x.dtype, device=x.device)
+    if process_group is None:
+        var, mean = torch.var_mean(x, dims, correction=0)
+        return mean, var, count
+    total = _all_reduce_sum(torch.cat([x.sum(dims), count.reshape(1)]), process_group)
+    count = total[-1].detach()
+    mean = total[:-1] / count
+    squares = (x - _per_channel(mean, x)).square().sum(dims)
+    return mean, _all_reduce_sum(squares, process_group) / count, count
+
+
+def _all_reduce_sum(x: Tensor, process_group: ProcessGroup) -> Tensor:
+    result: Tensor = _AllReduceSum.apply(x, process_group)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over the processes of a group; the gradient is the sum of the gradients, to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, process_group: ProcessGroup) -> Tensor:
+        ctx.process_group = process_group
+        total = x.contiguous().clone()
+        torch.distributed.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce_sum(gradients[0], ctx.process_group), None
+
+
+def normalize(x: Tensor, mean: Tensor, var: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return ``gain * (x - mean) / sqrt(var + eps) + bias``; gain and bias are [N, C] or [C]."""
+    scale = gain.to(x.dtype) * torch.rsqrt(var + eps)
+    # The mean is subtracted first: folding it into the bias would cancel digits when it is large.
+    return torch.addcmul(_per_channel(bias.to(x.dtype), x), x - _per_channel(mean, x), _per_channel(scale, x))
+
+
+def _per_channel(coefficients: Tensor, x: Tensor) -> Tensor:
+    """Append axes to [C] or [N, C] coefficients so that they broadcast against x, [N, C, *]."""
+    return coefficients.reshape(*coefficients.shape, *[1] * (x.dim() - 2))

@@ -1,0 +1,118 @@
+"""The projection discriminator's head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sagan_layers import checks
+from sagan_layers.spectral_norm import SNEmbedding, SNLinear
+
+__all__ = ["ProjectionDiscriminatorHead"]
+
+
+class ProjectionDiscriminatorHead(nn.Module):
+    r"""From D's last features to a logit, with the inner product of features and class embedding added.
+
+    .. math:: h = \sum_{hw} \mathrm{ReLU}(x_{hw}), \qquad \mathrm{logit} = w \cdot h + b + \langle e_{label}, h \rangle
+
+    Args:
+        in_channels: C.
+        num_classes: number of classes; None for a head without labels, that is without the last term.
+        pooling: "sum" over the positions, as the released code does, or "mean".
+        spectral_norm: whether the linear layer and the embedding are normalised.
+        n_power_iterations, eps: as for :class:`~sagan_layers.SNLinear`; without effect if not
+            ``spectral_norm``.
+        device, dtype: of the parameters.
+
+    Shape:
+        - Input: [N, C, H, W], not yet activated (a second ReLU on activated features changes nothing).
+        - Labels: [N], int64 or int32, from 0 to num_classes - 1; None without classes.
+        - Output: [N, 1].
+
+    Raises:
+        ValueError: for a wrong shape, device or label (on a GPU see
+            :func:`~sagan_layers.functional.set_debug_checks`), or labels that are missing or not wanted.
+        TypeError: for a wrong dtype.
+
+    Note:
+        The same in training and evaluation, except that the vectors of spectral normalisation move in training.
+        Derivatives of every order.
+
+    Reference:
+        Miyato and Koyama, cGANs with Projection Discriminator, section 3.
+
+    Example:
+        >>> head = ProjectionDiscriminatorHead(64, num_classes=10)
+        >>> head(torch.randn(2, 64, 4, 4), torch.tensor([3, 9])).shape
+        torch.Size([2, 1])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int | None,
+        pooling: str = "sum",
+        spectral_norm: bool = True,
+        *,
+        n_power_iterations: int = 1,
+        eps: float = 1e-12,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_sizes(in_channels=in_channels)
+        if num_classes is not None:
+            checks.check_sizes(num_classes=num_classes)
+        if pooling not in ("sum", "mean"):
+            raise ValueError(f"pooling: expected 'sum' or 'mean', got {pooling!r}")
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.pooling = pooling
+        self.linear: nn.Linear
+        self.embedding: nn.Embedding | None = None
+        if spectral_norm:
+            self.linear = SNLinear(
+                in_channels, 1, device=device, dtype=dtype, n_power_iterations=n_power_iterations, eps=eps
+            )
+            if num_classes is not None:
+                self.embedding = SNEmbedding(
+                    num_classes,
+                    in_channels,
+                    device=device,
+                    dtype=dtype,
+                    n_power_iterations=n_power_iterations,
+                    eps=eps,
+                )
+        else:
+            self.linear = nn.Linear(in_channels, 1, device=device, dtype=dtype)
+            if num_classes is not None:
+                self.embedding = nn.Embedding(num_classes, in_channels, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        self.linear.reset_parameters()
+        if self.embedding is not None:
+            self.embedding.reset_parameters()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the logits of features x for their labels."""
+        checks.check_input(
+            x,
+            channels=self.in_channels,
+            dims=(4,),
+            layout="[N, C, H, W]",
+            like=self.linear.weight,
+            channel_axis=1,
+        )
+        checks.check_labels(labels, num_classes=self.num_classes, batch=x.size(0), like=self.linear.weight)
+        activated = torch.relu(x)
+        pooled = activated.sum((2, 3)) if self.pooling == "sum" else activated.mean((2, 3))  # [N, C]
+        logits: Tensor = self.linear(pooled)
+        if self.embedding is not None:
+            logits = logits + (self.embedding(labels) * pooled).sum(1, keepdim=True)
+        return logits
+
+    def extra_repr(self) -> str:
+        """Return the sizes and the pooling."""
+        return f"{self.in_channels}, num_classes={self.num_classes}, pooling={self.pooling!r}"

@@ -1,0 +1,194 @@
+"""The two passes of a GAN's training step, as modules that compile and that DistributedDataParallel can wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sagan_layers.gan.losses import hinge_discriminator_loss, hinge_generator_loss
+
+__all__ = [
+    "DiscriminatorPass",
+    "DiscriminatorResult",
+    "GeneratorPass",
+    "GeneratorResult",
+    "call_with_constant_parameters",
+]
+
+
+class DiscriminatorResult(NamedTuple):
+    """What :class:`DiscriminatorPass` returns.
+
+    Attributes:
+        loss: a scalar, to call ``backward`` on.
+        real_logits: of the real images, as the discriminator returns them.
+        fake_logits: of the generated ones.
+
+    Example:
+        >>> result = DiscriminatorPass(nn.Linear(4, 6), nn.Linear(6, 1))(torch.randn(8, 6), torch.randn(8, 4))
+        >>> result.real_logits.shape, result.fake_logits.shape
+        (torch.Size([8, 1]), torch.Size([8, 1]))
+    """
+
+    loss: Tensor
+    real_logits: Tensor
+    fake_logits: Tensor
+
+
+class GeneratorResult(NamedTuple):
+    """What :class:`GeneratorPass` returns.
+
+    Attributes:
+        loss: a scalar, to call ``backward`` on.
+        fake_logits: of the generated images.
+
+    Example:
+        >>> GeneratorPass(nn.Linear(4, 6), nn.Linear(6, 1))(torch.randn(8, 4)).fake_logits.shape
+        torch.Size([8, 1])
+    """
+
+    loss: Tensor
+    fake_logits: Tensor
+
+
+def call_with_constant_parameters(module: nn.Module, *inputs: Any) -> Any:
+    """Return ``module(*inputs)`` with its parameters as constants: only the inputs get gradients.
+
+    What setting ``requires_grad`` to False and back does, without touching the module, so that nothing is
+    compiled again. Buffers are the module's own and move as always.
+
+    Args:
+        module: any module.
+        inputs: what to call it with.
+
+    Example:
+        >>> critic, x = nn.Linear(4, 1), torch.randn(2, 4, requires_grad=True)
+        >>> call_with_constant_parameters(critic, x).sum().backward()
+        >>> x.grad is None, critic.weight.grad is None
+        (False, True)
+    """
+    constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return torch.func.functional_call(module, constants, inputs)
+
+
+class DiscriminatorPass(nn.Module):
+    r"""The forward pass of a discriminator's update: generated and real images in one batch, and the loss.
+
+    The generator runs in the mode it is in and without a graph. Real and generated images go through the
+    discriminator together, so spectral normalisation moves once for both.
+
+    Only the discriminator is a submodule. So ``DistributedDataParallel(DiscriminatorPass(...))`` reduces its
+    gradients alone, and ``.compile(fullgraph=True)`` makes one graph of the whole pass.
+
+    Args:
+        generator: called as ``generator(latents)``, or ``generator(latents, labels)`` when labels are given.
+        discriminator: called as ``discriminator(images)`` or ``discriminator(images, labels)``.
+        loss: takes the keywords ``real_logits`` and ``fake_logits``.
+
+    Shape:
+        - real: [N, C, H, W]; latents: [M, ...]; the generator's images must fit beside the real ones.
+        - real_labels: [N], fake_labels: [M]; both or neither.
+
+    Raises:
+        ValueError: if there are labels for one kind of images only.
+        TypeError: if the discriminator returns anything but one tensor.
+
+    Example:
+        >>> generator, discriminator = nn.Linear(4, 6), nn.Linear(6, 1)
+        >>> update = DiscriminatorPass(generator, discriminator)
+        >>> result = update(torch.randn(8, 6), torch.randn(8, 4))
+        >>> result.loss.backward()
+        >>> generator.weight.grad is None, discriminator.weight.grad is None
+        (True, False)
+    """
+
+    calls_another_network = True  # which is none of its parts
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        loss: Callable[..., Tensor] = hinge_discriminator_loss,
+    ) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+        self._generator = (generator,)  # in a tuple, so that it is not a submodule
+        self._loss = loss
+
+    def forward(
+        self,
+        real: Tensor,
+        latents: Tensor,
+        real_labels: Tensor | None = None,
+        fake_labels: Tensor | None = None,
+    ) -> DiscriminatorResult:
+        """Return loss and logits for real images and for those generated from ``latents``."""
+        if (real_labels is None) != (fake_labels is None):
+            raise ValueError("real_labels, fake_labels: expected both or neither, got one")
+        (generator,) = self._generator
+        with torch.no_grad():
+            fake = generator(latents) if fake_labels is None else generator(latents, fake_labels)
+        images = torch.cat([real, fake.to(real.dtype)])
+        if real_labels is None or fake_labels is None:
+            logits = self.discriminator(images)
+        else:
+            logits = self.discriminator(images, torch.cat([real_labels, fake_labels]))
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"discriminator: expected one tensor of logits, got {type(logits).__name__}; return one, or write the "
+                "pass out"
+            )
+        real_logits, fake_logits = torch.split(logits, [len(real), len(fake)])
+        return DiscriminatorResult(
+            self._loss(real_logits=real_logits, fake_logits=fake_logits), real_logits, fake_logits
+        )
+
+
+class GeneratorPass(nn.Module):
+    r"""The forward pass of a generator's update: generated images, their logits, and the loss.
+
+    The discriminator's parameters are constants of this pass: no gradients of its weights are computed, and
+    nobody has to clear them or to toggle ``requires_grad``.
+
+    Only the generator is a submodule, as the discriminator is in :class:`DiscriminatorPass`.
+
+    Args:
+        generator: called as ``generator(latents)``, or ``generator(latents, labels)`` when labels are given.
+        discriminator: called as ``discriminator(images)`` or ``discriminator(images, labels)``.
+        loss: takes the keyword ``fake_logits``.
+
+    Shape:
+        - latents: [M, ...]; labels: [M] or None.
+
+    Example:
+        >>> generator, discriminator = nn.Linear(4, 6), nn.Linear(6, 1)
+        >>> update = GeneratorPass(generator, discriminator)
+        >>> update(torch.randn(8, 4)).loss.backward()
+        >>> generator.weight.grad is None, discriminator.weight.grad is None
+        (False, True)
+    """
+
+    calls_another_network = True  # which is none of its parts
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        loss: Callable[..., Tensor] = hinge_generator_loss,
+    ) -> None:
+        super().__init__()
+        self.generator = generator
+        self._discriminator = (discriminator,)
+        self._loss = loss
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> GeneratorResult:
+        """Return the loss and the logits of the images generated from ``latents``."""
+        (discriminator,) = self._discriminator
+        if labels is None:
+            logits = call_with_constant_parameters(discriminator, self.generator(latents))
+        else:
+            logits = call_with_constant_parameters(discriminator, self.generator(latents, labels), labels)
+        return GeneratorResult(self._loss(fake_logits=logits), logits)

@@ -1,0 +1,151 @@
+"""Convolution with the upsampling before it or the pooling after it, as one operation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.common_types import _size_2_t
+
+from sagan_layers import checks
+from sagan_layers.resampling import functional
+
+__all__ = ["ResamplingConv2d"]
+
+
+class ResamplingConv2d(nn.Conv2d):
+    r"""Two-dimensional convolution that doubles or halves the resolution on the way.
+
+    ``upsample=s`` is nearest upsampling by s before the convolution, ``downsample=s`` average pooling over s x s
+    after it, each computed as one operation with a fraction of the multiplications
+    (:func:`sagan_layers.functional.upsample_conv2d`, :func:`sagan_layers.functional.conv2d_downsample`). Parameters
+    and ``state_dict`` are those of ``nn.Conv2d``, and so are the values drawn for them.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype: as for :class:`torch.nn.Conv2d`. With resampling ``stride`` has to be 1.
+        upsample: factor by which height and width grow before the convolution; 1 for none.
+        downsample: factor by which they shrink after it; 1 for none. One of the two has to be 1.
+        backend: "auto", or a form of :func:`sagan_layers.functional.upsample_conv2d` to insist on.
+
+    Shape:
+        - Input: [N, C, H, W] or [C, H, W].
+        - Output: that of :class:`torch.nn.Conv2d` for an input of upsample * H x upsample * W, its height and width
+          divided by ``downsample`` and rounded down.
+
+    Raises:
+        ValueError: for a wrong rank, number of channels or device, or an argument out of range.
+        TypeError: for a wrong dtype.
+
+    Note:
+        The same in training and evaluation. Upsampling with a ``padding_mode`` other than "zeros" runs as two
+        operations. Derivatives of every order.
+
+    Reference:
+        Released code of Zhang et al., Self-Attention Generative Adversarial Networks: the blocks of G and D.
+
+    Example:
+        >>> up = ResamplingConv2d(16, 8, kernel_size=3, padding=1, upsample=2)
+        >>> down = ResamplingConv2d(8, 16, kernel_size=3, padding=1, downsample=2)
+        >>> up(torch.randn(2, 16, 8, 8)).shape, down(torch.randn(2, 8, 16, 16)).shape
+        (torch.Size([2, 8, 16, 16]), torch.Size([2, 16, 8, 8]))
+    """
+
+    # On the class, and on a layer only where it differs: apply_spectral_norm makes SNConv2d out of nn.Conv2d too.
+    upsample: int = 1
+    downsample: int = 1
+    backend: str = "auto"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_2_t,
+        stride: _size_2_t = 1,
+        padding: str | _size_2_t = 0,
+        dilation: _size_2_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        upsample: int = 1,
+        downsample: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        checks.check_sizes(in_channels=in_channels, out_channels=out_channels)
+        checks.check_convolution(kernel_size, stride, padding, dilation)
+        checks.check_parameter_dtype(dtype)
+        functional.check_resampling(upsample, downsample, backend)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device,
+            dtype,
+        )
+        for name, value in (("upsample", upsample), ("downsample", downsample), ("backend", backend)):
+            if value != getattr(self, name):
+                setattr(self, name, value)
+        if self.resamples and self.stride != (1, 1):
+            raise ValueError(f"stride: expected 1 with upsample or downsample, got {stride!r}")
+        if upsample > 1 and padding_mode != "zeros" and backend not in ("auto", "plain"):
+            raise ValueError(
+                f"backend: expected 'auto' or 'plain' for upsampling with padding_mode={padding_mode!r}, "
+                f"got {backend!r}"
+            )
+
+    @property
+    def resamples(self) -> bool:
+        """Whether the layer changes the resolution beside its convolution."""
+        return self.upsample != 1 or self.downsample != 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of ``input`` with its resampling."""
+        checks.check_image(input, channels=self.in_channels, like=self.weight)
+        return self._resampled(input, self.weight)
+
+    def _resampled(self, input: Tensor, weight: Tensor) -> Tensor:
+        """Return the same with another weight."""
+        if self.upsample != 1 and self.padding_mode != "zeros":  # what is padded is the upsampled map
+            input = input.repeat_interleave(self.upsample, -2).repeat_interleave(self.upsample, -1)
+        elif self.resamples:
+            return self._resampled_as_one(input, weight)
+        output: Tensor = self._conv_forward(input, weight, self.bias)
+        return output
+
+    def _resampled_as_one(self, input: Tensor, weight: Tensor) -> Tensor:
+        padding: str | _size_2_t = self.padding  # type: ignore[assignment]
+        if self.padding_mode != "zeros":
+            input = nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        function, factor = functional.upsample_conv2d, self.upsample
+        if self.downsample != 1:
+            function, factor = functional.conv2d_downsample, self.downsample
+        return function(
+            input,
+            weight,
+            self.bias,
+            factor=factor,
+            padding=padding,
+            dilation=self.dilation,  # type: ignore[arg-type]
+            groups=self.groups,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the plain layer's description, and the options that differ from the defaults."""
+        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        if self.upsample != 1:
+            text += f", upsample={self.upsample}"
+        if self.downsample != 1:
+            text += f", downsample={self.downsample}"
+        if self.backend != "auto":
+            text += f", backend={self.backend!r}"
+        return text

@@ -1,0 +1,64 @@
+"""Convolutions with resampling in plain torch: the definitions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """A convolution of stride 1, and the resampling beside it.
+
+    Attributes:
+        upsample: whether x is upsampled before, or the result pooled after the convolution.
+        factor: of the resampling.
+        padding: zeros on each side of (height, width); "same" where that is uneven.
+        dilation: of the convolution, (height, width).
+        groups: of the convolution.
+    """
+
+    upsample: bool
+    factor: int
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+
+    def reach(self, weight: Tensor) -> tuple[int, int]:
+        """Return how far apart the first and last tap of the kernel are."""
+        (height, width), (vertical, horizontal) = weight.shape[2:], self.dilation
+        return vertical * (height - 1), horizontal * (width - 1)
+
+    def even_padding(self) -> tuple[int, int]:
+        """Return the padding where it is known to be even."""
+        assert not isinstance(self.padding, str)
+        return self.padding
+
+    def plain_multiplications(self, x: Tensor, weight: Tensor) -> int:
+        """Return how many multiplications the composition takes."""
+        height, width = self.output_size(x, weight)
+        pooled = 1 if self.upsample else self.factor**2
+        return x.size(0) * height * width * pooled * weight.numel()
+
+    def output_size(self, x: Tensor, weight: Tensor) -> tuple[int, int]:
+        """Return height and width of the result."""
+        large = [size * self.factor if self.upsample else size for size in x.shape[2:]]
+        if not isinstance(self.padding, str):
+            reach = self.reach(weight)
+            large = [large[i] + 2 * self.padding[i] - reach[i] for i in range(2)]
+        height, width = large if self.upsample else [size // self.factor for size in large]
+        return height, width
+
+
+def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, how: Resampling) -> Tensor:
+    """Return the convolution of x, enlarged by repeating its pixels."""
+    enlarged = F.interpolate(x, scale_factor=how.factor, mode="nearest")
+    return F.conv2d(enlarged, weight, bias, padding=how.padding, dilation=how.dilation, groups=how.groups)
+
+
+def conv2d_downsample(x: Tensor, weight: Tensor, bias: Tensor | None, how: Resampling) -> Tensor:
+    """Return the convolution of x, averaged over squares of ``factor`` x ``factor`` pixels."""
+    y = F.conv2d(x, weight, bias, padding=how.padding, dilation=how.dilation, groups=how.groups)
+    return F.avg_pool2d(y, how.factor)

@@ -1,0 +1,115 @@
+"""Spectral normalisation of many weights on a GPU in few launches, and without waiting for it.
+
+Each weight is multiplied as it lies in memory. The vectors of all of them are the rows of one tensor, padded with
+zeros, so that norms, divisions and sigma are single operations over all layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sagan_layers.spectral_norm import reference
+from sagan_layers.spectral_norm.cpu import layout_of, same_strides
+from sagan_layers.spectral_norm.reference import SpectralNormResult, SpectralNormTask
+
+
+def unsupported_reasons(weight: Tensor, dim: int) -> list[str]:
+    """Return why a weight cannot be served, empty if it can."""
+    reasons = []
+    if weight.device.type != "cuda":
+        reasons.append(f"it saves launches on a GPU, and the weight is on {weight.device}")
+    if weight.dtype not in (torch.float32, torch.float64):
+        reasons.append(f"{weight.dtype} would have to be converted whole")
+    if weight.layout != torch.strided:
+        return [*reasons, "the weight is not strided"]
+    layout = layout_of(weight, dim)
+    if not layout.is_dense:
+        reasons.append("the weight does not fill its memory")
+    if layout.sizes[0] != 1 and layout.sizes[2] != 1:
+        reasons.append("outputs lie between other axes")
+    return reasons
+
+
+def normalize(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
+    """Return the normalised weights, sigmas and moved vectors, all without a graph."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, task in enumerate(tasks):
+        key = (task.weight.device, task.weight.dtype, task.n_power_iterations, task.eps)
+        groups.setdefault(key, []).append(index)
+    results: dict[int, SpectralNormResult] = {}
+    for indices in groups.values():
+        results.update(zip(indices, _normalize_alike([tasks[index] for index in indices]), strict=True))
+    return [results[index] for index in range(len(tasks))]
+
+
+def _normalize_alike(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
+    eps = tasks[0].eps
+    layouts = [layout_of(task.weight, task.dim) for task in tasks]
+    matrices = [_matrix(task.weight.detach(), task.dim) for task in tasks]
+    like = matrices[0]
+    heights, widths = [m.size(0) for m in matrices], [m.size(1) for m in matrices]
+    rows_of_u, rows_of_v = (like.new_zeros(len(tasks), max(sizes)) for sizes in (heights, widths))
+    torch._foreach_copy_(_cut(rows_of_u, heights), [task.u for task in tasks])
+    ordered = [layout.in_memory_order(task.v) for layout, task in zip(layouts, tasks, strict=True)]
+    torch._foreach_copy_(_cut(rows_of_v, widths), ordered)
+    products_of_u, products_of_v = torch.zeros_like(rows_of_u), torch.zeros_like(rows_of_v)
+    for _ in range(tasks[0].n_power_iterations):
+        for matrix, u, product in zip(
+            matrices, _cut(rows_of_u, heights), _cut(products_of_v, widths), strict=True
+        ):
+            torch.mv(matrix.t(), u, out=product)
+        rows_of_v = _unit_rows(products_of_v, eps, otherwise=rows_of_v)
+        _multiply(matrices, _cut(rows_of_v, widths), _cut(products_of_u, heights))
+        rows_of_u = _unit_rows(products_of_u, eps, otherwise=rows_of_u)
+    if tasks[0].n_power_iterations == 0:
+        _multiply(matrices, _cut(rows_of_v, widths), _cut(products_of_u, heights))
+    sigmas = (rows_of_u * products_of_u).sum(1)
+    divisors = reference.spectral_divisor(sigmas, eps).unbind()
+    results = []
+    for index, (task, layout, u, v) in enumerate(
+        zip(tasks, layouts, _cut(rows_of_u, heights), _cut(rows_of_v, widths), strict=True)
+    ):
+        weight = task.weight.detach()
+        normalized = torch.empty_like(weight, dtype=task.dtype)
+        torch.div(weight, divisors[index], out=normalized)
+        results.append(SpectralNormResult(normalized, sigmas[index], u, layout.in_canonical_order(v)))
+    return results
+
+
+def _multiply(matrices: list[Tensor], vectors: list[Tensor], out: list[Tensor]) -> None:
+    for matrix, vector, product in zip(matrices, vectors, out, strict=True):
+        torch.mv(matrix, vector, out=product)
+
+
+def _cut(rows: Tensor, sizes: list[int]) -> list[Tensor]:
+    return [row[:size] for row, size in zip(rows.unbind(), sizes, strict=True)]
+
+
+def _unit_rows(rows: Tensor, eps: float, otherwise: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return torch.where(norms > eps, rows / (norms + eps), otherwise)
+
+
+def gradient(
+    grad: Tensor, weight: Tensor, result: SpectralNormResult, dim: int, eps: float, memory: object
+) -> Tensor:
+    """Return the gradient of the weight, in its dtype and strides, u and v taken as constants."""
+    out = torch.empty_like(weight)
+    if grad.dtype != out.dtype or not same_strides(grad, out):
+        grad = out.copy_(grad)
+    u, sigma = result.u, result.sigma
+    divisor = reference.spectral_divisor(sigma, eps)
+    inner = torch.where(sigma.abs() > eps, (grad * result.weight).sum(), torch.zeros_like(sigma))
+    v = layout_of(weight, dim).in_memory_order(result.v)
+    torch.div(grad, divisor, out=out)
+    _matrix(out, dim).addr_(u * (-inner / divisor), v)
+    return out
+
+
+def _matrix(tensor: Tensor, dim: int) -> Tensor:
+    """Return a view [outputs, rest], the rest in the order of the memory."""
+    blocks = layout_of(tensor, dim).blocks(tensor)
+    return blocks[0] if blocks.size(0) == 1 else blocks[..., 0].t()

@@ -1,0 +1,124 @@
+"""Spectral normalisation in plain torch: the definition, differentiable to any order.
+
+The functional forms have checked the inputs. Half-precision weights are computed in float32; float64 stays float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sagan_layers.torch_support import accumulation_dtype, without_autocast
+
+
+class SpectralNormResult(NamedTuple):
+    """A normalised weight and what its spectral norm was estimated with."""
+
+    weight: Tensor
+    sigma: Tensor
+    u: Tensor
+    v: Tensor
+
+
+class SpectralNormTask(NamedTuple):
+    """One weight to normalise.
+
+    Attributes:
+        weight: at least two axes.
+        u: [out], where the iteration starts.
+        v: [rest].
+        dim: the axis of the outputs, 0 or 1.
+        n_power_iterations: how often u and v move before sigma is taken.
+        eps: added to the norms of u and v.
+        dtype: of the normalised weight.
+        memory: what to reuse for the results, where a backend does that.
+    """
+
+    weight: Tensor
+    u: Tensor
+    v: Tensor
+    dim: int
+    n_power_iterations: int
+    eps: float
+    dtype: torch.dtype
+    memory: Any = None
+
+
+def spectral_normalize(
+    weight: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float, dim: int
+) -> SpectralNormResult:
+    """Return ``weight / sigma`` with u and v, constants for autograd, moved by ``n_power_iterations``."""
+    dtype = accumulation_dtype(weight.dtype)
+    with without_autocast(weight.device):
+        full = weight.to(dtype)
+        matrix = full.transpose(0, dim).flatten(1)
+        with torch.no_grad():
+            constant, u, v = matrix.detach(), u.to(dtype), v.to(dtype)
+            iterate = _opaque_power_iteration if torch.compiler.is_dynamo_compiling() else _power_iteration
+            u, v = iterate(constant, u, v, n_power_iterations, eps)
+        sigma = torch.dot(u, torch.mv(matrix, v))
+        divisor = spectral_divisor(sigma, eps)
+        return SpectralNormResult((full / divisor).to(weight.dtype), sigma, u, v)
+
+
+def spectral_divisor(sigma: Tensor, eps: float) -> Tensor:
+    """Return sigma, or 1 for a weight without a spectral norm to speak of (all zeros): it is left as it is."""
+    return torch.where(sigma.abs() > eps, sigma, torch.ones_like(sigma))
+
+
+def spectral_normalize_gradient(grad: Tensor, result: SpectralNormResult, eps: float, dim: int) -> Tensor:
+    """Return the gradient of the weight from that of the normalised one, u and v taken as constants.
+
+    Args:
+        grad: the gradient of ``result.weight``.
+        result: what forward found.
+        eps: as in forward.
+        dim: the axis of the outputs.
+    """
+    u, v, sigma = result.u, result.v, result.sigma
+    with without_autocast(grad.device):
+        grad, normalized = grad.to(u.dtype), result.weight.to(u.dtype)
+        inner = torch.where(sigma.abs() > eps, (grad * normalized).sum(), torch.zeros_like(sigma))
+        sizes = normalized.transpose(0, dim).shape
+        direction = torch.outer(u, v).view(sizes).transpose(0, dim)
+        return (grad - inner * direction) / spectral_divisor(sigma, eps)
+
+
+def _power_iteration(
+    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return copies of u and v, moved: backward reads them after the caller's own have moved in place."""
+    u, v = u.clone(), v.clone()
+    for _ in range(n_power_iterations):
+        v = _unit(torch.mv(matrix.t(), u), eps, otherwise=v)
+        u = _unit(torch.mv(matrix, v), eps, otherwise=u)
+    return u, v
+
+
+@torch.library.custom_op(
+    "sagan_layers::power_iteration",
+    mutates_args=(),
+    schema="(Tensor matrix, Tensor u, Tensor v, int n_power_iterations, float eps) -> (Tensor, Tensor)",
+)
+def _opaque_power_iteration(
+    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The same as one operation, which torch.compile does not look into.
+
+    Its partitioner would otherwise recompute v in backward from the buffer u, which has moved by then, and so
+    return a wrong gradient (whenever the matrix has few rows).
+    """
+    with without_autocast(matrix.device):
+        return _power_iteration(matrix, u, v, n_power_iterations, eps)
+
+
+@_opaque_power_iteration.register_fake
+def _(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), torch.empty_like(v)
+
+
+def _unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(vector)
+    return torch.where(norm > eps, vector / (norm + eps), otherwise)

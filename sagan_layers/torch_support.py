@@ -1,0 +1,58 @@
+"""What all operations share about torch: accumulation dtypes, autocast, export, transforms, attributes of modules."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a tensor of ``dtype`` is accumulated: float64 for itself, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which autocast does not lower the precision of operations on ``device``."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # autocast does not know meta
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def is_exporting() -> bool:
+    """Return whether torch.export is at work."""
+    # The function that tells came after torch 2.6; until it did, compiling counts as exporting.
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+
+
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """Return a condition on sizes; False inside torch.export, which may leave sizes open."""
+    return not is_exporting() and bool(condition)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Return whether more than autograd follows the operations: a compiler, torch.func, forward mode, a subclass."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return True
+    transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+    unpack: Any = torch.autograd.forward_ad.unpack_dual
+    return bool(transforms_active()) or unpack(tensor).tangent is not None
+
+
+@contextlib.contextmanager
+def temporary_attribute(name: str, values: Mapping[_ModuleT, Any]) -> Iterator[None]:
+    """Set an attribute of each module to its value for a ``with`` block."""
+    before = {module: getattr(module, name) for module in values}
+    for module, value in values.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, value in before.items():
+            if hasattr(module, name):  # the block may have converted the module to a plain layer
+                setattr(module, name, value)
