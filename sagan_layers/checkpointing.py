@@ -29,7 +29,7 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
     Here the second pass takes the first one's parameters, normalised weights and vectors, and moves nothing:
     results and gradients are those without it. So the block may be called several times before ``backward``,
     frozen (:func:`~sagan_layers.frozen_spectral_norm`), with shared weights
-    (:func:`~sagan_layers.spectral_norm.shared`), whose block may have ended by then, or with other parameters
+    (:func:`~sagan_layers.shared_spectral_norm`), whose block may have ended by then, or with other parameters
     (:func:`~sagan_layers.call_with_constant_parameters`, ``torch.func.functional_call``).
 
     Args:

@@ -20,9 +20,9 @@ from sagan_layers import (
     checkpointed,
     frozen_running_statistics,
     frozen_spectral_norm,
+    shared_spectral_norm,
     synchronize_batch_norm,
 )
-from sagan_layers.spectral_norm import shared as shared_spectral_norm
 
 
 class Block(nn.Module):

@@ -25,10 +25,10 @@ from sagan_layers import (
     SNLinear,
     frozen_spectral_norm,
     hinge_discriminator_loss,
+    shared_spectral_norm,
     standing_statistics,
     synchronize_batch_norm,
 )
-from sagan_layers.spectral_norm import shared as shared_spectral_norm
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"

@@ -121,22 +121,17 @@ def test_without_resampling_it_is_the_plain_convolution() -> None:
 
 
 @both_classes
-def test_the_named_form_serves(kind: type[ResamplingConv2d], monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[str] = []
-    run = functional.resampling.run_resampling
-
-    def seen(x: Tensor, weight: Tensor, bias: Tensor | None, how: Any, name: str) -> Tensor:
-        taken.append(name)
-        return run(x, weight, bias, how, name)
-
-    monkeypatch.setattr(functional.resampling, "run_resampling", seen)
+def test_the_named_form_serves(kind: type[ResamplingConv2d]) -> None:
     x = torch.randn(1, 3, 4, 4)
-    for backend in ("auto", "plain", "filtered"):
-        kind(3, 4, 3, padding=1, upsample=2, backend=backend)(x)
+    with functional.record_backends(operation="upsample_conv2d") as served:
+        for backend in ("auto", "plain", "filtered"):
+            kind(3, 4, 3, padding=1, upsample=2, backend=backend)(x)
+    assert served == ["plain", "plain", "filtered"]  # so small a map is not worth another form
     layer = kind(3, 4, 3, padding=1, downsample=2)
     layer.backend = "folded"  # as one would for every layer of a network
-    layer(x)
-    assert taken == ["auto", "plain", "filtered", "folded"]
+    with functional.record_backends(operation="conv2d_downsample") as served:
+        layer(x)
+    assert served == ["folded"]
 
 
 # --- state and neighbours --------------------------------------------------------------------------------------
@@ -305,12 +300,6 @@ def test_functions_refuse_what_does_not_fit(
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
         function(*arguments, **options)
-
-
-def test_select_and_explain_refuse_two_factors() -> None:
-    for function in (functional.select_resampling, functional.explain_resampling):
-        with pytest.raises(ValueError, match="upsample, downsample: expected one of them to be 1"):
-            function(IMAGE, KERNEL, upsample=2, downsample=2)
 
 
 def test_pooling_away_everything_is_refused() -> None:

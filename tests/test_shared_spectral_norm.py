@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from blocks import spectral_layers
-from sagan_layers.ops import dispatch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -30,9 +29,10 @@ from sagan_layers import (
     frozen_spectral_norm,
     functional,
     remove_spectral_norm,
+    shared_spectral_norm,
 )
 from sagan_layers.spectral_norm import grouped as spectral_norm_grouped
-from sagan_layers.spectral_norm import shared as shared_spectral_norm
+from sagan_layers.spectral_norm import table
 
 CLASSES = 5
 
@@ -226,7 +226,10 @@ LAYOUTS: dict[str, Callable[[], SpectralNormLayer]] = {
 @pytest.mark.parametrize("grad_strides", ["same", "other", "expanded"])
 def test_gradients_are_the_references_for_every_layout(kind: str, grad_strides: str) -> None:
     layer = LAYOUTS[kind]().double()
-    assert dispatch.select_spectral_norm_backend(layer.weight, layer._output_axis).name == "cpu"
+    assert (
+        functional.select_backend(layer.weight, operation="spectral_normalize", dim=layer._output_axis)
+        == "cpu"
+    )
     weight = layer.weight
     cotangent = torch.randn(weight.shape, dtype=torch.float64)
     if grad_strides == "same":
@@ -253,8 +256,8 @@ def test_gradients_of_first_and_second_order_pass_the_numerical_check() -> None:
 
         def normalized(weight: Tensor, layer: nn.Module = layer) -> Tensor:
             task = layer._task(weight, iterate=False)
-            (result,) = functional.normalize_layer_weights([task])
-            return functional.with_spectral_gradient(task, result)
+            (result,) = table.normalize_layer_weights([task])
+            return table.with_spectral_gradient(task, result)
 
         weight = layer.weight.detach().requires_grad_()
         assert torch.autograd.gradcheck(normalized, weight)
@@ -364,7 +367,7 @@ def test_the_form_for_a_gpu_computes_the_same(iterations: int, lowered: bool) ->
     for layer in layers:
         task = layer._task(layer.weight, iterate=True)._replace(n_power_iterations=iterations)
         tasks.append(task._replace(dtype=torch.bfloat16) if lowered else task)
-        against = spectral_norm_grouped.reasons_against(layer.weight, layer._output_axis)
+        against = spectral_norm_grouped.unsupported_reasons(layer.weight, layer._output_axis)
         assert [reason.split(",")[0] for reason in against] == ["it saves launches on a GPU"]
     with torch.no_grad():
         results = spectral_norm_grouped.normalize(tasks)
@@ -390,9 +393,9 @@ def test_the_form_for_a_gpu_computes_the_same(iterations: int, lowered: bool) ->
 
 
 def test_a_weight_that_is_no_matrix_in_memory_is_left_to_the_reference() -> None:
-    against = spectral_norm_grouped.reasons_against(torch.empty(6, 16, 3, 3), 1)
+    against = spectral_norm_grouped.unsupported_reasons(torch.empty(6, 16, 3, 3), 1)
     assert "outputs lie between other axes" in against
-    assert "the weight does not fill its memory" in spectral_norm_grouped.reasons_against(
+    assert "the weight does not fill its memory" in spectral_norm_grouped.unsupported_reasons(
         torch.empty(6, 16)[:, ::2], 0
     )
 
@@ -566,7 +569,7 @@ def test_functional_transforms_and_forward_mode_take_plain_operations(inside: bo
             task = layer._task(
                 torch.autograd.forward_ad.make_dual(layer.weight.detach(), tangent), iterate=False
             )
-            dual = functional.normalize_layer_weight(task).weight
+            dual = table.normalize_layer_weight(task).weight
             derivative = torch.autograd.forward_ad.unpack_dual(dual).tangent
     y = nn.functional.linear(x, weight, layer.bias)
     torch.testing.assert_close(batched, y)

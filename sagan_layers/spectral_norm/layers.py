@@ -42,7 +42,7 @@ class _Frozen(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """What a :func:`~sagan_layers.spectral_norm.shared` found for a layer.
+    """What a :func:`~sagan_layers.shared_spectral_norm` found for a layer.
 
     Attributes:
         task: what it was found from.
@@ -153,7 +153,7 @@ class SpectralNormLayer(nn.Module):
     def normalized_weight(self) -> Tensor:
         """Return ``weight / sigma`` in the weight's shape and dtype; in training, unless frozen, u and v move.
 
-        Inside :func:`~sagan_layers.spectral_norm.shared` it is the one that was found there, in the dtype that
+        Inside :func:`~sagan_layers.shared_spectral_norm` it is the one that was found there, in the dtype that
         was asked for there.
         """
         if self._repeated is not None:

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sagan_layers import functional
 from sagan_layers.resampling import forms as resampling
+from sagan_layers.resampling.table import UPSAMPLE_CONV2D
 
-BACKENDS = [backend.name for backend in resampling.RESAMPLING_BACKENDS]
+BACKENDS = [backend.name for backend in UPSAMPLE_CONV2D.backends]
 FORMS = ["matmul", "filtered", "folded"]  # what serves kernels of any odd size
 both_directions = pytest.mark.parametrize("upsample", [True, False], ids=["up", "down"])
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -142,10 +143,9 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 
 
-def factors_of(problem: Problem) -> dict[str, Any]:
-    """The keyword arguments of ``select_resampling`` and ``explain_resampling``."""
-    options = dict(problem.options)
-    return {"upsample" if problem.upsample else "downsample": options.pop("factor", 2), **options}
+def choice_of(problem: Problem) -> dict[str, Any]:
+    """The keyword arguments of ``select_backend`` and ``explain_backends``."""
+    return {"operation": "upsample_conv2d" if problem.upsample else "conv2d_downsample", **problem.options}
 
 
 def cast(problem: Problem, dtype: torch.dtype) -> Problem:
@@ -164,7 +164,7 @@ def test_output_and_derivatives_of_both_orders_are_the_compositions(
 ) -> None:
     problem = draw(upsample, **OPTIONS[case])
     if ("up" if upsample else "down") in REFUSED.get(backend, {}).get(case, ""):
-        with pytest.raises(ValueError, match=f"resampling backend '{backend}' cannot serve"):
+        with pytest.raises(ValueError, match=rf"convolution backend serves these inputs \({backend}: "):
             ours(problem, backend)
         return
     expected = with_derivatives(composed, problem)
@@ -343,8 +343,8 @@ def chosen(
     with FakeTensorMode():
         x = torch.empty(batch, channels[0], side, side, device=device, dtype=dtype)
         weight = torch.empty(channels[1], channels[0], kernel, kernel, device=device, dtype=dtype)
-        factors = {"upsample": 2} if upsample else {"downsample": 2}
-        return functional.select_resampling(x, weight, padding=kernel // 2, **factors, **options)
+        operation = "upsample_conv2d" if upsample else "conv2d_downsample"
+        return functional.select_backend(x, weight, operation=operation, padding=kernel // 2, **options)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_other_devices_take_what_was_reasoned_or_the_plain_form(upsample: bool) 
 @both_directions
 def test_what_only_the_plain_form_serves_is_served(upsample: bool) -> None:
     problem = draw(upsample, kernel=(4, 4), padding="same")
-    assert functional.select_resampling(problem.x, problem.weight, **factors_of(problem)) == "plain"
+    assert functional.select_backend(problem.x, problem.weight, **choice_of(problem)) == "plain"
     with warnings.catch_warnings():  # torch's own, of the copy that it pads
         warnings.simplefilter("ignore", UserWarning)
         torch.testing.assert_close(ours(problem, "auto"), composed(problem))
@@ -412,7 +412,7 @@ def test_what_only_the_plain_form_serves_is_served(upsample: bool) -> None:
 @both_directions
 def test_a_factor_of_one_is_the_convolution(upsample: bool) -> None:
     problem = draw(upsample, factor=1)
-    assert functional.select_resampling(problem.x, problem.weight, padding=1) == "plain"
+    assert functional.select_backend(problem.x, problem.weight, **choice_of(problem)) == "plain"
     expected = F.conv2d(problem.x, problem.weight, problem.bias, padding=1)
     torch.testing.assert_close(ours(problem, "auto"), expected)
     with pytest.raises(ValueError, match="there is nothing to resample"):
@@ -426,21 +426,26 @@ def test_a_large_map_that_cannot_be_folded_is_filtered(upsample: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"upsample": 2}, {"downsample": 2, "dilation": 2, "padding": "same"}]
+    "options",
+    [
+        {"operation": "upsample_conv2d", "factor": 1},
+        {"operation": "upsample_conv2d"},
+        {"operation": "conv2d_downsample", "dilation": 2, "padding": "same"},
+    ],
 )
 def test_the_explanation_says_what_select_says(options: dict[str, Any]) -> None:
     for kernel in (1, 2, 3):
         x, weight = torch.randn(4, 64, 16, 16), torch.randn(64, 64, kernel, kernel)
-        sentences = functional.explain_resampling(x, weight, **options)
+        sentences = functional.explain_backends(x, weight, **options)
         assert list(sentences) == BACKENDS
         (taken,) = [name for name, sentence in sentences.items() if sentence == "chosen"]
-        assert functional.select_resampling(x, weight, **options) == taken
+        assert functional.select_backend(x, weight, **options) == taken
         for name, sentence in sentences.items():
             if sentence.startswith("cannot serve: "):
                 with pytest.raises(ValueError, match=re.escape(sentence.removeprefix("cannot serve: "))):
-                    functional.select_resampling(x, weight, **options, backend=name)
+                    functional.select_backend(x, weight, **options, backend=name)
             else:
-                assert functional.select_resampling(x, weight, **options, backend=name) == name
+                assert functional.select_backend(x, weight, **options, backend=name) == name
 
 
 def test_inside_export_no_size_is_looked_at() -> None:
