@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sagan_layers import functional
 from sagan_layers.backends import Backend
 from sagan_layers.conditional_norm import blocked as conditional_norm_blocked
-from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM
+from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM, ConditionalNormInputs
 from sagan_layers.torch_support import accumulation_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -31,6 +32,7 @@ BACKENDS = {backend.name: backend for backend in CONDITIONAL_BATCH_NORM.backends
 every_backend = pytest.mark.parametrize(
     "backend", CONDITIONAL_BATCH_NORM.backends, ids=lambda backend: backend.name
 )
+select_norm_backend = partial(functional.select_backend, operation="conditional_batch_norm")
 kernels = pytest.mark.parametrize("name", ["blocked", "triton"])
 with_and_without_relu = pytest.mark.parametrize("relu", [False, True])
 
@@ -61,7 +63,7 @@ def run(
 ) -> list[Tensor]:
     """The output, and the gradients of x, gain and bias."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    y = backend.run(*leaves, given_statistics, EPS, relu, None).y
+    y = backend.implementation(*leaves, given_statistics, EPS, relu, None).y
     return [y.detach(), *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))]
 
 
@@ -139,8 +141,8 @@ def assert_as_accurate_as_the_reference(
         assert error <= limit, f"{what}: {error:.3g} > {limit:.3g} (reference {allowed:.3g})"
 
 
-def served(backend: Backend, x: Tensor) -> ConditionalNormBackend:
-    if reasons := backend.unsupported_reasons(x, None, None):
+def served(backend: Backend, x: Tensor) -> Backend[Any, Any]:
+    if reasons := backend.unsupported_reasons(ConditionalNormInputs(x)):
         pytest.skip("; ".join(reasons))
     return backend
 
@@ -163,9 +165,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def check_accuracy(
-    backend: Backend, dtype: torch.dtype, device: str, case: dict[str, Any]
-) -> None:
+def check_accuracy(backend: Backend, dtype: torch.dtype, device: str, case: dict[str, Any]) -> None:
     shape = case["shape"]
     # What float64 results are held against was itself computed in float64, and lost digits of a large mean.
     shift = 0.0 if dtype == torch.float64 else case["shift"]
@@ -245,9 +245,7 @@ def test_a_few_values_far_from_the_others_cost_no_digits(name: str, layout: str,
 
 @every_backend
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_constant_channels_give_the_bias_and_finite_gradients(
-    backend: Backend, layout: str
-) -> None:
+def test_constant_channels_give_the_bias_and_finite_gradients(backend: Backend, layout: str) -> None:
     x = laid_out(torch.full((3, 4, 5, 2), 77.3), layout)
     gain, bias = torch.randn(3, 4), torch.randn(3, 4)
     y, *gradients = run(served(backend, x), (x, gain, bias), torch.randn(x.shape))
@@ -266,9 +264,7 @@ def test_not_a_number_goes_through_relu_as_in_torch(name: str) -> None:
 
 @every_backend
 @with_and_without_relu
-def test_the_same_input_gives_the_same_bits_and_stays_as_it_is(
-    backend: Backend, relu: bool
-) -> None:
+def test_the_same_input_gives_the_same_bits_and_stays_as_it_is(backend: Backend, relu: bool) -> None:
     inputs = torch.randn(3, 4, 5, 7), torch.randn(3, 4), torch.randn(4)
     served(backend, inputs[0])
     copies = [tensor.clone() for tensor in inputs]
@@ -305,7 +301,7 @@ def test_derivatives_of_first_and_second_order_pass_the_numerical_check(
     fast = backend.name == "triton"  # along one direction: the interpreter takes long
 
     def forward(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-        return backend.run(x, gain, bias, statistics, EPS, relu, None).y
+        return backend.implementation(x, gain, bias, statistics, EPS, relu, None).y
 
     assert (
         forward(x, gain, bias).abs().masked_fill(forward(x, gain, bias) == 0, 1).min() > 1e-4
@@ -319,7 +315,7 @@ def test_third_derivatives_and_gains_that_depend_on_the_input_are_the_references
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
 
     def derivatives(backend: Backend) -> list[Tensor]:
-        found = [backend.run(x, x.mean(2).exp(), x[0, :, 0], None, EPS, True, None).y]
+        found = [backend.implementation(x, x.mean(2).exp(), x[0, :, 0], None, EPS, True, None).y]
         for _ in range(3):
             (derivative,) = torch.autograd.grad(found[-1].pow(2).sum(), x, create_graph=True)
             found.append(derivative)
@@ -343,7 +339,7 @@ def test_gradients_do_not_depend_on_which_are_wanted(name: str, given_statistics
     _, *every = run(backend, inputs, cotangent, statistics, relu)
     for wanted in itertools.product([False, True], repeat=3):
         leaves = [t.clone().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
-        y = backend.run(*leaves, statistics, EPS, relu, None).y
+        y = backend.implementation(*leaves, statistics, EPS, relu, None).y
         assert y.requires_grad == any(wanted)
         if any(wanted):
             y.backward(cotangent)
@@ -363,7 +359,7 @@ def test_what_is_kept_for_backward_is_the_input_and_with_relu_the_output(name: s
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = backend.run(x, torch.randn(3, 4), torch.randn(3, 4), None, EPS, relu, None).y
+        y = backend.implementation(x, torch.randn(3, 4), torch.randn(3, 4), None, EPS, relu, None).y
     large = {tensor.data_ptr() for tensor in kept if tensor.numel() > 12}
     assert large == {x.data_ptr(), *([y.data_ptr()] if relu else [])}
 
@@ -373,7 +369,11 @@ def test_running_statistics_may_move_between_an_evaluation_and_its_backward(name
     x = torch.randn(3, 4, 5, requires_grad=True)
     statistics = torch.randn(4), torch.rand(4) + 0.5
     wanted = run(BACKENDS["reference"], (x, torch.ones(4), torch.zeros(4)), x, statistics)[1]
-    y = served(BACKENDS[name], x).run(x, torch.ones(4), torch.zeros(4), statistics, EPS, False, None).y
+    y = (
+        served(BACKENDS[name], x)
+        .implementation(x, torch.ones(4), torch.zeros(4), statistics, EPS, False, None)
+        .y
+    )
     for statistic in statistics:
         statistic.mul_(7)
     torch.testing.assert_close(torch.autograd.grad(y, x, x.detach())[0], wanted)
@@ -382,7 +382,7 @@ def test_running_statistics_may_move_between_an_evaluation_and_its_backward(name
 @kernels
 def test_changing_an_output_of_relu_in_place_makes_backward_raise(name: str) -> None:
     x = torch.randn(3, 4, 5, requires_grad=True)
-    y = served(BACKENDS[name], x).run(x, torch.ones(4), torch.zeros(4), None, EPS, True, None).y
+    y = served(BACKENDS[name], x).implementation(x, torch.ones(4), torch.zeros(4), None, EPS, True, None).y
     y.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -405,7 +405,9 @@ def test_autocast_does_not_lower_the_precision(
 @kernels
 def test_statistics_are_returned_in_float64(name: str) -> None:
     x = torch.randn(3, 4, 5).bfloat16()
-    result = served(BACKENDS[name], x).run(x, torch.ones(4), torch.zeros(4), None, EPS, False, None)
+    result = served(BACKENDS[name], x).implementation(
+        x, torch.ones(4), torch.zeros(4), None, EPS, False, None
+    )
     exact = x.double().transpose(0, 1).flatten(1)
     assert result.num_values == 15
     torch.testing.assert_close(result.mean, exact.mean(1), rtol=1e-6, atol=1e-7)
@@ -480,7 +482,7 @@ def test_forward_and_backward_make_one_map_each_and_else_small_memory(
     x = laid_out(torch.randn(4, 8, 64, 64).to(dtype), layout).requires_grad_()
     cotangent = laid_out(torch.randn(x.shape).to(dtype), layout)
     with Sizes() as forward:
-        y = BACKENDS["blocked"].run(x, torch.ones(4, 8), torch.zeros(8), None, EPS, relu, None).y
+        y = BACKENDS["blocked"].implementation(x, torch.ones(4, 8), torch.zeros(8), None, EPS, relu, None).y
     with Sizes() as backward:
         torch.autograd.grad(y, x, cotangent)
     for mode in (forward, backward):
@@ -661,7 +663,7 @@ def test_a_process_group_inside_torch_compile_is_left_to_the_reference(
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: False, raising=False)
     x = torch.randn(16, 64, 8, 8)
     group: Any = object()
-    assert dispatch.select_conditional_norm_backend(x, None, None, "auto").name == "blocked"
-    assert dispatch.select_conditional_norm_backend(x, None, group, "auto").name == "reference"
+    assert select_norm_backend(x) == "blocked"
+    assert select_norm_backend(x, process_group=group) == "reference"
     with pytest.raises(ValueError, match=r"torch\.compile does not see its collective operations"):
-        dispatch.select_conditional_norm_backend(x, None, group, "blocked")
+        select_norm_backend(x, process_group=group, backend="blocked")

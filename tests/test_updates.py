@@ -1,4 +1,4 @@
-"""The passes of a GAN's step: what gets gradients, what stands still, and that they compile."""
+"""The two updates of a GAN: what gets gradients, what stays constant, and that they compile."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sagan_layers import (
     frozen_spectral_norm,
     hinge_discriminator_loss,
     hinge_generator_loss,
+    shared_spectral_norm,
     softplus_discriminator_loss,
     softplus_generator_loss,
 )
-from sagan_layers.spectral_norm import shared as shared_spectral_norm
 
 CLASSES = 3
 
