@@ -79,33 +79,24 @@ def check_convolution(
                 raise ValueError(f"{name}: expected at least {least}, got {value!r}")
 
 
-def check_input(
-    x: Tensor, *, channels: int, dims: tuple[int, ...], layout: str, like: Tensor, channel_axis: int
-) -> None:
-    """Raise unless x has one of the ranks ``dims``, ``channels`` on its axis, and the dtype and device of ``like``.
+def check_input(x: Tensor, *, channels: int, like: Tensor, batched: bool = True) -> None:
+    """Raise unless x is what a module takes: [N, C, H, W], or also [C, H, W] if not ``batched``.
 
     Args:
         x: a module's input.
-        channels: what the module was made for.
-        dims: allowed numbers of axes.
-        layout: how the expected shape is written in the message, for example "[N, C, H, W]".
-        like: a parameter of the module. Under autocast any floating dtype passes.
-        channel_axis: where the channels are, counted from the end (negative).
+        channels: C.
+        like: a parameter of the module, for dtype and device. Under autocast any floating dtype passes.
+        batched: whether the axis N has to be there.
 
     Raises:
-        ValueError: for rank, channels or device.
+        ValueError: for shape or device.
         TypeError: if x is not a floating-point tensor of the module's dtype.
     """
     check_floating("input", x)
-    if x.dim() not in dims or x.size(channel_axis) != channels:
+    if not (x.dim() == 4 or (x.dim() == 3 and not batched)) or x.size(-3) != channels:
+        layout = "[N, C, H, W]" if batched else "[N, C, H, W] or [C, H, W]"
         raise ValueError(f"input: expected {layout} with C = {channels}, got {shape_of(x)}")
     _check_module_tensor("input", x, like)
-
-
-def check_image(x: Tensor, *, channels: int, like: Tensor) -> None:
-    """Raise unless x is [N, C, H, W] or [C, H, W] as :func:`check_input` wants it."""
-    layout = "[N, C, H, W] or [C, H, W]"
-    check_input(x, channels=channels, dims=(3, 4), layout=layout, like=like, channel_axis=-3)
 
 
 def check_features(x: Tensor, *, features: int, like: Tensor, name: str = "input") -> None:

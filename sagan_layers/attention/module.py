@@ -230,9 +230,7 @@ class SelfAttention2d(nn.Module):
         return nn.functional.max_pool2d(features, self.pool_size)
 
     def _check_input(self, x: Tensor) -> None:
-        checks.check_input(
-            x, channels=self.in_channels, dims=(4,), layout="[N, C, H, W]", like=self.gamma, channel_axis=1
-        )
+        checks.check_input(x, channels=self.in_channels, like=self.gamma)
         if min(x.shape[2:]) < self.pool_size:
             raise ValueError(
                 f"input: expected height and width of at least pool_size = {self.pool_size}, "

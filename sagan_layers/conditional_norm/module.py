@@ -168,14 +168,7 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return the normalised x, scaled and shifted for its condition, and ReLU of that if asked."""
-        checks.check_input(
-            x,
-            channels=self.num_features,
-            dims=(4,),
-            layout="[N, C, H, W]",
-            like=self._any_parameter(),
-            channel_axis=1,
-        )
+        checks.check_input(x, channels=self.num_features, like=self._any_parameter())
         gain, bias = self._gain_and_bias(x, condition)
         if self._standing is not None:
             self._standing.add(x)

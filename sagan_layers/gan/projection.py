@@ -97,14 +97,7 @@ class ProjectionDiscriminatorHead(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the logits of features x for their labels."""
-        checks.check_input(
-            x,
-            channels=self.in_channels,
-            dims=(4,),
-            layout="[N, C, H, W]",
-            like=self.linear.weight,
-            channel_axis=1,
-        )
+        checks.check_input(x, channels=self.in_channels, like=self.linear.weight)
         checks.check_labels(labels, num_classes=self.num_classes, batch=x.size(0), like=self.linear.weight)
         activated = torch.relu(x)
         pooled = activated.sum((2, 3)) if self.pooling == "sum" else activated.mean((2, 3))  # [N, C]

@@ -108,7 +108,7 @@ class ResamplingConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input`` with its resampling."""
-        checks.check_image(input, channels=self.in_channels, like=self.weight)
+        checks.check_input(input, channels=self.in_channels, like=self.weight, batched=False)
         return self._resampled(input, self.weight)
 
     def _resampled(self, input: Tensor, weight: Tensor) -> Tensor:

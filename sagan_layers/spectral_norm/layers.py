@@ -586,7 +586,7 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
 
 
 def _check_image(input: Tensor, layer: SNConv2d | SNConvTranspose2d) -> None:
-    checks.check_image(input, channels=layer.in_channels, like=layer.weight)
+    checks.check_input(input, channels=layer.in_channels, like=layer.weight, batched=False)
 
 
 def _refuse_embedding_options(max_norm: float | None, sparse: bool) -> None:
