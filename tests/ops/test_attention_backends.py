@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sagan_layers import functional
 from sagan_layers.attention import reference
-from sagan_layers.attention.table import ATTENTION
+from sagan_layers.attention.table import ATTENTION, AttentionInputs
 from sagan_layers.backends import Backend
 from sagan_layers.torch_support import accumulation_dtype
 
@@ -48,12 +48,10 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return values[:1].expand_as(values)
 
 
-def run(
-    backend: Backend, inputs: tuple[Tensor, ...], cotangent: Tensor, scale: float
-) -> list[Tensor]:
+def run(backend: Backend, inputs: tuple[Tensor, ...], cotangent: Tensor, scale: float) -> list[Tensor]:
     """Output and the gradients of query, key and value."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    y = backend.run(*leaves, scale)
+    y = backend.implementation(*leaves, scale)
     return [y.detach(), *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))]
 
 
@@ -155,7 +153,7 @@ def check_accuracy(backend: Backend, dtype: torch.dtype, device: str, case: Case
         laid_out((torch.randn(shape, generator=generator) * spread).to(dtype).to(device), layout)
         for shape, layout in zip(shapes, layouts, strict=True)
     )
-    assume(not backend.unsupported_reasons(*inputs))
+    assume(not backend.unsupported_reasons(AttentionInputs(*inputs)))
     output = (batch, queries, value_width)
     if gradient == "scalar":  # what sum() hands back: one number, expanded
         cotangent = torch.ones((), dtype=dtype, device=device).expand(output)
@@ -168,7 +166,7 @@ def check_accuracy(backend: Backend, dtype: torch.dtype, device: str, case: Case
 @every_backend
 def test_results_are_within_a_few_roundings_of_float64(backend: Backend, dtype: torch.dtype) -> None:
     inputs = tuple(torch.randn(2, length, width).to(dtype) for length, width in ((37, 5), (23, 5), (23, 11)))
-    if reasons := backend.unsupported_reasons(*inputs):
+    if reasons := backend.unsupported_reasons(AttentionInputs(*inputs)):
         pytest.skip("; ".join(reasons))
     cotangent = torch.randn(2, 37, 11).to(dtype)
     ours = run(backend, inputs, cotangent, 1.0)
@@ -182,16 +180,14 @@ def test_results_are_within_a_few_roundings_of_float64(backend: Backend, dtype: 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_backend
-def test_logits_of_hundreds_neither_overflow_nor_lose_accuracy(
-    backend: Backend, dtype: torch.dtype
-) -> None:
+def test_logits_of_hundreds_neither_overflow_nor_lose_accuracy(backend: Backend, dtype: torch.dtype) -> None:
     query, key = (torch.randn(2, length, 16).mul(12).to(dtype) for length in (19, 29))
     inputs = (query, key, torch.randn(2, 29, 7).to(dtype))
-    if reasons := backend.unsupported_reasons(*inputs):
+    if reasons := backend.unsupported_reasons(AttentionInputs(*inputs)):
         pytest.skip("; ".join(reasons))
     logits = query.double() @ key.double().transpose(1, 2)
     assert logits.abs().max() > 1000
-    y = backend.run(*inputs, 1.0)
+    y = backend.implementation(*inputs, 1.0)
     exact = logits.softmax(-1) @ inputs[2].double()
     # A float32 logit of 2000 is known to 1e-4, and the weights with it.
     assert distance(y, exact) <= 1e-3 + torch.finfo(dtype).eps * exact.abs().max().item()
@@ -206,13 +202,13 @@ def test_autocast_does_not_lower_the_precision(
 ) -> None:
     query, key = (torch.randn(2, length, 16).mul(12).to(inputs_dtype) for length in (19, 29))
     inputs = (query, key, torch.randn(2, 29, 7).to(inputs_dtype))
-    if reasons := backend.unsupported_reasons(*inputs):
+    if reasons := backend.unsupported_reasons(AttentionInputs(*inputs)):
         pytest.skip("; ".join(reasons))
     cotangent = torch.randn(2, 19, 7).to(inputs_dtype)
     plain = run(backend, inputs, cotangent, 1.0)
     leaves = [tensor.requires_grad_() for tensor in inputs]
     with torch.autocast("cpu", autocast_dtype):
-        y = backend.run(*leaves, 1.0)
+        y = backend.implementation(*leaves, 1.0)
     under_autocast = [y.detach(), *torch.autograd.grad(y, leaves, cotangent)]
     assert all(torch.equal(*pair) for pair in zip(plain, under_autocast, strict=True))
 
@@ -220,7 +216,7 @@ def test_autocast_does_not_lower_the_precision(
 @every_backend
 def test_the_same_input_gives_the_same_bits(backend: Backend) -> None:
     inputs = tuple(torch.randn(2, length, width) for length, width in ((37, 8), (23, 8), (23, 16)))
-    if reasons := backend.unsupported_reasons(*inputs):
+    if reasons := backend.unsupported_reasons(AttentionInputs(*inputs)):
         pytest.skip("; ".join(reasons))
     cotangent = torch.randn(2, 37, 16)
     first, second = (run(backend, inputs, cotangent, 1.0) for _ in range(2))
@@ -229,20 +225,18 @@ def test_the_same_input_gives_the_same_bits(backend: Backend) -> None:
 
 @every_backend
 @pytest.mark.parametrize("layout", LAYOUTS[:-1])
-def test_gradients_of_first_and_second_order_pass_the_numerical_check(
-    backend: Backend, layout: str
-) -> None:
+def test_gradients_of_first_and_second_order_pass_the_numerical_check(backend: Backend, layout: str) -> None:
     inputs = tuple(
         laid_out(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
         for shape in ((2, 3, 2), (2, 5, 2), (2, 5, 3))
     )
     # Along one random direction where the interpreter computes: its kernels take a second each.
     fast = backend.name == "triton"
-    if reasons := backend.unsupported_reasons(*inputs):
+    if reasons := backend.unsupported_reasons(AttentionInputs(*inputs)):
         pytest.skip("; ".join(reasons))
 
     def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return backend.run(query, key, value, 0.7)
+        return backend.implementation(query, key, value, 0.7)
 
     assert torch.autograd.gradcheck(forward, inputs, fast_mode=fast)
     assert torch.autograd.gradgradcheck(forward, inputs, fast_mode=fast)
@@ -273,11 +267,11 @@ class Recorder:
     def __init__(self, name: str, *refused: torch.dtype) -> None:
         self.refused = refused
         self.scales: list[float] = []
-        self.backend = Backend(name, self.unsupported_reasons, self.run)
+        self.backend = Backend(name, self.run, self.unsupported_reasons)
 
-    def reasons_against(self, query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-        if query.dtype in self.refused:
-            return [f"{query.dtype} is not served", "on a rainy day"]
+    def unsupported_reasons(self, inputs: AttentionInputs) -> list[str]:
+        if inputs.query.dtype in self.refused:
+            return [f"{inputs.query.dtype} is not served", "on a rainy day"]
         return []
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -291,7 +285,7 @@ def test_the_reference_is_the_last_of_the_table_and_refuses_nothing() -> None:
     assert len(set(names)) == len(names)
     assert "auto" not in names
     for dtype in DTYPES:
-        assert ATTENTION.backends[-1].unsupported_reasons(*inputs_of(dtype)) == []
+        assert ATTENTION.backends[-1].unsupported_reasons(AttentionInputs(*inputs_of(dtype))) == []
 
 
 @pytest.mark.parametrize("name", ["flash", "", "Reference"])
@@ -341,7 +335,7 @@ def test_a_failure_inside_a_backend_is_not_swallowed(monkeypatch: pytest.MonkeyP
     def fail(*_: object) -> Tensor:
         raise RuntimeError("the kernel failed")
 
-    failing = replace(Recorder("failing").backend, run=fail)
+    failing = replace(Recorder("failing").backend, implementation=fail)
     monkeypatch.setattr(ATTENTION, "backends", (failing, *ATTENTION.backends))
     with pytest.raises(RuntimeError, match="the kernel failed"):
         functional.attention(*inputs_of())

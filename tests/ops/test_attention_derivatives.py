@@ -21,7 +21,8 @@ from sagan_layers import (
 from sagan_layers.attention import chunked as attention_chunked
 from sagan_layers.attention import reference
 from sagan_layers.attention import sdpa as attention_sdpa
-from sagan_layers.attention.table import ATTENTION
+from sagan_layers.attention import table as attention_table
+from sagan_layers.attention.table import ATTENTION, AttentionInputs
 
 BACKENDS = {backend.name: backend for backend in ATTENTION.backends}
 OURS = ["triton", "sdpa", "chunked"]
@@ -36,7 +37,7 @@ def inputs_of(
 
 
 def attention_on(name: str, scale: float = 0.7) -> Attention:
-    return lambda query, key, value: BACKENDS[name].run(query, key, value, scale)
+    return lambda query, key, value: BACKENDS[name].implementation(query, key, value, scale)
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch, entries: int, rows: int, whole: int = 0) -> None:
@@ -343,8 +344,8 @@ def test_the_size_of_the_blocks_does_not_matter(
     dtype: torch.dtype,
 ) -> None:
     small_blocks(monkeypatch, entries, rows, whole)
-    for limit in ("_MOST_KEPT_BYTES", "_MOST_KEPT_BYTES_OF_HALF"):
-        monkeypatch.setattr(dispatch, limit, 2**24 if keep_weights else 0)
+    for limit in ("_MAX_SAVED_BYTES", "_MAX_SAVED_BYTES_OF_HALF"):
+        monkeypatch.setattr(attention_table, limit, 2**24 if keep_weights else 0)
     inputs = inputs_of(dtype, batch=5)
 
     def results(name: str) -> list[Tensor]:
@@ -395,15 +396,15 @@ def test_weights_are_kept_only_while_they_are_few(monkeypatch: pytest.MonkeyPatc
         kept.append(keep_weights)
         return reference.attention(query, key, value, scale)
 
-    monkeypatch.setattr(dispatch, "_chunked_operation", forward)
+    monkeypatch.setattr(attention_table, "_chunked_operation", forward)
     few, many, most = ([torch.randn(n, 256, 2, requires_grad=True) for _ in range(3)] for n in (64, 65, 257))
     for inputs in (few, many):
-        BACKENDS["chunked"].run(*inputs, 1.0)
+        BACKENDS["chunked"].implementation(*inputs, 1.0)
     for inputs in (many, most):  # 16 bits
-        BACKENDS["chunked"].run(*(tensor.bfloat16() for tensor in inputs), 1.0)
+        BACKENDS["chunked"].implementation(*(tensor.bfloat16() for tensor in inputs), 1.0)
     with torch.no_grad():
-        BACKENDS["chunked"].run(*few, 1.0)
-    BACKENDS["chunked"].run(*(tensor.detach() for tensor in few), 1.0)
+        BACKENDS["chunked"].implementation(*few, 1.0)
+    BACKENDS["chunked"].implementation(*(tensor.detach() for tensor in few), 1.0)
     assert kept == [True, False, True, False, False, False]
 
 
@@ -447,7 +448,7 @@ def test_results_and_derivatives_on_a_gpu_are_the_references(
 ) -> None:
     shapes = ((2, 300, width), (2, 130, width), (2, 130, value_width))
     inputs = [torch.randn(s, device="cuda").mul(0.5).to(dtype).requires_grad_() for s in shapes]
-    if reasons := BACKENDS[name].unsupported_reasons(*inputs):
+    if reasons := BACKENDS[name].unsupported_reasons(AttentionInputs(*inputs)):
         pytest.skip("; ".join(reasons))
 
     def results(backend: str, tensors: list[Tensor]) -> list[Tensor]:
@@ -495,7 +496,7 @@ def test_single_positions_and_any_scale_pass_on_a_gpu(
         # As a feature map gives them: channels first.
         shapes = ((2, 64, queries), (2, 64, keys), (2, 256, keys))
         inputs = [torch.randn(s, device="cuda").mul(0.3).to(dtype).mT.requires_grad_() for s in shapes]
-        if BACKENDS[name].unsupported_reasons(*inputs):
+        if BACKENDS[name].unsupported_reasons(AttentionInputs(*inputs)):
             continue
         y, expected = attention_on(name, scale)(*inputs), attention_on("reference", scale)(*inputs)
         torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)

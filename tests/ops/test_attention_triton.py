@@ -12,7 +12,7 @@ import torch
 from test_attention_backends import LAYOUTS, distance, laid_out, sums_of_sizes
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from sagan_layers.attention import reference
 from sagan_layers.attention import triton as attention_triton
@@ -335,8 +335,9 @@ def test_widths_beyond_the_table_are_refused_by_name() -> None:
 
 def test_samples_beyond_32_bits_are_refused() -> None:
     query, key = (torch.empty(1).expand(1, length, 64) for length in (2**25, 3))
-    assert f"serves samples of less than 2**31 numbers, got {2**25} x 64" in attention_triton.unsupported_reasons(
-        query, key, key
+    assert (
+        f"serves samples of less than 2**31 numbers, got {2**25} x 64"
+        in attention_triton.unsupported_reasons(query, key, key)
     )
 
 
@@ -374,7 +375,9 @@ def test_older_gpus_and_rocm_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, answer=capability: answer)
         assert attention_triton.unsupported_reasons(*lookalikes) == reasons
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert attention_triton.unsupported_reasons(*lookalikes) == ["needs an NVIDIA GPU, got a ROCm build of torch"]
+    assert attention_triton.unsupported_reasons(*lookalikes) == [
+        "needs an NVIDIA GPU, got a ROCm build of torch"
+    ]
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------
