@@ -14,7 +14,7 @@ from sagan_layers.spectral_norm import (
     SpectralNormLayer,
     SpectralNormRecord,
     recording_spectral_norm,
-    repeated_spectral_norm,
+    replaying_spectral_norm,
 )
 
 __all__ = ["checkpointed"]
@@ -114,7 +114,7 @@ class _Repeating:
                 "backward before that"
             )
         stack = contextlib.ExitStack()
-        stack.enter_context(repeated_spectral_norm(self._record))
+        stack.enter_context(replaying_spectral_norm(self._record))
         stack.enter_context(frozen_running_statistics(self._module))
         self._entered.append(stack)
 

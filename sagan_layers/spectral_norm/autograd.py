@@ -1,25 +1,53 @@
-"""Makes a normalised weight that has been computed already a differentiable function of its weight.
+"""The contract of a backend, and the node that gives its normalised weight a gradient.
 
-Every use of the weight gets a node of its own, so that each part of an accumulated batch has its own backward and
-data-parallel training sees each layer's gradient as soon as it is there.
+Every use of a weight gets a node of its own: each part of an accumulated batch has its own backward, and data-parallel
+training sees each layer's gradient as soon as it is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sagan_layers.spectral_norm import reference
-from sagan_layers.spectral_norm.reference import SpectralNormResult
+from sagan_layers.spectral_norm.reference import SpectralNormOptions, SpectralNormResult, SpectralNormTask
+from sagan_layers.torch_support import without_autocast
 
-Gradient = Callable[[Tensor, Tensor, SpectralNormResult, int, float, Any], Tensor]
+Gradient = Callable[[Tensor, Tensor, SpectralNormResult, SpectralNormOptions], Tensor]
+
+
+@dataclass(frozen=True)
+class SpectralNormKernels:
+    """How a backend normalises weights. Both functions run without autocast.
+
+    Attributes:
+        normalize: takes a list of tasks; returns their results, all new tensors.
+        gradient: takes the gradient of the normalised weight, the weight (its values may have changed since), the
+            result and the options; returns the weight's gradient in its dtype. None if ``normalize`` records the
+            graph of plain operations, which autograd follows.
+    """
+
+    normalize: Callable[[list[SpectralNormTask]], list[SpectralNormResult]]
+    gradient: Gradient | None = None
+
+
+def with_gradient(task: SpectralNormTask, result: SpectralNormResult, gradient: Gradient) -> Tensor:
+    """Return the normalised weight of a result as a function of the task's weight for autograd."""
+    if not (torch.is_grad_enabled() and task.weight.requires_grad):
+        return result.weight
+    normalized, sigma, u, v = result
+    weight: Tensor = NormalizedWeight.apply(  # type: ignore[no-untyped-call]
+        task.weight, normalized, sigma, u, v, task.options, gradient
+    )
+    return weight
 
 
 class NormalizedWeight(torch.autograd.Function):
-    """The normalised weight of a result, with the derivative of ``weight / sigma``, u and v constants."""
+    """The normalised weight of a result, with the derivative of ``weight / sigma``; u and v are constants."""
 
     @staticmethod
     def forward(
@@ -29,14 +57,12 @@ class NormalizedWeight(torch.autograd.Function):
         sigma: Tensor,
         u: Tensor,
         v: Tensor,
-        dim: int,
-        eps: float,
-        gradient: Gradient | None,
-        memory: Any,
+        options: SpectralNormOptions,
+        gradient: Gradient,
     ) -> Tensor:
         """Return ``normalized``; the rest is for backward."""
-        ctx.dim, ctx.eps, ctx.gradient, ctx.memory = dim, eps, gradient, memory
-        # First derivatives read none of the weight's values, so that an optimizer may step before backward.
+        ctx.options, ctx.gradient = options, gradient
+        # First derivatives do not read the weight's values, so an optimizer may step before backward.
         ctx.weight = weight
         ctx.version = None if torch.compiler.is_compiling() else weight._version
         ctx.save_for_backward(normalized, sigma, u, v)
@@ -47,15 +73,12 @@ class NormalizedWeight(torch.autograd.Function):
         """Return the gradient of the weight."""
         (grad,) = grads
         result = SpectralNormResult(*ctx.saved_tensors)
-        if torch.compiler.is_compiling():
-            gradient = reference.spectral_normalize_gradient(grad, result, ctx.eps, ctx.dim)
-        elif torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             gradient = _differentiable_gradient(ctx, grad, result)
-        elif ctx.gradient is None:
-            gradient = reference.spectral_normalize_gradient(grad, result, ctx.eps, ctx.dim)
         else:
-            gradient = ctx.gradient(grad, ctx.weight, result, ctx.dim, ctx.eps, ctx.memory)
-        return gradient.to(ctx.weight.dtype), *(None,) * 8
+            with without_autocast(grad.device):
+                gradient = ctx.gradient(grad, ctx.weight, result, ctx.options)
+        return gradient, *(None,) * 6
 
 
 def _differentiable_gradient(ctx: Any, grad: Tensor, result: SpectralNormResult) -> Tensor:
@@ -66,8 +89,10 @@ def _differentiable_gradient(ctx: Any, grad: Tensor, result: SpectralNormResult)
             "derivatives were asked for; take them before optimizer.step()"
         )
     # A view, because grad may itself depend on the weight: derivatives are to stop here.
-    stop = ctx.weight.view_as(ctx.weight)
-    normalized = reference.spectral_normalize(stop, result.u, result.v, 0, ctx.eps, ctx.dim).weight
+    weight = ctx.weight.view_as(ctx.weight)
+    normalized = reference.spectral_normalize(
+        weight, result.u, result.v, 0, ctx.options.eps, ctx.options.dim
+    ).weight
     gradient: Tensor
-    (gradient,) = torch.autograd.grad(normalized, stop, grad.to(normalized.dtype), create_graph=True)
+    (gradient,) = torch.autograd.grad(normalized, weight, grad.to(normalized.dtype), create_graph=True)
     return gradient

@@ -1,13 +1,16 @@
-"""The stateless form of spectral normalisation."""
+"""The stateless form of spectral normalisation, and what the layers call: task -> backend of the table -> result."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sagan_layers.checks import check_floating, check_positive, check_same_device, shape_of
 from sagan_layers.spectral_norm import reference
-from sagan_layers.spectral_norm.reference import SpectralNormResult
-from sagan_layers.spectral_norm.table import SpectralNormInputs
+from sagan_layers.spectral_norm.autograd import with_gradient
+from sagan_layers.spectral_norm.reference import SpectralNormResult, SpectralNormTask
+from sagan_layers.spectral_norm.table import SPECTRAL_NORMALIZE, SpectralNormInputs
+from sagan_layers.torch_support import is_traced, without_autocast
 
 
 def spectral_normalize(
@@ -22,14 +25,14 @@ def spectral_normalize(
     r"""Return ``weight / sigma``, sigma the spectral norm of the weight seen as a matrix.
 
     Each power iteration sets :math:`v = W^T u / \|W^T u\|`, then :math:`u = W v / \|W v\|`; then
-    :math:`\sigma = u^T W v`. Nothing is changed in place: the moved u and v are in the result.
+    :math:`\sigma = u^T W v`. Nothing is changed in place: the new u and v are in the result.
 
     Args:
         weight: at least two axes; as a matrix [out, rest] with ``dim`` moved to the front.
         u: [out], an estimate of the left singular vector.
         v: [rest], of the right one; only used when ``n_power_iterations`` is 0.
         dim: the axis of the outputs, 0 or 1.
-        n_power_iterations: how often u and v move before sigma is taken.
+        n_power_iterations: how often u and v are updated before sigma is taken.
         eps: added to the norms of u and v; a weight whose sigma is not above it is returned unnormalised, so
             that zeros stay zeros and their gradient stays finite.
 
@@ -76,3 +79,40 @@ def spectral_norm_inputs(weight: Tensor, *, dim: int = 0) -> SpectralNormInputs:
             f"weight: expected at least 2 axes and dim 0 or 1, got {shape_of(weight)} and dim {dim!r}"
         )
     return SpectralNormInputs(weight, dim, alone=True)
+
+
+def normalize_weight(task: SpectralNormTask) -> SpectralNormResult:
+    """Normalise one weight; the normalised one has its graph, sigma has none."""
+    inputs = SpectralNormInputs(task.weight, task.options.dim, alone=True)
+    kernels = SPECTRAL_NORMALIZE.select_and_record(inputs, "auto").implementation
+    if kernels.gradient is None:
+        return kernels.normalize([task])[0]
+    with torch.no_grad(), without_autocast(task.weight.device):
+        (result,) = kernels.normalize([task])
+    return result._replace(weight=with_gradient(task, result, kernels.gradient))
+
+
+@torch.no_grad()
+def normalize_weights(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
+    """Normalise all weights, in as few calls as their backends allow; the results have no graph."""
+    groups: dict[str, list[int]] = {}
+    for index, task in enumerate(tasks):
+        inputs = SpectralNormInputs(task.weight, task.options.dim, alone=False)
+        groups.setdefault(SPECTRAL_NORMALIZE.select_and_record(inputs, "auto").name, []).append(index)
+    results: dict[int, SpectralNormResult] = {}
+    for backend in SPECTRAL_NORMALIZE.backends:
+        if indices := groups.get(backend.name):
+            with without_autocast(tasks[indices[0]].weight.device):
+                found = backend.implementation.normalize([tasks[index] for index in indices])
+            results.update(zip(indices, found, strict=True))
+    return [results[index] for index in range(len(tasks))]
+
+
+def weight_of_result(task: SpectralNormTask, result: SpectralNormResult) -> Tensor:
+    """Return the normalised weight of an earlier result as a function of the task's weight for autograd."""
+    if is_traced(task.weight) and not torch.compiler.is_compiling():
+        # Torch.func and forward mode need plain operations: the same weight again, from the result's u and v.
+        options = task.options._replace(n_power_iterations=0)
+        return reference.normalize([SpectralNormTask(task.weight, result.u, result.v, options)])[0].weight
+    chosen = SPECTRAL_NORMALIZE.select(SpectralNormInputs(task.weight, task.options.dim, alone=False))
+    return with_gradient(task, result, chosen.implementation.gradient or reference.gradient)

@@ -1,7 +1,7 @@
-"""Spectral normalisation of many weights on a GPU in few launches, and without waiting for it.
+"""Spectral normalisation of many weights on a GPU in few launches, without waiting for it.
 
-Each weight is multiplied as it lies in memory. The vectors of all of them are the rows of one tensor, padded with
-zeros, so that norms, divisions and sigma are single operations over all layers.
+The vectors of all weights are the rows of one tensor, padded with zeros, so that norms, divisions and sigma are single
+operations over all layers.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from sagan_layers.spectral_norm import reference
-from sagan_layers.spectral_norm.cpu import layout_of, same_strides
-from sagan_layers.spectral_norm.reference import SpectralNormResult, SpectralNormTask
+from sagan_layers.spectral_norm.autograd import SpectralNormKernels
+from sagan_layers.spectral_norm.layout import layout_of, same_strides
+from sagan_layers.spectral_norm.reference import SpectralNormOptions, SpectralNormResult, SpectralNormTask
 
 
 def unsupported_reasons(weight: Tensor, dim: int) -> list[str]:
-    """Return why a weight cannot be served, empty if it can."""
+    """Return why it cannot normalise a weight."""
     reasons = []
     if weight.device.type != "cuda":
         reasons.append(f"it saves launches on a GPU, and the weight is on {weight.device}")
@@ -33,11 +34,10 @@ def unsupported_reasons(weight: Tensor, dim: int) -> list[str]:
     return reasons
 
 
-def normalize(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
-    """Return the normalised weights, sigmas and moved vectors, all without a graph."""
+def _normalize(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, task in enumerate(tasks):
-        key = (task.weight.device, task.weight.dtype, task.n_power_iterations, task.eps)
+        key = (task.weight.device, task.weight.dtype, task.options.n_power_iterations, task.options.eps)
         groups.setdefault(key, []).append(index)
     results: dict[int, SpectralNormResult] = {}
     for indices in groups.values():
@@ -46,9 +46,9 @@ def normalize(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
 
 
 def _normalize_alike(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
-    eps = tasks[0].eps
-    layouts = [layout_of(task.weight, task.dim) for task in tasks]
-    matrices = [_matrix(task.weight.detach(), task.dim) for task in tasks]
+    _, n_power_iterations, eps, *_ = tasks[0].options
+    layouts = [layout_of(task.weight, task.options.dim) for task in tasks]
+    matrices = [_matrix(task.weight.detach(), task.options.dim) for task in tasks]
     like = matrices[0]
     heights, widths = [m.size(0) for m in matrices], [m.size(1) for m in matrices]
     rows_of_u, rows_of_v = (like.new_zeros(len(tasks), max(sizes)) for sizes in (heights, widths))
@@ -56,7 +56,7 @@ def _normalize_alike(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
     ordered = [layout.in_memory_order(task.v) for layout, task in zip(layouts, tasks, strict=True)]
     torch._foreach_copy_(_cut(rows_of_v, widths), ordered)
     products_of_u, products_of_v = torch.zeros_like(rows_of_u), torch.zeros_like(rows_of_v)
-    for _ in range(tasks[0].n_power_iterations):
+    for _ in range(n_power_iterations):
         for matrix, u, product in zip(
             matrices, _cut(rows_of_u, heights), _cut(products_of_v, widths), strict=True
         ):
@@ -64,7 +64,7 @@ def _normalize_alike(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
         rows_of_v = _unit_rows(products_of_v, eps, otherwise=rows_of_v)
         _multiply(matrices, _cut(rows_of_v, widths), _cut(products_of_u, heights))
         rows_of_u = _unit_rows(products_of_u, eps, otherwise=rows_of_u)
-    if tasks[0].n_power_iterations == 0:
+    if n_power_iterations == 0:
         _multiply(matrices, _cut(rows_of_v, widths), _cut(products_of_u, heights))
     sigmas = (rows_of_u * products_of_u).sum(1)
     divisors = reference.spectral_divisor(sigmas, eps).unbind()
@@ -73,7 +73,7 @@ def _normalize_alike(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
         zip(tasks, layouts, _cut(rows_of_u, heights), _cut(rows_of_v, widths), strict=True)
     ):
         weight = task.weight.detach()
-        normalized = torch.empty_like(weight, dtype=task.dtype)
+        normalized = torch.empty_like(weight, dtype=task.options.dtype)
         torch.div(weight, divisors[index], out=normalized)
         results.append(SpectralNormResult(normalized, sigmas[index], u, layout.in_canonical_order(v)))
     return results
@@ -93,23 +93,25 @@ def _unit_rows(rows: Tensor, eps: float, otherwise: Tensor) -> Tensor:
     return torch.where(norms > eps, rows / (norms + eps), otherwise)
 
 
-def gradient(
-    grad: Tensor, weight: Tensor, result: SpectralNormResult, dim: int, eps: float, memory: object
+def _gradient(
+    grad: Tensor, weight: Tensor, result: SpectralNormResult, options: SpectralNormOptions
 ) -> Tensor:
-    """Return the gradient of the weight, in its dtype and strides, u and v taken as constants."""
     out = torch.empty_like(weight)
     if grad.dtype != out.dtype or not same_strides(grad, out):
         grad = out.copy_(grad)
     u, sigma = result.u, result.sigma
-    divisor = reference.spectral_divisor(sigma, eps)
-    inner = torch.where(sigma.abs() > eps, (grad * result.weight).sum(), torch.zeros_like(sigma))
-    v = layout_of(weight, dim).in_memory_order(result.v)
+    divisor = reference.spectral_divisor(sigma, options.eps)
+    inner = torch.where(sigma.abs() > options.eps, (grad * result.weight).sum(), torch.zeros_like(sigma))
+    v = layout_of(weight, options.dim).in_memory_order(result.v)
     torch.div(grad, divisor, out=out)
-    _matrix(out, dim).addr_(u * (-inner / divisor), v)
+    _matrix(out, options.dim).addr_(u * (-inner / divisor), v)
     return out
 
 
+KERNELS = SpectralNormKernels(_normalize, _gradient)
+
+
 def _matrix(tensor: Tensor, dim: int) -> Tensor:
-    """Return a view [outputs, rest], the rest in the order of the memory."""
+    """Return a view [outputs, rest], the rest in memory order."""
     blocks = layout_of(tensor, dim).blocks(tensor)
     return blocks[0] if blocks.size(0) == 1 else blocks[..., 0].t()

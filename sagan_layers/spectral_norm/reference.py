@@ -22,23 +22,17 @@ class SpectralNormResult(NamedTuple):
     v: Tensor
 
 
-class SpectralNormTask(NamedTuple):
-    """One weight to normalise.
+class SpectralNormOptions(NamedTuple):
+    """How to normalise a weight.
 
     Attributes:
-        weight: at least two axes.
-        u: [out], where the iteration starts.
-        v: [rest].
         dim: the axis of the outputs, 0 or 1.
-        n_power_iterations: how often u and v move before sigma is taken.
+        n_power_iterations: how often u and v are updated before sigma is taken.
         eps: added to the norms of u and v.
         dtype: of the normalised weight.
-        memory: what to reuse for the results, where a backend does that.
+        memory: a :class:`~sagan_layers.spectral_norm.memory.LayerMemory` that a backend may reuse, or None.
     """
 
-    weight: Tensor
-    u: Tensor
-    v: Tensor
     dim: int
     n_power_iterations: int
     eps: float
@@ -46,10 +40,30 @@ class SpectralNormTask(NamedTuple):
     memory: Any = None
 
 
+class SpectralNormTask(NamedTuple):
+    """One weight to normalise, with u [out] and v [rest] from which the iteration starts."""
+
+    weight: Tensor
+    u: Tensor
+    v: Tensor
+    options: SpectralNormOptions
+
+
+def normalize(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
+    """Return the normalised weights, with their graphs."""
+    results = []
+    for weight, u, v, options in tasks:
+        normalized, sigma, u, v = spectral_normalize(
+            weight, u, v, options.n_power_iterations, options.eps, options.dim
+        )
+        results.append(SpectralNormResult(normalized.to(options.dtype), sigma, u, v))
+    return results
+
+
 def spectral_normalize(
     weight: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float, dim: int
 ) -> SpectralNormResult:
-    """Return ``weight / sigma`` with u and v, constants for autograd, moved by ``n_power_iterations``."""
+    """Return ``weight / sigma``, with u and v, constants for autograd, after ``n_power_iterations`` updates."""
     dtype = accumulation_dtype(weight.dtype)
     with without_autocast(weight.device):
         full = weight.to(dtype)
@@ -64,32 +78,26 @@ def spectral_normalize(
 
 
 def spectral_divisor(sigma: Tensor, eps: float) -> Tensor:
-    """Return sigma, or 1 for a weight without a spectral norm to speak of (all zeros): it is left as it is."""
+    """Return sigma, or 1 where sigma is not above eps: a weight of zeros is left as it is."""
     return torch.where(sigma.abs() > eps, sigma, torch.ones_like(sigma))
 
 
-def spectral_normalize_gradient(grad: Tensor, result: SpectralNormResult, eps: float, dim: int) -> Tensor:
-    """Return the gradient of the weight from that of the normalised one, u and v taken as constants.
-
-    Args:
-        grad: the gradient of ``result.weight``.
-        result: what forward found.
-        eps: as in forward.
-        dim: the axis of the outputs.
-    """
+def gradient(
+    grad: Tensor, weight: Tensor, result: SpectralNormResult, options: SpectralNormOptions
+) -> Tensor:
+    """Return the gradient of the weight from that of the normalised one; u and v are constants."""
     u, v, sigma = result.u, result.v, result.sigma
-    with without_autocast(grad.device):
-        grad, normalized = grad.to(u.dtype), result.weight.to(u.dtype)
-        inner = torch.where(sigma.abs() > eps, (grad * normalized).sum(), torch.zeros_like(sigma))
-        sizes = normalized.transpose(0, dim).shape
-        direction = torch.outer(u, v).view(sizes).transpose(0, dim)
-        return (grad - inner * direction) / spectral_divisor(sigma, eps)
+    grad, normalized = grad.to(u.dtype), result.weight.to(u.dtype)
+    inner = torch.where(sigma.abs() > options.eps, (grad * normalized).sum(), torch.zeros_like(sigma))
+    sizes = normalized.transpose(0, options.dim).shape
+    direction = torch.outer(u, v).view(sizes).transpose(0, options.dim)
+    return ((grad - inner * direction) / spectral_divisor(sigma, options.eps)).to(weight.dtype)
 
 
 def _power_iteration(
     matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return copies of u and v, moved: backward reads them after the caller's own have moved in place."""
+    """Return updated copies of u and v: backward reads them after the layer has overwritten its buffers."""
     u, v = u.clone(), v.clone()
     for _ in range(n_power_iterations):
         v = _unit(torch.mv(matrix.t(), u), eps, otherwise=v)
@@ -105,10 +113,10 @@ def _power_iteration(
 def _opaque_power_iteration(
     matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The same as one operation, which torch.compile does not look into.
+    """The same as one operation that torch.compile does not look into.
 
-    Its partitioner would otherwise recompute v in backward from the buffer u, which has moved by then, and so
-    return a wrong gradient (whenever the matrix has few rows).
+    Its partitioner would otherwise recompute v in backward from the buffer u, which has been updated by then. The
+    gradient would be wrong whenever the matrix has few rows.
     """
     with without_autocast(matrix.device):
         return _power_iteration(matrix, u, v, n_power_iterations, eps)

@@ -1,4 +1,4 @@
-"""Normalised weights of a whole network, found in one call and shared by every forward until the next."""
+"""Normalised weights of a whole network, computed in one call and shared by every forward until the next call."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from sagan_layers import checks
-from sagan_layers.spectral_norm.layers import SpectralNormLayer, _Shared
-from sagan_layers.spectral_norm.table import normalize_layer_weights
+from sagan_layers.spectral_norm.contexts import spectral_layers
+from sagan_layers.spectral_norm.functional import normalize_weights
+from sagan_layers.spectral_norm.layers import SharedWeight, SpectralNormLayer
 
 __all__ = ["SharedSpectralNorm", "shared_spectral_norm"]
 
@@ -15,34 +16,34 @@ __all__ = ["SharedSpectralNorm", "shared_spectral_norm"]
 def shared_spectral_norm(module: nn.Module, *, dtype: torch.dtype | None = None) -> SharedSpectralNorm:
     """Normalise all weights of ``module`` once, and share them between all forwards inside a ``with`` block.
 
-    On entry, one call moves u and v of every spectrally normalised layer (in training and not frozen; else it
-    does what the layer's next forward would have done) and computes the normalised weights. Inside the block
-    nothing moves and nothing is computed again: the real and the fake batch and all parts of an accumulated batch
-    take the same weights. That is what a first forward followed by others inside
-    ``frozen_spectral_norm(module, iterate=False)`` computes, at the cost of one.
+    On entry, one call does for every spectrally normalised layer what its next forward would have done: in training,
+    unless frozen, it updates u and v, and it computes the normalised weight. Inside the block nothing is updated or
+    computed again: the real batch, the fake batch and all parts of an accumulated batch use the same weights. That is
+    what a first forward followed by others inside ``frozen_spectral_norm(module, iterate=False)`` computes, at the
+    cost of one.
 
     Args:
         module: a layer or a network that holds some; one in DistributedDataParallel or under ``torch.compile``
             as well.
-        dtype: of the normalised weights of convolutions and linear layers, for forwards under autocast: rounded
-            where they are divided, they need not be cast by each forward. None takes autocast's where it is
-            enabled on entry, else each weight's own. Gradients have the weight's dtype.
+        dtype: of the normalised weights of convolutions and linear layers, for forwards under autocast, which then
+            need not cast them each time. None takes autocast's dtype if it is enabled on entry, else each weight's.
+            Gradients have the weight's dtype.
 
     Returns:
-        A :class:`SharedSpectralNorm`, which is the context. Kept, it can be used again, also without a block.
+        A :class:`SharedSpectralNorm`, the context. It can be used again, also without a block.
 
     Raises:
         TypeError: if ``dtype`` is not a floating-point dtype.
         RuntimeError: inside the block, when a layer is called in eager mode whose weight has changed or been
-            replaced since. Torch does not count the steps of ``fused=True`` optimizers and what is done to
-            ``weight.data`` as changes, so these go unnoticed.
+            replaced since. Steps of ``fused=True`` optimizers and changes of ``weight.data`` are not noticed,
+            because torch does not count them as changes.
 
     Note:
-        Training mode and frozen contexts are looked at on entry only. Layers that an enclosing context shares
-        already stay as they are; :func:`frozen_spectral_norm` inside the block changes nothing, around it it
-        keeps u and v from moving. ``backward`` may run inside the block or after it, once for every forward,
-        also after ``optimizer.step()``; second derivatives must come before that. Copies and pickles of the
-        module made inside the block are not part of it.
+        Training mode and frozen contexts are read on entry only. Layers that an enclosing context already shares
+        stay as they are. :func:`~sagan_layers.frozen_spectral_norm` around the block keeps u and v; inside the block
+        it changes nothing. ``backward`` may run inside the block or after it, once for every forward, also after
+        ``optimizer.step()``; second derivatives must come before that. Copies and pickles of the module made inside
+        the block do not share.
 
     Example:
         >>> from sagan_layers import SNConv2d, SNLinear
@@ -59,12 +60,11 @@ def shared_spectral_norm(module: nn.Module, *, dtype: torch.dtype | None = None)
 class SharedSpectralNorm:
     """The context of :func:`shared_spectral_norm`, for use without a ``with`` block too.
 
-    ``update`` begins the sharing, or finds the weights anew after an optimizer's step; ``release`` ends it. A
-    ``with`` block calls the first on entry and the second at its end.
+    ``update`` begins the sharing, or computes the weights again after an optimizer's step; ``release`` ends it. A
+    ``with`` block calls ``update`` on entry and ``release`` at its end.
 
     Args:
-        module: as for :func:`shared_spectral_norm`.
-        dtype: as for :func:`shared_spectral_norm`.
+        module, dtype: as for :func:`shared_spectral_norm`.
 
     Raises:
         TypeError: if ``dtype`` is not a floating-point dtype.
@@ -73,7 +73,7 @@ class SharedSpectralNorm:
         >>> from sagan_layers import SNLinear
         >>> layer = SNLinear(4, 3)
         >>> shared = SharedSpectralNorm(layer)
-        >>> shared.update()  # u and v move once
+        >>> shared.update()  # updates u and v once
         >>> torch.equal(layer(torch.ones(4)), layer(torch.ones(4)))
         True
         >>> shared.release()
@@ -86,7 +86,7 @@ class SharedSpectralNorm:
         self._layers: list[SpectralNormLayer] = []
 
     def __enter__(self) -> SharedSpectralNorm:
-        """Share; an error if that is so already."""
+        """Begin the sharing; raise ``RuntimeError`` if this context is in use."""
         if self._layers:
             raise RuntimeError("shared_spectral_norm: expected a context that is not in use, got one that is")
         self.update()
@@ -98,46 +98,42 @@ class SharedSpectralNorm:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move u and v of all layers as their next forward would, and share the weights that follow."""
+        """Normalise the weights of all layers as their next forward would, and share them."""
         self.release()
-        layers = [
-            layer
-            for layer in self.module.modules()
-            if isinstance(layer, SpectralNormLayer) and layer._shared is None
-        ]
+        layers = [layer for layer in spectral_layers(self.module) if layer._shared is None]
         tasks = [
             layer._task(
                 layer.weight,
-                iterate=layer._moves or layer._iterates_when_frozen,
+                iterate=layer._updates_vectors or layer._iterates_when_frozen,
                 dtype=self._dtype_of(layer),
             )
             for layer in layers
         ]
-        results = normalize_layer_weights(tasks)
-        moves = [(layer, result) for layer, result in zip(layers, results, strict=True) if layer._moves]
-        if moves:
+        results = normalize_weights(tasks)
+        updates = [pair for pair in zip(layers, results, strict=True) if pair[0]._updates_vectors]
+        if updates:
             torch._foreach_copy_(
-                [vector for layer, _ in moves for vector in (layer.weight_u, layer.weight_v)],
-                [vector for _, result in moves for vector in (result.u, result.v)],
+                [vector for layer, _ in updates for vector in (layer.weight_u, layer.weight_v)],
+                [vector for _, result in updates for vector in (result.u, result.v)],
             )
         for layer, task, result in zip(layers, tasks, results, strict=True):
-            layer._shared = _Shared(task, result, _version(layer))
+            layer._shared = SharedWeight(task, result, _version(layer))
         self._layers = layers
 
     def release(self) -> None:
         """Let every layer normalise its own weight again."""
         for layer in self._layers:
-            if isinstance(layer, SpectralNormLayer):  # unless it was made a plain layer in between
+            if isinstance(layer, SpectralNormLayer):  # it may have become a plain layer since
                 layer._shared = None
         self._layers = []
 
     def _dtype_of(self, layer: SpectralNormLayer) -> torch.dtype:
-        own = layer.weight.dtype
-        if not layer._cast_by_autocast or own == torch.float64:
-            return own
+        dtype = layer.weight.dtype
+        if not layer._cast_by_autocast or dtype == torch.float64:
+            return dtype
         device = layer.weight.device.type
         if self.dtype is not None or device == "meta" or not torch.is_autocast_enabled(device):
-            return self.dtype or own
+            return self.dtype or dtype
         return torch.get_autocast_dtype(device)
 
 

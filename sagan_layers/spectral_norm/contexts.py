@@ -1,0 +1,91 @@
+"""Contexts that say which weights the forwards inside them use: frozen, recorded and replayed ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from sagan_layers.spectral_norm.layers import Frozen, SharedWeight, SpectralNormLayer, UsedVectors
+from sagan_layers.torch_support import temporary_attribute
+
+__all__ = ["SpectralNormRecord", "frozen_spectral_norm", "recording_spectral_norm", "replaying_spectral_norm"]
+
+
+class SpectralNormRecord(dict[SpectralNormLayer, list[UsedVectors | SharedWeight]]):
+    """What each layer's forwards used, in their order; see :func:`recording_spectral_norm`."""
+
+
+def spectral_layers(module: nn.Module) -> list[SpectralNormLayer]:
+    """Return the spectrally normalised layers of a module."""
+    return [layer for layer in module.modules() if isinstance(layer, SpectralNormLayer)]
+
+
+@contextlib.contextmanager
+def frozen_spectral_norm(module: nn.Module, *, iterate: bool | None = None) -> Iterator[None]:
+    """Update u and v of no spectrally normalised layer in ``module`` inside a ``with`` block.
+
+    The released code updates D's vectors on the real batch and not on the fake batch that follows. Gradients, dropout
+    and batch norm are as usual. Contexts nest, and the innermost counts. Inside
+    :func:`~sagan_layers.shared_spectral_norm` the weights are given and this changes nothing.
+
+    Args:
+        module: a layer or a network that holds some.
+        iterate: whether sigma is taken after an iteration from the stored u and v (True), or from these as they
+            are (False), which gives the weight of the last forward that updated them: for passes that must repeat
+            it, such as further parts of an accumulated batch. None takes each layer's ``iterate_when_frozen``.
+
+    Example:
+        >>> from sagan_layers import SNConv2d
+        >>> conv = SNConv2d(3, 8, kernel_size=3)
+        >>> x = torch.randn(2, 3, 16, 16)
+        >>> y = conv(x)  # updates u and v
+        >>> before = conv.weight_u.clone()
+        >>> with frozen_spectral_norm(conv, iterate=False):
+        ...     repeated = conv(x)
+        >>> torch.equal(conv.weight_u, before), torch.equal(repeated, y)
+        (True, True)
+    """
+    with temporary_attribute("_frozen", dict.fromkeys(spectral_layers(module), Frozen(iterate))):
+        yield
+
+
+@contextlib.contextmanager
+def recording_spectral_norm(module: nn.Module, record: SpectralNormRecord) -> Iterator[None]:
+    """Record which weights the forwards inside a ``with`` block use, for :func:`replaying_spectral_norm`.
+
+    For :func:`~sagan_layers.checkpointed`. Contexts nest, and each records all that happens in it.
+
+    Example:
+        >>> from sagan_layers import SNConv2d
+        >>> conv, record = SNConv2d(3, 8, kernel_size=3), SpectralNormRecord()
+        >>> x = torch.randn(2, 3, 16, 16)
+        >>> with recording_spectral_norm(conv, record):
+        ...     y = conv(x)
+        >>> _ = conv(x)  # updates u and v
+        >>> with replaying_spectral_norm(record):
+        ...     repeated = conv(x)
+        >>> torch.equal(repeated, y), torch.equal(conv(x), y)
+        (True, False)
+    """
+    layers = spectral_layers(module)
+    with temporary_attribute(
+        "_records", {layer: (*layer._records, record.setdefault(layer, [])) for layer in layers}
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def replaying_spectral_norm(record: SpectralNormRecord) -> Iterator[None]:
+    """Let forwards inside a ``with`` block use the recorded weights again, in their order; nothing is updated.
+
+    The weights and their gradients are those of the record, whatever has updated u and v since, and whether or not
+    the layers are in training, frozen or shared now. The caller checks that the parameters are still the same.
+
+    Raises:
+        RuntimeError: inside the block, when a layer is called more often than recorded, or the weight of a shared
+            one has changed since.
+    """
+    with temporary_attribute("_replayed", {layer: iter(used) for layer, used in record.items()}):
+        yield

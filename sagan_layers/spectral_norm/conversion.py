@@ -1,0 +1,181 @@
+"""Plain models into spectrally normalised ones, in place, and back."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from sagan_layers import checks
+from sagan_layers.resampling import ResamplingConv2d
+from sagan_layers.spectral_norm.functional import normalize_weight
+from sagan_layers.spectral_norm.layers import (
+    TEMPORARY_ATTRIBUTES,
+    SNConv2d,
+    SNConvTranspose2d,
+    SNEmbedding,
+    SNLinear,
+    SpectralNormLayer,
+    refuse_embedding_options,
+)
+
+__all__ = ["apply_spectral_norm", "remove_spectral_norm"]
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+
+
+@torch.no_grad()
+def remove_spectral_norm(module: _ModuleT) -> _ModuleT:
+    """Turn every spectrally normalised layer in ``module`` into its plain torch layer, in place.
+
+    Each layer stays the same object, of class ``nn.Conv2d``, ``nn.ConvTranspose2d``, ``nn.Linear`` or
+    ``nn.Embedding``, or :class:`ResamplingConv2d` where it resamples, and computes what it computed in evaluation
+    before. Its ``weight`` is a new parameter, so an optimizer of the old one has to be made anew, and weights that
+    two layers shared are shared no longer.
+
+    Args:
+        module: a layer or a network.
+
+    Returns:
+        ``module`` itself.
+
+    Example:
+        >>> conv = remove_spectral_norm(SNConv2d(3, 8, kernel_size=3))
+        >>> type(conv).__name__, sorted(conv.state_dict())
+        ('Conv2d', ['bias', 'weight'])
+    """
+    for layer in module.modules():
+        if isinstance(layer, SpectralNormLayer):
+            # A clone, because the result lies in memory that the layer reuses.
+            weight = normalize_weight(layer._task(layer.weight, iterate=layer.iterate_when_frozen)).weight
+            layer.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)
+            del layer.weight_u, layer.weight_v
+            for name in ("n_power_iterations", "eps", "iterate_when_frozen", *TEMPORARY_ATTRIBUTES):
+                layer.__dict__.pop(name, None)
+            resamples = isinstance(layer, SNConv2d) and layer.resamples
+            layer.__class__ = ResamplingConv2d if resamples else layer._plain_class  # type: ignore[assignment]
+            if not resamples:
+                layer.__dict__.pop("backend", None)
+    return module
+
+
+def apply_spectral_norm(
+    model: _ModuleT,
+    *,
+    exclude: Iterable[str | type[nn.Module] | nn.Module] = (),
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    iterate_when_frozen: bool = True,
+) -> _ModuleT:
+    """Turn every convolution, linear layer and embedding of ``model`` into its normalised layer, in place.
+
+    Each layer stays the same object with the same parameters, so optimizers, hooks and shared modules are
+    undisturbed. Layers that are normalised already are left alone. A weight layer for which there is no
+    normalised form here (1-d and 3-d convolutions, recurrent layers, multi-head attention, subclasses with a
+    forward of their own, parametrised layers) is an error that names it, unless excluded: none of torch's weight
+    layers is skipped in silence.
+
+    Args:
+        model: a layer or a network.
+        exclude: what to leave as it is, with everything inside it: qualified names or shell patterns of them
+            ("head.*", "blocks.0.conv"), classes, or modules.
+        n_power_iterations: see :class:`SpectralNormLayer`.
+        eps: see there.
+        iterate_when_frozen: see there.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: if a weight layer cannot be normalised, or ``exclude`` is a string.
+        ValueError: if an entry of ``exclude`` matches nothing, a weight is empty, or an argument is out of
+            range. In any case the model has not been changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))
+        >>> print(apply_spectral_norm(model, exclude=["3"]))
+        Sequential(
+          (0): SNConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): ReLU()
+          (2): Flatten(start_dim=1, end_dim=-1)
+          (3): Linear(in_features=8, out_features=1, bias=True)
+        )
+    """
+    checks.check_sizes(n_power_iterations=n_power_iterations)
+    checks.check_positive("eps", eps)
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude: expected a collection, got the string {exclude!r}; write [{exclude!r}]")
+    excluded = _excluded_modules(model, tuple(exclude))
+    chosen: list[tuple[nn.Module, type[SpectralNormLayer]]] = []
+    for name, layer in model.named_modules():
+        if layer in excluded or isinstance(layer, SpectralNormLayer):
+            continue
+        normalized_class = _NORMALIZED_CLASSES.get(type(layer))
+        if normalized_class is not None:
+            _check_convertible(name, layer)
+            chosen.append((layer, normalized_class))
+        elif isinstance(layer, _WEIGHT_LAYERS):
+            raise TypeError(
+                f"no spectrally normalised form of {type(layer).__name__} at {name or '(the model itself)'!r}; "
+                "put its name or class into exclude to leave it as it is"
+            )
+    for layer, normalized_class in chosen:
+        layer.__class__ = normalized_class
+        assert isinstance(layer, SpectralNormLayer)
+        layer._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
+    return model
+
+
+_NORMALIZED_CLASSES: dict[type[nn.Module], type[SpectralNormLayer]] = {
+    ResamplingConv2d: SNConv2d,
+    **{
+        layer_class._plain_class: layer_class
+        for layer_class in (SNConv2d, SNConvTranspose2d, SNLinear, SNEmbedding)
+    },
+}
+_WEIGHT_LAYERS = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+
+
+def _excluded_modules(
+    model: nn.Module, exclude: tuple[str | type[nn.Module] | nn.Module, ...]
+) -> set[nn.Module]:
+    excluded: set[nn.Module] = set()
+    for entry in exclude:
+        if isinstance(entry, str):
+            matches = [layer for name, layer in model.named_modules() if fnmatch.fnmatchcase(name, entry)]
+        elif isinstance(entry, type):
+            matches = [layer for layer in model.modules() if isinstance(layer, entry)]
+        else:
+            matches = [layer for layer in model.modules() if layer is entry]
+        if not matches:
+            raise ValueError(f"exclude: expected names, classes or modules of the model, got {entry!r}")
+        excluded.update(inner for match in matches for inner in match.modules())
+    return excluded
+
+
+def _check_convertible(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, nn.Embedding):
+        refuse_embedding_options(layer.max_norm, layer.sparse)
+    weight = layer._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(
+            f"the weight of {name or '(the model itself)'!r} is computed by something else (a hook such as "
+            "torch.nn.utils.spectral_norm); remove that first, or put the layer's name into exclude"
+        )
+    if weight.numel() == 0:
+        raise ValueError(
+            f"the weight of {name or '(the model itself)'!r}: expected at least one element, got shape "
+            f"{list(weight.shape)}; put the layer's name into exclude to leave it as it is"
+        )
