@@ -47,6 +47,11 @@ class Backend(Generic[Inputs, Implementation]):
     not_preferred_reasons: Callable[[Inputs], list[str]] = _no_reasons
     delegates_to: Operation[Any, Any] | None = None
 
+    @property
+    def names(self) -> list[str]:
+        """The names that select this backend."""
+        return [self.name] if self.delegates_to is None else [self.name, *self.delegates_to.names]
+
 
 class Operation(Generic[Inputs, Implementation]):
     """An operation and its backends, in the order in which "auto" asks them.
@@ -66,12 +71,7 @@ class Operation(Generic[Inputs, Implementation]):
     @property
     def names(self) -> list[str]:
         """Every name that a caller may give."""
-        names = ["auto"]
-        for backend in self.backends:
-            names.append(backend.name)
-            if backend.delegates_to is not None:
-                names += [name for name in backend.delegates_to.names if name not in names]
-        return names
+        return list(dict.fromkeys(["auto", *(name for backend in self.backends for name in backend.names)]))
 
     def check_name(self, name: str) -> None:
         """Raise ``ValueError`` unless ``name`` is "auto" or a backend's name."""
@@ -84,15 +84,16 @@ class Operation(Generic[Inputs, Implementation]):
         Raises:
             ValueError: if the name is unknown, or the named backend cannot serve: with every reason.
         """
-        self.check_name(name)
         name = self.effective_name(name)
+        if name != "auto":
+            self.check_name(name)
         refusals = []
         for backend in self.backends:
-            if name not in ("auto", backend.name) and not _delegates(backend, name):
+            if name != "auto" and name not in backend.names:
                 continue
-            reasons = list(backend.unsupported_reasons(inputs))
-            if name == "auto":
-                reasons += backend.not_preferred_reasons(inputs)
+            reasons = backend.unsupported_reasons(inputs)
+            if name == "auto" and not reasons:
+                reasons = backend.not_preferred_reasons(inputs)
             if not reasons:
                 return backend
             refusals.append(f"{backend.name}: {'; '.join(reasons)}")
@@ -127,10 +128,6 @@ class Operation(Generic[Inputs, Implementation]):
             if operation in (None, self.name) and forced in self.names:
                 return forced
         return name
-
-
-def _delegates(backend: Backend[Any, Any], name: str) -> bool:
-    return backend.delegates_to is not None and name in backend.delegates_to.names
 
 
 def no_triton_reasons(device: torch.device) -> list[str]:
