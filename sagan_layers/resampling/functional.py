@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 from torch.nn.common_types import _size_2_t
 
@@ -13,8 +15,8 @@ from sagan_layers.checks import (
     pair_of,
     shape_of,
 )
-from sagan_layers.resampling.reference import Resampling
-from sagan_layers.resampling.table import CONV2D_DOWNSAMPLE, UPSAMPLE_CONV2D, ResamplingInputs
+from sagan_layers.resampling.reference import ResamplingInputs, ResamplingOptions
+from sagan_layers.resampling.table import CONV2D_DOWNSAMPLE, UPSAMPLE_CONV2D
 
 
 def upsample_conv2d(
@@ -49,7 +51,7 @@ def upsample_conv2d(
         - Output: [N, out, Ho, Wo] with Ho = s H + 2 p - dilation (kernel height - 1).
 
     Raises:
-        ValueError: if shapes or devices disagree, nothing would be left of the map, or the named form does not
+        ValueError: if shapes or devices disagree, the output would be empty, or the named form does not
             exist or cannot serve.
         TypeError: if the dtypes disagree or are not floating point, or a size is not an integer.
 
@@ -62,11 +64,17 @@ def upsample_conv2d(
         ``snconv2d``), computed as here.
 
     Example:
+        >>> import torch
         >>> x, weight = torch.randn(2, 16, 8, 8), torch.randn(4, 16, 3, 3)
         >>> upsample_conv2d(x, weight, padding=1).shape
         torch.Size([2, 4, 16, 16])
     """
-    return _resample(x, weight, bias, True, factor, padding, dilation, groups, backend)
+    inputs = _checked_inputs(
+        x, weight, bias, upsample=True, factor=factor, padding=padding, dilation=dilation, groups=groups
+    )
+    form = UPSAMPLE_CONV2D.select_and_record(inputs, backend).implementation
+    y = form.upsample(inputs.x, weight, bias, inputs.options)
+    return y if x.dim() == 4 else y.squeeze(0)
 
 
 def conv2d_downsample(
@@ -85,7 +93,7 @@ def conv2d_downsample(
     .. math:: y_{ij} = b + \frac{1}{s^2} \sum_{ab} \sum_{de} W_{de}\, x_{s i + a + d - p, s j + b + e - p}
 
     Equal to ``avg_pool2d(conv2d(x, weight, bias, padding=padding), factor)`` with a fraction of its
-    multiplications: a quarter for a factor of 2. An incomplete square at the border is left out, as there.
+    multiplications: a quarter for a factor of 2. Like there, an incomplete square at the border is dropped.
 
     Args:
         x: [N, C, H, W] or [C, H, W], floating point.
@@ -95,13 +103,13 @@ def conv2d_downsample(
         padding: p, zeros around x: a number, one for (height, width), "same" or "valid".
         dilation: of the kernel, a number or one for (height, width).
         groups: of the convolution.
-        backend: "auto", or the name of a form to insist on (:func:`explain_backends` lists them).
+        backend: as for :func:`upsample_conv2d`.
 
     Shape:
         - Output: [N, out, Ho, Wo] with Ho = (H + 2 p - dilation (kernel height - 1)) // s.
 
     Raises:
-        ValueError: if shapes or devices disagree, nothing would be left of the map, or the named form does not
+        ValueError: if shapes or devices disagree, the output would be empty, or the named form does not
             exist or cannot serve.
         TypeError: if the dtypes disagree or are not floating point, or a size is not an integer.
 
@@ -113,37 +121,17 @@ def conv2d_downsample(
         ``snconv2d``), computed as here.
 
     Example:
+        >>> import torch
         >>> x, weight = torch.randn(2, 4, 16, 16), torch.randn(8, 4, 3, 3)
         >>> conv2d_downsample(x, weight, padding=1).shape
         torch.Size([2, 8, 8, 8])
     """
-    return _resample(x, weight, bias, False, factor, padding, dilation, groups, backend)
-
-
-def upsample_inputs(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    factor: int = 2,
-    padding: str | _size_2_t = 0,
-    dilation: _size_2_t = 1,
-    groups: int = 1,
-) -> ResamplingInputs:
-    """Return the arguments of :func:`upsample_conv2d` as its forms take them, after all checks."""
-    return _checked_inputs(x, weight, None, True, factor, padding, dilation, groups)
-
-
-def downsample_inputs(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    factor: int = 2,
-    padding: str | _size_2_t = 0,
-    dilation: _size_2_t = 1,
-    groups: int = 1,
-) -> ResamplingInputs:
-    """Return the arguments of :func:`conv2d_downsample` as its forms take them, after all checks."""
-    return _checked_inputs(x, weight, None, False, factor, padding, dilation, groups)
+    inputs = _checked_inputs(
+        x, weight, bias, upsample=False, factor=factor, padding=padding, dilation=dilation, groups=groups
+    )
+    form = CONV2D_DOWNSAMPLE.select_and_record(inputs, backend).implementation
+    y = form.downsample(inputs.x, weight, bias, inputs.options)
+    return y if x.dim() == 4 else y.squeeze(0)
 
 
 def check_resampling(upsample: object, downsample: object, backend: str) -> None:
@@ -161,40 +149,18 @@ def check_resampling(upsample: object, downsample: object, backend: str) -> None
     UPSAMPLE_CONV2D.check_name(backend)
 
 
-def _resample(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    upsample: bool,
-    factor: int,
-    padding: str | _size_2_t,
-    dilation: _size_2_t,
-    groups: int,
-    backend: str,
-) -> Tensor:
-    inputs = _checked_inputs(x, weight, bias, upsample, factor, padding, dilation, groups)
-    operation = UPSAMPLE_CONV2D if upsample else CONV2D_DOWNSAMPLE
-    form = operation.select_and_record(inputs, backend)
-    y = form.implementation(inputs.x, weight, bias, inputs.how)
-    return y if x.dim() == 4 else y.squeeze(0)
-
-
 def _checked_inputs(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
+    *,
     upsample: bool,
-    factor: int,
-    padding: str | _size_2_t,
-    dilation: _size_2_t,
-    groups: int,
+    factor: int = 2,
+    padding: str | _size_2_t = 0,
+    dilation: _size_2_t = 1,
+    groups: int = 1,
 ) -> ResamplingInputs:
-    """Return x as [N, C, H, W], the weight and the options in full, after all checks.
-
-    Raises:
-        ValueError: if shapes, devices or options disagree.
-        TypeError: if a tensor is not floating point or a size not an integer.
-    """
+    """Return x as [N, C, H, W], the weight and the options as the forms take them, after all checks."""
     check_sizes(factor=factor, groups=groups)
     check_floating("x", x)
     if x.dim() not in (3, 4):
@@ -220,19 +186,24 @@ def _checked_inputs(
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected [{weight.size(0)}], got {shape_of(bias)}")
     dilations = pair_of("dilation", dilation, least=1)
-    how = Resampling(
+    options = ResamplingOptions(
         upsample=upsample,
         factor=factor,
         padding=_explicit_padding(padding, dilations, weight),
         dilation=dilations,
         groups=groups,
     )
-    output = how.output_size(batch, weight)
+    output = options.output_size(batch, weight)
     if min(output) < 1:
         raise ValueError(
             f"x: expected a larger map (the output would have {output[0]} x {output[1]} positions), got {shape_of(x)}"
         )
-    return ResamplingInputs(batch, weight, how)
+    return ResamplingInputs(batch, weight, options)
+
+
+# The arguments of the two functions as their forms take them.
+upsample_inputs = functools.partial(_checked_inputs, upsample=True)
+downsample_inputs = functools.partial(_checked_inputs, upsample=False)
 
 
 def _explicit_padding(

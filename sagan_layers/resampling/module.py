@@ -142,10 +142,7 @@ class ResamplingConv2d(nn.Conv2d):
     def extra_repr(self) -> str:
         """Return the plain layer's description, and the options that differ from the defaults."""
         text: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        if self.upsample != 1:
-            text += f", upsample={self.upsample}"
-        if self.downsample != 1:
-            text += f", downsample={self.downsample}"
-        if self.backend != "auto":
-            text += f", backend={self.backend!r}"
+        for name, default in (("upsample", 1), ("downsample", 1), ("backend", "auto")):
+            if (value := getattr(self, name)) != default:
+                text += f", {name}={value!r}"
         return text

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class Resampling:
-    """A convolution of stride 1, and the resampling beside it.
+class ResamplingOptions:
+    """A convolution of stride 1 and its resampling.
 
     Attributes:
-        upsample: whether x is upsampled before, or the result pooled after the convolution.
+        upsample: True for upsampling before the convolution, False for pooling after it.
         factor: of the resampling.
-        padding: zeros on each side of (height, width); "same" where that is uneven.
+        padding: zeros on each side of (height, width); "same" if the two sides differ.
         dilation: of the convolution, (height, width).
         groups: of the convolution.
     """
@@ -27,17 +28,17 @@ class Resampling:
     groups: int
 
     def reach(self, weight: Tensor) -> tuple[int, int]:
-        """Return how far apart the first and last tap of the kernel are."""
+        """Return the distance from the first to the last tap of the kernel."""
         (height, width), (vertical, horizontal) = weight.shape[2:], self.dilation
         return vertical * (height - 1), horizontal * (width - 1)
 
     def even_padding(self) -> tuple[int, int]:
-        """Return the padding where it is known to be even."""
+        """Return the padding, which is not "same"."""
         assert not isinstance(self.padding, str)
         return self.padding
 
     def plain_multiplications(self, x: Tensor, weight: Tensor) -> int:
-        """Return how many multiplications the composition takes."""
+        """Return how many multiplications the plain composition takes."""
         height, width = self.output_size(x, weight)
         pooled = 1 if self.upsample else self.factor**2
         return x.size(0) * height * width * pooled * weight.numel()
@@ -52,13 +53,23 @@ class Resampling:
         return height, width
 
 
-def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, how: Resampling) -> Tensor:
-    """Return the convolution of x, enlarged by repeating its pixels."""
-    enlarged = F.interpolate(x, scale_factor=how.factor, mode="nearest")
-    return F.conv2d(enlarged, weight, bias, padding=how.padding, dilation=how.dilation, groups=how.groups)
+class ResamplingInputs(NamedTuple):
+    """What the forms choose by: x [N, C, H, W] and weight [out, C / groups, kernel height, kernel width]."""
+
+    x: Tensor
+    weight: Tensor
+    options: ResamplingOptions
 
 
-def conv2d_downsample(x: Tensor, weight: Tensor, bias: Tensor | None, how: Resampling) -> Tensor:
+def upsample(x: Tensor, weight: Tensor, bias: Tensor | None, options: ResamplingOptions) -> Tensor:
+    """Return the convolution of x after nearest upsampling."""
+    enlarged = F.interpolate(x, scale_factor=options.factor, mode="nearest")
+    return F.conv2d(
+        enlarged, weight, bias, padding=options.padding, dilation=options.dilation, groups=options.groups
+    )
+
+
+def downsample(x: Tensor, weight: Tensor, bias: Tensor | None, options: ResamplingOptions) -> Tensor:
     """Return the convolution of x, averaged over squares of ``factor`` x ``factor`` pixels."""
-    y = F.conv2d(x, weight, bias, padding=how.padding, dilation=how.dilation, groups=how.groups)
-    return F.avg_pool2d(y, how.factor)
+    y = F.conv2d(x, weight, bias, padding=options.padding, dilation=options.dilation, groups=options.groups)
+    return F.avg_pool2d(y, options.factor)

@@ -37,6 +37,7 @@ def frozen_spectral_norm(module: nn.Module, *, iterate: bool | None = None) -> I
             it, such as further parts of an accumulated batch. None takes each layer's ``iterate_when_frozen``.
 
     Example:
+        >>> import torch
         >>> from sagan_layers import SNConv2d
         >>> conv = SNConv2d(3, 8, kernel_size=3)
         >>> x = torch.randn(2, 3, 16, 16)
@@ -58,6 +59,7 @@ def recording_spectral_norm(module: nn.Module, record: SpectralNormRecord) -> It
     For :func:`~sagan_layers.checkpointed`. Contexts nest, and each records all that happens in it.
 
     Example:
+        >>> import torch
         >>> from sagan_layers import SNConv2d
         >>> conv, record = SNConv2d(3, 8, kernel_size=3), SpectralNormRecord()
         >>> x = torch.randn(2, 3, 16, 16)

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sagan_layers import functional
-from sagan_layers.resampling import forms as resampling
+from sagan_layers.resampling.folded import folded_weight
 from sagan_layers.resampling.table import UPSAMPLE_CONV2D
+from sagan_layers.resampling.windows import window_sums
 
 BACKENDS = [backend.name for backend in UPSAMPLE_CONV2D.backends]
 FORMS = ["matmul", "filtered", "folded"]  # what serves kernels of any odd size
@@ -213,9 +214,9 @@ def test_sums_of_windows_and_their_gradient(size: int, padding: tuple[int, int])
     x = torch.randn(2, 3, 8, 9, dtype=torch.float64, requires_grad=True)
     padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     expected = 0.3 * padded.unfold(2, size, 1).unfold(3, size, 1).sum((4, 5))
-    torch.testing.assert_close(resampling.window_sums(x, size, padding, 0.3), expected)
-    assert torch.autograd.gradcheck(lambda x: resampling.window_sums(x, size, padding, 0.3), (x,))
-    assert torch.autograd.gradgradcheck(lambda x: resampling.window_sums(x, size, padding, 0.3), (x,))
+    torch.testing.assert_close(window_sums(x, size, padding, 0.3), expected)
+    assert torch.autograd.gradcheck(lambda x: window_sums(x, size, padding, 0.3), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: window_sums(x, size, padding, 0.3), (x,))
 
 
 @every_form
@@ -271,7 +272,7 @@ def test_autocast_lowers_the_convolution_and_not_the_folding(upsample: bool, bac
     leaves = [t.requires_grad_() for t in (problem.x, problem.weight, problem.bias) if t is not None]
     with torch.autocast("cpu", torch.bfloat16):
         y, plain = ours(problem, backend), composed(problem)
-        assert resampling.folded_weight(problem.weight, 2).dtype == torch.float32
+        assert folded_weight(problem.weight, 2).dtype == torch.float32
     assert y.dtype == torch.bfloat16
     exact = composed(cast(problem, torch.float64))
     errors = [((result.double() - exact).norm() / exact.norm()).item() for result in (y, plain)]

@@ -1,0 +1,44 @@
+"""Sums of windows of the map beside a convolution with stride: the spread map after it, or the large map before it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from sagan_layers.resampling.reference import ResamplingOptions
+from sagan_layers.resampling.windows import (
+    spread_margins,
+    transposed,
+    unsupported_reasons,
+    window_means,
+    window_sums,
+    with_bias,
+)
+
+__all__ = ["downsample", "unsupported_reasons", "upsample"]
+
+
+def upsample(x: Tensor, weight: Tensor, bias: Tensor | None, options: ResamplingOptions) -> Tensor:
+    """Return sums of windows of a transposed convolution."""
+    crop, pad = spread_margins(weight, options)
+    spread = F.conv_transpose2d(
+        x,
+        transposed(weight.flip(2, 3), options.groups),
+        stride=options.factor,
+        padding=crop,
+        groups=options.groups,
+        dilation=options.dilation,
+    )
+    return with_bias(window_sums(spread, options.factor, pad), bias)
+
+
+def downsample(x: Tensor, weight: Tensor, bias: Tensor | None, options: ResamplingOptions) -> Tensor:
+    """Return a strided convolution of means of windows."""
+    return F.conv2d(
+        window_means(x, options),
+        weight,
+        bias,
+        stride=options.factor,
+        dilation=options.dilation,
+        groups=options.groups,
+    )
