@@ -5,18 +5,18 @@ and averages over these:
 
     grad_x = (gain * grad_y - average(gain * grad_y) - xhat * average(gain * grad_y * xhat)) / std
 
-The two averages are known from the sums of grad_y and of grad_y * xhat for each sample and channel, which are the
-gradients of bias and gain: one pass sums, a second writes grad_x. Where a graph of the gradients is asked for, they
-are those of the reference, written out; so derivatives of every order exist.
+The two averages follow from the sums of grad_y and of grad_y * xhat for each sample and channel, which are the
+gradients of bias and gain: one pass sums, a second writes grad_x. If the gradients themselves need a graph, they are
+those of the reference, so derivatives of every order exist.
 
-Eager code calls the kernels through autograd alone. For torch.compile and torch.export each backend also has two
-opaque operations, ``sagan_layers::conditional_norm_<name>`` and ``..._backward``.
+Eager code calls the kernels through a ``torch.autograd.Function``. For torch.compile and torch.export each backend
+also has two opaque operations, ``sagan_layers::conditional_norm_<name>`` and ``..._backward``. Both take the records
+of ``kernels.py`` as flat arguments, in the records' order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,198 +25,157 @@ import torch.distributed
 from torch import Tensor
 
 from sagan_layers.conditional_norm import reference
+from sagan_layers.conditional_norm.kernels import (
+    BackwardArguments,
+    ConditionalNormKernels,
+    ForwardArguments,
+)
 from sagan_layers.conditional_norm.reference import ConditionalNormResult
 from sagan_layers.torch_support import accumulation_dtype, without_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-
-@dataclass(frozen=True)
-class ConditionalNormKernels:
-    """How a backend computes conditional batch norm and its gradient, none of it seen by autograd.
-
-    Shapes: x, y and their gradients [N, C, *], not empty; gain and bias [N, C] or [C]; mean and var [C], float64.
-    Results are written into the tensors named ``to``, which are contiguous or channels_last.
-
-    Attributes:
-        forward: takes (x, gain, bias, eps, relu, combine, to); writes y, returns the batch's mean and biased
-            variance. ``combine``, if not None, takes these and returns those to normalise with.
-        normalize: takes (x, mean, var, gain, bias, eps, relu, to); writes y.
-        backward: takes (grad_y, x, y, mean, var, gain, eps, average, of_coefficients, to); writes the gradient of x
-            unless ``to`` is None, returns those of gain and bias for each sample, [N, C] in the compute dtype, or
-            None if neither ``of_coefficients`` nor ``average`` asks for them. y is None unless it went through
-            ReLU. ``average`` takes sums over this batch, [2, C] in float64, and returns averages over all values
-            of a channel; it is None if mean and variance were given, or ``to`` is None.
-    """
-
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    normalize: Callable[..., None]
-    backward: Callable[..., tuple[Tensor | None, Tensor | None]]
+LoadKernels = Callable[[], ConditionalNormKernels]
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Return an uninitialised tensor in the memory format of x: contiguous, or each position's channels adjacent."""
+    """Return an uninitialised tensor in the memory format of x: contiguous or channels_last."""
     y = torch.empty_like(x)
     return y if y.is_contiguous() or y.movedim(1, -1).is_contiguous() else y.new_empty(y.shape)
 
 
-def register_conditional_norm(
-    name: str, kernels: ConditionalNormKernels
-) -> Callable[..., ConditionalNormResult]:
+def register_conditional_norm(name: str, load: LoadKernels) -> Callable[..., ConditionalNormResult]:
     """Register the operations of a backend; return conditional batch norm with derivatives of every order.
 
-    The function takes what :func:`reference.conditional_batch_norm` takes; inside torch.compile the process group
-    has to be None.
+    Args:
+        name: the backend's.
+        load: returns its kernels; called when they run, so that they are imported then.
+
+    Returns:
+        A function that takes what :func:`reference.conditional_batch_norm` takes; inside torch.compile the process
+        group has to be None.
     """
-    eager = _as_function(kernels)
-    compiled = _as_operations(name, kernels)
+    eager = _as_function(load)
+    compiled = _as_operation(name, load)
 
     def conditional_batch_norm(
         x: Tensor,
         gain: Tensor,
         bias: Tensor,
-        given: tuple[Tensor, Tensor] | None,
+        running: tuple[Tensor, Tensor] | None,
         eps: float,
         relu: bool,
         process_group: ProcessGroup | None,
     ) -> ConditionalNormResult:
         mean = var = None
-        if given is not None:  # copies, so that the running statistics may move before backward
-            mean, var = (statistic.to(torch.float64, copy=True) for statistic in given)
-        arguments = (x, gain, bias, mean, var, eps, relu)
+        if running is not None:  # copies, so that the running statistics may move before backward
+            mean, var = (statistic.to(torch.float64, copy=True) for statistic in running)
+        arguments = ForwardArguments(x, gain, bias, mean, var, eps, relu)
         if torch.compiler.is_compiling():
             y, mean, var = compiled(*arguments)
-            count = x.numel() // x.size(1)
+            num_values = x.numel() // x.size(1)
         else:
-            y, mean, var, count = eager(*arguments, process_group)
-        if given is not None:
-            return ConditionalNormResult(y, *given, None)
-        return ConditionalNormResult(y, mean, var, count)
+            y, mean, var, num_values = eager(*arguments, process_group)
+        if running is not None:
+            return ConditionalNormResult(y, *running, None)
+        return ConditionalNormResult(y, mean, var, num_values)
 
     return conditional_batch_norm
 
 
-class _Batch:
-    """The values of each channel that statistics are of: those of one process or of a whole group.
+class _Population:
+    """The values of each channel that statistics are taken of: those of one process or of a process group.
 
     Attributes:
-        count: how many they are.
+        num_values: how many; known for a group after :meth:`combine`.
     """
 
     def __init__(
-        self, x: Tensor, process_group: ProcessGroup | None = None, count: int | Tensor | None = None
+        self, x: Tensor, process_group: ProcessGroup | None = None, num_values: int | Tensor | None = None
     ) -> None:
         self.process_group = process_group
-        self.count: int | Tensor = x.numel() // max(1, x.size(1)) if count is None else count
+        self.num_values = x.numel() // max(1, x.size(1)) if num_values is None else num_values
 
     def combine(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of the whole group's values; count them."""
-        assert isinstance(self.count, int)
-        mine = torch.cat([mean, var, mean.new_full((1,), self.count)])
-        theirs = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(self.process_group))]
-        torch.distributed.all_gather(theirs, mine, group=self.process_group)
-        every = torch.stack(theirs)
-        means, variances, counts = torch.split(every, [mean.numel(), mean.numel(), 1], dim=1)
-        self.count = counts.sum()
-        shares = counts / self.count
-        mean = (shares * means).sum(0)
-        return mean, (shares * (variances + (means - mean).square())).sum(0)
+        """Return mean and variance of the group's values; count them."""
+        assert isinstance(self.num_values, int)
+        local = torch.cat([mean, var, mean.new_full((1,), self.num_values)])
+        gathered = [
+            torch.empty_like(local) for _ in range(torch.distributed.get_world_size(self.process_group))
+        ]
+        torch.distributed.all_gather(gathered, local, group=self.process_group)
+        means, variances, counts = torch.split(torch.stack(gathered), [mean.numel(), mean.numel(), 1], dim=1)
+        self.num_values = counts.sum()
+        weights = counts / self.num_values
+        mean = (weights * means).sum(0)
+        return mean, (weights * (variances + (means - mean).square())).sum(0)
 
     def average(self, sums: Tensor) -> Tensor:
-        """Return sums over this process's values as averages over all, which have been counted."""
+        """Return sums over this process's values as averages over all."""
         if self.process_group is not None:
             torch.distributed.all_reduce(sums, group=self.process_group)
-        return sums / self.count
-
-
-# --- what runs, with empty inputs left to nobody ------------------------------------------------------------
+        return sums / self.num_values
 
 
 def _run_forward(
-    kernels: ConditionalNormKernels,
-    batch: _Batch,
-    x: Tensor,
-    gain: Tensor,
-    bias: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    relu: bool,
+    kernels: ConditionalNormKernels, population: _Population, arguments: ForwardArguments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y and the batch's mean and variance, these empty if they were given."""
+    """Return y and the batch's mean and variance, which have size 0 if the arguments have others to use."""
+    x, mean, var = arguments.x, arguments.mean, arguments.var
     y = empty_like(x)
     size = x.size(1) if mean is None else 0
     batch_mean, batch_var = (x.new_zeros(size, dtype=torch.float64) for _ in range(2))
-    combine = None if batch.process_group is None else batch.combine
+    combine = None if population.process_group is None else population.combine
     with without_autocast(x.device):
-        if mean is not None:
+        if mean is not None and var is not None:
             if x.numel():
-                kernels.normalize(x, mean, var, gain, bias, eps, relu, y)
+                kernels.normalize(arguments, mean, var, y)
         elif x.numel():
-            batch_mean, batch_var = kernels.forward(x, gain, bias, eps, relu, combine, y)
-        elif combine is not None:
+            batch_mean, batch_var = kernels.forward(arguments, combine, y)
+        elif combine is not None:  # the other processes wait for this one
             batch_mean, batch_var = combine(batch_mean, batch_var)
     return y, batch_mean, batch_var
 
 
 def _run_backward(
-    kernels: ConditionalNormKernels,
-    batch: _Batch,
-    grad_y: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gain: Tensor,
-    eps: float,
-    given: bool,
-    of_x: bool,
-    of_gain: bool,
-    of_bias: bool,
+    kernels: ConditionalNormKernels, population: _Population, arguments: BackwardArguments
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    grad_x = empty_like(x) if of_x else None
-    average = None if given or not of_x else batch.average
+    """Return the gradient of x, and those of gain and bias for each sample; None where not computed."""
+    x = arguments.x
+    grad_x = empty_like(x) if arguments.needs_x else None
     with without_autocast(x.device):
         if x.numel():
-            arguments = (grad_y, x, y, mean, var, gain, eps, average, of_gain or of_bias, grad_x)
-            grad_gain, grad_bias = kernels.backward(*arguments)
-            return grad_x, grad_gain, grad_bias
-        if average is not None and batch.process_group is not None:  # the other processes wait
-            average(mean.new_zeros(2, x.size(1)))
-        nothing = x.new_zeros(x.shape[:2], dtype=accumulation_dtype(x.dtype))
-        return grad_x, nothing, nothing.clone()
+            return grad_x, *kernels.backward(arguments, population.average, grad_x)
+        if arguments.needs_averages and population.process_group is not None:  # the other processes wait
+            population.average(arguments.mean.new_zeros(2, x.size(1)))
+        zeros = x.new_zeros(x.shape[:2], dtype=accumulation_dtype(x.dtype))
+        return grad_x, zeros, zeros.clone()
 
 
-# --- how the one is the derivative of the other -------------------------------------------------------------
+def _as_function(load: LoadKernels) -> Callable[..., Any]:
+    """Return the forward for eager code: flat :class:`ForwardArguments` and a process group to y, mean, var, count."""
 
-
-def _as_function(kernels: ConditionalNormKernels) -> Callable[..., Any]:
     class Forward(torch.autograd.Function):
         @staticmethod
-        def forward(
-            x: Tensor,
-            gain: Tensor,
-            bias: Tensor,
-            mean: Tensor | None,
-            var: Tensor | None,
-            eps: float,
-            relu: bool,
-            process_group: ProcessGroup | None,
-        ) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
-            batch = _Batch(x, process_group)
-            y, batch_mean, batch_var = _run_forward(kernels, batch, x, gain, bias, mean, var, eps, relu)
-            return y, batch_mean, batch_var, batch.count
+        def forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
+            *fields, process_group = flat
+            arguments = ForwardArguments(*fields)
+            population = _Population(arguments.x, process_group)
+            return *_run_forward(load(), population, arguments), population.num_values
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-            ctx.batch = _Batch(inputs[0], inputs[-1], output[-1])
-            _save_forward(ctx, inputs[:-1], output[:-1])
+            *fields, process_group = inputs
+            ctx.population = _Population(inputs[0], process_group, output[-1])
+            _save_for_backward(ctx, tuple(fields), output[:-1])
 
         @staticmethod
         def backward(ctx: Any, grad_y: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-            run = partial(_run_backward, kernels, ctx.batch)
-            return *_differentiate_forward(run, ctx, grad_y, ctx.batch.process_group), None
+            def run(*flat: Any) -> tuple[Tensor | None, ...]:
+                return _run_backward(load(), ctx.population, BackwardArguments(*flat))
+
+            return *_gradients(run, ctx, grad_y, ctx.population.process_group), None
 
         @staticmethod
         def jvp(ctx: Any, *tangents: object) -> Any:
@@ -225,33 +184,35 @@ def _as_function(kernels: ConditionalNormKernels) -> Callable[..., Any]:
             )
 
         @staticmethod
-        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-            *tensors, eps, relu, process_group = args
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *flat: Any) -> Any:
+            *tensors, eps, relu, process_group = flat
 
             def one(
                 x: Tensor, gain: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None
             ) -> tuple[Tensor, Tensor, Tensor]:
-                given = None if mean is None or var is None else (mean, var)
-                y, mean, var, _ = reference.conditional_batch_norm(
-                    x, gain, bias, given, eps, relu, process_group
-                )
-                return y, mean, var
+                running = None if mean is None or var is None else (mean, var)
+                return reference.conditional_batch_norm(x, gain, bias, running, eps, relu, process_group)[:3]
 
-            # Each of the calls at once has a batch and statistics of its own.
+            # Each of the mapped calls has its own batch and statistics.
             results = torch.vmap(one, in_dims=in_dims[:5])(*tensors)
-            count = results[0][0].numel() // results[0].size(2)
-            return (*results, count), (0, 0, 0, None)
+            num_values = results[0][0].numel() // results[0].size(2)
+            return (*results, num_values), (0, 0, 0, None)
 
     return Forward.apply
 
 
-def _as_operations(name: str, kernels: ConditionalNormKernels) -> Callable[..., Any]:
-    def run_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _run_forward(kernels, _Batch(x), x, *rest)
+def _as_operation(name: str, load: LoadKernels) -> Callable[..., Any]:
+    """Return the forward for compiled code: flat :class:`ForwardArguments` to y, mean and var."""
 
-    def run_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        found = _run_backward(kernels, _Batch(x), grad_y, x, *rest)
-        return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
+    def run_forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+        arguments = ForwardArguments(*flat)
+        return _run_forward(load(), _Population(arguments.x), arguments)
+
+    def run_backward(*flat: Any) -> tuple[Tensor, ...]:
+        arguments = BackwardArguments(*flat)
+        found = _run_backward(load(), _Population(arguments.x), arguments)
+        # An operation returns tensors; one of size 0 stands for None.
+        return tuple(arguments.x.new_empty(0) if gradient is None else gradient for gradient in found)
 
     forward: Any = torch.library.custom_op(
         f"sagan_layers::conditional_norm_{name}",
@@ -264,88 +225,89 @@ def _as_operations(name: str, kernels: ConditionalNormKernels) -> Callable[..., 
         f"sagan_layers::conditional_norm_{name}_backward",
         run_backward,
         mutates_args=(),
-        schema="(Tensor grad_y, Tensor x, Tensor? y, Tensor mean, Tensor var, Tensor gain, float eps, bool given, "
-        "bool of_x, bool of_gain, bool of_bias) -> (Tensor, Tensor, Tensor)",
+        schema="(Tensor grad_y, Tensor x, Tensor? y, Tensor mean, Tensor var, Tensor gain, float eps, "
+        "bool batch_statistics, bool needs_x, bool needs_gain, bool needs_bias) -> (Tensor, Tensor, Tensor)",
     )
 
-    def empty_forward(
-        x: Tensor, gain: Tensor, bias: Tensor, mean: Tensor | None, *_: object
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        size = x.size(1) if mean is None else 0
-        statistic = x.new_empty(size, dtype=torch.float64)
+    def fake_forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+        arguments = ForwardArguments(*flat)
+        x = arguments.x
+        statistic = x.new_empty(x.size(1) if arguments.mean is None else 0, dtype=torch.float64)
         return empty_like(x), statistic, torch.empty_like(statistic)
 
-    def empty_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        given, of_x, of_gain, of_bias = rest[-4:]
-        size = x.shape[:2] if of_gain or of_bias or (of_x and not given) else (0,)
-        coefficients = x.new_empty(size, dtype=accumulation_dtype(x.dtype))
-        return empty_like(x) if of_x else x.new_empty(0), coefficients, torch.empty_like(coefficients)
-
-    forward.register_fake(empty_forward)
-    backward.register_fake(empty_backward)
+    def fake_backward(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+        arguments = BackwardArguments(*flat)
+        x = arguments.x
+        coefficients = x.new_empty(
+            x.shape[:2] if arguments.needs_sums else (0,), dtype=accumulation_dtype(x.dtype)
+        )
+        grad_x = empty_like(x) if arguments.needs_x else x.new_empty(0)
+        return grad_x, coefficients, torch.empty_like(coefficients)
 
     def differentiate(ctx: Any, grad_y: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-        return _differentiate_forward(backward, ctx, grad_y, None)
+        return _gradients(backward, ctx, grad_y, None)
 
-    forward.register_autograd(differentiate, setup_context=_save_forward)
+    forward.register_fake(fake_forward)
+    backward.register_fake(fake_backward)
+    forward.register_autograd(differentiate, setup_context=_save_for_backward)
     result: Callable[..., Any] = forward
     return result
 
 
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, gain, bias, mean, var, ctx.eps, ctx.relu = inputs
     y, batch_mean, batch_var = output
-    ctx.given = mean is not None
+    ctx.batch_statistics = mean is None
     ctx.mark_non_differentiable(batch_mean, batch_var)
-    ctx.set_materialize_grads(False)  # zeros for the statistics, which nobody reads
-    statistics = (mean, var) if ctx.given else (batch_mean, batch_var)
+    ctx.set_materialize_grads(False)  # the statistics have no gradients, and need no zeros
+    statistics = (batch_mean, batch_var) if ctx.batch_statistics else (mean, var)
     ctx.save_for_backward(x, gain, bias, y if ctx.relu else None, *statistics)
 
 
-def _differentiate_forward(
-    backward: Callable[..., Any], ctx: Any, grad_y: Tensor | None, process_group: ProcessGroup | None
+def _gradients(
+    run_backward: Callable[..., Any], ctx: Any, grad_y: Tensor | None, process_group: ProcessGroup | None
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, gain, bias, mean, var, eps and relu."""
-    nothing = (None,) * 4
+    """Return the gradients of the flat :class:`ForwardArguments`."""
+    constants = (None,) * 4  # mean, var, eps and relu
     if grad_y is None:
-        return None, None, None, *nothing
+        return None, None, None, *constants
     x, gain, bias, y, mean, var = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:3]
+    needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
-        given = (mean, var) if ctx.given else None
-        gradients = _written_out(grad_y, x, gain, bias, given, ctx.eps, ctx.relu, process_group, wanted)
-        return *gradients, *nothing
-    of_x, of_gain, of_bias = backward(grad_y, x, y, mean, var, gain, ctx.eps, ctx.given, *wanted)
+        running = None if ctx.batch_statistics else (mean, var)
+        normalize = partial(
+            reference.conditional_batch_norm,
+            running=running,
+            eps=ctx.eps,
+            relu=ctx.relu,
+            process_group=process_group,
+        )
+        return *_differentiable_gradients(normalize, (x, gain, bias), needs, grad_y), *constants
+    arguments = BackwardArguments(grad_y, x, y, mean, var, gain, ctx.eps, ctx.batch_statistics, *needs)
+    grad_x, grad_gain, grad_bias = run_backward(*arguments)
     return (
-        of_x if wanted[0] else None,
-        _of_coefficients(of_gain, gain) if wanted[1] else None,
-        _of_coefficients(of_bias, bias) if wanted[2] else None,
-        *nothing,
+        grad_x if needs[0] else None,
+        _sum_like(grad_gain, gain) if needs[1] else None,
+        _sum_like(grad_bias, bias) if needs[2] else None,
+        *constants,
     )
 
 
-def _of_coefficients(per_sample: Tensor, coefficients: Tensor) -> Tensor:
+def _sum_like(per_sample: Tensor, coefficients: Tensor) -> Tensor:
     return (per_sample.sum(0) if coefficients.dim() == 1 else per_sample).to(coefficients.dtype)
 
 
-def _written_out(
+def _differentiable_gradients(
+    normalize: Callable[..., ConditionalNormResult],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    needs: tuple[bool, ...],
     grad_y: Tensor,
-    x: Tensor,
-    gain: Tensor,
-    bias: Tensor,
-    given: tuple[Tensor, Tensor] | None,
-    eps: float,
-    relu: bool,
-    process_group: ProcessGroup | None,
-    wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Return the gradients of x, gain and bias as differentiable functions of these and of grad_y."""
     with torch.enable_grad():
         # Views, so that what the caller computed gain or bias from is not differentiated here.
-        inputs = [tensor.view_as(tensor) for tensor in (x, gain, bias)]
-        y = reference.conditional_batch_norm(
-            inputs[0], inputs[1], inputs[2], given, eps, relu, process_group
-        ).y
-        of = [tensor for tensor, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
-        found = iter(torch.autograd.grad(y, of, grad_y, create_graph=True))
-    return [next(found) if is_wanted else None for is_wanted in wanted]
+        views = [tensor.view_as(tensor) for tensor in inputs]
+        y = normalize(*views).y
+        needed = [view for view, is_needed in zip(views, needs, strict=True) if is_needed]
+        found = iter(torch.autograd.grad(y, needed, grad_y, create_graph=True))
+    return [next(found) if is_needed else None for is_needed in needs]

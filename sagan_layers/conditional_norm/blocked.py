@@ -1,175 +1,166 @@
 """Conditional batch norm on a CPU, in blocks that stay in the cache.
 
-Every step is a few of torch's operations on one block after the other, in place or into a block of scratch memory,
-so that a feature map comes from memory once a pass: one pass for the statistics, one for the output, two for
-backward. Where a mean is large beside the standard deviation, values are centred before they are squared or scaled,
-and what the rounded centre lacks of the mean is made up for, so that no digits cancel.
+Every step runs a few torch operations on one block after the other, in place or into a block of scratch memory. So a
+feature map comes from memory once a pass: one pass for the statistics, one for the output, two for backward. If a mean
+is large compared with the standard deviation, values are centred before they are squared or scaled, and the remainder
+of the mean that the rounded centre lacks is corrected for, so that no digits cancel.
 
-A feature map is seen as [N * C, L], or as [N, L, C] where the channels of a position lie next to each other.
+A feature map is viewed as [N * C, L], or as [N, L, C] if the channels of a position are adjacent in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from sagan_layers.torch_support import accumulation_dtype
+from sagan_layers.conditional_norm.kernels import (
+    Average,
+    BackwardArguments,
+    CoefficientGradients,
+    CombineStatistics,
+    ConditionalNormInputs,
+    ConditionalNormKernels,
+    ForwardArguments,
+    opaque_unsupported_reasons,
+)
+from sagan_layers.torch_support import accumulation_dtype, is_exporting
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Bytes of a block for each thread, in the compute dtype: about what a core has of cache for itself.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Below so many values in a feature map the reference is as fast.
+_FEW_VALUES = 2**16
+# A thread's block, in the accumulation dtype: about the size of a core's cache.
 BLOCK_BYTES = 2**21
-# So many values of a channel give the first guess of its mean.
-GUESS_VALUES = 32
-# So many numbers stand next to each other where torch's kernels add up columns.
-SIDE_BY_SIDE = 1024
-# Up to so many standard deviations a mean costs three bits at the most where values are not centred first.
-NEAR = 8.0
-# From so many on a guess of the mean was so bad that the squares around it have lost digits.
-MISSED = 2.0
+# Values of a channel from which its mean is first estimated.
+_ESTIMATE_VALUES = 32
+# Width of the rows in which torch's kernel adds up columns.
+ROW_VALUES = 1024
+# A mean of at most so many standard deviations costs at most three bits where values are not centred first.
+_NEAR_DEVIATIONS = 8.0
+# From so many standard deviations on, an estimate of the mean was so far off that squares around it lost digits.
+_MISSED_DEVIATIONS = 2.0
 
 
-def unsupported_reasons(x: Tensor) -> list[str]:
-    """Return why a feature map on a CPU cannot be served."""
-    return [] if x.dtype in DTYPES else [f"{x.dtype} is not served"]
+def unsupported_reasons(inputs: ConditionalNormInputs) -> list[str]:
+    """Return why the blocks cannot serve."""
+    if inputs.x.device.type != "cpu":
+        return [f"it is made for a CPU's cache, and the tensors are on {inputs.x.device}"]
+    reasons = [] if inputs.x.dtype in _DTYPES else [f"{inputs.x.dtype} is not served"]
+    return reasons + opaque_unsupported_reasons(inputs)
+
+
+def not_preferred_reasons(inputs: ConditionalNormInputs) -> list[str]:
+    """Return why "auto" takes the reference, although the blocks could serve."""
+    x = inputs.x
+    if is_exporting():
+        return ["an exported program should need torch alone"]
+    if not torch.compiler.is_compiling() and type(x) not in (Tensor, torch.nn.Parameter):
+        return [f"it reads values and writes in place, and x is a {type(x).__name__}"]
+    # The processes of a group must choose alike, and their batches may have different sizes.
+    if inputs.process_group is None and x.numel() < _FEW_VALUES:
+        return [f"below {_FEW_VALUES} values 'reference' is as fast"]
+    return []
 
 
 def forward(
-    x: Tensor,
-    gain: Tensor,
-    bias: Tensor,
-    eps: float,
-    relu: bool,
-    combine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-    to: Tensor,
+    arguments: ForwardArguments, combine: CombineStatistics | None, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write y; return the mean and biased variance that it was normalised with, both [C], float64.
-
-    Args:
-        x: [N, C, *].
-        gain: [N, C] or [C].
-        bias: [N, C] or [C].
-        eps: added to the variance.
-        relu: whether negative values of y are replaced by 0.
-        combine: takes mean and variance of x and returns those to use, if they are to be of more than x.
-        to: where y goes, contiguous or channels_last.
-    """
-    layout = _Layout(to)
-    values, results = layout.map(x), layout.map(to)
-    guess = None
+    """Write y; return the mean and biased variance that it was normalised with."""
+    layout = _Layout(out)
+    eps = arguments.eps
+    values, results = layout.map(arguments.x), layout.map(out)
+    centre = None
     if layout.adjacent_channels:
         mean, var = _statistics_of_columns(values.flatten(0, 1), 2 * layout.entries)
         if not _is_near(mean, var, eps):
-            guess = mean.to(layout.dtype)
+            centre = mean.to(layout.dtype)
     else:
-        guess = layout.guess_mean(values)
-    if guess is not None:
-        mean, var = _statistics_around(guess, layout, values, results)
-        if not _is_near(mean - guess, var, eps, MISSED):
-            guess = mean.to(layout.dtype)
-            mean, var = _statistics_around(guess, layout, values, results)
+        centre = layout.estimate_mean(values)
+    if centre is not None:
+        mean, var = _statistics_around(centre, layout, values, results)
+        if not _is_near(mean - centre, var, eps, _MISSED_DEVIATIONS):
+            centre = mean.to(layout.dtype)
+            mean, var = _statistics_around(centre, layout, values, results)
     if combine is not None:
         mean, var = combine(mean, var)
-    if guess is None:
-        _scale_and_shift(layout, values, results, None, mean, var, gain, bias, eps, relu)
-    elif results.dtype == layout.dtype:  # which hold the centred values
-        _scale_and_shift(layout, results, results, None, mean - guess, var, gain, bias, eps, relu)
-    else:
-        _scale_and_shift(layout, values, results, guess, mean - guess, var, gain, bias, eps, relu)
+    remainder = mean if centre is None else mean - centre
+    if centre is not None and results.dtype == layout.dtype:  # the results hold the centred values
+        values, centre = results, None
+    _scale_and_shift(layout, values, results, centre, remainder, var, arguments)
     return mean, var
 
 
-def normalize(
-    x: Tensor, mean: Tensor, var: Tensor, gain: Tensor, bias: Tensor, eps: float, relu: bool, to: Tensor
-) -> None:
-    """Write y for a given mean and variance."""
-    layout = _Layout(to)
-    centre = None if _is_near(mean, var, eps) else mean.to(layout.dtype)
-    rest = mean if centre is None else mean - centre
-    _scale_and_shift(layout, layout.map(x), layout.map(to), centre, rest, var, gain, bias, eps, relu)
+def normalize(arguments: ForwardArguments, mean: Tensor, var: Tensor, out: Tensor) -> None:
+    """Write y for the mean and variance to normalise with."""
+    layout = _Layout(out)
+    centre = None if _is_near(mean, var, arguments.eps) else mean.to(layout.dtype)
+    remainder = mean if centre is None else mean - centre
+    values, results = layout.map(arguments.x), layout.map(out)
+    _scale_and_shift(layout, values, results, centre, remainder, var, arguments)
 
 
-def backward(
-    grad_y: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gain: Tensor,
-    eps: float,
-    average: Callable[[Tensor], Tensor] | None,
-    of_coefficients: bool,
-    to: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Write the gradient of x; return those of gain and bias for each sample, [N, C] in the compute dtype.
-
-    Args:
-        grad_y: as x.
-        x: [N, C, *].
-        y: the output if it went through ReLU, else None.
-        mean: [C], float64.
-        var: [C], float64.
-        gain: [N, C] or [C].
-        eps: added to the variance.
-        average: takes sums over this batch, [2, C], and returns averages over all values of a channel; None if mean
-            and variance were given.
-        of_coefficients: whether the gradients of gain and bias are wanted.
-        to: where the gradient of x goes, contiguous or channels_last; None if it is not wanted.
-    """
-    masked = torch.empty_like(y) if to is None and y is not None else to
+def backward(arguments: BackwardArguments, average: Average, out: Tensor | None) -> CoefficientGradients:
+    """Write the gradient of x, if it is needed; return those of gain and bias."""
+    grad_y, x, y, mean, var, gain, eps = arguments[:7]
+    masked = torch.empty_like(y) if out is None and y is not None else out
     layout = _Layout(x if masked is None else masked)
     dtype = layout.dtype
     values, grad = layout.map(x), layout.map(grad_y)
     centre = mean.to(dtype)
     inverse_std = (var + eps).rsqrt_()
     grad_gain = grad_bias = None
-    if y is not None or of_coefficients or average is not None:
+    if y is not None or arguments.needs_sums:
         relu = () if y is None or masked is None else (layout.map(y), layout.map(masked))
         grad_bias, grad_gain = _sums(layout, grad, values, centre, relu)
         grad_gain.addcmul_(grad_bias, (mean - centre).to(dtype), value=-1).mul_(inverse_std.to(dtype))
         if relu:
             grad = relu[1]
-    if to is None:
-        return grad_gain, grad_bias
+    if out is None:
+        return CoefficientGradients(grad_gain, grad_bias)
     gain = gain.to(dtype)
-    maps = [grad, layout.map(to), layout.coefficients(gain * inverse_std.to(dtype))]
-    if average is not None and grad_bias is not None and grad_gain is not None:
+    maps = [grad, layout.map(out), layout.coefficients(gain * inverse_std.to(dtype))]
+    if arguments.batch_statistics:
+        assert grad_bias is not None
+        assert grad_gain is not None
         totals = torch.stack([grad_bias, grad_gain]).mul_(gain).sum(1, dtype=torch.float64)
-        of_grad, of_product = average(totals).mul_(inverse_std).neg_()
-        slope = of_product.mul_(inverse_std)
+        grad_average, product_average = average(totals).mul_(inverse_std).neg_()
+        slope = product_average.mul_(inverse_std)
         is_near = _is_near(mean, var, eps)
-        offset = torch.addcmul(of_grad, slope, mean if is_near else mean - centre, value=-1)
+        offset = torch.addcmul(grad_average, slope, mean if is_near else mean - centre, value=-1)
         maps += [values, *(layout.coefficients(each.to(dtype)) for each in (slope, offset))]
         if not is_near:
             maps.append(layout.coefficients(centre))
     scratch = layout.scratch()
-    wide_grad = None if to.dtype == dtype else layout.scratch()
-    for part, result, scale, *rest in layout.blocks(*maps):
-        room = result
+    wide_grad = None if out.dtype == dtype else layout.scratch()
+    for grad_block, result, scale, *rest in layout.blocks(*maps):
+        target = result
         if wide_grad is not None:
-            part = room = _view(wide_grad, part.shape).copy_(part)
+            grad_block = target = _view(wide_grad, grad_block.shape).copy_(grad_block)
         if rest:
-            part_of_x, part_slope, part_offset, *part_centre = rest
-            term = _view(scratch, part.shape)
-            part_of_x = _centred(part_of_x, *part_centre, room=term)
-            layout.scale_and_shift(part_of_x, part_slope, part_offset, out=term)
-            torch.addcmul(term, part, scale, out=room)
+            x_block, slope_block, offset_block, *centre_block = rest
+            term = _view(scratch, grad_block.shape)
+            x_block = _centred(x_block, *centre_block, out=term)
+            layout.scale_and_shift(x_block, slope_block, offset_block, out=term)
+            torch.addcmul(term, grad_block, scale, out=target)
         else:
-            torch.mul(part, scale, out=room)
-        if room is not result:
-            result.copy_(room)
-    return grad_gain, grad_bias
+            torch.mul(grad_block, scale, out=target)
+        if target is not result:
+            result.copy_(target)
+    return CoefficientGradients(grad_gain, grad_bias)
+
+
+KERNELS = ConditionalNormKernels(forward, normalize, backward)
 
 
 class _Layout:
-    """How feature maps of one shape and memory format are seen, and cut into blocks."""
+    """How feature maps of one shape and memory format are viewed, and split into blocks."""
 
     def __init__(self, like: Tensor) -> None:
         self.samples, self.channels = like.shape[:2]
         self.length = like.numel() // (self.samples * self.channels)
         self.dtype = accumulation_dtype(like.dtype)
-        # Where there is one position only, both formats are the same, and this is the faster one.
+        # With one position only both formats are the same, and adjacent channels are faster.
         self.adjacent_channels = like.movedim(1, -1).is_contiguous() and (
             self.length == 1 or not like.is_contiguous()
         )
@@ -177,30 +168,30 @@ class _Layout:
         self.entries = BLOCK_BYTES * self.threads // self.dtype.itemsize
 
     def map(self, x: Tensor) -> Tensor:
-        """[N, C, *] -> [N * C, L] or [N, L, C]; a view of what is in this layout's memory format."""
+        """[N, C, *] -> [N * C, L] or [N, L, C]; a view if x has this layout's memory format."""
         if self.adjacent_channels:
             return x.movedim(1, -1).contiguous().view(self.samples, self.length, self.channels)
         return x.contiguous().view(-1, self.length)
 
     def coefficients(self, values: Tensor) -> Tensor:
-        """[C] or [N, C] -> what is cut like a map and broadcasts against its blocks."""
+        """[C] or [N, C] -> a tensor that is split like a map and broadcasts against its blocks."""
         if self.adjacent_channels:
             return values.unsqueeze(-2).expand(self.samples, self.length, -1)
         return values.expand(self.samples, -1).reshape(-1, 1)
 
     def scratch(self) -> Tensor:
-        """Return memory for a block in the compute dtype."""
+        """Return memory for a block in the accumulation dtype."""
         row = self.channels * self.threads if self.adjacent_channels else self.length
         entries = min(max(self.entries, row), self.samples * self.channels * self.length)
         return torch.empty(entries, dtype=self.dtype)
 
     def blocks(self, *maps: Tensor) -> Iterable[Sequence[Tensor]]:
-        """Cut maps and coefficients alike."""
+        """Split maps and coefficients alike."""
         if maps[0].numel() <= self.entries:
             return [maps]
-        return zip(*map(self._cut, maps), strict=True)
+        return zip(*map(self._split, maps), strict=True)
 
-    def _cut(self, x: Tensor) -> Iterable[Tensor]:
+    def _split(self, x: Tensor) -> Iterable[Tensor]:
         if not self.adjacent_channels:
             return torch.unsafe_split(x, max(1, self.entries // self.length))
         samples = self.entries // (self.length * self.channels)
@@ -212,19 +203,19 @@ class _Layout:
     def sum(self, block: Tensor) -> Tensor:
         """Return the sums along the second axis."""
         if self.adjacent_channels and len(block) < self.threads and block.size(1) % self.threads == 0:
-            # Torch would share out the columns. So each thread adds up the rows that it has in its cache.
+            # Torch would distribute the columns over threads. This way each adds up rows that are in its cache.
             return block.view(len(block), self.threads, -1, self.channels).sum(2).sum(1)
         return block.sum(1)
 
     def per_sample(self, sums: Sequence[Tensor]) -> Tensor:
-        """Return sums along the second axis of all blocks as those of each sample and channel, [N, C]."""
+        """Join the sums of all blocks to those of each sample and channel, [N, C]."""
         joined = torch.cat(list(sums)) if len(sums) > 1 else sums[0]
         joined = joined.view(self.samples, -1, self.channels)
         return joined.sum(1) if joined.size(1) > 1 else joined[:, 0]
 
-    def guess_mean(self, values: Tensor) -> Tensor:
-        """Return a mean of each channel, [C], from a few positions in the middle of each sample's rows."""
-        few = min(self.length, -(-GUESS_VALUES // self.samples))
+    def estimate_mean(self, values: Tensor) -> Tensor:
+        """Return an estimate of each channel's mean, [C], from a few positions in the middle of each sample."""
+        few = min(self.length, -(-_ESTIMATE_VALUES // self.samples))
         middle = values.narrow(1, (self.length - few) // 2, few).to(self.dtype)
         return middle.view(self.samples, self.channels, few).mean((0, 2))
 
@@ -237,39 +228,55 @@ class _Layout:
 
 
 def _statistics_around(
-    guess: Tensor, layout: _Layout, values: Tensor, results: Tensor
+    centre: Tensor, layout: _Layout, values: Tensor, results: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance; leave ``values - guess`` in results that are of the compute dtype."""
+    """Return mean and biased variance; leave ``values - centre`` in results of the accumulation dtype."""
     scratch = layout.scratch()
     moments = []
-    for part, result, centre in layout.blocks(values, results, layout.coefficients(guess)):
-        room = _view(scratch, part.shape)
-        centred = _centred(part, centre, room=result if result.dtype == layout.dtype else room)
-        moments.append((layout.sum(centred), layout.sum(torch.mul(centred, centred, out=room))))
-    shift, square = (
+    for block, result, block_centre in layout.blocks(values, results, layout.coefficients(centre)):
+        square = _view(scratch, block.shape)
+        centred = _centred(block, block_centre, out=result if result.dtype == layout.dtype else square)
+        moments.append((layout.sum(centred), layout.sum(torch.mul(centred, centred, out=square))))
+    shift, mean_square = (
         layout.per_sample(sums).sum(0, dtype=torch.float64).div_(layout.samples * layout.length)
         for sums in zip(*moments, strict=True)
     )
-    return guess + shift, square.sub_(shift.square()).clamp_min_(0.0)
+    return centre + shift, mean_square.sub_(shift.square()).clamp_min_(0.0)
 
 
 def _statistics_of_columns(positions: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each column of [positions, C], by torch's own kernel.
+    """Return mean and biased variance of each column of [positions, C], by torch's kernel.
 
-    The mean is in error by some 1e-7 of itself: good where it is not many standard deviations.
+    The relative error of the mean is about 1e-7, so the mean has to be within a few standard deviations of 0.
     """
     columns = positions.size(1)
     means, variances, counts = [], [], []
-    for rows in _side_by_side(positions, entries):
+    for rows in _wide_rows(positions, entries):
         unused = (torch.zeros(rows.size(1), dtype=accumulation_dtype(rows.dtype)) for _ in range(2))
         mean, var = torch.ops.aten.batch_norm_update_stats(rows.t()[None, :, :, None], *unused, 0.0)
         means.append(mean.view(-1, columns))
         variances.append(var.view(-1, columns))
         counts += [float(len(rows))] * len(means[-1])
-    shares = torch.tensor(counts, dtype=torch.float64).div_(len(positions)).unsqueeze(1)
-    every_mean, every_var = (torch.cat(parts).double() for parts in (means, variances))
-    mean = (shares * every_mean).sum(0)
-    return mean, (shares * every_var.add_(every_mean.sub_(mean).square_())).sum(0)
+    weights = torch.tensor(counts, dtype=torch.float64).div_(len(positions)).unsqueeze(1)
+    all_means, all_variances = (torch.cat(parts).double() for parts in (means, variances))
+    mean = (weights * all_means).sum(0)
+    return mean, (weights * all_variances.add_(all_means.sub_(mean).square_())).sum(0)
+
+
+def _wide_rows(positions: Tensor, entries: int) -> list[Tensor]:
+    """Split [positions, C] into blocks of rows that hold several positions each.
+
+    Torch's kernel adds one row to the next. Wide rows make sums of few terms, which keep their digits, and threads do
+    not write to the same cache line. Positions that do not fill a row come last, one in each row.
+    """
+    columns = positions.size(1)
+    positions_per_row = max(1, ROW_VALUES // columns)
+    whole = len(positions) // positions_per_row * positions_per_row
+    blocks: list[Tensor] = []
+    if whole:
+        wide = positions[:whole].view(-1, positions_per_row * columns)
+        blocks += torch.unsafe_split(wide, max(1, entries // wide.size(1)))
+    return blocks if whole == len(positions) else [*blocks, positions[whole:]]
 
 
 def _sums(
@@ -277,38 +284,23 @@ def _sums(
 ) -> Iterable[Tensor]:
     """Return the sums of grad and of ``grad * (values - centre)`` for each sample and channel, both [N, C].
 
-    With ReLU's output and a map to write to, grad is what passes ReLU, and is written there.
+    ``relu`` is empty, or ReLU's output and a map: then grad is masked by ReLU first, and written to that map.
     """
     scratch = layout.scratch()
     wide_grad = None if grad.dtype == layout.dtype else layout.scratch()
     sums = []
-    for part, of_values, of_centre, *of_relu in layout.blocks(
-        grad, values, layout.coefficients(centre), *relu
-    ):
-        if of_relu:
-            output, masked = of_relu
-            part = torch.ops.aten.threshold_backward.grad_input(part, output, 0, grad_input=masked)
+    maps = (grad, values, layout.coefficients(centre), *relu)
+    for grad_block, block, block_centre, *relu_blocks in layout.blocks(*maps):
+        if relu_blocks:
+            output, masked = relu_blocks
+            grad_block = torch.ops.aten.threshold_backward.grad_input(
+                grad_block, output, 0, grad_input=masked
+            )
         if wide_grad is not None:
-            part = _view(wide_grad, part.shape).copy_(part)
-        products = _centred(of_values, of_centre, room=_view(scratch, part.shape)).mul_(part)
-        sums.append((layout.sum(part), layout.sum(products)))
+            grad_block = _view(wide_grad, grad_block.shape).copy_(grad_block)
+        products = _centred(block, block_centre, out=_view(scratch, block.shape)).mul_(grad_block)
+        sums.append((layout.sum(grad_block), layout.sum(products)))
     return (layout.per_sample(parts) for parts in zip(*sums, strict=True))
-
-
-def _side_by_side(positions: Tensor, entries: int) -> list[Tensor]:
-    """Cut [positions, C] into blocks of rows, each of several positions.
-
-    Torch's kernel adds one row to the next. With wide rows sums are of few terms and keep their digits, and threads do
-    not write to the same line of the cache. Positions that make no whole row come last, one a row.
-    """
-    columns = positions.size(1)
-    side = max(1, SIDE_BY_SIDE // columns)
-    whole = len(positions) // side * side
-    blocks: list[Tensor] = []
-    if whole:
-        wide = positions[:whole].view(-1, side * columns)
-        blocks += torch.unsafe_split(wide, max(1, entries // (side * columns)))
-    return blocks if whole == len(positions) else [*blocks, positions[whole:]]
 
 
 def _scale_and_shift(
@@ -318,40 +310,40 @@ def _scale_and_shift(
     centre: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    gain: Tensor,
-    bias: Tensor,
-    eps: float,
-    relu: bool,
+    arguments: ForwardArguments,
 ) -> None:
     """Write ``gain * (values - centre - mean) / sqrt(var + eps) + bias``, and ReLU of it, into results."""
     dtype = layout.dtype
-    scale = gain.to(dtype) * (var + eps).rsqrt_().to(dtype)
-    shift = torch.addcmul(bias.double(), mean, scale.double(), value=-1).to(dtype)
+    scale = arguments.gain.to(dtype) * (var + arguments.eps).rsqrt_().to(dtype)
+    shift = torch.addcmul(arguments.bias.double(), mean, scale.double(), value=-1).to(dtype)
     maps = [values, results, *map(layout.coefficients, (scale, shift))]
     if centre is not None:
         maps.append(layout.coefficients(centre))
     scratch = None if results.dtype == dtype else layout.scratch()
-    single = layout.adjacent_channels and centre is None and scratch is None and not relu
-    blocks = [maps] if single else layout.blocks(*maps)
-    for part, result, of_scale, of_shift, *of_centre in blocks:
-        room = result if scratch is None else _view(scratch, result.shape)
-        layout.scale_and_shift(_centred(part, *of_centre, room=room), of_scale, of_shift, out=room)
-        if relu:
-            room.relu_()
-        if room is not result:
-            result.copy_(room)
+    one_call = layout.adjacent_channels and centre is None and scratch is None and not arguments.relu
+    for block, result, block_scale, block_shift, *block_centre in (
+        [maps] if one_call else layout.blocks(*maps)
+    ):
+        target = result if scratch is None else _view(scratch, result.shape)
+        layout.scale_and_shift(
+            _centred(block, *block_centre, out=target), block_scale, block_shift, out=target
+        )
+        if arguments.relu:
+            target.relu_()
+        if target is not result:
+            result.copy_(target)
 
 
-def _is_near(mean: Tensor, var: Tensor, eps: float, limit: float = NEAR) -> bool:
-    """Whether every mean is a few standard deviations, so that values need not be centred before they are scaled."""
-    return bool((mean.square() <= (var + eps).mul_(limit**2)).all())
+def _is_near(mean: Tensor, var: Tensor, eps: float, deviations: float = _NEAR_DEVIATIONS) -> bool:
+    """Whether every mean is so few deviations from 0 that values can be scaled without centring them first."""
+    return bool((mean.square() <= (var + eps).mul_(deviations**2)).all())
 
 
-def _centred(x: Tensor, centre: Tensor | None = None, *, room: Tensor) -> Tensor:
-    """Return ``x - centre``, or x, in the dtype of ``room``, and there unless that is x itself."""
-    if x.dtype != room.dtype:
-        x = room.copy_(x)
-    return x if centre is None else torch.sub(x, centre, out=room)
+def _centred(x: Tensor, centre: Tensor | None = None, *, out: Tensor) -> Tensor:
+    """Return ``x - centre`` in ``out``; without a centre x, converted into ``out`` if the dtypes differ."""
+    if x.dtype != out.dtype:
+        x = out.copy_(x)
+    return x if centre is None else torch.sub(x, centre, out=out)
 
 
 def _view(flat: Tensor, shape: torch.Size) -> Tensor:

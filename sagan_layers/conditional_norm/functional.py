@@ -15,7 +15,9 @@ from sagan_layers.checks import (
     check_same_device,
     shape_of,
 )
-from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM, ConditionalNormInputs
+from sagan_layers.conditional_norm.kernels import ConditionalNormInputs
+from sagan_layers.conditional_norm.reference import ConditionalNormResult
+from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,41 +38,40 @@ def conditional_batch_norm(
     activation: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    r"""Return the batch-normalised x with a gain and a bias for each sample, and ReLU of that if asked.
+    r"""Return the batch-normalised x with a gain and a bias for each sample, optionally through ReLU.
 
     .. math:: y_{nc} = \mathrm{gain}_{nc}\, \frac{x_{nc} - \mu_c}{\sqrt{\sigma^2_c + \epsilon}} + \mathrm{bias}_{nc}
 
-    Mean and (biased) variance are the batch's when ``training`` or when there are no running statistics, and
-    else the running ones. When ``training``, running statistics move in place by ``momentum``.
+    Mean and (biased) variance are the batch's if ``training`` or if there are no running statistics, otherwise the
+    running ones. If ``training``, the running statistics are updated in place.
 
     Args:
         x: [N, C, *], floating point; two axes or more.
-        gain: [N, C], or [C] for all samples alike.
+        gain: [N, C], or [C] for all samples.
         bias: as ``gain``.
         running_mean: [C] or None.
         running_var: [C] or None, both or neither.
-        training: whether to use and record the batch's statistics.
+        training: whether to normalise by the batch's statistics and update the running ones.
         momentum: weight of the batch in the running statistics, a number or a scalar tensor.
         eps: added to the variance.
         biased_running_var: record the biased variance, as TensorFlow does; torch's batch norm records the
             unbiased one.
         process_group: take the batch's statistics over all processes of this group.
-        activation: "relu" for ReLU of the result, computed in the same pass; None for nothing.
-        backend: "auto", or the name of a backend to insist on (:func:`select_backend` tells
-            which serves).
+        activation: "relu" to apply ReLU in the same pass, or None.
+        backend: "auto", or the name of a backend (see :func:`explain_backends`).
 
     Shape:
         - Output: as x, in the dtype of x.
 
     Raises:
-        ValueError: if shapes or devices disagree, statistics would be taken of a single value a channel, or the
+        ValueError: if shapes or devices disagree, statistics would be taken of a single value per channel, or the
             named backend does not exist or cannot serve.
         TypeError: if a tensor is not floating point.
 
     Note:
-        Statistics are taken in float32 (float64 for float64 inputs), the mean subtracted before scaling, so
-        large means lose no digits. Derivatives of every order. With ReLU, backward reads the output, which must
-        not be changed in place.
+        Statistics are computed in float32 (float64 for float64 inputs), and the mean is subtracted before scaling,
+        so large means lose no digits. Derivatives of every order. With ReLU, backward reads the output: do not
+        change it in place.
 
     Reference:
         Dumoulin et al., A Learned Representation For Artistic Style (conditional instance norm); Miyato and
@@ -82,6 +83,38 @@ def conditional_batch_norm(
         >>> bool(y.mean().abs() < 1e-5), bool((y.std() - 1).abs() < 1e-2)
         (True, True)
     """
+    _check(x, gain, bias, running_mean, running_var, eps, activation)
+    running = None
+    if not training and running_mean is not None and running_var is not None:
+        running = running_mean, running_var
+    elif (process_group is None or process_group.size() == 1) and x.numel() <= x.size(1):
+        raise ValueError(
+            f"x: expected more than 1 value per channel to take batch statistics, got {shape_of(x)}"
+        )
+    chosen = CONDITIONAL_BATCH_NORM.select_and_record(
+        ConditionalNormInputs(x, running, process_group), backend
+    )
+    result = chosen.implementation(x, gain, bias, running, eps, activation == "relu", process_group)
+    if training and running_mean is not None and running_var is not None:
+        _move_running_statistics(running_mean, running_var, result, momentum, biased_running_var)
+    return result.y
+
+
+def conditional_norm_inputs(x: Tensor, *, process_group: ProcessGroup | None = None) -> ConditionalNormInputs:
+    """Check the arguments of :func:`conditional_batch_norm` that select a backend, and return them."""
+    check_feature_map(x)
+    return ConditionalNormInputs(x, None, process_group)
+
+
+def _check(
+    x: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> None:
     check_feature_map(x)
     check_positive("eps", eps)
     check_activation(activation)
@@ -102,38 +135,27 @@ def conditional_batch_norm(
             if statistic.shape != (num_features,):
                 raise ValueError(f"{name}: expected shape [{num_features}], got {shape_of(statistic)}")
             check_same_device(name, statistic, "x", x)
-    use_batch = training or running_mean is None
-    alone = process_group is None or process_group.size() == 1
-    if use_batch and alone and x.numel() <= num_features:
-        raise ValueError(
-            f"x: expected more than 1 value per channel to take batch statistics, got {shape_of(x)}"
-        )
-    given = None
-    if not use_batch:
-        assert running_mean is not None
-        assert running_var is not None
-        given = running_mean, running_var
-    inputs = ConditionalNormInputs(x, given, process_group)
-    chosen = CONDITIONAL_BATCH_NORM.select_and_record(inputs, backend)
-    relu = activation == "relu"
-    y, mean, var, count = chosen.implementation(x, gain, bias, given, eps, relu, process_group)
-    if training and running_mean is not None and running_var is not None:
-        assert count is not None
-        if isinstance(count, Tensor):  # of a group, whose values nobody could count before
-            if count.device.type == "cpu" and not torch.compiler.is_compiling() and bool(count < 2):
-                raise ValueError(
-                    f"x: expected more than one value per channel in training, got {int(count)} in all processes"
-                )
-            count = count.clamp_min(2)
-        with torch.no_grad():
-            recorded = var.detach() if biased_running_var else var.detach() * (count / (count - 1))
-            for statistic, batch in ((running_mean, mean.detach()), (running_var, recorded)):
-                share = momentum.to(statistic.dtype) if isinstance(momentum, Tensor) else momentum
-                statistic.lerp_(batch.to(statistic.dtype), share)
-    return y
 
 
-def conditional_norm_inputs(x: Tensor, *, process_group: ProcessGroup | None = None) -> ConditionalNormInputs:
-    """Return what the backends of :func:`conditional_batch_norm` choose by, after all checks."""
-    check_feature_map(x)
-    return ConditionalNormInputs(x, None, process_group)
+@torch.no_grad()
+def _move_running_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch: ConditionalNormResult,
+    momentum: float | Tensor,
+    biased_running_var: bool,
+) -> None:
+    count = batch.num_values
+    assert count is not None
+    if isinstance(count, Tensor):  # of a process group: known only now
+        if count.device.type == "cpu" and not torch.compiler.is_compiling() and bool(count < 2):
+            raise ValueError(
+                f"x: expected more than one value per channel in training, got {int(count)} in all processes"
+            )
+        count = count.clamp_min(2)
+    mean, var = batch.mean.detach(), batch.var.detach()
+    if not biased_running_var:
+        var = var * (count / (count - 1))
+    for running, statistic in ((running_mean, mean), (running_var, var)):
+        weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+        running.lerp_(statistic.to(running.dtype), weight)

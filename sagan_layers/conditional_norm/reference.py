@@ -25,7 +25,7 @@ class ConditionalNormResult(NamedTuple):
         y: [N, C, *].
         mean: [C].
         var: [C], biased.
-        num_values: how many values of a channel mean and variance are of; None if they were given.
+        num_values: of how many values of a channel mean and variance are; None for running statistics.
     """
 
     y: Tensor
@@ -38,27 +38,27 @@ def conditional_batch_norm(
     x: Tensor,
     gain: Tensor,
     bias: Tensor,
-    given: tuple[Tensor, Tensor] | None,
+    running: tuple[Tensor, Tensor] | None,
     eps: float,
     relu: bool,
     process_group: ProcessGroup | None,
 ) -> ConditionalNormResult:
-    """Return x normalised by its batch's mean and variance, or by the given ones, and after that ReLU if asked."""
+    """Return x normalised by its batch's mean and variance or by the running ones, scaled and shifted; then ReLU."""
     with without_autocast(x.device):
         wide = x.to(accumulation_dtype(x.dtype))
-        count = None
-        if given is None:
-            mean, var, count = batch_statistics(wide, process_group)
+        num_values = None
+        if running is None:
+            mean, var, num_values = batch_statistics(wide, process_group)
         else:
-            mean, var = (statistic.to(wide.dtype) for statistic in given)
+            mean, var = (statistic.to(wide.dtype) for statistic in running)
         y = normalize(wide, mean, var, gain, bias, eps).to(x.dtype)
-        return ConditionalNormResult(torch.relu(y) if relu else y, mean, var, count)
+        return ConditionalNormResult(torch.relu(y) if relu else y, mean, var, num_values)
 
 
 def batch_statistics(x: Tensor, process_group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean and biased variance of each channel, both [C], and the number of values, a scalar.
 
-    With a process group they are those of the batches of all its processes together.
+    With a process group they are taken over the batches of all its processes.
     """
     dims = [d for d in range(x.dim()) if d != 1]
     count = torch.full((), x.numel() // x.size(1), dtype=x.dtype, device=x.device)

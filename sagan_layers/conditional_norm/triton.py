@@ -1,12 +1,12 @@
 """Triton kernels for conditional batch norm.
 
-Forward is three kernels: programs take mean and squared deviations of a share of a channel's values each, a small
-one puts the shares together, and one normalises, scales, shifts and applies ReLU. Backward is the same the other way
-round: sums for each sample and channel, small kernels that put them together, and the gradient of x. What the mean's
-float32 value lacks is made up for, so that no digits cancel.
+Forward is three kernels: one takes mean and squared deviations, each program for a part of a channel's values; a small
+one joins the parts; one normalises, scales, shifts and applies ReLU. Backward mirrors it: sums for each sample and
+channel, small kernels that join them, and the gradient of x. The remainder of the mean that its float32 value lacks is
+corrected for, so that no digits cancel.
 
-A feature map is a block of channels times positions for a program; the tile follows from which of the two lie next to
-each other in memory. Shape letters: N batch, C channels, L positions.
+A program works on a tile of channels times positions; its form depends on which of the two are adjacent in memory.
+Shape letters: N batch, C channels, L positions.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
@@ -14,7 +14,7 @@ each other in memory. Shape letters: N batch, C channels, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sagan_layers.attention.fused_triton import _device_of, _rounded
+from sagan_layers import triton_support
+from sagan_layers.conditional_norm.kernels import (
+    Average,
+    BackwardArguments,
+    CoefficientGradients,
+    CombineStatistics,
+    ConditionalNormInputs,
+    ConditionalNormKernels,
+    ForwardArguments,
+    opaque_unsupported_reasons,
+)
 from sagan_layers.torch_support import accumulation_dtype
+from sagan_layers.triton_support import CompileJob, rounded
 
-# How many programs share the sums: four for each multiprocessor of an H100.
+# How many programs compute the sums: four for each multiprocessor of an H100.
 PROGRAMS = 528
-# Shares of a channel, at the most; one program puts them together.
-MAX_SHARES = 256
+# Parts of a channel at most; one program joins them.
+MAX_PARTS = 256
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Tile:
         channels: how many.
         positions: of each.
         num_warps: warps of a program.
-        num_stages: loads in flight.
+        num_stages: how many blocks ahead loads are issued.
     """
 
     channels: int
@@ -49,21 +60,21 @@ class Tile:
     num_stages: int
 
 
-# Where positions lie next to each other: by the least L.
+# For adjacent positions, by the smallest L.
 PLANE_TILES = {
     1024: Tile(2, 1024, 4, 2),
     256: Tile(8, 256, 4, 2),
     64: Tile(32, 64, 4, 2),
     1: Tile(128, 16, 4, 2),
 }
-# Where channels do: by the least C.
+# For adjacent channels, by the smallest C.
 PIXEL_TILES = {
     128: Tile(128, 16, 4, 2),
     64: Tile(64, 32, 8, 2),
     32: Tile(32, 64, 8, 2),
     1: Tile(16, 128, 8, 2),
 }
-# Shares or samples, and channels, where partial sums are added up.
+# Channels, and parts or samples, where partial sums are added.
 SUM_TILE = Tile(32, 32, 4, 2)
 
 
@@ -77,9 +88,9 @@ def _load_tile(base, channel, position, channel_stride, position_stride, mask, A
 def _store_prepared(
     prepared, mean, var, channel, channel_mask, C, EPS: tl.constexpr, ACCUMULATOR: tl.constexpr
 ):
-    """Write the mean as a sum of two numbers, and one over the standard deviation, which is returned in float64.
+    """Write the mean as a sum of two numbers, and 1 / standard deviation, which is returned in float64.
 
-    Tiles are computed from these alone: float64 is slow on most GPUs.
+    Tiles are computed from these: float64 is slow on most GPUs.
     """
     high = mean.to(ACCUMULATOR)
     low = (mean - high.to(tl.float64)).to(ACCUMULATOR)
@@ -93,7 +104,7 @@ def _store_prepared(
 @triton.jit
 def _statistics_kernel(
     x,
-    shares,
+    parts,
     x_sample,
     x_channel,
     x_position,
@@ -107,7 +118,7 @@ def _statistics_kernel(
     POSITIONS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
-    """Of each share of a channel's values mean, sum of squared deviations and count, [3, splits, C], float64."""
+    """Mean, sum of squared deviations and count of each part of a channel's values, [3, splits, C], float64."""
     pid = tl.program_id(0)
     split = pid % splits
     channel = pid // splits * CHANNELS + tl.arange(0, CHANNELS)
@@ -125,11 +136,11 @@ def _statistics_kernel(
         channel_mask[:, None] & (position < L)[None, :],
         ACCUMULATOR,
     )
-    here = tl.minimum(L - first % blocks * POSITIONS, POSITIONS)
-    guess = tl.sum(tile, 1) / here
+    count = tl.minimum(L - first % blocks * POSITIONS, POSITIONS)
+    centre = tl.sum(tile, 1) / count
     sums = tl.zeros((CHANNELS, POSITIONS), ACCUMULATOR)
     squares = tl.zeros((CHANNELS, POSITIONS), ACCUMULATOR)
-    count = here * 0
+    count = count * 0
     for item in range(first, tl.minimum(first + items_each, items)):
         block = item % blocks
         position = block * POSITIONS + place
@@ -143,53 +154,53 @@ def _statistics_kernel(
             mask,
             ACCUMULATOR,
         )
-        centred = tl.where(mask, tile - guess[:, None], 0.0)
+        centred = tl.where(mask, tile - centre[:, None], 0.0)
         sums += centred
         squares += centred * centred
         count += tl.minimum(L - block * POSITIONS, POSITIONS)
     number = count.to(tl.float64)
     total = tl.sum(sums, 1).to(tl.float64)
-    share = shares + split * C + channel
-    tl.store(share, guess.to(tl.float64) + total / number, mask=channel_mask)
+    part = parts + split * C + channel
+    tl.store(part, centre.to(tl.float64) + total / number, mask=channel_mask)
     deviations = tl.sum(squares, 1).to(tl.float64) - total * total / number
-    tl.store(share + splits * C, tl.maximum(deviations, 0.0), mask=channel_mask)
-    tl.store(share + 2 * splits * C, number + tl.zeros((CHANNELS,), tl.float64), mask=channel_mask)
+    tl.store(part + splits * C, tl.maximum(deviations, 0.0), mask=channel_mask)
+    tl.store(part + 2 * splits * C, number + tl.zeros((CHANNELS,), tl.float64), mask=channel_mask)
 
 
 @triton.jit
 def _join_statistics_kernel(
-    shares,
+    parts,
     mean,
     var,
     prepared,
     C,
     splits,
     EPS: tl.constexpr,
-    SHARES: tl.constexpr,
+    ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
-    """Mean and biased variance of each channel, [C], from those of its shares; and what is prepared of them."""
+    """Mean and biased variance of each channel, [C], from those of its parts; and what tiles need of them."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     channel_mask = channel < C
-    row = tl.arange(0, SHARES)
-    total = tl.zeros((SHARES, CHANNELS), tl.float64)
-    count = tl.zeros((SHARES, CHANNELS), tl.float64)
-    for start in range(0, splits, SHARES):
-        share = start + row
-        mask = (share < splits)[:, None] & channel_mask[None, :]
-        offsets = shares + share[:, None] * C + channel[None, :]
+    row = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, CHANNELS), tl.float64)
+    count = tl.zeros((ROWS, CHANNELS), tl.float64)
+    for start in range(0, splits, ROWS):
+        part = start + row
+        mask = (part < splits)[:, None] & channel_mask[None, :]
+        offsets = parts + part[:, None] * C + channel[None, :]
         number = tl.load(offsets + 2 * splits * C, mask=mask, other=0)
         total += number * tl.load(offsets, mask=mask, other=0)
         count += number
-    # Channels that are none have a count of 0.
+    # Channels beyond C have a count of 0.
     counted = tl.maximum(tl.sum(count, 0), 1.0)
     joint = tl.sum(total, 0) / counted
-    squares = tl.zeros((SHARES, CHANNELS), tl.float64)
-    for start in range(0, splits, SHARES):
-        share = start + row
-        mask = (share < splits)[:, None] & channel_mask[None, :]
-        offsets = shares + share[:, None] * C + channel[None, :]
+    squares = tl.zeros((ROWS, CHANNELS), tl.float64)
+    for start in range(0, splits, ROWS):
+        part = start + row
+        mask = (part < splits)[:, None] & channel_mask[None, :]
+        offsets = parts + part[:, None] * C + channel[None, :]
         number = tl.load(offsets + 2 * splits * C, mask=mask, other=0)
         apart = tl.load(offsets, mask=mask, other=0) - joint[None, :]
         squares += tl.load(offsets + splits * C, mask=mask, other=0) + number * apart * apart
@@ -203,18 +214,18 @@ def _join_statistics_kernel(
 def _prepare_kernel(
     mean, var, averages, prepared, C, EPS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr
 ):
-    """What is prepared of mean and variance, and of averages the slope and offset of the gradient: [3 or 5, C]."""
+    """What tiles need of mean and variance, and the gradient's slope and offset from the averages: [3 or 5, C]."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     channel_mask = channel < C
     joint = tl.load(mean + channel, mask=channel_mask, other=0)
     variance = tl.load(var + channel, mask=channel_mask, other=1)
     low, inverse_std = _store_prepared(prepared, joint, variance, channel, channel_mask, C, EPS, ACCUMULATOR)
     if averages is not None:
-        of_grad = tl.load(averages + channel, mask=channel_mask, other=0) * inverse_std
-        of_product = tl.load(averages + C + channel, mask=channel_mask, other=0) * inverse_std
-        slope = (of_product * inverse_std).to(ACCUMULATOR)
+        grad_average = tl.load(averages + channel, mask=channel_mask, other=0) * inverse_std
+        product_average = tl.load(averages + C + channel, mask=channel_mask, other=0) * inverse_std
+        slope = (product_average * inverse_std).to(ACCUMULATOR)
         tl.store(prepared + 3 * C + channel, slope, mask=channel_mask)
-        tl.store(prepared + 4 * C + channel, of_grad.to(ACCUMULATOR) - slope * low, mask=channel_mask)
+        tl.store(prepared + 4 * C + channel, grad_average.to(ACCUMULATOR) - slope * low, mask=channel_mask)
 
 
 @triton.jit
@@ -242,9 +253,8 @@ def _normalize_kernel(
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """The normalised map, scaled and shifted for each sample, and ReLU of it if asked."""
+    """The normalised map, scaled and shifted for each sample, optionally through ReLU."""
     pid = tl.program_id(0)
     position = pid % blocks * POSITIONS + tl.arange(0, POSITIONS)
     channel = pid // blocks % chunks * CHANNELS + tl.arange(0, CHANNELS)
@@ -263,7 +273,7 @@ def _normalize_kernel(
     if RELU:
         tile = tl.where(tile < 0, 0.0, tile)
     offsets = channel[:, None] * y_channel + position[None, :] * y_position
-    tl.store(y + sample * y_sample + offsets, _rounded(tile, y.dtype.element_ty, PRECISION), mask=mask)
+    tl.store(y + sample * y_sample + offsets, rounded(tile, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -294,9 +304,9 @@ def _sums_kernel(
     POSITIONS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
-    """Of each share of the positions the sums of grad and of ``grad * (x - mean)``, [splits, N, C].
+    """The sums of grad and of ``grad * (x - mean)`` over each part of the positions, [splits, N, C].
 
-    The mean is rounded here; :func:`_join_sums_kernel` makes up for it.
+    The mean is rounded here; :func:`_join_sums_kernel` corrects for it.
     """
     pid = tl.program_id(0)
     split = pid % splits
@@ -305,8 +315,8 @@ def _sums_kernel(
     channel_mask = channel < C
     place = tl.arange(0, POSITIONS)
     high = tl.load(mean + channel, mask=channel_mask, other=0).to(ACCUMULATOR)
-    of_grad = tl.zeros((CHANNELS, POSITIONS), ACCUMULATOR)
-    of_product = tl.zeros((CHANNELS, POSITIONS), ACCUMULATOR)
+    grad_sums = tl.zeros((CHANNELS, POSITIONS), ACCUMULATOR)
+    product_sums = tl.zeros((CHANNELS, POSITIONS), ACCUMULATOR)
     first = split * blocks_each
     for block in range(first, tl.minimum(first + blocks_each, blocks)):
         position = block * POSITIONS + place
@@ -322,11 +332,11 @@ def _sums_kernel(
         values = _load_tile(
             x + sample * x_sample, channel, position, x_channel, x_position, mask, ACCUMULATOR
         )
-        of_grad += tile
-        of_product += tile * (values - high[:, None])
+        grad_sums += tile
+        product_sums += tile * (values - high[:, None])
     offsets = (split * N + sample) * C + channel
-    tl.store(sums + offsets, tl.sum(of_grad, 1), mask=channel_mask)
-    tl.store(products + offsets, tl.sum(of_product, 1), mask=channel_mask)
+    tl.store(sums + offsets, tl.sum(grad_sums, 1), mask=channel_mask)
+    tl.store(products + offsets, tl.sum(product_sums, 1), mask=channel_mask)
 
 
 @triton.jit
@@ -345,24 +355,24 @@ def _join_sums_kernel(
     C,
     splits,
     EPS: tl.constexpr,
-    SAMPLES: tl.constexpr,
+    ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
     """Gradients of gain and bias, [N, C], and the sums over N of their products with the gain, [2, C], float64."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     channel_mask = channel < C
-    row = tl.arange(0, SAMPLES)
+    row = tl.arange(0, ROWS)
     joint = tl.load(mean + channel, mask=channel_mask, other=0)
     low = (joint - joint.to(ACCUMULATOR).to(tl.float64)).to(ACCUMULATOR)
     inverse_std = 1.0 / tl.sqrt(tl.load(var + channel, mask=channel_mask, other=1) + EPS)
-    of_grad = tl.zeros((SAMPLES, CHANNELS), tl.float64)
-    of_product = tl.zeros((SAMPLES, CHANNELS), tl.float64)
-    for start in range(0, N, SAMPLES):
+    grad_total = tl.zeros((ROWS, CHANNELS), tl.float64)
+    product_total = tl.zeros((ROWS, CHANNELS), tl.float64)
+    for start in range(0, N, ROWS):
         sample = (start + row).to(tl.int64)
         mask = (sample < N)[:, None] & channel_mask[None, :]
-        total = tl.zeros((SAMPLES, CHANNELS), ACCUMULATOR)
-        product = tl.zeros((SAMPLES, CHANNELS), ACCUMULATOR)
+        total = tl.zeros((ROWS, CHANNELS), ACCUMULATOR)
+        product = tl.zeros((ROWS, CHANNELS), ACCUMULATOR)
         for split in range(splits):
             offsets = (split * N + sample)[:, None] * C + channel[None, :]
             total += tl.load(sums + offsets, mask=mask, other=0)
@@ -374,10 +384,10 @@ def _join_sums_kernel(
         factor = tl.load(
             gain + sample[:, None] * gain_sample + channel[None, :] * gain_channel, mask=mask, other=0
         ).to(ACCUMULATOR)
-        of_grad += (factor * total).to(tl.float64)
-        of_product += (factor * product).to(tl.float64)
-    tl.store(totals + channel, tl.sum(of_grad, 0), mask=channel_mask)
-    tl.store(totals + C + channel, tl.sum(of_product, 0), mask=channel_mask)
+        grad_total += (factor * total).to(tl.float64)
+        product_total += (factor * product).to(tl.float64)
+    tl.store(totals + channel, tl.sum(grad_total, 0), mask=channel_mask)
+    tl.store(totals + C + channel, tl.sum(product_total, 0), mask=channel_mask)
 
 
 @triton.jit
@@ -397,22 +407,21 @@ def _gradient_kernel(
     y_sample,
     y_channel,
     y_position,
-    to_sample,
-    to_channel,
-    to_position,
+    out_sample,
+    out_channel,
+    out_position,
     gain_sample,
     gain_channel,
     C,
     L,
     chunks,
     blocks,
-    GIVEN: tl.constexpr,
+    BATCH_STATISTICS: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """The gradient of x; if statistics were given, they are constants."""
+    """The gradient of x, with the terms that come through the batch's statistics unless these are constants."""
     pid = tl.program_id(0)
     position = pid % blocks * POSITIONS + tl.arange(0, POSITIONS)
     channel = pid // blocks % chunks * CHANNELS + tl.arange(0, CHANNELS)
@@ -430,7 +439,7 @@ def _gradient_kernel(
         )
         tile = tl.where(output <= 0, 0.0, tile)
     tile = tile * scale[:, None]
-    if not GIVEN:
+    if BATCH_STATISTICS:
         high = tl.load(prepared + channel, mask=channel_mask, other=0)
         slope = tl.load(prepared + 3 * C + channel, mask=channel_mask, other=0)
         offset = tl.load(prepared + 4 * C + channel, mask=channel_mask, other=0)
@@ -438,216 +447,137 @@ def _gradient_kernel(
             x + sample * x_sample, channel, position, x_channel, x_position, mask, ACCUMULATOR
         )
         tile -= (values - high[:, None]) * slope[:, None] + offset[:, None]
-    offsets = channel[:, None] * to_channel + position[None, :] * to_position
-    tl.store(
-        grad_x + sample * to_sample + offsets, _rounded(tile, grad_x.dtype.element_ty, PRECISION), mask=mask
-    )
+    offsets = channel[:, None] * out_channel + position[None, :] * out_position
+    tl.store(grad_x + sample * out_sample + offsets, rounded(tile, grad_x.dtype.element_ty), mask=mask)
 
 
-_INTERPRETED = not isinstance(_normalize_kernel, triton.JITFunction)
-# Offsets within a sample have 32 bits, those of a tile's padding included.
-_LARGEST_OFFSET = 2**31 - 2**16
-
-
-def unsupported_reasons(x: Tensor) -> list[str]:
-    """Return why these kernels cannot serve a feature map [N, C, *], empty if they can."""
-    reasons = []
-    if x.device.type != "cuda" and not (_INTERPRETED and x.device.type == "cpu"):
-        reasons.append(f"it runs on CUDA devices, the input is on {x.device}")
-    served = (torch.float32, torch.bfloat16, torch.float16, *(torch.float64,) * _INTERPRETED)
-    if x.dtype not in served:
-        reasons.append(f"{x.dtype} is not served")
-    if x.device.type == "cuda" and not _INTERPRETED and torch.cuda.get_device_capability(x.device) < (8, 0):
-        reasons.append("the device is older than compute capability 8.0")
-    span = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-    if max(span, x[:1].numel()) >= _LARGEST_OFFSET:
-        reasons.append(f"a sample spans {_LARGEST_OFFSET} elements or more")
-    return reasons
+def unsupported_reasons(inputs: ConditionalNormInputs) -> list[str]:
+    """Return why these kernels cannot serve on a device that runs Triton."""
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    reasons = triton_support.unsupported_reasons(inputs.x, *dtypes)
+    return reasons + triton_support.large_sample_reasons(inputs.x) + opaque_unsupported_reasons(inputs)
 
 
 def forward(
-    x: Tensor,
-    gain: Tensor,
-    bias: Tensor,
-    eps: float,
-    relu: bool,
-    combine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-    to: Tensor,
+    arguments: ForwardArguments, combine: CombineStatistics | None, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write y; return the mean and biased variance that it was normalised with, both [C], float64.
-
-    Args:
-        x: [N, C, *], any strides.
-        gain: [N, C] or [C].
-        bias: [N, C] or [C].
-        eps: added to the variance.
-        relu: whether negative values of y are replaced by 0.
-        combine: takes mean and variance of x and returns those to use, if they are to be of more than x.
-        to: where y goes, contiguous or channels_last.
-    """
-    values = _map(x)
-    N, C, L = values.shape
-    tile = _tile_of(_map(to))
-    chunks, blocks = triton.cdiv(C, tile.channels), triton.cdiv(L, tile.positions)
-    items_each, splits = _shared(N * blocks, min(MAX_SHARES, max(1, PROGRAMS // chunks)))
-    shares = torch.empty((3, splits, C), dtype=torch.float64, device=x.device)
+    """Write y; return the mean and biased variance that it was normalised with."""
+    x = _map(arguments.x)
+    tile = _tile_of(_map(out))
+    N, C, L, chunks, blocks = _grid(x, tile)
+    items_each, splits = _parts(N * blocks, min(MAX_PARTS, max(1, PROGRAMS // chunks)))
+    parts = torch.empty((3, splits, C), dtype=torch.float64, device=x.device)
     mean, var = (torch.empty(C, dtype=torch.float64, device=x.device) for _ in range(2))
     prepared = torch.empty((3, C), dtype=accumulation_dtype(x.dtype), device=x.device)
-    with _device_of(x):
+    with torch.cuda.device_of(x):
         _statistics_kernel[(chunks * splits,)](
-            values,
-            shares,
-            *values.stride(),
+            x,
+            parts,
+            *x.stride(),
             C,
             L,
             blocks,
             N * blocks,
             items_each,
             splits,
-            CHANNELS=tile.channels,
             POSITIONS=tile.positions,
-            **_accumulator(x),
-            **_options(tile),
+            **_options(tile, x),
         )
         _join_statistics_kernel[(triton.cdiv(C, SUM_TILE.channels),)](
-            shares,
+            parts,
             mean,
             var,
             prepared,
             C,
             splits,
-            EPS=eps,
-            SHARES=SUM_TILE.positions,
-            CHANNELS=SUM_TILE.channels,
-            **_accumulator(x),
-            **_options(SUM_TILE),
+            EPS=arguments.eps,
+            ROWS=SUM_TILE.positions,
+            **_options(SUM_TILE, x),
         )
     if combine is None:
-        _normalize(values, prepared, gain, bias, relu, _map(to))
+        _normalize(arguments, prepared, _map(out))
     else:
         mean, var = combine(mean, var)
-        normalize(x, mean, var, gain, bias, eps, relu, to)
+        normalize(arguments, mean, var, out)
     return mean, var
 
 
-def normalize(
-    x: Tensor, mean: Tensor, var: Tensor, gain: Tensor, bias: Tensor, eps: float, relu: bool, to: Tensor
-) -> None:
-    """Write y for a given mean and variance."""
-    _normalize(_map(x), _prepared(mean, var, None, eps, to), gain, bias, relu, _map(to))
+def normalize(arguments: ForwardArguments, mean: Tensor, var: Tensor, out: Tensor) -> None:
+    """Write y for the mean and variance to normalise with."""
+    _normalize(arguments, _prepare(mean, var, None, arguments.eps, out), _map(out))
 
 
-def _prepared(mean: Tensor, var: Tensor, averages: Tensor | None, eps: float, like: Tensor) -> Tensor:
-    """Return what the kernels of whole maps read of statistics and averages, in the compute dtype."""
+def _prepare(mean: Tensor, var: Tensor, averages: Tensor | None, eps: float, like: Tensor) -> Tensor:
+    """Return what the kernels of whole maps read of statistics and averages, in the accumulation dtype."""
     C = mean.size(0)
-    prepared = torch.empty(
-        (3 if averages is None else 5, C), dtype=accumulation_dtype(like.dtype), device=mean.device
-    )
-    with _device_of(mean):
+    rows = 3 if averages is None else 5
+    prepared = torch.empty((rows, C), dtype=accumulation_dtype(like.dtype), device=mean.device)
+    with torch.cuda.device_of(mean):
         _prepare_kernel[(triton.cdiv(C, SUM_TILE.channels),)](
-            mean,
-            var,
-            averages,
-            prepared,
-            C,
-            EPS=eps,
-            CHANNELS=SUM_TILE.channels,
-            **_accumulator(like),
-            **_options(SUM_TILE),
+            mean, var, averages, prepared, C, EPS=eps, **_options(SUM_TILE, like)
         )
     return prepared
 
 
-def _normalize(
-    values: Tensor, prepared: Tensor, gain: Tensor, bias: Tensor, relu: bool, result: Tensor
-) -> None:
-    N, C, L = values.shape
-    tile = _tile_of(result)
-    chunks, blocks = triton.cdiv(C, tile.channels), triton.cdiv(L, tile.positions)
-    with _device_of(values):
+def _normalize(arguments: ForwardArguments, prepared: Tensor, y: Tensor) -> None:
+    x, gain, bias = _map(arguments.x), arguments.gain, arguments.bias
+    tile = _tile_of(y)
+    N, C, L, chunks, blocks = _grid(x, tile)
+    with torch.cuda.device_of(x):
         _normalize_kernel[(N * chunks * blocks,)](
-            values,
+            x,
             prepared,
             gain,
             bias,
-            result,
-            *values.stride(),
-            *result.stride(),
+            y,
+            *x.stride(),
+            *y.stride(),
             *_strides(gain),
             *_strides(bias),
             C,
             L,
             chunks,
             blocks,
-            RELU=relu,
-            CHANNELS=tile.channels,
+            RELU=arguments.relu,
             POSITIONS=tile.positions,
-            **_accumulator(values),
-            **_precision(),
-            **_options(tile),
+            **_options(tile, x),
         )
 
 
-def backward(
-    grad_y: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gain: Tensor,
-    eps: float,
-    average: Callable[[Tensor], Tensor] | None,
-    of_coefficients: bool,
-    to: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Write the gradient of x; return those of gain and bias for each sample, [N, C] in the compute dtype.
-
-    Args:
-        grad_y: as x, any strides.
-        x: [N, C, *], any strides.
-        y: the output if it went through ReLU, else None.
-        mean: [C], float64.
-        var: [C], float64.
-        gain: [N, C] or [C].
-        eps: added to the variance.
-        average: takes sums over this batch, [2, C], and returns averages over all values of a channel; None if mean
-            and variance were given.
-        of_coefficients: whether the gradients of gain and bias are wanted.
-        to: where the gradient of x goes, contiguous or channels_last; None if it is not wanted.
-    """
-    grad, values = _map(grad_y), _map(x)
-    output = None if y is None else _map(y)
-    maps = (grad, values, output)
-    strides = [stride for tensor in maps for stride in ((0, 0, 0) if tensor is None else tensor.stride())]
+def backward(arguments: BackwardArguments, average: Average, out: Tensor | None) -> CoefficientGradients:
+    """Write the gradient of x, if it is needed; return those of gain and bias."""
     averages = grad_gain = grad_bias = None
-    if of_coefficients or average is not None:
-        grad_gain, grad_bias, totals = _sums(maps, strides, mean, var, gain, eps)
-        averages = None if average is None else average(totals)
-    if to is not None:
-        prepared = _prepared(mean, var, averages, eps, to)
-        _write_gradient(maps, strides, prepared, gain, average is None, _map(to))
-    return grad_gain, grad_bias
+    if arguments.needs_sums:
+        grad_gain, grad_bias, totals = _sums(arguments)
+        if arguments.needs_averages:
+            averages = average(totals)
+    if out is not None:
+        prepared = _prepare(arguments.mean, arguments.var, averages, arguments.eps, out)
+        _write_gradient(arguments, prepared, _map(out))
+    return CoefficientGradients(grad_gain, grad_bias)
 
 
-def _sums(
-    maps: tuple[Tensor, Tensor, Tensor | None],
-    strides: list[int],
-    mean: Tensor,
-    var: Tensor,
-    gain: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+KERNELS = ConditionalNormKernels(forward, normalize, backward)
+
+
+def _backward_maps(arguments: BackwardArguments) -> tuple[list[Tensor | None], list[int]]:
+    """Return grad_y, x and y as maps, and their strides; without ReLU there is no y."""
+    maps = [None if tensor is None else _map(tensor) for tensor in arguments[:3]]
+    return maps, [stride for x in maps for stride in ((0, 0, 0) if x is None else x.stride())]
+
+
+def _sums(arguments: BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gain and bias, [N, C], and the sums over N of their products with the gain, [2, C]."""
-    x = maps[1]
-    N, C, L = x.shape
+    x, mean, gain = _map(arguments.x), arguments.mean, arguments.gain
+    maps, strides = _backward_maps(arguments)
     tile = _tile_of(x)
-    chunks, blocks = triton.cdiv(C, tile.channels), triton.cdiv(L, tile.positions)
-    blocks_each, splits = _shared(blocks, max(1, PROGRAMS // (N * chunks)))
+    N, C, L, chunks, blocks = _grid(x, tile)
+    blocks_each, splits = _parts(blocks, max(1, PROGRAMS // (N * chunks)))
     dtype = accumulation_dtype(x.dtype)
     sums, products = torch.empty((2, splits, N, C), dtype=dtype, device=x.device).unbind()
     grad_gain, grad_bias = (torch.empty((N, C), dtype=dtype, device=x.device) for _ in range(2))
     totals = torch.empty((2, C), dtype=torch.float64, device=x.device)
-    with _device_of(x):
+    with torch.cuda.device_of(x):
         _sums_kernel[(N * chunks * splits,)](
             *maps,
             mean,
@@ -661,16 +591,14 @@ def _sums(
             blocks,
             blocks_each,
             splits,
-            CHANNELS=tile.channels,
             POSITIONS=tile.positions,
-            **_accumulator(x),
-            **_options(tile),
+            **_options(tile, x),
         )
         _join_sums_kernel[(triton.cdiv(C, SUM_TILE.channels),)](
             sums,
             products,
             mean,
-            var,
+            arguments.var,
             gain,
             grad_gain,
             grad_bias,
@@ -679,128 +607,111 @@ def _sums(
             N,
             C,
             splits,
-            EPS=eps,
-            SAMPLES=SUM_TILE.positions,
-            CHANNELS=SUM_TILE.channels,
-            **_accumulator(x),
-            **_options(SUM_TILE),
+            EPS=arguments.eps,
+            ROWS=SUM_TILE.positions,
+            **_options(SUM_TILE, x),
         )
     return grad_gain, grad_bias, totals
 
 
-def _write_gradient(
-    maps: tuple[Tensor, Tensor, Tensor | None],
-    strides: list[int],
-    prepared: Tensor,
-    gain: Tensor,
-    given: bool,
-    to: Tensor,
-) -> None:
-    N, C, L = to.shape
-    tile = _tile_of(to)
-    chunks, blocks = triton.cdiv(C, tile.channels), triton.cdiv(L, tile.positions)
-    with _device_of(to):
+def _write_gradient(arguments: BackwardArguments, prepared: Tensor, grad_x: Tensor) -> None:
+    maps, strides = _backward_maps(arguments)
+    tile = _tile_of(grad_x)
+    N, C, L, chunks, blocks = _grid(grad_x, tile)
+    with torch.cuda.device_of(grad_x):
         _gradient_kernel[(N * chunks * blocks,)](
             *maps,
             prepared,
-            gain,
-            to,
+            arguments.gain,
+            grad_x,
             *strides,
-            *to.stride(),
-            *_strides(gain),
+            *grad_x.stride(),
+            *_strides(arguments.gain),
             C,
             L,
             chunks,
             blocks,
-            GIVEN=given,
-            CHANNELS=tile.channels,
+            BATCH_STATISTICS=arguments.batch_statistics,
             POSITIONS=tile.positions,
-            **_accumulator(to),
-            **_precision(),
-            **_options(tile),
+            **_options(tile, grad_x),
         )
 
 
-def compile_jobs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Tile, str]]:
+def compile_jobs() -> Iterator[CompileJob]:
     """Yield what to compile ahead of time: every tile and dtype, with ReLU, and sizes and strides of 16n or any.
 
-    float16 differs from bfloat16 by a conversion only, and is left out.
-
-    Yields:
-        (kernel, signature, constexprs, tile, label); ":16" after a type stands for a known multiple of 16.
+    float16 is not compiled: it differs from bfloat16 only by a conversion.
     """
-    tiles = [(tile, "position") for tile in PLANE_TILES.values()]
-    tiles += [(tile, "channel") for tile in PIXEL_TILES.values()]
+    tiles = [("nchw", "position", tile) for tile in PLANE_TILES.values()]
+    tiles += [("channels_last", "channel", tile) for tile in PIXEL_TILES.values()]
     for element in ("bf16", "fp32"):
         for kernel in (_statistics_kernel, _normalize_kernel, _sums_kernel, _gradient_kernel):
-            for tile, adjacent in tiles:
-                sizes = {"CHANNELS": tile.channels, "POSITIONS": tile.positions}
-                form = "nchw" if adjacent == "position" else "channels_last"
-                for even in (True, False):
-                    label = (
-                        f"{form} {tile.channels}x{tile.positions} {element} {'even' if even else 'any size'}"
-                    )
-                    yield _compile_job(kernel, tile, sizes, element, adjacent, even, label)
-    sizes = {"CHANNELS": SUM_TILE.channels, "SHARES": SUM_TILE.positions, "SAMPLES": SUM_TILE.positions}
+            for layout, adjacent, tile in tiles:
+                unit_strides = {f"{name}_{adjacent}": 1 for name in ("x", "y", "grad", "out")}
+                for number, sizes in (("i32:16", "even"), ("i32", "any size")):
+                    label = f"{layout} {tile.channels}x{tile.positions} {element} {sizes}"
+                    yield _compile_job(kernel, tile, label, element, number, unit_strides)
     for kernel in (_join_statistics_kernel, _join_sums_kernel, _prepare_kernel):
-        yield _compile_job(kernel, SUM_TILE, sizes, "fp32", "", False, "any size")
+        yield _compile_job(kernel, SUM_TILE, "any size", "fp32", "i32", {})
 
 
 def _compile_job(
-    kernel: Any, tile: Tile, sizes: dict[str, int], element: str, adjacent: str, even: bool, label: str
-) -> tuple[Any, dict[str, str], dict[str, Any], Tile, str]:
-    given: dict[str, Any] = {
+    kernel: Any, tile: Tile, label: str, element: str, number: str, unit_strides: dict[str, int]
+) -> CompileJob:
+    constexprs = {
         "EPS": 1e-5,
         "RELU": True,
-        "GIVEN": False,
+        "BATCH_STATISTICS": True,
         "ACCUMULATOR": tl.float32,
-        "PRECISION": "ieee",
-        **sizes,
+        "CHANNELS": tile.channels,
+        "POSITIONS": tile.positions,
+        "ROWS": tile.positions,
+        "gain_channel": 1,
+        "bias_channel": 1,
+        **unit_strides,
     }
-    given |= {f"{name}_{adjacent}": 1 for name in ("x", "y", "grad", "to") if adjacent}
-    given |= {"gain_channel": 1, "bias_channel": 1}
-    given = {name: value for name, value in given.items() if name in kernel.arg_names}
-    pointers = dict.fromkeys(("x", "y", "grad", "grad_x"), f"*{element}")
-    pointers |= dict.fromkeys(("shares", "mean", "var", "averages", "totals"), "*fp64")
-    pointers |= dict.fromkeys(
-        ("gain", "bias", "prepared", "sums", "products", "grad_gain", "grad_bias"), "*fp32"
-    )
-    signature = {name: pointers.get(name, "i32" + ":16" * even) for name in kernel.arg_names}
-    signature |= dict.fromkeys(given, "constexpr")
+    small = ("gain", "bias", "prepared", "sums", "products", "grad_gain", "grad_bias")
+    pointers = {
+        **dict.fromkeys(("x", "y", "grad", "grad_x"), f"*{element}"),
+        **dict.fromkeys(("parts", "mean", "var", "averages", "totals"), "*fp64"),
+        **dict.fromkeys(small, "*fp32"),
+    }
     name = kernel.__name__.strip("_").removesuffix("_kernel").replace("_", " ")
-    return kernel, signature, given, tile, f"{name} {label}"
+    return triton_support.compile_job(kernel, tile, f"{name} {label}", constexprs, pointers, number)
 
 
 def _map(x: Tensor) -> Tensor:
-    """[N, C, *] -> [N, C, L], copied only if the positions of x have no common stride."""
+    """[N, C, *] -> [N, C, L]; a copy only if the positions of x have no common stride."""
     return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
 
 
 def _tile_of(x: Tensor) -> Tile:
     """The tile for a map [N, C, L]."""
     table, size = (PIXEL_TILES, x.size(1)) if x.stride(1) == 1 < x.stride(2) else (PLANE_TILES, x.size(2))
-    return next(tile for least, tile in table.items() if size >= least)
+    return next(tile for smallest, tile in table.items() if size >= smallest)
 
 
-def _shared(items: int, programs: int) -> tuple[int, int]:
+def _grid(x: Tensor, tile: Tile) -> tuple[int, int, int, int, int]:
+    """Return the sizes N, C and L of a map, and how many tiles cover its channels and its positions."""
+    N, C, L = x.shape
+    return N, C, L, triton.cdiv(C, tile.channels), triton.cdiv(L, tile.positions)
+
+
+def _parts(items: int, programs: int) -> tuple[int, int]:
     """Return how many items each of at most so many programs takes, and how many programs that makes."""
     each = triton.cdiv(items, min(items, programs))
     return each, triton.cdiv(items, each)
 
 
 def _strides(coefficients: Tensor) -> tuple[int, int]:
-    """Of samples and channels, for [N, C] or [C]."""
+    """Return the strides of samples and channels, for [N, C] or [C]."""
     return (0 if coefficients.dim() == 1 else coefficients.stride(0)), coefficients.stride(-1)
 
 
-def _accumulator(x: Tensor) -> dict[str, Any]:
-    return {"ACCUMULATOR": tl.float64 if x.dtype == torch.float64 else tl.float32}
-
-
-def _precision() -> dict[str, str]:
-    # The interpreter rounds to bfloat16 in a way of its own, see _rounded.
-    return {"PRECISION": "widened" if _INTERPRETED else "ieee"}
-
-
-def _options(tile: Tile) -> dict[str, Any]:
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": False}
+def _options(tile: Tile, x: Tensor) -> dict[str, Any]:
+    accumulator = triton_support.accumulator(x.dtype)
+    return {
+        "CHANNELS": tile.channels,
+        "ACCUMULATOR": accumulator,
+        **triton_support.launch_options(tile),
+    }

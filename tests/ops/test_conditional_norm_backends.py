@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sagan_layers import functional
 from sagan_layers.backends import Backend
 from sagan_layers.conditional_norm import blocked as conditional_norm_blocked
-from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM, ConditionalNormInputs
+from sagan_layers.conditional_norm.kernels import ConditionalNormInputs
+from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM
 from sagan_layers.torch_support import accumulation_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -440,7 +441,7 @@ def test_blocks_of_any_size_are_as_accurate(
     entries: int, threads: int, layout: str, dtype: torch.dtype, relu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conditional_norm_blocked, "BLOCK_BYTES", 4 * entries // threads)
-    monkeypatch.setattr(conditional_norm_blocked, "SIDE_BY_SIDE", 16)
+    monkeypatch.setattr(conditional_norm_blocked, "ROW_VALUES", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x = laid_out(torch.randn(3, 5, 4, 7).to(dtype) + 10, layout)
     inputs = x, torch.randn(3, 5), torch.randn(3, 5)
@@ -652,7 +653,7 @@ def test_gradients_of_running_statistics_are_left_to_the_reference() -> None:
 
     (gradient,) = torch.autograd.grad(evaluate("auto").sum(), mean)
     assert gradient.abs().min() > 0
-    with pytest.raises(ValueError, match="blocked: it has no gradients of given statistics"):
+    with pytest.raises(ValueError, match="blocked: it has no gradients of running statistics"):
         evaluate("blocked")
 
 
