@@ -1,4 +1,4 @@
-"""Activation checkpointing that repeats a block exactly, whatever moves in it or has changed around it."""
+"""Activation checkpointing that repeats a block exactly, whatever is updated in it or has changed around it."""
 
 from __future__ import annotations
 
@@ -21,32 +21,31 @@ __all__ = ["checkpointed"]
 
 
 def checkpointed(module: nn.Module, *inputs: Any) -> Any:
-    """Return ``module(*inputs)``, keeping its inputs alone for backward, which computes the rest again.
+    """Return ``module(*inputs)`` and save only the inputs for backward, which computes the rest again.
 
-    ``torch.utils.checkpoint`` runs the block a second time during backward. Left to itself that would move the
-    vectors of spectral normalisation and the running statistics of batch norm once more, and spectrally
-    normalised weights would not be those of the first pass, so that gradients would be wrong without a message.
-    Here the second pass takes the first one's parameters, normalised weights and vectors, and moves nothing:
-    results and gradients are those without it. So the block may be called several times before ``backward``,
-    frozen (:func:`~sagan_layers.frozen_spectral_norm`), with shared weights
-    (:func:`~sagan_layers.shared_spectral_norm`), whose block may have ended by then, or with other parameters
-    (:func:`~sagan_layers.call_with_constant_parameters`, ``torch.func.functional_call``).
+    ``torch.utils.checkpoint`` runs the block a second time during backward. By itself that would update the vectors of
+    spectral normalisation and the running statistics of batch norm once more, and use other normalised weights than
+    the first pass: the gradients would be wrong without a message. Here the second pass uses the parameters, normalised
+    weights and vectors of the first, and updates nothing. Results and gradients are those without checkpointing. So
+    the block may be called several times before ``backward``, frozen (:func:`~sagan_layers.frozen_spectral_norm`), with
+    shared weights (:func:`~sagan_layers.shared_spectral_norm`), whose block may have ended by then, or with other
+    parameters (:func:`~sagan_layers.call_with_constant_parameters`, ``torch.func.functional_call``).
 
     Args:
         module: a block, in the same mode (``train`` or ``eval``) in ``backward`` as now.
         inputs: what to call it with.
 
     Raises:
-        RuntimeError: inside torch.compile, whose own partitioner decides what is kept; in ``backward``, if a
+        RuntimeError: inside torch.compile, whose partitioner itself decides what to save; in ``backward``, if a
             parameter has changed since, or a buffer of a part in evaluation (steps of ``fused=True`` optimizers
             go unnoticed).
         TypeError: for a :class:`~sagan_layers.DiscriminatorPass` or :class:`~sagan_layers.GeneratorPass`, whose
-            other network is none of its parts: checkpoint blocks of the networks.
+            other network is not a part of it: checkpoint blocks of the networks.
 
     Note:
-        Derivatives of the first order, and of the second through torch's checkpoint without reentry. Layers of
-        other packages that move in their forward, such as ``nn.BatchNorm2d``, move twice. A block that is compiled
-        itself (``block.compile()``) works, its graph broken at every normalised weight.
+        First derivatives, and second ones as far as torch's checkpoint without reentry takes them. Layers of other
+        packages that update buffers in their forward, such as ``nn.BatchNorm2d``, update them twice. A compiled block
+        (``block.compile()``) works, with a graph break at every normalised weight.
 
     Example:
         >>> from sagan_layers import SNConv2d
@@ -57,10 +56,8 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("checkpointed: expected eager code, got torch.compile")
-
     if any(getattr(part, "calls_another_network", False) for part in module.modules()):
         raise TypeError("checkpointed: expected a block of a network, got a pass of a whole training step")
-
     tensors = _tensors_of(module)
     record = SpectralNormRecord()
 
@@ -73,7 +70,7 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
         run,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (recording_spectral_norm(module, record), _Repeating(module, record)),
+        context_fn=lambda: (recording_spectral_norm(module, record), _SecondPass(module, record)),
     )
 
 
@@ -82,32 +79,31 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
 
 
-def _standing_still(module: nn.Module) -> dict[str, Tensor]:
-    """Return what must not change before backward: parameters, and buffers that are read and not moved."""
-    still: dict[str, Tensor] = dict(module.named_parameters())
+def _read_only_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what must not change before backward: parameters, and buffers that the forward reads and keeps."""
+    tensors: dict[str, Tensor] = dict(module.named_parameters())
     for prefix, part in module.named_modules():
-        if not part.training and not isinstance(part, SpectralNormLayer):  # whose vectors are recorded
-            still |= {
-                f"{prefix}.{name}".lstrip("."): buffer for name, buffer in part.named_buffers(recurse=False)
-            }
-    return still
+        if not part.training and not isinstance(part, SpectralNormLayer):  # its vectors are recorded
+            buffers = part.named_buffers(recurse=False)
+            tensors |= {f"{prefix}.{name}".lstrip("."): buffer for name, buffer in buffers}
+    return tensors
 
 
-class _Repeating:
-    """The context of a repeated pass. Second derivatives enter it more than once."""
+class _SecondPass:
+    """The context of the second pass. Second derivatives enter it more than once, so it is no generator."""
 
     def __init__(self, module: nn.Module, record: SpectralNormRecord) -> None:
         self._module = module
         self._record = record
         self._entered: list[contextlib.ExitStack] = []
-        self._still = {
+        self._versions = {
             name: (tensor, tensor._version)
-            for name, tensor in _standing_still(module).items()
+            for name, tensor in _read_only_tensors(module).items()
             if not tensor.is_inference()
         }
 
     def __enter__(self) -> None:
-        changed = [name for name, (tensor, version) in self._still.items() if tensor._version != version]
+        changed = [name for name, (tensor, version) in self._versions.items() if tensor._version != version]
         if changed:
             raise RuntimeError(
                 f"checkpointed: {', '.join(changed[:5])} changed since the forward that is to be repeated; run "

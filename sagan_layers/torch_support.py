@@ -1,4 +1,4 @@
-"""What all operations share about torch: accumulation dtypes, autocast, export, transforms, attributes of modules."""
+"""What all operations ask of torch: accumulation dtypes, autocast, export, transforms, attributes for a while."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which autocast does not lower the precision of operations on ``device``."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # autocast does not know meta
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # autocast has no meta device
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def is_exporting() -> bool:
-    """Return whether torch.export is at work."""
-    # The function that tells came after torch 2.6; until it did, compiling counts as exporting.
+    """Return whether torch.export is tracing."""
+    # Torch 2.6 cannot tell; there, compiling counts as exporting.
     return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
 def is_known(condition: bool | torch.SymBool) -> bool:
-    """Return a condition on sizes; False inside torch.export, which may leave sizes open."""
+    """Return a condition on sizes; False inside torch.export, where sizes may be symbols."""
     return not is_exporting() and bool(condition)
 
 
@@ -54,5 +54,5 @@ def temporary_attribute(name: str, values: Mapping[_ModuleT, Any]) -> Iterator[N
         yield
     finally:
         for module, value in before.items():
-            if hasattr(module, name):  # the block may have converted the module to a plain layer
+            if hasattr(module, name):  # not if the block turned the module into a plain layer
                 setattr(module, name, value)

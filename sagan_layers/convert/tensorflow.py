@@ -1,7 +1,6 @@
-"""Other code bases' weights into these layers.
+"""Weights of the released TensorFlow code (brain-research/self-attention-gan).
 
-Variables of the released TensorFlow code (brain-research/self-attention-gan) come as a mapping from variable
-name to array, however they were read from a checkpoint; nothing here needs TensorFlow.
+They come as a mapping from variable name to array, however they were read from a checkpoint; TensorFlow is not needed.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def load_tensorflow(module: nn.Module, variables: Mapping[str, ArrayLike | Tenso
     Args:
         module: one of the blocks above.
         variables: arrays by TensorFlow variable name.
-        scope: only names below it ("attention" for "attention/sigma_ratio") are looked at; "" for all.
+        scope: only names below it ("attention" for "attention/sigma_ratio") are read; "" for all.
 
     Raises:
         ValueError: if variables are missing, left over below the scope, or of the wrong shape; all are named,
@@ -74,7 +73,7 @@ class TensorFlowLoader:
 
     Args:
         variables: arrays by TensorFlow variable name.
-        scope: only names below it are looked at; "" for all.
+        scope: only names below it are read; "" for all.
 
     Example:
         >>> from sagan_layers import SNLinear
@@ -96,7 +95,7 @@ class TensorFlowLoader:
     def __init__(self, variables: Mapping[str, ArrayLike | Tensor], scope: str = "") -> None:
         prefix = f"{scope.strip('/')}/" if scope else ""
         self._scope = prefix
-        self._left = {
+        self._remaining = {
             name.removesuffix(":0")[len(prefix) :]: value
             for name, value in variables.items()
             if name.startswith(prefix)
@@ -107,11 +106,11 @@ class TensorFlowLoader:
         self._right_vectors: list[SpectralNormLayer] = []
 
     def add(self, module: nn.Module, name: str, *, spatial: tuple[int, int] | None = None) -> None:
-        """Note that the variables below ``name`` belong to ``module``; nothing is changed before :meth:`finish`.
+        """Assign the variables below ``name`` to ``module``; nothing is copied before :meth:`finish`.
 
         Args:
             module: a block that :func:`load_tensorflow` knows.
-            name: its scope, below the loader's.
+            name: the block's scope, below the loader's.
             spatial: for a linear layer whose output TensorFlow reshapes to [height, width, channels]: (height,
                 width). Its outputs are reordered to [channels, height, width].
 
@@ -157,18 +156,14 @@ class TensorFlowLoader:
         Raises:
             ValueError: if variables are missing, left over or of the wrong shape.
         """
-        left_over = [self._scope + name for name in self._left]
-        problems = [
-            f"{title}: {', '.join(names)}"
-            for title, names in (
-                ("missing", self._missing),
-                ("left over", left_over),
-                ("of the wrong shape", self._misshapen),
-            )
-            if names
-        ]
-        if problems:
-            raise ValueError(f"TensorFlow variables do not fit; {'; '.join(problems)}")
+        problems = {
+            "missing": self._missing,
+            "left over": [self._scope + name for name in self._remaining],
+            "of the wrong shape": self._misshapen,
+        }
+        text = "; ".join(f"{title}: {', '.join(names)}" for title, names in problems.items() if names)
+        if text:
+            raise ValueError(f"TensorFlow variables do not fit; {text}")
         for target, source in self._copies:
             target.copy_(source)
         for layer in self._right_vectors:
@@ -202,11 +197,11 @@ class TensorFlowLoader:
         leading_ones: int = 0,
         spatial: tuple[int, int] | None = None,
     ) -> None:
-        """Note a copy into ``target``, whose axes in TensorFlow's order are ``axes`` of its own."""
-        if name not in self._left:
+        """Plan a copy into ``target``; ``axes`` are the target's axes in TensorFlow's order."""
+        if name not in self._remaining:
             self._missing.append(self._scope + name)
             return
-        array = self._left.pop(name)
+        array = self._remaining.pop(name)
         values: NDArray[np.floating] = np.asarray(
             array.detach().cpu() if isinstance(array, Tensor) else array
         )

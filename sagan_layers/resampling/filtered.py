@@ -9,13 +9,10 @@ from sagan_layers.resampling.reference import ResamplingOptions
 from sagan_layers.resampling.windows import (
     spread_margins,
     transposed,
-    unsupported_reasons,
     window_means,
     window_sums,
     with_bias,
 )
-
-__all__ = ["downsample", "unsupported_reasons", "upsample"]
 
 
 def upsample(x: Tensor, weight: Tensor, bias: Tensor | None, options: ResamplingOptions) -> Tensor:

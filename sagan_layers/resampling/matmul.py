@@ -1,4 +1,4 @@
-"""The same as ``filtered``, its convolution by one matrix product, which small maps with many channels fill better."""
+"""The same as ``filtered``, its convolution by one matrix product: faster for small maps with many channels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from torch.nn import functional as F
 from sagan_layers.resampling.reference import ResamplingOptions
 from sagan_layers.resampling.windows import (
     spread_margins,
-    unsupported_reasons,
     window_means,
     window_sums,
     with_bias,
 )
-
-__all__ = ["downsample", "unsupported_reasons", "upsample"]
 
 
 def upsample(x: Tensor, weight: Tensor, bias: Tensor | None, options: ResamplingOptions) -> Tensor:

@@ -77,19 +77,8 @@ class ResamplingConv2d(nn.Conv2d):
         checks.check_convolution(kernel_size, stride, padding, dilation)
         checks.check_parameter_dtype(dtype)
         functional.check_resampling(upsample, downsample, backend)
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,  # type: ignore[arg-type]
-            device,
-            dtype,
-        )
+        plain = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        super().__init__(*plain, padding_mode, device, dtype)  # type: ignore[arg-type]
         for name, value in (("upsample", upsample), ("downsample", downsample), ("backend", backend)):
             if value != getattr(self, name):
                 setattr(self, name, value)

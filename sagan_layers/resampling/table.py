@@ -1,6 +1,6 @@
 """The forms of the two resampling convolutions, in the order in which "auto" asks them.
 
-A new form is a file with ``upsample``, ``downsample`` and ``unsupported_reasons``, and a row here.
+A new form is a file with ``upsample``, ``downsample`` and what it does not support, and a row here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 from sagan_layers.backends import Backend, Operation
-from sagan_layers.resampling import filtered, folded, matmul, reference, reordered
+from sagan_layers.resampling import filtered, folded, matmul, reference, reordered, windows
 from sagan_layers.resampling.reference import ResamplingInputs, ResamplingOptions
 from sagan_layers.torch_support import is_known
 
@@ -88,12 +88,12 @@ def _folded_not_preferred(inputs: ResamplingInputs) -> list[str]:
 _FORMS: tuple[Backend[ResamplingInputs, Form], ...] = (
     Backend("reordered", Form(reordered.upsample, reordered.downsample), reordered.unsupported_reasons),
     Backend(
-        "matmul", Form(matmul.upsample, matmul.downsample), matmul.unsupported_reasons, _matmul_not_preferred
+        "matmul", Form(matmul.upsample, matmul.downsample), windows.unsupported_reasons, _matmul_not_preferred
     ),
     Backend(
         "filtered",
         Form(filtered.upsample, filtered.downsample),
-        filtered.unsupported_reasons,
+        windows.unsupported_reasons,
         _filtered_not_preferred,
     ),
     Backend(

@@ -282,16 +282,10 @@ class SNConv2d(SpectralNormLayer, ResamplingConv2d):  # type: ignore[misc]
         downsample: int = 1,
         backend: str = "auto",
     ) -> None:
+        plain = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         ResamplingConv2d.__init__(
             self,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
+            *plain,
             padding_mode,
             device,
             dtype,
@@ -327,9 +321,6 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
     Note:
         As :class:`SNConv2d`.
 
-    Reference:
-        Miyato et al., Spectral Normalization for Generative Adversarial Networks.
-
     Example:
         >>> conv = SNConvTranspose2d(8, 3, kernel_size=4, stride=2, padding=1)
         >>> conv(torch.randn(2, 8, 16, 16)).shape
@@ -361,21 +352,8 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
         checks.check_sizes(in_channels=in_channels, out_channels=out_channels)
         checks.check_convolution(kernel_size, stride, padding, dilation)
         checks.check_parameter_dtype(dtype)
-        nn.ConvTranspose2d.__init__(
-            self,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            output_padding,
-            groups,
-            bias,
-            dilation,
-            padding_mode,  # type: ignore[arg-type]
-            device,
-            dtype,
-        )
+        plain = (in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias)
+        nn.ConvTranspose2d.__init__(self, *plain, dilation, padding_mode, device, dtype)  # type: ignore[arg-type]
         self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -419,9 +397,6 @@ class SNLinear(SpectralNormLayer, nn.Linear):  # type: ignore[misc]
 
     Note:
         As :class:`SNConv2d`.
-
-    Reference:
-        Miyato et al., Spectral Normalization for Generative Adversarial Networks.
 
     Example:
         >>> SNLinear(128, 10)(torch.randn(4, 128)).shape
@@ -506,20 +481,8 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
         checks.check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         checks.check_parameter_dtype(dtype)
         refuse_embedding_options(max_norm, sparse)
-        nn.Embedding.__init__(
-            self,
-            num_embeddings,
-            embedding_dim,
-            padding_idx,
-            max_norm,
-            norm_type,
-            scale_grad_by_freq,
-            sparse,
-            _weight,
-            _freeze,
-            device,
-            dtype,
-        )
+        plain = (num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        nn.Embedding.__init__(self, *plain, _weight, _freeze, device, dtype)
         self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
 
     def forward(self, input: Tensor) -> Tensor:
