@@ -220,6 +220,32 @@ def cotangent(y: Tensor) -> Tensor:
     return torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(y.dtype)
 
 
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def gradients_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal names and equal bits."""
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def assert_close(
+    ours: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5, atol: float = 1e-6
+) -> None:
+    """Equal names and values close to each other."""
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(
+            value, expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 def spectral_layers(module: nn.Module) -> list[SpectralNormLayer]:
     return [layer for layer in module.modules() if isinstance(layer, SpectralNormLayer)]
 

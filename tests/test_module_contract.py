@@ -5,11 +5,22 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
-from blocks import BLOCKS, Block, build, cotangent, draw_inputs, hold_vectors, matrix_of, spectral_layers
+from blocks import (
+    BLOCKS,
+    Block,
+    assert_close,
+    assert_same,
+    build,
+    cotangent,
+    draw_inputs,
+    hold_vectors,
+    matrix_of,
+    spectral_layers,
+    state_of,
+)
 from torch import Tensor, nn
 
 from sagan_layers import ConditionalBatchNorm2d, SelfAttention2d, SNLinear, frozen_spectral_norm
@@ -21,47 +32,19 @@ image_blocks = pytest.mark.parametrize(
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_same_state(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-def step(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Output, gradients of inputs and parameters, and the buffers after a forward and backward."""
+def step(
+    module: nn.Module, inputs: tuple[Tensor, ...], call: Callable[..., Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Output, gradients of inputs and parameters, and the buffers after a forward (by ``call``) and backward."""
     leaves = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs)
     module.zero_grad()
-    y = module(*leaves)
+    y = (call or module)(*leaves)
     (y * cotangent(y)).sum().backward()
     results = {"output": y.detach().clone()}
     results |= {f"grad of input {i}": x.grad for i, x in enumerate(leaves) if x.is_floating_point()}
     results |= {f"grad of {name}": parameter.grad.clone() for name, parameter in module.named_parameters()}
     results |= {f"buffer {name}": buffer.clone() for name, buffer in module.named_buffers()}
     return results
-
-
-def assert_close_results(
-    ours: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5, atol: float = 1e-6
-) -> None:
-    assert ours.keys() == expected.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(
-            value, expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-# --- state -------------------------------------------------------------------------------------------------------
 
 
 @every_block
@@ -81,7 +64,7 @@ def test_state_dict_round_trip_gives_the_same_outputs(block: Block) -> None:
     assert not torch.equal(other.eval()(*inputs), module.eval()(*inputs))
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other(*inputs), module(*inputs))
-    assert_close_results(step(other.train(), inputs), step(module.train(), inputs), rtol=0, atol=0)
+    assert_same(step(other.train(), inputs), step(module.train(), inputs))
 
 
 @every_block
@@ -97,13 +80,12 @@ def test_copies_are_equal_and_independent(block: Block, duplicate: object) -> No
     assert type(duplicated) is type(module)
     assert repr(duplicated) == repr(module)
     before = state_of(module)
-    assert_same_state(state_of(duplicated), before)
-    expected = step(copy.deepcopy(module), inputs)
-    assert_close_results(step(duplicated, inputs), expected, rtol=0, atol=0)
+    assert_same(state_of(duplicated), before)
+    assert_same(step(duplicated, inputs), step(copy.deepcopy(module), inputs))
     with torch.no_grad():
         for value in duplicated.state_dict().values():
             value.zero_()
-    assert_same_state(state_of(module), before)
+    assert_same(state_of(module), before)
 
 
 @every_block
@@ -150,9 +132,6 @@ def test_two_optimizer_steps_lower_the_loss(block: Block) -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------
-
-
 @every_block
 @both_modes
 def test_every_parameter_and_input_gets_a_gradient(block: Block, training: bool) -> None:
@@ -191,9 +170,6 @@ def test_derivatives_of_first_and_second_order_pass_the_numerical_check(block: B
     )
     assert torch.autograd.gradcheck(forward, arguments, fast_mode=True)
     assert torch.autograd.gradgradcheck(forward, arguments, fast_mode=True)
-
-
-# --- dtypes --------------------------------------------------------------------------------------------------------
 
 
 @every_block
@@ -242,7 +218,7 @@ def test_autocast_lowers_products_but_not_sigma_nor_statistics(block: Block, tra
     error = (y.double() - expected.double()).abs().max() / expected.abs().max()
     assert error.item() <= 5 * torch.finfo(torch.bfloat16).eps
     # Buffers are those of the float32 pass: to the bit, for the power iteration saw the same float32 weights.
-    assert_same_state(state_of(module), state_of(plain))
+    assert_same(state_of(module), state_of(plain))
     for layer in spectral_layers(module):
         with torch.autocast("cpu", torch.bfloat16):
             sigma = layer.sigma
@@ -272,9 +248,6 @@ def test_half_precision_input_under_autocast_is_accepted(block: Block, autocast_
     assert torch.isfinite(y).all()
 
 
-# --- memory formats ------------------------------------------------------------------------------------------------
-
-
 @image_blocks
 @both_modes
 def test_channels_last_input_gives_channels_last_output_of_equal_values(block: Block, training: bool) -> None:
@@ -288,7 +261,7 @@ def test_channels_last_input_gives_channels_last_output_of_equal_values(block: B
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert expected.is_contiguous()
     ours, plain = step(other, strided), step(module, inputs)
-    assert_close_results(ours, plain, rtol=1e-4, atol=1e-5)
+    assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
 @image_blocks
@@ -297,7 +270,7 @@ def test_a_channels_last_module_keeps_the_values(block: Block) -> None:
     other = copy.deepcopy(module).to(memory_format=torch.channels_last)
     inputs = draw_inputs(block)
     strided = (inputs[0].to(memory_format=torch.channels_last), *inputs[1:])
-    assert_close_results(step(other, strided), step(module, inputs), rtol=1e-4, atol=1e-5)
+    assert_close(step(other, strided), step(module, inputs), rtol=1e-4, atol=1e-5)
 
 
 @image_blocks
@@ -312,25 +285,14 @@ def test_slices_and_expanded_inputs_give_the_values_of_their_copies(block: Block
     torch.testing.assert_close(module(expanded, *inputs[1:]), module(expanded.clone(), *inputs[1:]))
 
 
-# --- compilation ---------------------------------------------------------------------------------------------------
-
-
 def assert_compiled_equals_eager(block: Block, backend: str, training: bool, tolerance: float) -> None:
     module = build(block).train(training)
     eager = copy.deepcopy(module)
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     for seed in range(2):  # buffers of the first step are inputs of the second
         inputs = draw_inputs(block, seed=seed)
-        leaves = tuple(x.requires_grad_() if x.is_floating_point() else x for x in inputs)
-        module.zero_grad()
-        y = compiled(*leaves)
-        (y * cotangent(y)).sum().backward()
-        ours = {"output": y.detach()}
-        ours |= {f"grad of input {i}": x.grad for i, x in enumerate(leaves) if x.is_floating_point()}
-        ours |= {f"grad of {name}": parameter.grad for name, parameter in module.named_parameters()}
-        ours |= {f"buffer {name}": buffer for name, buffer in module.named_buffers()}
-        expected = step(eager, tuple(x.detach() for x in inputs))
-        assert_close_results(ours, expected, rtol=tolerance, atol=tolerance)
+        ours, expected = step(module, inputs, compiled), step(eager, inputs)
+        assert_close(ours, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
