@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def step(
     """Output, gradients of inputs and parameters, and the buffers after a forward (by ``call``) and backward."""
     leaves = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs)
     module.zero_grad()
-    y = (call or module)(*leaves)
+    y = (module if call is None else call)(*leaves)
     (y * cotangent(y)).sum().backward()
     results = {"output": y.detach().clone()}
     results |= {f"grad of input {i}": x.grad for i, x in enumerate(leaves) if x.is_floating_point()}
