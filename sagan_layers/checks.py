@@ -173,6 +173,13 @@ def check_floating(name: str, tensor: object) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor, got {kind_of(tensor)}")
 
 
+def check_not_empty(name: str, tensor: Tensor) -> None:
+    """Raise unless this is a floating-point tensor with at least one entry."""
+    check_floating(name, tensor)
+    if tensor.numel() == 0:
+        raise ValueError(f"{name}: expected at least one entry, got shape {shape_of(tensor)}")
+
+
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Raise ``ValueError`` unless both tensors are on one device."""
     if tensor.device != other.device:

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import sagan_layers
 from sagan_layers import (
     ConditionalBatchNorm2d,
     GradientPenalty,
@@ -488,9 +487,3 @@ def test_images_that_do_not_pair_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         interpolate_images(real_images=real, fake_images=fake)
-
-
-def test_every_loss_is_public() -> None:
-    from sagan_layers.gan import losses
-
-    assert set(losses.__all__) <= set(sagan_layers.__all__)

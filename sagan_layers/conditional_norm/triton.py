@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -462,37 +462,20 @@ def forward(
     arguments: ForwardArguments, combine: CombineStatistics | None, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Write y; return the mean and biased variance that it was normalised with."""
-    x = _map(arguments.x)
+    x, eps = _map(arguments.x), arguments.eps
     tile = _tile_of(_map(out))
-    N, C, L, chunks, blocks = _grid(x, tile)
-    items_each, splits = _parts(N * blocks, min(MAX_PARTS, max(1, PROGRAMS // chunks)))
+    N, C, L, chunks, blocks = _sizes(x, tile)
+    items = N * blocks
+    items_each, splits = _parts(items, min(MAX_PARTS, max(1, PROGRAMS // chunks)))
     parts = torch.empty((3, splits, C), dtype=torch.float64, device=x.device)
     mean, var = (torch.empty(C, dtype=torch.float64, device=x.device) for _ in range(2))
     prepared = torch.empty((3, C), dtype=accumulation_dtype(x.dtype), device=x.device)
     with torch.cuda.device_of(x):
         _statistics_kernel[(chunks * splits,)](
-            x,
-            parts,
-            *x.stride(),
-            C,
-            L,
-            blocks,
-            N * blocks,
-            items_each,
-            splits,
-            POSITIONS=tile.positions,
-            **_options(tile, x),
+            x, parts, *x.stride(), C, L, blocks, items, items_each, splits, **_map_options(x, tile)
         )
         _join_statistics_kernel[(triton.cdiv(C, SUM_TILE.channels),)](
-            parts,
-            mean,
-            var,
-            prepared,
-            C,
-            splits,
-            EPS=arguments.eps,
-            ROWS=SUM_TILE.positions,
-            **_options(SUM_TILE, x),
+            parts, mean, var, prepared, C, splits, EPS=eps, ROWS=SUM_TILE.positions, **_options(x, SUM_TILE)
         )
     if combine is None:
         _normalize(arguments, prepared, _map(out))
@@ -514,7 +497,7 @@ def _prepare(mean: Tensor, var: Tensor, averages: Tensor | None, eps: float, lik
     prepared = torch.empty((rows, C), dtype=accumulation_dtype(like.dtype), device=mean.device)
     with torch.cuda.device_of(mean):
         _prepare_kernel[(triton.cdiv(C, SUM_TILE.channels),)](
-            mean, var, averages, prepared, C, EPS=eps, **_options(SUM_TILE, like)
+            mean, var, averages, prepared, C, EPS=eps, **_options(like, SUM_TILE)
         )
     return prepared
 
@@ -522,56 +505,39 @@ def _prepare(mean: Tensor, var: Tensor, averages: Tensor | None, eps: float, lik
 def _normalize(arguments: ForwardArguments, prepared: Tensor, y: Tensor) -> None:
     x, gain, bias = _map(arguments.x), arguments.gain, arguments.bias
     tile = _tile_of(y)
-    N, C, L, chunks, blocks = _grid(x, tile)
+    sizes = _sizes(x, tile)
+    strides = *x.stride(), *y.stride(), *_strides(gain), *_strides(bias)
     with torch.cuda.device_of(x):
-        _normalize_kernel[(N * chunks * blocks,)](
-            x,
-            prepared,
-            gain,
-            bias,
-            y,
-            *x.stride(),
-            *y.stride(),
-            *_strides(gain),
-            *_strides(bias),
-            C,
-            L,
-            chunks,
-            blocks,
-            RELU=arguments.relu,
-            POSITIONS=tile.positions,
-            **_options(tile, x),
+        _normalize_kernel[(sizes.tiles,)](
+            x, prepared, gain, bias, y, *strides, *sizes[1:], RELU=arguments.relu, **_map_options(x, tile)
         )
 
 
 def backward(arguments: BackwardArguments, average: Average, out: Tensor | None) -> CoefficientGradients:
     """Write the gradient of x, if it is needed; return those of gain and bias."""
+    maps = [None if tensor is None else _map(tensor) for tensor in arguments[:3]]  # grad_y, x, y
+    strides = [stride for x in maps for stride in ((0, 0, 0) if x is None else x.stride())]
     averages = grad_gain = grad_bias = None
     if arguments.needs_sums:
-        grad_gain, grad_bias, totals = _sums(arguments)
+        grad_gain, grad_bias, totals = _sums(arguments, maps, strides)
         if arguments.needs_averages:
             averages = average(totals)
     if out is not None:
         prepared = _prepare(arguments.mean, arguments.var, averages, arguments.eps, out)
-        _write_gradient(arguments, prepared, _map(out))
+        _write_gradient(arguments, maps, strides, prepared, _map(out))
     return CoefficientGradients(grad_gain, grad_bias)
 
 
 KERNELS = ConditionalNormKernels(forward, normalize, backward)
 
 
-def _backward_maps(arguments: BackwardArguments) -> tuple[list[Tensor | None], list[int]]:
-    """Return grad_y, x and y as maps, and their strides; without ReLU there is no y."""
-    maps = [None if tensor is None else _map(tensor) for tensor in arguments[:3]]
-    return maps, [stride for x in maps for stride in ((0, 0, 0) if x is None else x.stride())]
-
-
-def _sums(arguments: BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(
+    arguments: BackwardArguments, maps: list[Tensor | None], strides: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gain and bias, [N, C], and the sums over N of their products with the gain, [2, C]."""
-    x, mean, gain = _map(arguments.x), arguments.mean, arguments.gain
-    maps, strides = _backward_maps(arguments)
+    x, mean, var, gain = _map(arguments.x), arguments.mean, arguments.var, arguments.gain
     tile = _tile_of(x)
-    N, C, L, chunks, blocks = _grid(x, tile)
+    N, C, _, chunks, blocks = sizes = _sizes(x, tile)
     blocks_each, splits = _parts(blocks, max(1, PROGRAMS // (N * chunks)))
     dtype = accumulation_dtype(x.dtype)
     sums, products = torch.empty((2, splits, N, C), dtype=dtype, device=x.device).unbind()
@@ -579,62 +545,30 @@ def _sums(arguments: BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     totals = torch.empty((2, C), dtype=torch.float64, device=x.device)
     with torch.cuda.device_of(x):
         _sums_kernel[(N * chunks * splits,)](
-            *maps,
-            mean,
-            sums,
-            products,
-            *strides,
-            N,
-            C,
-            L,
-            chunks,
-            blocks,
-            blocks_each,
-            splits,
-            POSITIONS=tile.positions,
-            **_options(tile, x),
+            *maps, mean, sums, products, *strides, *sizes, blocks_each, splits, **_map_options(x, tile)
         )
+        tensors = sums, products, mean, var, gain, grad_gain, grad_bias, totals
+        options = {"EPS": arguments.eps, "ROWS": SUM_TILE.positions, **_options(x, SUM_TILE)}
         _join_sums_kernel[(triton.cdiv(C, SUM_TILE.channels),)](
-            sums,
-            products,
-            mean,
-            arguments.var,
-            gain,
-            grad_gain,
-            grad_bias,
-            totals,
-            *_strides(gain),
-            N,
-            C,
-            splits,
-            EPS=arguments.eps,
-            ROWS=SUM_TILE.positions,
-            **_options(SUM_TILE, x),
+            *tensors, *_strides(gain), N, C, splits, **options
         )
     return grad_gain, grad_bias, totals
 
 
-def _write_gradient(arguments: BackwardArguments, prepared: Tensor, grad_x: Tensor) -> None:
-    maps, strides = _backward_maps(arguments)
+def _write_gradient(
+    arguments: BackwardArguments,
+    maps: list[Tensor | None],
+    strides: list[int],
+    prepared: Tensor,
+    grad_x: Tensor,
+) -> None:
+    gain = arguments.gain
     tile = _tile_of(grad_x)
-    N, C, L, chunks, blocks = _grid(grad_x, tile)
+    sizes = _sizes(grad_x, tile)
+    strides = [*strides, *grad_x.stride(), *_strides(gain)]
+    options = {"BATCH_STATISTICS": arguments.batch_statistics, **_map_options(grad_x, tile)}
     with torch.cuda.device_of(grad_x):
-        _gradient_kernel[(N * chunks * blocks,)](
-            *maps,
-            prepared,
-            arguments.gain,
-            grad_x,
-            *strides,
-            *grad_x.stride(),
-            *_strides(arguments.gain),
-            C,
-            L,
-            chunks,
-            blocks,
-            BATCH_STATISTICS=arguments.batch_statistics,
-            POSITIONS=tile.positions,
-            **_options(tile, grad_x),
-        )
+        _gradient_kernel[(sizes.tiles,)](*maps, prepared, gain, grad_x, *strides, *sizes[1:], **options)
 
 
 def compile_jobs() -> Iterator[CompileJob]:
@@ -691,10 +625,23 @@ def _tile_of(x: Tensor) -> Tile:
     return next(tile for smallest, tile in table.items() if size >= smallest)
 
 
-def _grid(x: Tensor, tile: Tile) -> tuple[int, int, int, int, int]:
-    """Return the sizes N, C and L of a map, and how many tiles cover its channels and its positions."""
+class _Sizes(NamedTuple):
+    """The sizes of a map, and how many tiles cover its channels and its positions."""
+
+    N: int
+    C: int
+    L: int
+    chunks: int
+    blocks: int
+
+    @property
+    def tiles(self) -> int:
+        return self.N * self.chunks * self.blocks
+
+
+def _sizes(x: Tensor, tile: Tile) -> _Sizes:
     N, C, L = x.shape
-    return N, C, L, triton.cdiv(C, tile.channels), triton.cdiv(L, tile.positions)
+    return _Sizes(N, C, L, triton.cdiv(C, tile.channels), triton.cdiv(L, tile.positions))
 
 
 def _parts(items: int, programs: int) -> tuple[int, int]:
@@ -708,10 +655,10 @@ def _strides(coefficients: Tensor) -> tuple[int, int]:
     return (0 if coefficients.dim() == 1 else coefficients.stride(0)), coefficients.stride(-1)
 
 
-def _options(tile: Tile, x: Tensor) -> dict[str, Any]:
-    accumulator = triton_support.accumulator(x.dtype)
-    return {
-        "CHANNELS": tile.channels,
-        "ACCUMULATOR": accumulator,
-        **triton_support.launch_options(tile),
-    }
+def _options(x: Tensor, tile: Tile) -> dict[str, Any]:
+    constexprs = {"CHANNELS": tile.channels, "ACCUMULATOR": triton_support.accumulator(x.dtype)}
+    return constexprs | triton_support.launch_options(tile)
+
+
+def _map_options(x: Tensor, tile: Tile) -> dict[str, Any]:
+    return {"POSITIONS": tile.positions, **_options(x, tile)}

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from sagan_layers import checks
 from sagan_layers.spectral_norm import SNEmbedding, SNLinear
 
-__all__ = ["ProjectionDiscriminatorHead"]
-
 
 class ProjectionDiscriminatorHead(nn.Module):
-    r"""From D's last features to a logit, with the inner product of features and class embedding added.
+    r"""D's last layers: a linear layer on pooled features, plus their inner product with a class embedding.
 
     .. math:: h = \sum_{hw} \mathrm{ReLU}(x_{hw}), \qquad \mathrm{logit} = w \cdot h + b + \langle e_{label}, h \rangle
 
     Args:
         in_channels: C.
-        num_classes: number of classes; None for a head without labels, that is without the last term.
+        num_classes: number of classes; None for a head without labels, which has no last term.
         pooling: "sum" over the positions, as the released code does, or "mean".
         spectral_norm: whether the linear layer and the embedding are normalised.
-        n_power_iterations, eps: as for :class:`~sagan_layers.SNLinear`; without effect if not
-            ``spectral_norm``.
+        n_power_iterations, eps: of spectral normalisation, see :class:`~sagan_layers.SNLinear`.
         device, dtype: of the parameters.
 
     Shape:
-        - Input: [N, C, H, W], not yet activated (a second ReLU on activated features changes nothing).
+        - Input: [N, C, H, W], before the activation (a second ReLU changes nothing).
         - Labels: [N], int64 or int32, from 0 to num_classes - 1; None without classes.
         - Output: [N, 1].
 
     Raises:
         ValueError: for a wrong shape, device or label (on a GPU see
-            :func:`~sagan_layers.functional.set_debug_checks`), or labels that are missing or not wanted.
+            :func:`~sagan_layers.functional.set_debug_checks`), or labels that are missing or not expected.
         TypeError: for a wrong dtype.
 
     Note:
-        The same in training and evaluation, except that the vectors of spectral normalisation move in training.
-        Derivatives of every order.
+        Training updates the vectors of spectral normalisation; otherwise it is the same as evaluation. Derivatives of
+        every order.
 
     Reference:
         Miyato and Koyama, cGANs with Projection Discriminator, section 3.
@@ -69,34 +68,23 @@ class ProjectionDiscriminatorHead(nn.Module):
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.pooling = pooling
-        self.linear: nn.Linear
-        self.embedding: nn.Embedding | None = None
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         if spectral_norm:
-            self.linear = SNLinear(
-                in_channels, 1, device=device, dtype=dtype, n_power_iterations=n_power_iterations, eps=eps
-            )
-            if num_classes is not None:
-                self.embedding = SNEmbedding(
-                    num_classes,
-                    in_channels,
-                    device=device,
-                    dtype=dtype,
-                    n_power_iterations=n_power_iterations,
-                    eps=eps,
-                )
-        else:
-            self.linear = nn.Linear(in_channels, 1, device=device, dtype=dtype)
-            if num_classes is not None:
-                self.embedding = nn.Embedding(num_classes, in_channels, device=device, dtype=dtype)
+            options |= {"n_power_iterations": n_power_iterations, "eps": eps}
+        linear, embedding = (SNLinear, SNEmbedding) if spectral_norm else (nn.Linear, nn.Embedding)
+        self.linear: nn.Linear = linear(in_channels, 1, **options)
+        self.embedding: nn.Embedding | None = None
+        if num_classes is not None:
+            self.embedding = embedding(num_classes, in_channels, **options)
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Initialise the weights."""
         self.linear.reset_parameters()
         if self.embedding is not None:
             self.embedding.reset_parameters()
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the logits of features x for their labels."""
+        """Return the logits of the features x for their labels."""
         checks.check_input(x, channels=self.in_channels, like=self.linear.weight)
         checks.check_labels(labels, num_classes=self.num_classes, batch=x.size(0), like=self.linear.weight)
         activated = torch.relu(x)

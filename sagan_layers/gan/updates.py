@@ -1,4 +1,4 @@
-"""The two passes of a GAN's training step, as modules that compile and that DistributedDataParallel can wrap."""
+"""The forward passes of a GAN's two updates, as modules that compile and that DistributedDataParallel can wrap."""
 
 from __future__ import annotations
 
@@ -10,22 +10,14 @@ from torch import Tensor, nn
 
 from sagan_layers.gan.losses import hinge_discriminator_loss, hinge_generator_loss
 
-__all__ = [
-    "DiscriminatorPass",
-    "DiscriminatorResult",
-    "GeneratorPass",
-    "GeneratorResult",
-    "call_with_constant_parameters",
-]
-
 
 class DiscriminatorResult(NamedTuple):
     """What :class:`DiscriminatorPass` returns.
 
     Attributes:
         loss: a scalar, to call ``backward`` on.
-        real_logits: of the real images, as the discriminator returns them.
-        fake_logits: of the generated ones.
+        real_logits: the discriminator's output for the real images.
+        fake_logits: its output for the generated images.
 
     Example:
         >>> result = DiscriminatorPass(nn.Linear(4, 6), nn.Linear(6, 1))(torch.randn(8, 6), torch.randn(8, 4))
@@ -43,7 +35,7 @@ class GeneratorResult(NamedTuple):
 
     Attributes:
         loss: a scalar, to call ``backward`` on.
-        fake_logits: of the generated images.
+        fake_logits: the discriminator's output for the generated images.
 
     Example:
         >>> GeneratorPass(nn.Linear(4, 6), nn.Linear(6, 1))(torch.randn(8, 4)).fake_logits.shape
@@ -57,8 +49,8 @@ class GeneratorResult(NamedTuple):
 def call_with_constant_parameters(module: nn.Module, *inputs: Any) -> Any:
     """Return ``module(*inputs)`` with its parameters as constants: only the inputs get gradients.
 
-    What setting ``requires_grad`` to False and back does, without touching the module, so that nothing is
-    compiled again. Buffers are the module's own and move as always.
+    The same as setting ``requires_grad`` to False and back, but the module does not change, so nothing is compiled
+    again. Buffers are updated as usual.
 
     Args:
         module: any module.
@@ -77,11 +69,11 @@ def call_with_constant_parameters(module: nn.Module, *inputs: Any) -> Any:
 class DiscriminatorPass(nn.Module):
     r"""The forward pass of a discriminator's update: generated and real images in one batch, and the loss.
 
-    The generator runs in the mode it is in and without a graph. Real and generated images go through the
-    discriminator together, so spectral normalisation moves once for both.
+    The generator runs in its current mode and without a graph. Real and generated images go through the discriminator
+    together, so spectral normalisation iterates once for both.
 
-    Only the discriminator is a submodule. So ``DistributedDataParallel(DiscriminatorPass(...))`` reduces its
-    gradients alone, and ``.compile(fullgraph=True)`` makes one graph of the whole pass.
+    Only the discriminator is a submodule: ``DistributedDataParallel(DiscriminatorPass(...))`` reduces no gradients of
+    the generator, and ``.compile(fullgraph=True)`` makes one graph of the whole pass.
 
     Args:
         generator: called as ``generator(latents)``, or ``generator(latents, labels)`` when labels are given.
@@ -89,7 +81,7 @@ class DiscriminatorPass(nn.Module):
         loss: takes the keywords ``real_logits`` and ``fake_logits``.
 
     Shape:
-        - real: [N, C, H, W]; latents: [M, ...]; the generator's images must fit beside the real ones.
+        - real: [N, C, H, W]; latents: [M, ...], from which the generator makes [M, C, H, W].
         - real_labels: [N], fake_labels: [M]; both or neither.
 
     Raises:
@@ -105,7 +97,7 @@ class DiscriminatorPass(nn.Module):
         (True, False)
     """
 
-    calls_another_network = True  # which is none of its parts
+    calls_another_network = True  # that is not a submodule
 
     def __init__(
         self,
@@ -150,10 +142,8 @@ class DiscriminatorPass(nn.Module):
 class GeneratorPass(nn.Module):
     r"""The forward pass of a generator's update: generated images, their logits, and the loss.
 
-    The discriminator's parameters are constants of this pass: no gradients of its weights are computed, and
-    nobody has to clear them or to toggle ``requires_grad``.
-
-    Only the generator is a submodule, as the discriminator is in :class:`DiscriminatorPass`.
+    The discriminator's parameters are constants of this pass: its weights get no gradients, which would have to be
+    cleared, and ``requires_grad`` stays as it is. Only the generator is a submodule.
 
     Args:
         generator: called as ``generator(latents)``, or ``generator(latents, labels)`` when labels are given.
@@ -171,7 +161,7 @@ class GeneratorPass(nn.Module):
         (False, True)
     """
 
-    calls_another_network = True  # which is none of its parts
+    calls_another_network = True  # that is not a submodule
 
     def __init__(
         self,
