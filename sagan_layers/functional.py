@@ -14,8 +14,8 @@ from sagan_layers.attention.functional import (
     attention,
     attention_inputs,
     attention_weights,
-    block_inputs,
     self_attention_2d,
+    self_attention_inputs,
 )
 from sagan_layers.attention.table import ATTENTION, SELF_ATTENTION_2D
 from sagan_layers.backends import Operation, find_operation, force_backend, record_backends
@@ -52,7 +52,7 @@ __all__ = [
 # How an operation's arguments become what its backends choose by.
 _READ_ARGUMENTS: dict[str, Callable[..., Any]] = {
     ATTENTION.name: attention_inputs,
-    SELF_ATTENTION_2D.name: block_inputs,
+    SELF_ATTENTION_2D.name: self_attention_inputs,
     CONDITIONAL_BATCH_NORM.name: conditional_norm_inputs,
     SPECTRAL_NORMALIZE.name: spectral_norm_inputs,
     UPSAMPLE_CONV2D.name: upsample_inputs,

@@ -9,6 +9,7 @@ tells beforehand whether they can be imported and run on a device.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -79,6 +80,12 @@ def float32_precision() -> str:
     return "tf32" if allowed else "tf32x3"
 
 
+def device_guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which kernels are launched on the tensor's device."""
+    guard: contextlib.AbstractContextManager[object] = torch.cuda.device_of(x)
+    return guard
+
+
 def launch_options(tile: Tile) -> dict[str, Any]:
     """Return what a launch takes beside the kernel's arguments.
 
@@ -119,8 +126,8 @@ def compile_job(
     tile: Tile,
     label: str,
     constexprs: dict[str, Any],
-    pointers: dict[str, str],
-    number: str,
+    types: dict[str, str],
+    other_type: str,
 ) -> CompileJob:
     """Return a job for a kernel.
 
@@ -129,11 +136,11 @@ def compile_job(
         tile: its tile.
         label: names the configuration.
         constexprs: arguments known in advance; those that the kernel does not take are dropped.
-        pointers: the types of arguments.
-        number: the type of all others.
+        types: of arguments that launches pass.
+        other_type: of all others.
     """
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     signature = {
-        name: "constexpr" if name in constexprs else pointers.get(name, number) for name in kernel.arg_names
+        name: "constexpr" if name in constexprs else types.get(name, other_type) for name in kernel.arg_names
     }
     return CompileJob(kernel, signature, constexprs, tile, label)

@@ -68,9 +68,6 @@ def written_out(module: SelfAttention2d, x: Tensor) -> tuple[Tensor, Tensor]:
     return x + module.gamma.detach() * gathered, weights.flatten(3).flatten(1, 2)
 
 
-# --- what it computes ----------------------------------------------------------------------------------------
-
-
 @given(
     channels=st.integers(1, 7),
     height=st.integers(2, 8),
@@ -194,9 +191,6 @@ def test_logits_of_hundreds_stay_accurate_under_autocast(memory_format: torch.me
     torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-5)
 
 
-# --- parameters ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "key_channels", "value_channels", "has_output"),
     [
@@ -251,9 +245,6 @@ def test_power_iteration_options_reach_every_convolution() -> None:
 
 def test_representation_names_what_is_not_visible_in_the_layers() -> None:
     assert SelfAttention2d(8, pool_size=1).extra_repr() == "8, pool_size=1, backend='auto'"
-
-
-# --- attention maps --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -349,9 +340,6 @@ def test_attention_maps_carry_gradients() -> None:
 def test_no_points_give_no_maps() -> None:
     points = torch.empty(0, 2, dtype=torch.long)
     assert SelfAttention2d(8).attention_weights(torch.randn(2, 8, 4, 4), points).shape == (2, 0, 2, 2)
-
-
-# --- errors ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

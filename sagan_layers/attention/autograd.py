@@ -13,39 +13,67 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sagan_layers.attention import reference
 
-_NAMESPACE = "sagan_layers"
+# Autograd functions and registered operations take flat arguments: the fields of the records below, in their order.
 _INPUTS = "Tensor query, Tensor key, Tensor value"
+_BACKWARD_INPUTS = f"{_INPUTS}, Tensor? y, Tensor saved, Tensor grad_y, float scale"
+_GRAD_GRADS = "Tensor grad_grad_query, Tensor grad_grad_key, Tensor grad_grad_value"
+
+
+class BackwardInputs(NamedTuple):
+    """What a backend computes attention's derivatives from.
+
+    Attributes:
+        query: [N, L, E], with N and L not 0.
+        key: [N, S, E].
+        value: [N, S, Ev].
+        y: the output, [N, L, Ev]; None for kernels that do not read it.
+        saved: what the kernels' forward returned beside y.
+        grad_y: the gradient of y, any strides.
+        scale: factor on the logits.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    y: Tensor | None
+    saved: Tensor
+    grad_y: Tensor
+    scale: float
+
+
+class GradGrads(NamedTuple):
+    """The gradients of what backward returned: of those of query [N, L, E], key [N, S, E] and value [N, S, Ev]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
 
 @dataclass(frozen=True)
 class AttentionKernels:
     """How a backend computes attention and its derivatives, none of it seen by autograd.
 
-    Shapes: query [N, L, E], key [N, S, E], value [N, S, Ev], output y [N, L, Ev]; N and L are not 0.
-
     Attributes:
-        forward: takes (query, key, value, scale, save_weights); returns y, contiguous, and what it keeps for
-            backward. ``save_weights`` allows it to keep something of size L x S.
-        backward: takes (query, key, value, y, saved, grad_y, scale); returns the gradients of the first three.
-            y is None unless ``reads_output``.
-        double_backward: takes (query, key, value, y, saved, grad_y, their three cotangents, scale); returns the
-            gradients of query, key, value and grad_y.
-        saved: takes the arguments of ``forward``; returns shape and dtype of what it keeps.
+        forward: takes (query, key, value, scale, save_weights), N and L not 0; returns y, contiguous, and what it saves
+            for backward. ``save_weights`` allows it to save something of size L x S.
+        backward: returns the gradients of query, key and value.
+        double_backward: returns the gradients of query, key, value and grad_y through ``backward``.
+        saved_form: takes the arguments of ``forward``; returns shape and dtype of what it saves.
         channels_first: whether the gradients lie in memory as [N, width, length].
         reads_output: whether the derivatives read y, so that it is saved and must not be changed in place.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    double_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    saved: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Sequence[int], torch.dtype]]
+    backward: Callable[[BackwardInputs], tuple[Tensor, Tensor, Tensor]]
+    double_backward: Callable[[BackwardInputs, GradGrads], tuple[Tensor, Tensor, Tensor, Tensor]]
+    saved_form: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Sequence[int], torch.dtype]]
     channels_first: bool
     reads_output: bool
 
@@ -53,7 +81,7 @@ class AttentionKernels:
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, save_weights: bool
     ) -> tuple[Tensor, Tensor]:
         """Return tensors like those of ``forward``, not computed."""
-        shape, dtype = self.saved(query, key, value, scale, save_weights)
+        shape, dtype = self.saved_form(query, key, value, scale, save_weights)
         y = value.new_empty(query.size(0), query.size(1), value.size(2))
         return y, query.new_empty(shape, dtype=dtype)
 
@@ -74,48 +102,37 @@ def register_attention(
 
     def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, save_weights: bool) -> Tensor:
         call = compiled if torch.compiler.is_compiling() else eager
-        y, _ = call(query, key, value, scale, save_weights)
-        result: Tensor = y
-        return result
+        y: Tensor = call(query, key, value, scale, save_weights)[0]
+        return y
 
     return attention
 
 
-# --- what runs, with empty inputs left to nobody ------------------------------------------------------------
+def _is_empty(query: Tensor) -> bool:
+    return query.size(0) * query.size(1) == 0
 
 
 def _run_forward(
     kernels: AttentionKernels, query: Tensor, key: Tensor, value: Tensor, scale: float, save_weights: bool
 ) -> tuple[Tensor, Tensor]:
-    if query.size(0) * query.size(1) == 0:
+    if _is_empty(query):
         return kernels.empty_forward(query, key, value, scale, save_weights)
     return kernels.forward(query, key, value, scale, save_weights)
 
 
-def _run_backward(
-    kernels: AttentionKernels, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    if query.size(0) * query.size(1) == 0:
-        return tuple(kernels.empty_gradient(tensor).zero_() for tensor in (query, key, value))
-    return kernels.backward(query, key, value, *rest)
+def _run_backward(kernels: AttentionKernels, *flat: Any) -> tuple[Tensor, ...]:
+    inputs = BackwardInputs(*flat)
+    if _is_empty(inputs.query):
+        return tuple(kernels.empty_gradient(tensor).zero_() for tensor in inputs[:3])
+    return kernels.backward(inputs)
 
 
-def _run_double_backward(
-    kernels: AttentionKernels,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    y: Tensor | None,
-    saved: Tensor,
-    grad_y: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    if query.size(0) * query.size(1) == 0:
-        return tuple(kernels.empty_gradient(tensor).zero_() for tensor in (query, key, value, grad_y))
-    return kernels.double_backward(query, key, value, y, saved, grad_y, *rest)
-
-
-# --- how one is the derivative of the other -----------------------------------------------------------------
+def _run_double_backward(kernels: AttentionKernels, *flat: Any) -> tuple[Tensor, ...]:
+    inputs, grad_grads = BackwardInputs(*flat[:-3]), GradGrads(*flat[-3:])
+    if _is_empty(inputs.query):
+        results = inputs.query, inputs.key, inputs.value, inputs.grad_y
+        return tuple(kernels.empty_gradient(tensor).zero_() for tensor in results)
+    return kernels.double_backward(inputs, grad_grads)
 
 
 def _save_forward(
@@ -124,7 +141,7 @@ def _save_forward(
     query, key, value, ctx.scale, _ = inputs
     y, saved = output
     ctx.mark_non_differentiable(saved)
-    ctx.set_materialize_grads(False)  # zeros for what was saved, which nobody reads
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of what was saved
     ctx.save_for_backward(query, key, value, y if kernels.reads_output else None, saved)
 
 
@@ -142,16 +159,16 @@ def _differentiate_forward(
 
 
 def _differentiate_backward(
-    double_backward: Callable[..., Any], ctx: Any, cotangents: tuple[Tensor, Tensor, Tensor]
+    double_backward: Callable[..., Any], ctx: Any, grad_grads: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor | None, ...]:
-    query, key, value, _, _, grad_y = ctx.saved_tensors
+    query, key, value, y, saved, grad_y = ctx.saved_tensors
     if torch.is_grad_enabled():
-        results = reference.attention_double_backward((query, key, value, grad_y), cotangents, ctx.scale)
+        results = reference.attention_double_backward(query, key, value, grad_y, *grad_grads, ctx.scale)
     else:
-        results = double_backward(*ctx.saved_tensors, *cotangents, ctx.scale)
-    *of_inputs, of_grad_y = results
-    # y and what was saved are functions of the inputs, in whose gradients they are counted.
-    return *of_inputs, None, None, of_grad_y, None
+        results = double_backward(query, key, value, y, saved, grad_y, ctx.scale, *grad_grads)
+    grad_query, grad_key, grad_value, grad_grad_y = results
+    # y and what was saved are functions of the inputs, whose gradients already count them.
+    return grad_query, grad_key, grad_value, None, None, grad_grad_y, None
 
 
 def _as_functions(kernels: AttentionKernels) -> Callable[..., Any]:
@@ -163,10 +180,8 @@ def _as_functions(kernels: AttentionKernels) -> Callable[..., Any]:
         setup_context = staticmethod(_save_backward)
 
         @staticmethod
-        def backward(
-            ctx: Any, of_query: Tensor, of_key: Tensor, of_value: Tensor
-        ) -> tuple[Tensor | None, ...]:
-            return _differentiate_backward(double_backward, ctx, (of_query, of_key, of_value))
+        def backward(ctx: Any, *grad_grads: Any) -> tuple[Tensor | None, ...]:
+            return _differentiate_backward(DoubleBackward.apply, ctx, grad_grads)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -184,8 +199,6 @@ def _as_functions(kernels: AttentionKernels) -> Callable[..., Any]:
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
             return _fold_into_batch(DoubleBackward.apply, info, in_dims, args)
-
-    double_backward = DoubleBackward.apply
 
     class Forward(torch.autograd.Function):
         @staticmethod
@@ -215,43 +228,37 @@ def _as_functions(kernels: AttentionKernels) -> Callable[..., Any]:
 
 
 def _as_operations(name: str, kernels: AttentionKernels) -> Callable[..., Any]:
-    def operation(suffix: str, signature: str, run: Callable[..., Any]) -> Any:
+    def operation(suffix: str, schema: str, run: Callable[..., Any]) -> Any:
         return torch.library.custom_op(
-            f"{_NAMESPACE}::attention_{name}{suffix}",
+            f"sagan_layers::attention_{name}{suffix}",
             lambda *args: run(kernels, *args),
             mutates_args=(),
-            schema=signature,
+            schema=schema,
         )
 
     forward = operation("", f"({_INPUTS}, float scale, bool save_weights) -> (Tensor, Tensor)", _run_forward)
-    backward = operation(
-        "_backward",
-        f"({_INPUTS}, Tensor? y, Tensor saved, Tensor grad_y, float scale) -> (Tensor, Tensor, Tensor)",
-        _run_backward,
-    )
+    backward = operation("_backward", f"({_BACKWARD_INPUTS}) -> (Tensor, Tensor, Tensor)", _run_backward)
     double_backward = operation(
         "_double_backward",
-        f"({_INPUTS}, Tensor? y, Tensor saved, Tensor grad_y, Tensor grad_grad_query, Tensor grad_grad_key, "
-        "Tensor grad_grad_value, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+        f"({_BACKWARD_INPUTS}, {_GRAD_GRADS}) -> (Tensor, Tensor, Tensor, Tensor)",
         _run_double_backward,
     )
-    empty = kernels.empty_gradient
+
+    def empty_gradients(*flat: Any) -> tuple[Tensor, ...]:
+        return tuple(kernels.empty_gradient(tensor) for tensor in flat[:3])
+
+    def empty_double_gradients(*flat: Any) -> tuple[Tensor, ...]:
+        return *empty_gradients(*flat), kernels.empty_gradient(BackwardInputs(*flat[:-3]).grad_y)
+
     forward.register_fake(kernels.empty_forward)
-    backward.register_fake(lambda query, key, value, *_: (empty(query), empty(key), empty(value)))
-    double_backward.register_fake(
-        lambda query, key, value, y, saved, grad_y, *_: (
-            empty(query),
-            empty(key),
-            empty(value),
-            empty(grad_y),
-        )
-    )
+    backward.register_fake(empty_gradients)
+    double_backward.register_fake(empty_double_gradients)
     forward.register_autograd(
         lambda ctx, grad_y, _: _differentiate_forward(backward, ctx, grad_y),
         setup_context=lambda ctx, inputs, output: _save_forward(kernels, ctx, inputs, output),
     )
     backward.register_autograd(
-        lambda ctx, *cotangents: _differentiate_backward(double_backward, ctx, cotangents),
+        lambda ctx, *grad_grads: _differentiate_backward(double_backward, ctx, grad_grads),
         setup_context=_save_backward,
     )
     result: Callable[..., Any] = forward

@@ -1,8 +1,8 @@
 """Attention in blocks of queries: plain torch on any device, memory linear in L + S, first and second order.
 
 A block holds so many rows of the weights that its few intermediates stay in a CPU's cache; small samples are
-taken several at a time instead. Nothing of size L x S is kept for backward, which computes the weights again,
-unless the caller asks to keep them. docs/attention.md derives the formulas.
+taken several at a time instead. Backward computes the weights again, unless forward was allowed to save them.
+docs/attention.md derives the formulas.
 """
 
 from __future__ import annotations
@@ -12,7 +12,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sagan_layers.torch_support import accumulation_dtype, without_autocast
+from sagan_layers.attention.autograd import (
+    AttentionKernels,
+    BackwardInputs,
+    GradGrads,
+    register_attention,
+)
+from sagan_layers.attention.reference import AttentionInputs
+from sagan_layers.torch_support import accumulation_dtype, is_known, without_autocast
+
+# Below so many weights a sample the reference is as fast on a CPU.
+FEW_WEIGHTS = 2**18
+# Weights of the whole batch are saved for backward up to this size, where computing them again costs more: in half
+# precision it costs the most, as the logits are computed in float32.
+MAX_SAVED_BYTES = 2**24
+MAX_SAVED_BYTES_OF_HALF = 2**25
 
 # Entries of one block of weights (4 MiB in float32).
 BLOCK_ENTRIES = 2**20
@@ -26,10 +40,32 @@ WHOLE_ENTRIES = 2**19
 Block = tuple[slice, slice]
 
 
+def not_preferred_reasons(inputs: AttentionInputs) -> list[str]:
+    """Return why "auto" takes the reference, although this backend could serve."""
+    query, key, _ = inputs
+    if query.device.type not in ("cpu", "cuda"):
+        return [f"it was never tried on {query.device.type}"]
+    few = is_known(query.size(1) * key.size(1) < FEW_WEIGHTS)
+    if few and query.dtype in (torch.float32, torch.float64):
+        return [f"with fewer than {FEW_WEIGHTS} weights a sample 'reference' is as fast"]
+    return []
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return attention with derivatives of every order, its weights saved for backward while they are few."""
+    size = query.size(0) * query.size(1) * key.size(1) * query.element_size()
+    save_weights = (
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in (query, key, value))
+        and is_known(size <= (MAX_SAVED_BYTES_OF_HALF if query.element_size() == 2 else MAX_SAVED_BYTES))
+    )
+    return _attention(query, key, value, scale, save_weights)
+
+
 def forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, save_weights: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the output, [N, L, Ev], and the weights, [N, L, S], or an empty tensor unless they are kept."""
+    """Return the output, [N, L, Ev], and the weights, [N, L, S], or an empty tensor unless they are saved."""
     N, L, S, Ev = *query.shape[:2], *value.shape[1:]
     if save_weights and N * L * S <= WHOLE_ENTRIES:
         return _forward_whole(query, key, value, scale)
@@ -56,13 +92,12 @@ def saved_form(
     return shape, _matrix_dtype(query)
 
 
-def backward(
-    query: Tensor, key: Tensor, value: Tensor, saved: Tensor, grad_y: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
+    query, key, value, _, saved, grad_y, scale = inputs
     N, L, S = *query.shape[:2], key.size(1)
     if saved.numel() and N * L * S <= WHOLE_ENTRIES:
-        return _backward_whole(query, key, value, saved, grad_y, scale)
+        return _backward_whole(inputs)
     dtype = _matrix_dtype(query)
     with without_autocast(query.device):
         softmax = None if saved.numel() else _Softmax(query, key, scale)
@@ -94,9 +129,8 @@ def _forward_whole(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
         return torch.bmm(weights, value.to(weights.dtype)).to(value.dtype), weights
 
 
-def _backward_whole(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, grad_y: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_whole(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, _, weights, grad_y, scale = inputs
     q, k, v, g = (tensor.to(weights.dtype).mT for tensor in (query, key, value, grad_y))
     with without_autocast(query.device):
         grad_logits = torch.bmm(g.mT, v)
@@ -110,52 +144,46 @@ def _backward_whole(
     return grad_q, grad_k, grad_v
 
 
-def double_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_y: Tensor,
-    grad_grad_query: Tensor,
-    grad_grad_key: Tensor,
-    grad_grad_value: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def double_backward(inputs: BackwardInputs, grad_grads: GradGrads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and grad_y, given those of what :func:`backward` returned."""
+    query, key, value, _, _, grad_y, scale = inputs
     N, L, S = *query.shape[:2], key.size(1)
     dtype = accumulation_dtype(query.dtype)
     with without_autocast(query.device):
         softmax = _Softmax(query, key, scale)
-        keys, values, key_direction, value_direction = (
-            _channels_first(tensor, dtype) for tensor in (key, value, grad_grad_key, grad_grad_value)
+        key_t, value_t, grad_grad_key_t, grad_grad_value_t = (
+            _channels_first(tensor, dtype) for tensor in (key, value, grad_grads.key, grad_grads.value)
         )
-        queries, query_direction, grad = (tensor.to(dtype).mT for tensor in (query, grad_grad_query, grad_y))
-        grad_query, grad_grad = queries.new_empty(queries.shape), grad.new_empty(grad.shape)
-        grad_key, second_grad_key, grad_value = _Sum(keys, L), _Sum(keys, L), _Sum(values, L)
-        scratch = queries.new_empty(4, _largest(N, L, S))
+        query_t, grad_grad_query_t, grad_y_t = (
+            tensor.to(dtype).mT for tensor in (query, grad_grads.query, grad_y)
+        )
+        grad_query, grad_grad_y = query_t.new_empty(query_t.shape), grad_y_t.new_empty(grad_y_t.shape)
+        grad_key, grad_key_through_logits, grad_value = _Sum(key_t, L), _Sum(key_t, L), _Sum(value_t, L)
+        scratch = query_t.new_empty(4, _largest(N, L, S))
         for block in _blocks(N, L, S):
             n, rows = block
             weights = softmax(block, wide=True)
-            q, a, g = (tensor[n, :, rows] for tensor in (queries, query_direction, grad))
+            q, a, g = (tensor[n, :, rows] for tensor in (query_t, grad_grad_query_t, grad_y_t))
             tangent, grad_weights, second, product = (_view(flat, weights.shape) for flat in scratch)
-            # How the logits move along the direction, centred over the keys.
-            _matmul(a.mT, keys[n], out=tangent)
-            _matmul(q.mT, key_direction[n], out=product)
+            # How the logits move along grad_grad_query and grad_grad_key, centred over the keys.
+            _matmul(a.mT, key_t[n], out=tangent)
+            _matmul(q.mT, grad_grad_key_t[n], out=product)
             tangent.add_(product).mul_(scale)
             tangent.sub_(_row_sums(weights, tangent, product))
-            _matmul(g.mT, values[n], out=grad_weights)
+            _matmul(g.mT, value_t[n], out=grad_weights)
             grad_weights.sub_(_row_sums(weights, grad_weights, product))
-            _matmul(g.mT, value_direction[n], out=second)
+            _matmul(g.mT, grad_grad_value_t[n], out=second)
             second.addcmul_(grad_weights, tangent)
             second.sub_(_row_sums(weights, second, product)).mul_(weights)
             grad_logits = grad_weights.mul_(weights)
             moved = tangent.mul_(weights)
-            grad_grad[n, :, rows] = values[n] @ moved.mT + value_direction[n] @ weights.mT
+            grad_grad_y[n, :, rows] = value_t[n] @ moved.mT + grad_grad_value_t[n] @ weights.mT
             grad_value.add(n, g, moved)
-            grad_query[n, :, rows] = keys[n] @ second.mT + key_direction[n] @ grad_logits.mT
+            grad_query[n, :, rows] = key_t[n] @ second.mT + grad_grad_key_t[n] @ grad_logits.mT
             grad_key.add(n, q, second)
-            second_grad_key.add(n, a, grad_logits)
-        total = grad_key.total.add_(second_grad_key.total)
-        results = _scaled(grad_query, scale), _scaled(total, scale), grad_value.total, grad_grad
+            grad_key_through_logits.add(n, a, grad_logits)
+        total = grad_key.total.add_(grad_key_through_logits.total)
+        results = _scaled(grad_query, scale), _scaled(total, scale), grad_value.total, grad_grad_y
         grad_q, grad_k, grad_v, grad_g = (result.to(query.dtype).mT for result in results)
         return grad_q, grad_k, grad_v, grad_g
 
@@ -273,3 +301,9 @@ def _matmul(left: Tensor, right: Tensor, *, out: Tensor) -> None:
         torch.mm(left[0], right[0], out=out[0])
     else:
         torch.bmm(left, right, out=out)
+
+
+_attention = register_attention(
+    "chunked",
+    AttentionKernels(forward, backward, double_backward, saved_form, channels_first=True, reads_output=False),
+)

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from sagan_layers.attention import reference
-from sagan_layers.attention.reference import Projection, SelfAttentionWeights
-from sagan_layers.attention.table import AttentionInputs, BlockInputs, attend, self_attend
+from sagan_layers.attention.reference import (
+    AttentionInputs,
+    ProjectionLayers,
+    ProjectionWeights,
+    SelfAttentionInputs,
+)
+from sagan_layers.attention.table import attend, self_attend
 from sagan_layers.checks import (
     check_floating,
     check_number,
@@ -94,8 +99,8 @@ def self_attention_2d(
         value_bias: [Ev] or None.
         out_bias: [C] or None.
         pool_size: side and stride of the max-pool over keys and values; 1 for none.
-        backend: "fused" for two kernels on CUDA; a backend of :func:`attention` for projections, pooling and
-            attention one by one; "auto" for the first of these that serves.
+        backend: "fused" for two kernels on CUDA; a backend of :func:`attention`, or "composed" for whichever of
+            them serves, for projections, pooling and attention one by one; "auto" for the first that serves.
 
     Shape:
         - Output: [N, C, H, W], in the dtype and memory format of x.
@@ -117,20 +122,10 @@ def self_attention_2d(
         >>> self_attention_2d(x, wq, wk, wv, torch.randn(16, 8), torch.tensor(0.1)).shape
         torch.Size([2, 16, 8, 8])
     """
-    inputs = block_inputs(
-        x,
-        query_weight,
-        key_weight,
-        value_weight,
-        out_weight,
-        gamma,
-        query_bias=query_bias,
-        key_bias=key_bias,
-        value_bias=value_bias,
-        out_bias=out_bias,
-        pool_size=pool_size,
+    weights = ProjectionWeights(
+        query_weight, key_weight, value_weight, out_weight, query_bias, key_bias, value_bias, out_bias
     )
-    return self_attend(inputs, backend)
+    return self_attention_of(x, weights, gamma, pool_size=pool_size, backend=backend)
 
 
 def attention_weights(query: Tensor, key: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -161,23 +156,26 @@ def attention_weights(query: Tensor, key: Tensor, *, scale: float = 1.0) -> Tens
     return reference.attention_weights(query, key, float(scale))
 
 
-def self_attention_by_projections(
+def self_attention_of(
     x: Tensor,
-    projections: tuple[Projection, Projection, Projection, Projection],
+    projections: ProjectionWeights | ProjectionLayers,
     gamma: Tensor,
     *,
     pool_size: int,
     backend: str,
 ) -> Tensor:
-    """Return :func:`self_attention_2d` with query, key, value and output projections of any kind.
+    """Return :func:`self_attention_2d` for projections in one record, or of any kind.
 
     Raises:
-        ValueError: if ``backend`` cannot serve; "fused" cannot, as it needs weights.
+        ValueError: as :func:`self_attention_2d`; also if ``backend`` is "fused", which needs weights, and there are
+            none.
+        TypeError: as :func:`self_attention_2d`.
     """
-    return self_attend(BlockInputs(x, projections, gamma, pool_size), backend)
+    inputs = SelfAttentionInputs(x, projections, gamma, pool_size)
+    return self_attend(_checked(inputs) if isinstance(projections, ProjectionWeights) else inputs, backend)
 
 
-def block_inputs(
+def self_attention_inputs(
     x: Tensor,
     query_weight: Tensor,
     key_weight: Tensor,
@@ -190,62 +188,66 @@ def block_inputs(
     value_bias: Tensor | None = None,
     out_bias: Tensor | None = None,
     pool_size: int = 2,
-) -> BlockInputs:
+) -> SelfAttentionInputs:
     """Return the arguments of :func:`self_attention_2d` as its backends take them, after all checks."""
-    weights = _self_attention_weights(
-        x,
-        {"query_weight": query_weight, "key_weight": key_weight, "value_weight": value_weight},
-        out_weight,
-        gamma,
-        {"query_bias": query_bias, "key_bias": key_bias, "value_bias": value_bias, "out_bias": out_bias},
+    weights = ProjectionWeights(
+        query_weight, key_weight, value_weight, out_weight, query_bias, key_bias, value_bias, out_bias
     )
+    return _checked(SelfAttentionInputs(x, weights, gamma, pool_size))
+
+
+def _checked(inputs: SelfAttentionInputs) -> SelfAttentionInputs:
+    """Return the inputs with weights and gamma as the formula sees them, after all checks.
+
+    Raises:
+        ValueError: if shapes or devices disagree.
+        TypeError: if a tensor is not floating point, or dtypes disagree.
+    """
+    x, weights, gamma, pool_size = inputs
+    assert isinstance(weights, ProjectionWeights)
+    check_floating("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected [N, C, H, W], got {shape_of(x)}")
+    C = x.size(1)
+    query = _matrix("query_weight", weights.query, x, columns=C)
+    key = _matrix("key_weight", weights.key, x, columns=C)
+    value = _matrix("value_weight", weights.value, x, columns=C)
+    if key.size(0) != query.size(0):
+        raise ValueError(f"key_weight: expected [E, C] = [{query.size(0)}, {C}], got {shape_of(key)}")
+    if weights.out is None:
+        out, name, last = None, "value_weight", value
+        if weights.out_bias is not None:
+            raise ValueError("out_bias: expected None without out_weight, got a tensor")
+    else:
+        out = last = _matrix("out_weight", weights.out, x, columns=value.size(0))
+        name = "out_weight"
+    if last.size(0) != C:
+        raise ValueError(f"{name}: expected C = {C} rows, got {shape_of(last)}")
+    _check_bias("query_bias", weights.query_bias, x, rows=query.size(0))
+    _check_bias("key_bias", weights.key_bias, x, rows=key.size(0))
+    _check_bias("value_bias", weights.value_bias, x, rows=value.size(0))
+    _check_bias("out_bias", weights.out_bias, x, rows=C)
+    check_floating("gamma", gamma)
+    check_same_device("gamma", gamma, "x", x)
+    if gamma.numel() != 1:
+        raise ValueError(f"gamma: expected one element, got {shape_of(gamma)}")
     check_sizes(pool_size=pool_size)
     if min(x.shape[2:]) < pool_size:
         raise ValueError(
             f"x: expected height and width of at least pool_size = {pool_size}, got {shape_of(x)}"
         )
-    return BlockInputs(x, weights, weights.gamma, pool_size)
+    matrices = ProjectionWeights(query, key, value, out, *weights[4:])
+    return SelfAttentionInputs(x, matrices, gamma.reshape(()), pool_size)
 
 
-def _self_attention_weights(
-    x: Tensor,
-    projections: dict[str, Tensor],
-    out_weight: Tensor | None,
-    gamma: Tensor,
-    biases: dict[str, Tensor | None],
-) -> SelfAttentionWeights:
-    """Return the parameters of a block without their spatial axes, after all checks.
-
-    Raises:
-        ValueError: if shapes or devices disagree.
-        TypeError: if a tensor is not floating point.
-    """
-    check_floating("x", x)
-    if x.dim() != 4:
-        raise ValueError(f"x: expected [N, C, H, W], got {shape_of(x)}")
-    C = x.size(1)
-    query, key, value = (_matrix(name, weight, x, columns=C) for name, weight in projections.items())
-    if key.size(0) != query.size(0):
-        raise ValueError(f"key_weight: expected [E, C] = [{query.size(0)}, {C}], got {shape_of(key)}")
-    out = None if out_weight is None else _matrix("out_weight", out_weight, x, columns=value.size(0))
-    if (value if out is None else out).size(0) != C:
-        name, got = ("value_weight", value) if out is None else ("out_weight", out)
-        raise ValueError(f"{name}: expected C = {C} rows, got {shape_of(got)}")
-    if out is None and biases["out_bias"] is not None:
-        raise ValueError("out_bias: expected None without out_weight, got a tensor")
-    for (name, bias), rows in zip(biases.items(), (query, key, value, out), strict=True):
-        if bias is not None:
-            assert rows is not None
-            check_floating(name, bias)
-            check_same_device(name, bias, "x", x)
-            check_same_dtype(name, bias, x)
-            if bias.shape != rows.shape[:1]:
-                raise ValueError(f"{name}: expected [{rows.size(0)}], got {shape_of(bias)}")
-    check_floating("gamma", gamma)
-    check_same_device("gamma", gamma, "x", x)
-    if gamma.numel() != 1:
-        raise ValueError(f"gamma: expected one element, got {shape_of(gamma)}")
-    return SelfAttentionWeights(query, key, value, out, **biases, gamma=gamma.reshape(()))
+def _check_bias(name: str, bias: Tensor | None, x: Tensor, *, rows: int) -> None:
+    if bias is None:
+        return
+    check_floating(name, bias)
+    check_same_device(name, bias, "x", x)
+    check_same_dtype(name, bias, x)
+    if bias.shape != (rows,):
+        raise ValueError(f"{name}: expected [{rows}], got {shape_of(bias)}")
 
 
 def _matrix(name: str, weight: Tensor, x: Tensor, *, columns: int) -> Tensor:

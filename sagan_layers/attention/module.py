@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sagan_layers import checks
 from sagan_layers.attention import functional
-from sagan_layers.attention.reference import positions
+from sagan_layers.attention.reference import ProjectionLayers, ProjectionWeights, positions
 from sagan_layers.attention.table import SELF_ATTENTION_2D
 from sagan_layers.spectral_norm import SNConv2d, frozen_spectral_norm
 
@@ -144,32 +145,8 @@ class SelfAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x plus gamma times what each position gathered from the others."""
         self._check_input(x)
-        projections = self.query, self.key, self.value, self.out
-        if all(_is_pointwise(layer) for layer in projections[:3]) and (
-            _is_pointwise(self.out) or _is_identity(self.out)
-        ):
-            query, key, value, out = (_weight(layer) for layer in projections)
-            assert query is not None
-            assert key is not None
-            assert value is not None
-            query_bias, key_bias, value_bias, out_bias = (
-                layer.bias if isinstance(layer, nn.Conv2d) else None for layer in projections
-            )
-            return functional.self_attention_2d(
-                x,
-                query,
-                key,
-                value,
-                out,
-                self.gamma,
-                query_bias=query_bias,
-                key_bias=key_bias,
-                value_bias=value_bias,
-                out_bias=out_bias,
-                pool_size=self.pool_size,
-                backend=self.backend,
-            )
-        return functional.self_attention_by_projections(
+        projections = _weights_or_layers(self.query, self.key, self.value, self.out)
+        return functional.self_attention_of(
             x, projections, self.gamma, pool_size=self.pool_size, backend=self.backend
         )
 
@@ -238,6 +215,23 @@ class SelfAttention2d(nn.Module):
             )
 
 
+def _weights_or_layers(
+    query: nn.Module, key: nn.Module, value: nn.Module, out: nn.Module
+) -> ProjectionWeights | ProjectionLayers:
+    """Return the projections' weights if they are plain 1x1 convolutions, which can be fused; else the layers.
+
+    A layer that was replaced or parametrized, or that has hooks, must be called.
+    """
+    layers = query, key, value, out
+    if not (all(_is_pointwise(layer) for layer in layers[:3]) and (_is_pointwise(out) or _is_identity(out))):
+        return layers
+    weights: list[Any] = [
+        layer.normalized_weight() if isinstance(layer, SNConv2d) else getattr(layer, "weight", None)
+        for layer in layers
+    ]
+    return ProjectionWeights(*weights, *[getattr(layer, "bias", None) for layer in layers])
+
+
 def _is_pointwise(layer: nn.Module) -> bool:
     """Whether the layer is no more than the weight and bias of a 1x1 convolution, and nobody listens to it."""
     return (
@@ -259,10 +253,3 @@ def _has_hooks(layer: nn.Module) -> bool:
     return bool(
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )
-
-
-def _weight(layer: nn.Module) -> Tensor | None:
-    """The layer's weight, normalised; None for the identity."""
-    if isinstance(layer, SNConv2d):
-        return layer.normalized_weight()
-    return layer.weight if isinstance(layer, nn.Conv2d) else None

@@ -7,7 +7,7 @@ end; float64 stays float64.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,15 @@ from torch.nn import functional as F
 from sagan_layers.torch_support import accumulation_dtype, without_autocast
 
 Projection = Callable[[Tensor], Tensor]
+ProjectionLayers = tuple[Projection, Projection, Projection, Projection]
+
+
+class AttentionInputs(NamedTuple):
+    """What attention is computed from: query [N, L, E], key [N, S, E], value [N, S, Ev]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
 
 def attention_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -34,115 +43,103 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
 
 
 def attention_double_backward(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor], cotangents: tuple[Tensor, Tensor, Tensor], scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_y: Tensor,
+    grad_grad_query: Tensor,
+    grad_grad_key: Tensor,
+    grad_grad_value: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and grad_y through attention's backward.
 
-    Args:
-        inputs: query, key, value and grad_y, the gradient of the output.
-        cotangents: of the gradients of query, key and value.
-        scale: factor on the logits.
+    ``grad_y`` is what backward was given, ``grad_grad_...`` the gradients of its three results.
     """
-    dtype = accumulation_dtype(inputs[0].dtype)
+    inputs = query, key, value, grad_y
+    dtype = accumulation_dtype(query.dtype)
     query, key, value, grad_y = (tensor.to(dtype) for tensor in inputs)
-    towards_query, towards_key, towards_value = (tensor.to(dtype) for tensor in cotangents)
+    grad_grad_query, grad_grad_key, grad_grad_value = (
+        tensor.to(dtype) for tensor in (grad_grad_query, grad_grad_key, grad_grad_value)
+    )
     with without_autocast(query.device):
         weights = attention_weights(query, key, scale)  # [N, L, S], like all that follow
 
         def centred(tensor: Tensor) -> Tensor:
             return tensor - (weights * tensor).sum(-1, keepdim=True)
 
-        # How the logits move along the cotangents, and the gradient of the weights.
-        tangent = centred(scale * (towards_query @ key.mT + query @ towards_key.mT))
+        # How the logits move along grad_grad_query and grad_grad_key, and the gradient of the weights.
+        tangent = centred(scale * (grad_grad_query @ key.mT + query @ grad_grad_key.mT))
         grad_weights = centred(grad_y @ value.mT)
         first = scale * weights * grad_weights
-        second = scale * weights * centred(grad_weights * tangent + grad_y @ towards_value.mT)
+        second = scale * weights * centred(grad_weights * tangent + grad_y @ grad_grad_value.mT)
         moved = weights * tangent
         results = (
-            second @ key + first @ towards_key,
-            second.mT @ query + first.mT @ towards_query,
+            second @ key + first @ grad_grad_key,
+            second.mT @ query + first.mT @ grad_grad_query,
             moved.mT @ grad_y,
-            moved @ value + weights @ towards_value,
+            moved @ value + weights @ grad_grad_value,
         )
-    of_query, of_key, of_value, of_grad = (
+    grad_query, grad_key, grad_value, grad_grad_y = (
         result.to(tensor.dtype) for result, tensor in zip(results, inputs, strict=True)
     )
-    return of_query, of_key, of_value, of_grad
+    return grad_query, grad_key, grad_value, grad_grad_y
 
 
-class SelfAttentionWeights(NamedTuple):
-    """The parameters of a self-attention block, as its formula sees them: normalised, without spatial axes.
+class ProjectionWeights(NamedTuple):
+    """Four projections that are plain 1x1 convolutions: weights without spatial axes, normalised.
 
     Shapes: query and key [E, C], value [Ev, C], out [C, Ev] or None for the identity (then Ev is C), biases [E],
-    [E], [Ev], [C] or None, gamma a scalar.
+    [E], [Ev], [C] or None.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     out: Tensor | None
-    query_bias: Tensor | None
-    key_bias: Tensor | None
-    value_bias: Tensor | None
-    out_bias: Tensor | None
-    gamma: Tensor
+    query_bias: Tensor | None = None
+    key_bias: Tensor | None = None
+    value_bias: Tensor | None = None
+    out_bias: Tensor | None = None
 
-    def to(self, dtype: torch.dtype) -> SelfAttentionWeights:
-        """Return the same in another dtype, gamma excepted."""
+    def to(self, dtype: torch.dtype) -> ProjectionWeights:
+        """Return the same in another dtype."""
+        cast: list[Any] = [tensor if tensor is None else tensor.to(dtype) for tensor in self]
+        return ProjectionWeights(*cast)
 
-        def cast(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(dtype)
-
-        # Written out, since torch.compile of torch 2.6 knows neither _asdict nor _replace.
-        return SelfAttentionWeights(
-            self.query.to(dtype),
-            self.key.to(dtype),
-            self.value.to(dtype),
-            cast(self.out),
-            cast(self.query_bias),
-            cast(self.key_bias),
-            cast(self.value_bias),
-            cast(self.out_bias),
-            self.gamma,
+    def layers(self) -> ProjectionLayers:
+        """Return the four convolutions as functions."""
+        biases = self.query_bias, self.key_bias, self.value_bias, self.out_bias
+        query, key, value, out = (
+            _conv1x1(weight, bias) for weight, bias in zip(self[:4], biases, strict=True)
         )
+        return query, key, value, out
+
+
+class SelfAttentionInputs(NamedTuple):
+    """What a block of self-attention is computed from.
+
+    Attributes:
+        x: [N, C, H, W].
+        projections: the weights of plain 1x1 convolutions, or four functions from feature map to feature map.
+        gamma: a scalar.
+        pool_size: of the max-pool over keys and values.
+    """
+
+    x: Tensor
+    projections: ProjectionWeights | ProjectionLayers
+    gamma: Tensor
+    pool_size: int
 
 
 def self_attention_2d(
-    x: Tensor,
-    weights: SelfAttentionWeights,
-    pool_size: int,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    inputs: SelfAttentionInputs, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Return ``x + gamma * out(attend(query(x), pool(key(x)), pool(value(x))))``, with 1x1 convolutions."""
-
-    def conv1x1(weight: Tensor | None, bias: Tensor | None) -> Projection:
-        if weight is None:
-            return lambda features: features
-        return lambda features: F.conv2d(features, weight[..., None, None], bias)
-
-    return compose_self_attention(
-        x,
-        conv1x1(weights.query, weights.query_bias),
-        conv1x1(weights.key, weights.key_bias),
-        conv1x1(weights.value, weights.value_bias),
-        conv1x1(weights.out, weights.out_bias),
-        weights.gamma,
-        pool_size,
-        attend,
-    )
-
-
-def compose_self_attention(
-    x: Tensor,
-    query: Projection,
-    key: Projection,
-    value: Projection,
-    out: Projection,
-    gamma: Tensor,
-    pool_size: int,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """The same for projections of any kind, feature map to feature map."""
+    """Return ``x + gamma * out(attend(query(x), pool(key(x)), pool(value(x))))``."""
+    x, projections, gamma, pool_size = inputs
+    if isinstance(projections, ProjectionWeights):
+        projections = projections.layers()
+    query, key, value, out = projections
 
     def pool(features: Tensor) -> Tensor:
         return features if pool_size == 1 else F.max_pool2d(features, pool_size)
@@ -151,6 +148,12 @@ def compose_self_attention(
     gathered = out(attended.mT.reshape(x.size(0), attended.size(2), *x.shape[2:]))
     # Subtracted from zero twice, because at gamma 0 a plain sum would turn -0.0 into 0.0.
     return x - (0.0 - gamma * gathered).to(x.dtype)
+
+
+def _conv1x1(weight: Tensor | None, bias: Tensor | None) -> Projection:
+    if weight is None:
+        return lambda features: features
+    return lambda features: F.conv2d(features, weight[..., None, None], bias)
 
 
 def positions(features: Tensor) -> Tensor:

@@ -12,15 +12,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sagan_layers.torch_support import without_autocast
+from sagan_layers.attention import chunked
+from sagan_layers.attention.autograd import (
+    AttentionKernels,
+    BackwardInputs,
+    GradGrads,
+    register_attention,
+)
+from sagan_layers.attention.reference import AttentionInputs
+from sagan_layers.torch_support import accumulation_dtype, without_autocast
 
 _HALF = (torch.bfloat16, torch.float16)
-_MOST_SAMPLES_ON_CUDA = 65_535  # the kernels' grids have the batch on an axis of this length
-_WIDEST_FLASH_ON_CUDA = 256
+_MAX_SAMPLES_ON_CUDA = 65_535  # the kernels' grids have the batch on an axis of this length
+_MAX_FLASH_WIDTH_ON_CUDA = 256
 
 
-def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+def unsupported_reasons(inputs: AttentionInputs) -> list[str]:
     """Return why none of the fused kernels can serve."""
+    query = inputs.query
     device = query.device
     if device.type == "cpu":
         return []
@@ -31,11 +40,21 @@ def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
         reasons.append("torch's kernels for ROCm were never tried")
     if query.dtype == torch.float64:
         reasons.append("no fused kernel of torch takes float64 on CUDA")
-    if query.size(0) > _MOST_SAMPLES_ON_CUDA:
-        reasons.append(f"N = {query.size(0)} is above {_MOST_SAMPLES_ON_CUDA}")
+    if query.size(0) > _MAX_SAMPLES_ON_CUDA:
+        reasons.append(f"N = {query.size(0)} is above {_MAX_SAMPLES_ON_CUDA}")
     if query.dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         reasons.append("bfloat16 needs compute capability 8.0")
     return reasons
+
+
+def not_preferred_reasons(inputs: AttentionInputs) -> list[str]:
+    """Return why "auto" takes a later backend, although this one could serve."""
+    return ["on a CPU 'chunked' is faster"] if inputs.query.device.type == "cpu" else []
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return attention with derivatives of every order."""
+    return _attention(query, key, value, scale, False)
 
 
 def served_by(query: Tensor, value: Tensor) -> str:
@@ -46,11 +65,13 @@ def served_by(query: Tensor, value: Tensor) -> str:
     widest = max(query.size(2), value.size(2))
     large = torch.cuda.get_device_capability(query.device) in ((8, 0), (9, 0), (10, 0))
     # On smaller chips flash attention's backward leaves out the widths between 192 and 224.
-    fits = widest <= _WIDEST_FLASH_ON_CUDA and (large or not 192 < widest <= 224)
+    fits = widest <= _MAX_FLASH_WIDTH_ON_CUDA and (large or not 192 < widest <= 224)
     return "flash" if half and fits else "efficient"
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, save_weights: bool
+) -> tuple[Tensor, Tensor]:
     """Return the output, [N, L, Ev], and the kernel's log-sum-exp, [N, 1, >= L], float32 or float64."""
     width = value.size(2)
     kernel = served_by(query, value)
@@ -72,10 +93,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
     return y[:, 0, :, :width].clone(memory_format=torch.contiguous_format), lse.contiguous()
 
 
-def backward(
-    query: Tensor, key: Tensor, value: Tensor, y: Tensor, lse: Tensor, grad_y: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
+    query, key, value, y, lse, grad_y, scale = inputs
+    assert y is not None
     kernel = served_by(query, value)
     widths = query.size(2), key.size(2), value.size(2)
     factor, scale = _positive(scale)
@@ -116,10 +137,21 @@ def _positive(scale: float) -> tuple[float, float]:
     return (-1.0, -scale) if scale < 0 else (0.0, 1.0)
 
 
-def lse_length(query: Tensor, value: Tensor) -> int:
-    """Return the length of the kernel's log-sum-exp: L, or the next multiple of 32 (memory-efficient)."""
+def double_backward(inputs: BackwardInputs, grad_grads: GradGrads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and grad_y; torch has no kernel for it."""
+    grad_query, grad_key, grad_value, grad_grad_y = (
+        gradient.contiguous() for gradient in chunked.double_backward(inputs, grad_grads)
+    )
+    return grad_query, grad_key, grad_value, grad_grad_y
+
+
+def saved_form(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, save_weights: bool
+) -> tuple[tuple[int, int, int], torch.dtype]:
+    """Return shape and dtype of the kernel's log-sum-exp; the memory-efficient one pads L to a multiple of 32."""
     L = query.size(1)
-    return L if served_by(query, value) != "efficient" else (L + 31) // 32 * 32
+    length = L if served_by(query, value) != "efficient" else (L + 31) // 32 * 32
+    return (query.size(0), 1, length), accumulation_dtype(query.dtype)
 
 
 def _as_heads(kernel: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,3 +169,9 @@ def _padded(tensor: Tensor, width: int) -> Tensor:
     tensor = F.pad(tensor, (0, missing)) if missing else tensor.contiguous()
     # Not unsqueeze: where the length is 1, the new axis would get a stride that some kernels refuse.
     return tensor.view(tensor.size(0), 1, *tensor.shape[1:])
+
+
+_attention = register_attention(
+    "sdpa",
+    AttentionKernels(forward, backward, double_backward, saved_form, channels_first=False, reads_output=True),
+)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sagan_layers import functional
 from sagan_layers.attention import reference
-from sagan_layers.attention.table import ATTENTION, AttentionInputs
+from sagan_layers.attention.reference import AttentionInputs
+from sagan_layers.attention.table import ATTENTION
 from sagan_layers.backends import Backend
 from sagan_layers.torch_support import accumulation_dtype
 
@@ -248,9 +249,6 @@ def test_inputs_are_not_changed(backend: Backend) -> None:
     copies = [tensor.clone() for tensor in inputs]
     run(backend, inputs, torch.randn(2, 4, 2), 1.0)
     assert all(torch.equal(*pair) for pair in zip(inputs, copies, strict=True))
-
-
-# --- dispatch ----------------------------------------------------------------------------------------------------
 
 
 def inputs_of(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

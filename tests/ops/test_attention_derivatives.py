@@ -18,11 +18,10 @@ from sagan_layers import (
     gradient_penalty,
     interpolate_images,
 )
-from sagan_layers.attention import chunked as attention_chunked
-from sagan_layers.attention import reference
-from sagan_layers.attention import sdpa as attention_sdpa
-from sagan_layers.attention import table as attention_table
-from sagan_layers.attention.table import ATTENTION, AttentionInputs
+from sagan_layers.attention import chunked, reference, sdpa
+from sagan_layers.attention.autograd import BackwardInputs, GradGrads
+from sagan_layers.attention.reference import AttentionInputs
+from sagan_layers.attention.table import ATTENTION
 
 BACKENDS = {backend.name: backend for backend in ATTENTION.backends}
 OURS = ["triton", "sdpa", "chunked"]
@@ -41,20 +40,16 @@ def attention_on(name: str, scale: float = 0.7) -> Attention:
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch, entries: int, rows: int, whole: int = 0) -> None:
-    monkeypatch.setattr(attention_chunked, "BLOCK_ENTRIES", entries)
-    monkeypatch.setattr(attention_chunked, "LEAST_ROWS", rows)
-    monkeypatch.setattr(attention_chunked, "WHOLE_ENTRIES", whole)
-
-
-# --- the second and third order -----------------------------------------------------------------------------
+    monkeypatch.setattr(chunked, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(chunked, "LEAST_ROWS", rows)
+    monkeypatch.setattr(chunked, "WHOLE_ENTRIES", whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OURS)
 def test_the_second_derivative_is_as_accurate_as_the_references(name: str, dtype: torch.dtype) -> None:
     shapes = ((2, 37, 8), (2, 23, 8), (2, 23, 16), (2, 37, 16))  # the last is the gradient of the output
-    cotangent_shapes = shapes[:3]
-    drawn = [torch.randn(shape).to(dtype) for shape in (*shapes, *cotangent_shapes)]
+    drawn = [torch.randn(shape).to(dtype) for shape in (*shapes, *shapes[:3])]
 
     def second(backend: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         query, key, value, grad_y = leaves = [tensor.clone().requires_grad_() for tensor in tensors[:4]]
@@ -180,27 +175,24 @@ def test_gradient_penalties_through_a_whole_discriminator_are_the_references(
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
 
 
-# --- torch's own checks, compilers and transforms -----------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", OURS)
-@pytest.mark.parametrize("keep_weights", [False, True])
-def test_the_registered_operations_pass_torchs_checks(name: str, keep_weights: bool) -> None:
+@pytest.mark.parametrize("save_weights", [False, True])
+def test_the_registered_operations_pass_torchs_checks(name: str, save_weights: bool) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     dtype = torch.float32
     inputs = inputs_of(dtype)
     forward = getattr(torch.ops.sagan_layers, f"attention_{name}")
-    torch.library.opcheck(forward, (*inputs, 0.7, keep_weights), test_utils=tests)
-    saved = [tensor.detach() for tensor in forward(*inputs, 0.7, keep_weights)]
+    torch.library.opcheck(forward, (*inputs, 0.7, save_weights), test_utils=tests)
+    saved = [tensor.detach() for tensor in forward(*inputs, 0.7, save_weights)]
     grad_y = torch.randn_like(saved[0])
     backward = getattr(torch.ops.sagan_layers, f"attention_{name}_backward")
     torch.library.opcheck(backward, (*inputs, *saved, grad_y, 0.7), test_utils=tests)
-    cotangents = [torch.randn_like(tensor) for tensor in inputs]
+    grad_grads = [torch.randn_like(tensor) for tensor in inputs]
     double_backward = getattr(torch.ops.sagan_layers, f"attention_{name}_double_backward")
     plain = [tensor.detach() for tensor in inputs]
     torch.library.opcheck(
         double_backward,
-        (*plain, *saved, grad_y, *cotangents, 0.7),
+        (*plain, *saved, grad_y, 0.7, *grad_grads),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -313,9 +305,6 @@ def test_a_scale_of_zero_or_below_is_served(name: str, scale: float) -> None:
         torch.testing.assert_close(got, wanted)
 
 
-# --- chunked ------------------------------------------------------------------------------------------------
-
-
 class LargestTensor(TorchDispatchMode):
     """Remembers the most entries that any operation returned."""
 
@@ -331,21 +320,21 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("entries", "rows", "whole"),
-    [(1, 1, 0), (8, 2, 0), (20, 1, 0), (45, 1, 0), (2**20, 128, 0), (1, 1, 100), (1, 1, 99)],
+    [(1, 1, 0), (8, 2, 0), (12, 2, 0), (20, 1, 0), (45, 1, 0), (2**20, 128, 0), (1, 1, 100), (1, 1, 99)],
 )
-@pytest.mark.parametrize("keep_weights", [False, True])
+@pytest.mark.parametrize("save_weights", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_the_size_of_the_blocks_does_not_matter(
     monkeypatch: pytest.MonkeyPatch,
     entries: int,
     rows: int,
     whole: int,
-    keep_weights: bool,
+    save_weights: bool,
     dtype: torch.dtype,
 ) -> None:
     small_blocks(monkeypatch, entries, rows, whole)
-    for limit in ("_MAX_SAVED_BYTES", "_MAX_SAVED_BYTES_OF_HALF"):
-        monkeypatch.setattr(attention_table, limit, 2**24 if keep_weights else 0)
+    for limit in ("MAX_SAVED_BYTES", "MAX_SAVED_BYTES_OF_HALF"):
+        monkeypatch.setattr(chunked, limit, 2**24 if save_weights else 0)
     inputs = inputs_of(dtype, batch=5)
 
     def results(name: str) -> list[Tensor]:
@@ -358,57 +347,51 @@ def test_the_size_of_the_blocks_does_not_matter(
         torch.testing.assert_close(got, wanted, **tolerance)
 
 
-def test_blocks_cover_every_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for entries, least, N, L, S in (
-        (12, 2, 3, 7, 4),
-        (100, 1, 5, 4, 3),
-        (1, 1, 2, 3, 5),
-        (28, 1, 3, 7, 4),
-        (16, 1, 6, 5, 4),
-    ):
-        small_blocks(monkeypatch, entries, least)
-        seen = torch.zeros(N, L)
-        for samples, rows in attention_chunked._blocks(N, L, S):
-            seen[samples, rows] += 1
-        assert seen.eq(1).all()
-
-
 @pytest.mark.parametrize("order", ["forward", "backward", "double_backward"])
 def test_no_tensor_of_the_chunked_backend_grows_with_l_times_s(order: str) -> None:
     L = S = 4096
     query, key, value = torch.randn(1, L, 2), torch.randn(1, S, 2), torch.randn(1, S, 2)
     largest = LargestTensor()
     with largest:
-        y, kept = attention_chunked.forward(query, key, value, 1.0, False)
+        y, saved = chunked.forward(query, key, value, 1.0, False)
+        inputs = BackwardInputs(query, key, value, None, saved, torch.ones_like(y), 1.0)
         if order == "backward":
-            attention_chunked.backward(query, key, value, kept, torch.ones_like(y), 1.0)
+            chunked.backward(inputs)
         if order == "double_backward":
-            cotangents = query, key, value
-            attention_chunked.double_backward(query, key, value, torch.ones_like(y), *cotangents, 1.0)
-    assert kept.numel() == 0
-    assert 0 < largest.entries <= 4 * attention_chunked.BLOCK_ENTRIES < L * S
+            chunked.double_backward(inputs, GradGrads(query, key, value))
+    assert saved.numel() == 0
+    assert 0 < largest.entries <= 4 * chunked.BLOCK_ENTRIES < L * S
 
 
-def test_weights_are_kept_only_while_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = []
+def saved_entries(inputs: list[Tensor]) -> int:
+    """The entries of the largest tensor that the chunked backend saves for backward."""
+    entries = [0]
 
-    def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, keep_weights: bool) -> Tensor:
-        kept.append(keep_weights)
-        return reference.attention(query, key, value, scale)
+    def pack(tensor: Tensor) -> Tensor:
+        entries.append(tensor.numel())
+        return tensor
 
-    monkeypatch.setattr(attention_table, "_chunked_operation", forward)
-    few, many, most = ([torch.randn(n, 256, 2, requires_grad=True) for _ in range(3)] for n in (64, 65, 257))
-    for inputs in (few, many):
-        BACKENDS["chunked"].implementation(*inputs, 1.0)
-    for inputs in (many, most):  # 16 bits
-        BACKENDS["chunked"].implementation(*(tensor.bfloat16() for tensor in inputs), 1.0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        attention_on("chunked")(*inputs)
+    return max(entries)
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype", "saves"),
+    [
+        (64, torch.float32, True),
+        (65, torch.float32, False),
+        (65, torch.bfloat16, True),
+        (257, torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_weights_are_saved_only_while_they_are_few(length: int, dtype: torch.dtype, saves: bool) -> None:
+    inputs = [torch.randn(length, 256, 2, dtype=dtype, requires_grad=True) for _ in range(3)]
+    assert saved_entries(inputs) == (length * 256 * 256 if saves else length * 256 * 2)
     with torch.no_grad():
-        BACKENDS["chunked"].implementation(*few, 1.0)
-    BACKENDS["chunked"].implementation(*(tensor.detach() for tensor in few), 1.0)
-    assert kept == [True, False, True, False, False, False]
-
-
-# --- sdpa ---------------------------------------------------------------------------------------------------
+        assert saved_entries(inputs) == 0
+    assert saved_entries([tensor.detach() for tensor in inputs]) == 0
 
 
 class Called(TorchDispatchMode):
@@ -429,10 +412,9 @@ def test_the_flash_kernel_serves_every_pair_of_widths_on_a_cpu(width: int, value
     value = torch.randn(
         2, value_width, 5
     ).mT  # as a feature map gives it: the widths are not next to each other
-    assert attention_sdpa.served_by(query, value) == "flash_for_cpu"
     with Called() as called:
-        y, lse = attention_sdpa.forward(query, key, value, 1.0)
-        attention_sdpa.backward(query, key, value, y, lse, torch.ones_like(y), 1.0)
+        y, lse = sdpa.forward(query, key, value, 1.0, False)
+        sdpa.backward(BackwardInputs(query, key, value, y, lse, torch.ones_like(y), 1.0))
     assert called.names.count("aten::_scaled_dot_product_flash_attention_for_cpu") == 1
     assert called.names.count("aten::_scaled_dot_product_flash_attention_for_cpu_backward") == 1
     assert not [name for name in called.names if "softmax" in name]

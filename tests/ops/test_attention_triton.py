@@ -14,17 +14,21 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from sagan_layers.attention import reference
-from sagan_layers.attention import triton as attention_triton
+from sagan_layers import functional, triton_support
+from sagan_layers.attention import reference, triton_launch
+from sagan_layers.attention.autograd import BackwardInputs, GradGrads
 from sagan_layers.torch_support import accumulation_dtype
 
 pytestmark = pytest.mark.usefixtures("_unwritten_memory_is_nan")
 
 interpreted = pytest.mark.skipif(
-    not attention_triton._interpreting(), reason="the kernels are compiled: see the gpu tests"
+    not triton_support.INTERPRETED, reason="the kernels are compiled: see the gpu tests"
 )
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-NAMES = ("y", "dq", "dk", "dv", "gQ", "gK", "gV", "gG")
+NAMES = (
+    *("y", "grad_query", "grad_key", "grad_value"),
+    *("second-order query", "second-order key", "second-order value", "grad_grad_y"),
+)
 # Batch, L, S, E, Ev.
 SIZES = [
     (1, 1, 1, 1, 1),
@@ -36,15 +40,15 @@ SIZES = [
 
 
 class Case(NamedTuple):
-    """Inputs of the three launchers but those that one hands to the next."""
+    """What the three launchers are given from outside."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     grad_y: Tensor
-    grad_dq: Tensor
-    grad_dk: Tensor
-    grad_dv: Tensor
+    grad_grad_query: Tensor
+    grad_grad_key: Tensor
+    grad_grad_value: Tensor
 
 
 def case_of(
@@ -71,10 +75,13 @@ def case_of(
 
 def run(case: Case, scale: float) -> list[Tensor]:
     """Everything the three launchers return but lse."""
-    inputs = case.query, case.key, case.value
-    y, lse = attention_triton.forward(*inputs, scale)
-    gradients = attention_triton.backward(*inputs, y, lse, case.grad_y, scale)
-    return [y, *gradients, *attention_triton.double_backward(*inputs, y, lse, *case[3:], scale)]
+    y, lse = triton_launch.forward(case.query, case.key, case.value, scale)
+    inputs = BackwardInputs(case.query, case.key, case.value, y, lse, case.grad_y, scale)
+    return [
+        y,
+        *triton_launch.backward(inputs),
+        *triton_launch.double_backward(inputs, GradGrads(*case[4:])),
+    ]
 
 
 def run_reference(case: Case, scale: float, dtype: torch.dtype) -> list[Tensor]:
@@ -82,32 +89,31 @@ def run_reference(case: Case, scale: float, dtype: torch.dtype) -> list[Tensor]:
     *leaves, grad_y = (tensor.to(dtype).detach().requires_grad_() for tensor in case[:4])
     y = reference.attention(*leaves, scale)
     gradients = torch.autograd.grad(y, leaves, grad_y, create_graph=True)
-    cotangents = [tensor.to(dtype) for tensor in case[4:]]
-    seconds = torch.autograd.grad(gradients, [*leaves, grad_y], cotangents)
+    grad_grads = [tensor.to(dtype) for tensor in case[4:]]
+    seconds = torch.autograd.grad(gradients, [*leaves, grad_y], grad_grads)
     return [tensor.detach() for tensor in (y, *gradients, *seconds)]
 
 
 def sums_of_all_sizes(case: Case, scale: float) -> tuple[list[float], float]:
     """The largest sum of absolute terms behind each result (see ``sums_of_sizes``), and the largest logit."""
     firsts, logit = sums_of_sizes(case[:3], case.grad_y, scale)
-    query, key, value, grad_y, grad_dq, grad_dk, grad_dv = (tensor.double() for tensor in case)
-    weights = (scale * query @ key.mT).softmax(-1)
-    query, key, value, grad_y, grad_dq, grad_dk, grad_dv = (
-        tensor.abs() for tensor in (query, key, value, grad_y, grad_dq, grad_dk, grad_dv)
+    weights = (scale * case.query.double() @ case.key.double().mT).softmax(-1)
+    query, key, value, grad_y, grad_grad_query, grad_grad_key, grad_grad_value = (
+        tensor.double().abs() for tensor in case
     )
 
     def centred(sizes: Tensor) -> Tensor:
         return sizes + (weights * sizes).sum(-1, keepdim=True)
 
     dp = centred(grad_y @ value.mT)
-    change = centred(abs(scale) * (grad_dq @ key.mT + query @ grad_dk.mT))
+    change = centred(abs(scale) * (grad_grad_query @ key.mT + query @ grad_grad_key.mT))
     ds = abs(scale) * weights * dp
-    ds2 = abs(scale) * weights * centred(dp * change + grad_y @ grad_dv.mT)
+    ds2 = abs(scale) * weights * centred(dp * change + grad_y @ grad_grad_value.mT)
     seconds = (
-        ds2 @ key + ds @ grad_dk,
-        ds2.mT @ query + ds.mT @ grad_dq,
+        ds2 @ key + ds @ grad_grad_key,
+        ds2.mT @ query + ds.mT @ grad_grad_query,
         (weights * change).mT @ grad_y,
-        (weights * change) @ value + weights @ grad_dv,
+        (weights * change) @ value + weights @ grad_grad_value,
     )
     return [*firsts, *(total.max().item() for total in seconds)], logit
 
@@ -160,14 +166,16 @@ def contiguous(case: Case) -> Case:
 @interpreted
 def test_an_expanded_gradient_is_read() -> None:
     case = case_of((2, 7, 19, 5, 11), torch.float32)
-    case = case._replace(grad_y=torch.ones(()).expand(2, 7, 11), grad_dv=torch.ones(()).expand(2, 19, 11))
+    case = case._replace(
+        grad_y=torch.ones(()).expand(2, 7, 11), grad_grad_value=torch.ones(()).expand(2, 19, 11)
+    )
     assert_as_accurate_as_the_reference(case)
 
 
 @interpreted
 @pytest.mark.parametrize(
     ("widths", "dtype"),
-    [(widths, dtype) for dtype in DTYPES[1:] for widths in attention_triton.widths_of(dtype)],
+    [(widths, dtype) for dtype in DTYPES[1:] for widths in triton_launch.widths_of(dtype)],
     ids=str,
 )
 def test_every_tile_of_the_table_computes_the_same(widths: tuple[int, int], dtype: torch.dtype) -> None:
@@ -180,9 +188,9 @@ def test_every_tile_of_the_table_computes_the_same(widths: tuple[int, int], dtyp
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_every_chunk_of_the_widest_values_is_written(dtype: torch.dtype) -> None:
-    E, EV = attention_triton.widths_of(dtype)[-1]
+    E, EV = triton_launch.widths_of(dtype)[-1]
     query, key, value, *_ = case_of((1, 5, 67, E, EV), dtype, spread=E**-0.25)
-    y, _ = attention_triton.forward(query, key, value, 1.0)
+    y, _ = triton_launch.forward(query, key, value, 1.0)
     exact = reference.attention(query.double(), key.double(), value.double(), 1.0)
     (size, *_), _ = sums_of_sizes((query, key, value), torch.zeros_like(y), 1.0)
     assert distance(y, exact) <= 4 * torch.finfo(dtype).eps * size
@@ -191,17 +199,17 @@ def test_every_chunk_of_the_widest_values_is_written(dtype: torch.dtype) -> None
 def test_every_tile_of_the_table_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = set()
 
-    class Table(dict[tuple[str, int, int], attention_triton.Tile]):
-        def __getitem__(self, key: tuple[str, int, int]) -> attention_triton.Tile:
+    class Table(dict[tuple[str, int, int], triton_launch.Tile]):
+        def __getitem__(self, key: tuple[str, int, int]) -> triton_launch.Tile:
             taken.add(key)
             return super().__getitem__(key)
 
-    monkeypatch.setattr(attention_triton, "TILES", Table(attention_triton.TILES))
-    for kernel in attention_triton._KERNELS:
+    monkeypatch.setattr(triton_launch, "TILES", Table(triton_launch.TILES))
+    for kernel in triton_launch.KERNELS:
         for dtype in DTYPES:
-            for widths in attention_triton.widths_of(dtype):
-                assert list(attention_triton._launches(kernel, dtype, widths, "tf32x3"))
-    assert taken == set(attention_triton.TILES)
+            for widths in triton_launch.widths_of(dtype):
+                assert list(triton_launch.launches(kernel, dtype, widths, "tf32x3"))
+    assert taken == set(triton_launch.TILES)
 
 
 @interpreted
@@ -237,7 +245,7 @@ def test_rows_whose_logits_are_all_far_from_zero_stay_finite(dtype: torch.dtype,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lse_is_the_logarithm_of_the_denominators(dtype: torch.dtype) -> None:
     case = case_of((2, 23, 37, 5, 11), dtype)
-    _, lse = attention_triton.forward(case.query, case.key, case.value, 0.7)
+    _, lse = triton_launch.forward(case.query, case.key, case.value, 0.7)
     assert lse.dtype == accumulation_dtype(dtype)
     exact = torch.logsumexp(0.7 * case.query.double() @ case.key.double().transpose(1, 2), -1)
     assert distance(lse, exact) <= 1e-5
@@ -247,28 +255,15 @@ def test_lse_is_the_logarithm_of_the_denominators(dtype: torch.dtype) -> None:
 def test_float16_gradients_beyond_its_range_do_not_overflow_on_the_way() -> None:
     case = case_of((1, 23, 37, 8, 32), torch.float16)
     # As under a loss scale: dS reaches 1e5, results do not.
-    case = case._replace(key=case.key * 0.01, grad_y=case.grad_y * 16000, grad_dv=case.grad_dv * 0.01)
+    case = case._replace(
+        key=case.key * 0.01, grad_y=case.grad_y * 16000, grad_grad_value=case.grad_grad_value * 0.01
+    )
     dp = case.grad_y.double() @ case.value.double().transpose(1, 2)
     assert dp.abs().max() > 65504
-    y, lse = attention_triton.forward(case.query, case.key, case.value, 1.0)
-    ours = attention_triton.backward(case.query, case.key, case.value, y, lse, case.grad_y, 1.0)
-    exact = run_reference(case, 1.0, torch.float64)
-    plain = run_reference(case, 1.0, torch.float16)
-    for got, same, wanted in zip(ours[:1], plain[1:2], exact[1:2], strict=True):
-        assert torch.isfinite(got).all()
-        assert distance(got, wanted) <= 2 * distance(same, wanted) + 4e-3 * wanted.abs().max()
-
-
-@interpreted
-@pytest.mark.parametrize("sizes", [(0, 3, 5, 2, 4), (2, 0, 5, 2, 4)], ids=str)
-def test_nothing_is_launched_for_no_samples_or_queries(
-    sizes: tuple[int, int, int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention_triton, "_run", None)
-    case = case_of(sizes, torch.float32)
-    results = run(case, 1.0)
-    for got, wanted in zip(results, run_reference(case, 1.0, torch.float64), strict=True):
-        assert torch.equal(got.double(), wanted)
+    got = run(case, 1.0)[1]
+    exact, plain = (run_reference(case, 1.0, dtype)[1] for dtype in (torch.float64, torch.float16))
+    assert torch.isfinite(got).all()
+    assert distance(got, exact) <= 2 * distance(plain, exact) + 4e-3 * exact.abs().max()
 
 
 @interpreted
@@ -280,17 +275,17 @@ def test_the_same_input_gives_the_same_bits(dtype: torch.dtype) -> None:
 
 @interpreted
 def test_the_fused_exponent_of_compiled_kernels_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_triton, "_interpreting", lambda: False)
+    monkeypatch.setattr(triton_support, "INTERPRETED", False)
     assert_as_accurate_as_the_reference(case_of((1, 19, 19, 8, 32), torch.float32))
 
 
 @interpreted
-@pytest.mark.parametrize(("precision", "product"), [("highest", "tf32x3"), ("high", "tf32")])
-def test_float32_is_multiplied_as_tf32_where_torch_allows_it(precision: str, product: str) -> None:
+@pytest.mark.parametrize(("setting", "precision"), [("highest", "tf32x3"), ("high", "tf32")])
+def test_float32_is_multiplied_as_tf32_where_torch_allows_it(setting: str, precision: str) -> None:
     before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision(precision)
-        assert attention_triton._float32_product() == product
+        torch.set_float32_matmul_precision(setting)
+        assert triton_support.float32_precision() == precision
         assert_as_accurate_as_the_reference(case_of((1, 7, 19, 5, 11), torch.float32))
     finally:
         torch.set_float32_matmul_precision(before)
@@ -301,86 +296,47 @@ def test_offsets_beyond_32_bits_are_copied_away(monkeypatch: pytest.MonkeyPatch)
     case = case_of((2, 7, 19, 5, 11), torch.float32, layout="channels_first")
     assert not case.query.is_contiguous()
     before = run(case, 1.0)
-    monkeypatch.setattr(attention_triton, "_LARGEST_OFFSET", 0)
-    assert attention_triton._readable(case.query).is_contiguous()
+    copied = []
+    contiguous = Tensor.contiguous
+    monkeypatch.setattr(triton_launch, "_MAX_OFFSET", 0)
+    monkeypatch.setattr(Tensor, "contiguous", lambda tensor: copied.append(tensor) or contiguous(tensor))
     assert_same_bits(before, run(case, 1.0))
+    assert any(tensor is case.query for tensor in copied)
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------
-
-
-def tensors(E: int = 3, EV: int = 2, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-    return [torch.empty(1, 4, width, dtype=dtype, device=device) for width in (E, E, EV)]
+def refusal(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
+    """What explain_backends says of the kernels for expanded query, key and value of these shapes."""
+    tensors = [torch.zeros(1, dtype=dtype, device=device).expand(shape) for shape in shapes]
+    return functional.explain_backends(*tensors)["triton"]
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_interpreter_serves_every_dtype_and_width_of_the_table(dtype: torch.dtype) -> None:
-    for widths in attention_triton.widths_of(dtype):
-        assert attention_triton.unsupported_reasons(*tensors(*widths, dtype)) == []
+    for E, EV in triton_launch.widths_of(dtype):
+        assert "cannot" not in refusal((1, 4, E), (1, 4, E), (1, 4, EV), dtype=dtype)
+
+
+def test_another_device_is_refused() -> None:
+    reason = "its kernels run on CUDA, and the tensors are on meta"
+    assert reason in refusal((1, 4, 3), (1, 4, 3), (1, 4, 2), device="meta")
 
 
 @interpreted
-def test_another_device_is_refused() -> None:
-    (reason,) = attention_triton.unsupported_reasons(*tensors(device="meta"))
-    assert reason == "Triton's interpreter takes CPU and CUDA tensors, got meta"
+@pytest.mark.parametrize(
+    ("dtype", "E", "EV"), [(torch.bfloat16, 64, 256), (torch.float16, 32, 128), (torch.float32, 32, 128)]
+)
+def test_widths_beyond_the_table_are_refused_by_name(dtype: torch.dtype, E: int, EV: int) -> None:
+    said = refusal((1, 4, E + 1), (1, 4, E + 1), (1, 4, EV + 1), dtype=dtype)
+    assert f"serves E up to {E} in {dtype}, got {E + 1}" in said
+    assert f"serves Ev up to {EV} in {dtype}, got {EV + 1}" in said
 
 
-def test_widths_beyond_the_table_are_refused_by_name() -> None:
-    for dtype, E, EV in ((torch.bfloat16, 64, 256), (torch.float16, 32, 128), (torch.float32, 32, 128)):
-        reasons = attention_triton.unsupported_reasons(*tensors(E + 1, EV + 1, dtype))
-        assert f"serves E up to {E} in {dtype}, got {E + 1}" in reasons
-        assert f"serves Ev up to {EV} in {dtype}, got {EV + 1}" in reasons
-
-
+@interpreted
 def test_samples_beyond_32_bits_are_refused() -> None:
-    query, key = (torch.empty(1).expand(1, length, 64) for length in (2**25, 3))
-    assert (
-        f"serves samples of less than 2**31 numbers, got {2**25} x 64"
-        in attention_triton.unsupported_reasons(query, key, key)
-    )
+    said = refusal((1, 2**25, 64), (1, 3, 64), (1, 3, 64))
+    assert f"serves samples of less than 2**31 numbers, got {2**25} x 64" in said
 
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e5m2], ids=str)
-def test_a_dtype_is_refused_by_compiled_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_triton, "_interpreting", lambda: False)
-    assert f"{dtype} is not served" in attention_triton.unsupported_reasons(*tensors(dtype=dtype))
-
-
-def test_compiled_kernels_need_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_triton, "_interpreting", lambda: False)
-    assert attention_triton.unsupported_reasons(*tensors()) == ["needs a CUDA device, got cpu"]
-
-
-class CudaLookalike:
-    """What reasons_against looks at of a tensor, on a GPU that is not there."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cuda", 0)
-        self.dtype = torch.float32
-
-    def size(self, axis: int) -> int:
-        return 4
-
-
-def test_older_gpus_and_rocm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    lookalikes = [CudaLookalike() for _ in range(3)]
-    monkeypatch.setattr(attention_triton, "_interpreting", lambda: False)
-    monkeypatch.setattr(torch.version, "hip", None)
-    for capability, reasons in (
-        ((7, 5), ["needs compute capability 8.0, got 7.5"]),
-        ((8, 0), []),
-        ((9, 0), []),
-    ):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, answer=capability: answer)
-        assert attention_triton.unsupported_reasons(*lookalikes) == reasons
-    monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert attention_triton.unsupported_reasons(*lookalikes) == [
-        "needs an NVIDIA GPU, got a ROCm build of torch"
-    ]
-
-
-# --- on a GPU ---------------------------------------------------------------------------------------------------
 
 GPU_SIZES = [
     (2, 1024, 256, 8, 32),
@@ -401,7 +357,7 @@ GPU_SIZES = [
         (sizes, dtype)
         for dtype in DTYPES[1:]
         for sizes in GPU_SIZES
-        if sizes[4] <= attention_triton.widths_of(dtype)[-1][1]
+        if sizes[4] <= triton_launch.widths_of(dtype)[-1][1]
     ],
     ids=str,
 )

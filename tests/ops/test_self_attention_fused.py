@@ -99,7 +99,7 @@ def test_the_registered_operations_pass_torchs_checks(memory_format: torch.memor
     plain = [None if tensor is None else tensor.detach() for tensor in inputs]
     torch.library.opcheck(
         torch.ops.sagan_layers.self_attention_2d_backward,
-        (torch.randn_like(y), *plain, *saved, 2),
+        (*plain, 2, torch.randn_like(y), *saved),
         test_utils=("test_schema", "test_faketensor"),
     )
 
