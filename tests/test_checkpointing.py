@@ -1,4 +1,4 @@
-"""Activation checkpointing repeats a block: nothing moves twice, and gradients are those without it."""
+"""Activation checkpointing repeats a block: nothing is updated twice, and gradients are those without it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from blocks import assert_close, assert_same, gradients_of, state_of
 from torch import Tensor, nn
 
 from sagan_layers import (
@@ -41,29 +42,30 @@ def inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(3, 4, 5, 5, requires_grad=True), torch.tensor([0, 2, 1])
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_gradients_and_buffers_are_those_without_it(shared: bool) -> None:
+either_sharing = pytest.mark.parametrize(
+    "sharing", [shared_spectral_norm, lambda _: contextlib.nullcontext()], ids=["shared", "alone"]
+)
+
+
+@either_sharing
+def test_gradients_and_buffers_are_those_without_it(sharing: Context) -> None:
     block = Block()
     plain = copy.deepcopy(block)
     x, labels = inputs()
     for _ in range(2):
-        if shared:
-            with shared_spectral_norm(block):
-                checkpointed(block, x, labels).square().sum().backward()
-        else:
+        with sharing(block):
             checkpointed(block, x, labels).square().sum().backward()
-    mine, x.grad = x.grad, None
+    ours, x.grad = x.grad, None
     for _ in range(2):
         plain(x, labels).square().sum().backward()
-    assert torch.equal(mine, x.grad)
-    for one, other in zip(block.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad)
-    for (name, one), other in zip(block.named_buffers(), plain.buffers(), strict=True):
-        assert torch.equal(one, other), name
+    assert torch.equal(ours, x.grad)
+    assert_same(gradients_of(block), gradients_of(plain))
+    assert_same(state_of(block), state_of(plain))
 
 
 Run = Callable[..., Tensor]
 Use = Callable[[Run, nn.Module, Tensor], None]
+Context = Callable[[nn.Module], contextlib.AbstractContextManager[object]]
 
 
 def plainly(module: nn.Module, *inputs: Tensor) -> Tensor:
@@ -86,60 +88,43 @@ def loss_of(y: Tensor) -> Tensor:
     return y.float().square().sum()
 
 
-def backward_after_the_frozen_block(run: Run, block: nn.Module, x: Tensor) -> None:
-    with frozen_spectral_norm(block):
-        loss = loss_of(run(block, x))
-    loss.backward()
+def in_contexts(*forward: Context, backward: Context = lambda block: contextlib.nullcontext()) -> Use:
+    """Forward inside some contexts, backward after them, in its own."""
+
+    def use(run: Run, block: nn.Module, x: Tensor) -> None:
+        with contextlib.ExitStack() as stack:
+            for context in forward:
+                stack.enter_context(context(block))
+            loss = loss_of(run(block, x))
+        with backward(block):
+            loss.backward()
+
+    return use
 
 
-def backward_after_the_frozen_shared_block(run: Run, block: nn.Module, x: Tensor) -> None:
-    with frozen_spectral_norm(block), shared_spectral_norm(block):
-        loss = loss_of(run(block, x))
-    loss.backward()
+def with_options(**options: object) -> Use:
+    def use(run: Run, block: nn.Module, x: Tensor) -> None:
+        for layer in block:
+            for name, value in options.items():
+                setattr(layer, name, value)
+        loss_of(run(block.train(options.get("training", True)), x)).backward()
+
+    return use
 
 
-def backward_after_the_shared_block_and_a_move(run: Run, block: nn.Module, x: Tensor) -> None:
+def shared_and_then_updated(run: Run, block: nn.Module, x: Tensor) -> None:
     with shared_spectral_norm(block):
         loss = loss_of(run(block, x))
     block(x.detach())
     loss.backward()
 
 
-def backward_in_a_frozen_block(run: Run, block: nn.Module, x: Tensor) -> None:
-    loss = loss_of(run(block, x))
-    with frozen_spectral_norm(block, iterate=True):
-        loss.backward()
-
-
-def backward_in_a_shared_block(run: Run, block: nn.Module, x: Tensor) -> None:
-    loss = loss_of(run(block, x))
-    with shared_spectral_norm(block):
-        loss.backward()
-
-
 def two_calls_before_backward(run: Run, block: nn.Module, x: Tensor) -> None:
     (loss_of(run(block, x)) + 3 * loss_of(run(block, 2 * x))).backward()
 
 
-def in_evaluation(run: Run, block: nn.Module, x: Tensor) -> None:
-    loss_of(run(block.eval(), x)).backward()
-
-
-def in_evaluation_without_iterating(run: Run, block: nn.Module, x: Tensor) -> None:
-    for layer in block.eval():
-        layer.iterate_when_frozen = False
-    loss_of(run(block, x)).backward()
-
-
-def three_iterations(run: Run, block: nn.Module, x: Tensor) -> None:
-    for layer in block:
-        layer.n_power_iterations = 3
-    loss_of(run(block, x)).backward()
-
-
 def one_layer_twice(run: Run, block: nn.Module, x: Tensor) -> None:
-    twice = nn.Sequential(block[1], block[1])
-    loss_of(run(twice, x)).backward()
+    loss_of(run(nn.Sequential(block[1], block[1]), x)).backward()
 
 
 def a_block_in_a_block(run: Run, block: nn.Module, x: Tensor) -> None:
@@ -159,53 +144,52 @@ def constant_parameters(run: Run, block: nn.Module, x: Tensor) -> None:
     loss_of(call_with_constant_parameters(Holder(block, run), x)).backward()
 
 
-def autocast_and_sharing_that_end_before(run: Run, block: nn.Module, x: Tensor) -> None:
-    with torch.autocast("cpu", torch.bfloat16), shared_spectral_norm(block):
-        loss = loss_of(run(block, x))
-    loss.backward()
+USES: dict[str, Use] = {
+    "frozen": in_contexts(frozen_spectral_norm),
+    "frozen_and_shared": in_contexts(frozen_spectral_norm, shared_spectral_norm),
+    "autocast_and_shared": in_contexts(lambda _: torch.autocast("cpu", torch.bfloat16), shared_spectral_norm),
+    "backward_frozen": in_contexts(backward=lambda block: frozen_spectral_norm(block, iterate=True)),
+    "backward_shared": in_contexts(backward=shared_spectral_norm),
+    "evaluation": with_options(training=False),
+    "evaluation_without_iterating": with_options(training=False, iterate_when_frozen=False),
+    "three_iterations": with_options(n_power_iterations=3),
+    **{
+        use.__name__: use
+        for use in (
+            shared_and_then_updated,
+            two_calls_before_backward,
+            one_layer_twice,
+            a_block_in_a_block,
+            constant_parameters,
+        )
+    },
+}
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        backward_after_the_frozen_block,
-        backward_after_the_frozen_shared_block,
-        backward_after_the_shared_block_and_a_move,
-        backward_in_a_frozen_block,
-        backward_in_a_shared_block,
-        two_calls_before_backward,
-        in_evaluation,
-        in_evaluation_without_iterating,
-        three_iterations,
-        one_layer_twice,
-        a_block_in_a_block,
-        constant_parameters,
-        autocast_and_sharing_that_end_before,
-    ],
-)
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_however_it_is_used_nothing_differs(use: Use, dtype: torch.dtype) -> None:
     block = nn.Sequential(SNConv2d(4, 4, 3, padding=1), SNConv2d(4, 4, 3, padding=1)).to(dtype)
     x = torch.randn(2, 4, 5, 5, dtype=dtype)
     found = []
     for run in (checkpointed, plainly):
-        own, leaf = copy.deepcopy(block), x.clone().requires_grad_()
+        copied, leaf = copy.deepcopy(block), x.clone().requires_grad_()
         for _ in range(2):
-            use(run, own, leaf)
-        found.append([leaf.grad, *(parameter.grad for parameter in own.parameters()), *own.buffers()])
+            use(run, copied, leaf)
+        found.append([leaf.grad, *(parameter.grad for parameter in copied.parameters()), *copied.buffers()])
     assert found[0][0].ne(0).any()
     for one, other in zip(*found, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_discriminator_of_such_blocks_serves_the_generators_pass(shared: bool) -> None:
+@either_sharing
+def test_a_discriminator_of_such_blocks_serves_the_generators_pass(sharing: Context) -> None:
     block = nn.Sequential(SNConv2d(4, 6, 3), SNConv2d(6, 1, 3))
     generator, latents = SNConv2d(2, 4, 3), torch.randn(3, 2, 9, 9)
     results = []
     for run in (checkpointed, plainly):
         g, d = copy.deepcopy(generator), Holder(copy.deepcopy(block), run)
-        with shared_spectral_norm(d) if shared else contextlib.nullcontext():
+        with sharing(d):
             loss = GeneratorPass(g, d)(latents).loss
         loss.backward()
         assert all(parameter.grad is None for parameter in d.parameters())
@@ -215,27 +199,19 @@ def test_a_discriminator_of_such_blocks_serves_the_generators_pass(shared: bool)
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_weight_that_has_changed_before_backward_is_an_error(shared: bool) -> None:
-    block, x = nn.Sequential(SNConv2d(4, 4, 3), nn.Tanh()), torch.randn(2, 4, 5, 5)
-    with shared_spectral_norm(block) if shared else contextlib.nullcontext():
-        loss = loss_of(checkpointed(block, x))
+@either_sharing
+@pytest.mark.parametrize("name", ["0.weight", "1.bias"])
+def test_a_parameter_that_has_changed_before_backward_is_an_error(name: str, sharing: Context) -> None:
+    block = nn.Sequential(SNConv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Tanh())
+    with sharing(block):
+        loss = loss_of(checkpointed(block, torch.randn(2, 4, 6, 6)))
     with torch.no_grad():
-        block[0].weight.mul_(2)
-    with pytest.raises(RuntimeError, match=r"checkpointed: 0\.weight changed since"):
+        block.get_parameter(name).add_(1)
+    with pytest.raises(RuntimeError, match=rf"checkpointed: {name} changed since"):
         loss.backward()
 
 
-def test_any_other_parameter_that_has_changed_is_an_error_too() -> None:
-    block = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Tanh())
-    loss = loss_of(checkpointed(block, torch.randn(2, 4, 5, 5)))
-    with torch.no_grad():
-        block[0].bias.add_(1)
-    with pytest.raises(RuntimeError, match=r"checkpointed: 0\.bias changed since"):
-        loss.backward()
-
-
-def test_running_statistics_that_moved_since_an_evaluation_are_an_error() -> None:
+def test_running_statistics_updated_since_an_evaluation_are_an_error() -> None:
     block, x = nn.Sequential(SNConv2d(3, 3, 3), ConditionalBatchNorm2d(3)), torch.randn(2, 3, 8, 8)
     loss = loss_of(checkpointed(block.eval(), x))
     block.train()(x + 5)
@@ -282,6 +258,7 @@ def test_a_block_that_takes_another_path_the_second_time_is_an_error() -> None:
         loss.backward()
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning"
 )  # dynamo's, where a graph breaks
@@ -292,28 +269,23 @@ def test_a_block_that_is_compiled_itself_repeats_its_weights_too() -> None:
     for _ in range(2):
         (loss_of(checkpointed(block, x)) + loss_of(checkpointed(block, 2 * x))).backward()
         (loss_of(plain(x)) + loss_of(plain(2 * x))).backward()
-    torch.compiler.reset()
-    for one, other in zip(block.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
-    for one, other in zip(block.buffers(), plain.buffers(), strict=True):
-        assert torch.equal(one, other)
+    assert_close(gradients_of(block), gradients_of(plain))
+    assert_same(dict(block.named_buffers()), dict(plain.named_buffers()))
 
 
-def test_it_keeps_fewer_activations() -> None:
-    def kept(run) -> int:  # type: ignore[no-untyped-def]
+def test_it_saves_fewer_activations() -> None:
+    def saved(run: Run) -> int:
         sizes: list[int] = []
 
         def pack(tensor: Tensor) -> Tensor:
             sizes.append(tensor.numel())
             return tensor
 
-        block = Block()
-        x, labels = inputs()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            run(block, x, labels)
+            run(Block(), *inputs())
         return sum(sizes)
 
-    assert kept(checkpointed) < 0.3 * kept(lambda block, *args: block(*args))
+    assert saved(checkpointed) < 0.3 * saved(plainly)
 
 
 def test_second_derivatives_work() -> None:
@@ -321,18 +293,17 @@ def test_second_derivatives_work() -> None:
     x, labels = torch.randn(2, 4, 4, 4, dtype=torch.double, requires_grad=True), torch.tensor([0, 1])
     with frozen_running_statistics(block), shared_spectral_norm(block):
         results = []
-        for run in (checkpointed, lambda module, *args: module(*args)):
+        for run in (checkpointed, plainly):
             (gradient,) = torch.autograd.grad(run(block, x, labels).square().sum(), x, create_graph=True)
             results.append(torch.autograd.grad(gradient.square().sum(), x)[0])
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_inside_compile_it_is_refused() -> None:
+    compiled = torch.compile(lambda module, x: checkpointed(module, x), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"expected eager code, got torch\.compile|Observed exception"):
-        torch.compile(lambda module, x: checkpointed(module, x), backend="eager", fullgraph=True)(
-            nn.Linear(2, 2), torch.ones(2)
-        )
-    torch.compiler.reset()
+        compiled(nn.Linear(2, 2), torch.ones(2))
 
 
 class TestFrozenRunningStatistics:

@@ -49,33 +49,22 @@ def assert_agrees(ours: Tensor, recorded: Tensor | np.ndarray, tolerance: float,
     assert error <= tolerance, f"{what}: relative error {error:.2e} above {tolerance:.0e}"
 
 
-# --- attention ---------------------------------------------------------------------------------------------
-
 ATTENTION_LAYERS = {"theta": "query", "phi": "key", "g": "value", "attn": "out"}
 
 
-@pytest.fixture(params=["attention_random_u", "attention_converged_u"])
-def attention(request: pytest.FixtureRequest) -> tuple[dict[str, np.ndarray], SelfAttention2d]:
-    arrays = load(request.param)
+@pytest.mark.parametrize("start", ["random", "converged"])
+def test_attention_output_u_and_gradients_agree(start: str) -> None:
+    arrays = load(f"attention_{start}_u")
     module = SelfAttention2d(arrays["x"].shape[-1])
     load_tensorflow(module, below(arrays, "before/"), "attention")
-    return arrays, module
-
-
-def test_attention_output_and_u_agree(attention: tuple[dict[str, np.ndarray], SelfAttention2d]) -> None:
-    arrays, module = attention
     assert module.gamma.item() != 0
-    y = module(nchw(arrays["x"]))
+    x = nchw(arrays["x"]).requires_grad_()
+    y = module(x)
     assert_agrees(y, nchw(arrays["y"]), LAYER_TOLERANCE, "y")
     for theirs, ours in ATTENTION_LAYERS.items():
         after = arrays[f"after/attention/sn_conv_{theirs}/u"][0]
         assert_agrees(getattr(module, ours).weight_u, after, LAYER_TOLERANCE, f"u of {ours}")
-
-
-def test_attention_gradients_agree(attention: tuple[dict[str, np.ndarray], SelfAttention2d]) -> None:
-    arrays, module = attention
-    x = nchw(arrays["x"]).requires_grad_()
-    (module(x) * nchw(arrays["cotangent"])).sum().backward()
+    (y * nchw(arrays["cotangent"])).sum().backward()
     gradients = below(arrays, "grad/")
     assert_agrees(x.grad, nchw(gradients.pop("x")), GRADIENT_TOLERANCE, "grad x")
     assert_agrees(module.gamma.grad, gradients.pop("attention/sigma_ratio"), GRADIENT_TOLERANCE, "grad gamma")
@@ -89,7 +78,7 @@ def test_attention_gradients_agree(attention: tuple[dict[str, np.ndarray], SelfA
     assert not gradients, "a recorded gradient was not compared"
 
 
-# --- spectral norm -----------------------------------------------------------------------------------------
+every_kind = pytest.mark.parametrize("kind", ["conv", "linear", "embedding"])
 
 
 def spectral_layer(kind: str, arrays: dict[str, np.ndarray]) -> SpectralNormLayer:
@@ -115,7 +104,7 @@ def weight_as_ours(kind: str, array: np.ndarray) -> Tensor:
 
 
 @pytest.mark.parametrize("start", ["random", "converged"])
-@pytest.mark.parametrize("kind", ["conv", "linear", "embedding"])
+@every_kind
 def test_spectral_norm_outputs_and_u_agree(kind: str, start: str) -> None:
     arrays = load(f"spectral_norm_{kind}_{start}_u")
     layer = spectral_layer(kind, arrays)
@@ -126,7 +115,7 @@ def test_spectral_norm_outputs_and_u_agree(kind: str, start: str) -> None:
     assert_agrees(layer(x), as_ours(kind, arrays["y_second_call"]), LAYER_TOLERANCE, "second y")
 
 
-@pytest.mark.parametrize("kind", ["conv", "linear", "embedding"])
+@every_kind
 def test_frozen_pass_after_an_update_equals_the_second_call_and_stores_nothing(kind: str) -> None:
     arrays = load(f"spectral_norm_{kind}_random_u")
     layer = spectral_layer(kind, arrays)
@@ -139,7 +128,7 @@ def test_frozen_pass_after_an_update_equals_the_second_call_and_stores_nothing(k
     assert torch.equal(layer.weight_u, stored)
 
 
-@pytest.mark.parametrize("kind", ["conv", "linear", "embedding"])
+@every_kind
 def test_spectral_norm_gradients_agree_except_for_the_path_through_the_iteration(kind: str) -> None:
     arrays = load(f"spectral_norm_{kind}_converged_u")
     layer = spectral_layer(kind, arrays)
@@ -181,31 +170,14 @@ def test_spectral_norm_gradients_agree_except_for_the_path_through_the_iteration
         assert_agrees(layer.bias.grad, bias, GRADIENT_TOLERANCE, "grad bias")
 
 
-# --- conditional batch norm ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def batch_norm() -> tuple[dict[str, np.ndarray], ConditionalBatchNorm2d]:
+def test_conditional_batch_norm_agrees_in_evaluation_and_in_training() -> None:
     arrays = load("conditional_batch_norm")
     module = ConditionalBatchNorm2d(8, 4, momentum=0.001, biased_running_var=True)
     load_tensorflow(module, below(arrays, "before/"), "cbn")
-    return arrays, module
-
-
-def test_conditional_batch_norm_agrees_in_evaluation(
-    batch_norm: tuple[dict[str, np.ndarray], ConditionalBatchNorm2d],
-) -> None:
-    arrays, module = batch_norm
-    y = module.eval()(nchw(arrays["x"]), torch.from_numpy(arrays["labels"]))
-    assert_agrees(y, nchw(arrays["y_eval"]), LAYER_TOLERANCE, "y_eval")
-
-
-def test_conditional_batch_norm_agrees_in_training(
-    batch_norm: tuple[dict[str, np.ndarray], ConditionalBatchNorm2d],
-) -> None:
-    arrays, module = batch_norm
+    labels = torch.from_numpy(arrays["labels"])
     x = nchw(arrays["x"]).requires_grad_()
-    y = module(x, torch.from_numpy(arrays["labels"]))
+    assert_agrees(module.eval()(x, labels), nchw(arrays["y_eval"]), LAYER_TOLERANCE, "y_eval")
+    y = module.train()(x, labels)
     assert_agrees(y, nchw(arrays["y_train"]), LAYER_TOLERANCE, "y_train")
     for name, ours in (("mean", module.norm.running_mean), ("var", module.norm.running_var)):
         before, after = (arrays[f"{when}/cbn/{name}"].ravel() for when in ("before", "after"))
