@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import assert_close, assert_same, gradients_of, state_of
 from torch import Tensor, nn
 
 from sagan_layers import (
@@ -34,11 +35,6 @@ def around(plain: nn.Module, direction: str, factor: int, x: Tensor) -> Tensor:
     return F.avg_pool2d(plain(x), factor)
 
 
-def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(3)
-    return make()
-
-
 LAYERS: dict[str, dict[str, Any]] = {
     "3x3": {"kernel_size": 3, "padding": 1},
     "same_5x5_without_bias": {"kernel_size": 5, "padding": "same", "bias": False},
@@ -50,7 +46,12 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
-# --- what it computes ------------------------------------------------------------------------------------------
+def pair_of_layers(kind: type[nn.Conv2d], direction: str, factor: int, **options: Any) -> list[nn.Module]:
+    """A resampling layer, and the layer with its parameters that does not resample."""
+    plain = (SNConv2d if kind is SNConv2d else nn.Conv2d)(4, 6, **options)
+    layer = kind(4, 6, **options, **{direction: factor})
+    layer.load_state_dict(plain.state_dict())
+    return [layer, plain]
 
 
 @both_classes
@@ -60,17 +61,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 def test_output_and_gradients_are_the_compositions(
     options: str, factor: int, direction: str, kind: type[ResamplingConv2d]
 ) -> None:
-    arguments: dict[str, Any] = {
-        "in_channels": 4,
-        "out_channels": 6,
-        "dtype": torch.float64,
-        **LAYERS[options],
-    }
-    layer = seeded(lambda: kind(**arguments, **{direction: factor}))
-    plain_class = SNConv2d if kind is SNConv2d else nn.Conv2d
-    plain = seeded(lambda: plain_class(**arguments))
-    assert layer.state_dict().keys() == plain.state_dict().keys()
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in layer.state_dict().items())
+    layer, plain = pair_of_layers(kind, direction, factor, **LAYERS[options], dtype=torch.float64)
     x = torch.randn(2, 4, 7, 9, dtype=torch.float64)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     y, expected = layer(leaves[0]), around(plain, direction, factor, leaves[1])
@@ -79,12 +70,18 @@ def test_output_and_gradients_are_the_compositions(
     y.backward(cotangent)
     expected.backward(cotangent)
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-12, atol=1e-12)
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(
-            layer.get_parameter(name).grad, parameter.grad, rtol=1e-11, atol=1e-11, msg=name
-        )
-    for name, buffer in plain.named_buffers():  # the vectors have moved alike
-        assert torch.equal(layer.get_buffer(name), buffer), name
+    assert_close(gradients_of(layer), gradients_of(plain), 1e-11, 1e-11)
+    assert_same(dict(layer.named_buffers()), dict(plain.named_buffers()))  # the vectors, updated alike
+
+
+@both_classes
+@both_directions
+def test_initial_values_are_the_plain_convolutions(direction: str, kind: type[ResamplingConv2d]) -> None:
+    plain_kind, states = SNConv2d if kind is SNConv2d else nn.Conv2d, []
+    for make in (lambda: kind(4, 6, 3, **{direction: 2}), lambda: plain_kind(4, 6, 3)):
+        torch.manual_seed(3)
+        states.append(state_of(make()))
+    assert_same(*states)
 
 
 @both_classes
@@ -99,7 +96,7 @@ def test_one_image_without_a_batch_axis_is_taken(
 
 
 @both_directions
-def test_vectors_stand_still_where_they_should(direction: str) -> None:
+def test_vectors_are_updated_only_in_training_and_unless_frozen(direction: str) -> None:
     layer = SNConv2d(4, 4, 3, padding=1, **{direction: 2})
     x = torch.randn(2, 4, 6, 6)
     before = layer.weight_u.clone()
@@ -113,10 +110,9 @@ def test_vectors_stand_still_where_they_should(direction: str) -> None:
 
 def test_without_resampling_it_is_the_plain_convolution() -> None:
     options = {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "reflect"}
-    layer = seeded(lambda: ResamplingConv2d(3, 4, **options))
-    plain = seeded(lambda: nn.Conv2d(3, 4, **options))
+    layer, plain = pair_of_layers(ResamplingConv2d, "upsample", 1, **options)
     assert not layer.resamples
-    x = torch.randn(2, 3, 7, 9)
+    x = torch.randn(2, 4, 7, 9)
     assert torch.equal(layer(x), plain(x))
 
 
@@ -132,9 +128,6 @@ def test_the_named_form_serves(kind: type[ResamplingConv2d]) -> None:
     with functional.record_backends(operation="conv2d_downsample") as served:
         layer(x)
     assert served == ["folded"]
-
-
-# --- state and neighbours --------------------------------------------------------------------------------------
 
 
 @both_classes
@@ -202,9 +195,6 @@ def test_attention_does_not_take_it_for_a_plain_pointwise_convolution(direction:
     torch.testing.assert_close(y, x + 0.7 * attention.out(gathered), rtol=1e-4, atol=1e-5)
     # Upsampled keys are each key four times, which softmax does not see; averaged ones are others.
     assert torch.allclose(y, unchanged, atol=1e-5) is (direction == "upsample")
-
-
-# --- errors ------------------------------------------------------------------------------------------------------
 
 
 @both_classes

@@ -154,7 +154,19 @@ def cast(problem: Problem, dtype: torch.dtype) -> Problem:
     return problem._replace(x=problem.x.to(dtype), weight=problem.weight.to(dtype), bias=bias)
 
 
-# --- what is computed ------------------------------------------------------------------------------------------
+def fitting(upsample: bool, backend: str, **options: Any) -> Problem:
+    """A problem that every backend serves: with a kernel of 3x3, or 1x1 where only that commutes."""
+    return draw(upsample, kernel=(1, 1) if backend == "reordered" else (3, 3), **options)
+
+
+def leaves_of(problem: Problem) -> list[Tensor]:
+    return [t.requires_grad_() for t in (problem.x, problem.weight, problem.bias) if t is not None]
+
+
+def flops(problem: Problem, backend: str) -> int:
+    with FlopCounterMode(display=False) as counter:
+        ours(problem, backend)
+    return counter.get_total_flops()
 
 
 @every_backend
@@ -197,15 +209,13 @@ def test_any_odd_kernel_size_padding_and_factor_is_the_composition(
 @every_backend
 @both_directions
 def test_derivatives_of_both_orders_pass_the_numerical_check(upsample: bool, backend: str) -> None:
-    kernel = (1, 1) if backend == "reordered" else (3, 3)
-    problem = draw(upsample, kernel=kernel, size=(3, 4), channels=(2, 2), batch=1)
+    problem = fitting(upsample, backend, size=(3, 4), channels=(2, 2), batch=1)
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return ours(problem._replace(x=x, weight=weight, bias=bias), backend)
 
-    leaves = [t.requires_grad_() for t in (problem.x, problem.weight, problem.bias) if t is not None]
-    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(function, leaves_of(problem), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves_of(problem), fast_mode=True)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -219,32 +229,16 @@ def test_sums_of_windows_and_their_gradient(size: int, padding: tuple[int, int])
     assert torch.autograd.gradgradcheck(lambda x: window_sums(x, size, padding, 0.3), (x,))
 
 
-@every_form
 @both_directions
-def test_a_quarter_or_four_ninths_of_the_multiplications_are_done(upsample: bool, form: str) -> None:
-    problem = draw(upsample, size=(64, 64), dtype=torch.float32)
-    # Counted without the borders, where the forms differ by a row or two.
-    expected = {"matmul": 1 / 4, "filtered": 1 / 4, "folded": 4 / 9}[form]
-    counts = {}
-    for backend in ("plain", form):
-        with FlopCounterMode(display=False) as counter:
-            ours(problem, backend)
-        counts[backend] = counter.get_total_flops()
-    assert counts[form] / counts["plain"] == pytest.approx(expected, rel=0.04)
-
-
-@both_directions
-def test_a_pointwise_convolution_runs_at_the_small_resolution(upsample: bool) -> None:
-    problem = draw(upsample, kernel=(1, 1), size=(8, 8), dtype=torch.float32)
-    counts = {}
-    for backend in ("plain", "auto"):
-        with FlopCounterMode(display=False) as counter:
-            ours(problem, backend)
-        counts[backend] = counter.get_total_flops()
-    assert counts["auto"] * 4 == counts["plain"]
-
-
-# --- dtypes, memory formats, transformations --------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("form", "expected"), [("matmul", 1 / 4), ("filtered", 1 / 4), ("folded", 4 / 9), ("reordered", 1 / 4)]
+)
+def test_a_quarter_or_four_ninths_of_the_multiplications_are_done(
+    form: str, expected: float, upsample: bool
+) -> None:
+    problem = fitting(upsample, form, size=(64, 64), dtype=torch.float32)
+    # The forms differ by a row or two at the border.
+    assert flops(problem, form) / flops(problem, "plain") == pytest.approx(expected, rel=0.04)
 
 
 @every_form
@@ -267,9 +261,8 @@ def test_half_precision_is_about_as_exact_as_the_composition(
 @every_backend
 @both_directions
 def test_autocast_lowers_the_convolution_and_not_the_folding(upsample: bool, backend: str) -> None:
-    kernel = (1, 1) if backend == "reordered" else (3, 3)
-    problem = draw(upsample, kernel=kernel, channels=(16, 16), size=(8, 8), dtype=torch.float32)
-    leaves = [t.requires_grad_() for t in (problem.x, problem.weight, problem.bias) if t is not None]
+    problem = fitting(upsample, backend, channels=(16, 16), size=(8, 8), dtype=torch.float32)
+    leaves = leaves_of(problem)
     with torch.autocast("cpu", torch.bfloat16):
         y, plain = ours(problem, backend), composed(problem)
         assert folded_weight(problem.weight, 2).dtype == torch.float32
@@ -284,8 +277,7 @@ def test_autocast_lowers_the_convolution_and_not_the_folding(upsample: bool, bac
 @every_backend
 @both_directions
 def test_memory_format_of_the_input_is_kept(upsample: bool, backend: str) -> None:
-    kernel = (1, 1) if backend == "reordered" else (3, 3)
-    problem = draw(upsample, kernel=kernel)
+    problem = fitting(upsample, backend)
     strided = problem._replace(x=problem.x.to(memory_format=torch.channels_last))
     y, expected = ours(strided, backend), ours(problem, backend)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -307,26 +299,19 @@ def test_slices_of_larger_tensors_give_the_values_of_their_copies(upsample: bool
 @every_backend
 @both_directions
 def test_vmap_and_forward_mode_derivatives_agree_with_the_composition(upsample: bool, backend: str) -> None:
-    problem = draw(upsample, kernel=(1, 1) if backend == "reordered" else (3, 3))
+    problem = fitting(upsample, backend)
     many = torch.stack([problem.x, 2 * problem.x])
 
-    def function(x: Tensor, compute: Callable[[Problem], Tensor]) -> Tensor:
-        return compute(problem._replace(x=x))
+    def function(x: Tensor) -> Tensor:
+        return ours(problem._replace(x=x), backend)
 
-    def each(problem: Problem) -> Tensor:
-        return ours(problem, backend)
+    def plain(x: Tensor) -> Tensor:
+        return composed(problem._replace(x=x))
 
-    mapped = torch.func.vmap(lambda x: function(x, each))(many)
-    torch.testing.assert_close(mapped, torch.stack([composed(problem._replace(x=x)) for x in many]))
+    torch.testing.assert_close(torch.func.vmap(function)(many), torch.stack([plain(x) for x in many]))
     tangent = torch.randn_like(problem.x)
-    results = [
-        torch.func.jvp(lambda x, c=compute: function(x, c), (problem.x,), (tangent,))
-        for compute in (each, composed)
-    ]
-    torch.testing.assert_close(*results)
-
-
-# --- which form serves -----------------------------------------------------------------------------------------
+    found, expected = (torch.func.jvp(each, (problem.x,), (tangent,)) for each in (function, plain))
+    torch.testing.assert_close(found, expected)
 
 
 def chosen(
@@ -378,24 +363,32 @@ def test_on_a_cpu_the_measured_rule_chooses(
 
 
 @both_directions
-def test_half_precision_needs_twice_the_work_to_leave_the_plain_form(upsample: bool) -> None:
-    side = 8 if upsample else 16
-    assert chosen(8, (48, 48), side, upsample) == "filtered"
-    assert chosen(8, (48, 48), side, upsample, dtype=torch.bfloat16) == "plain"
-    assert chosen(16, (64, 64), side, upsample, dtype=torch.bfloat16) == "filtered"
-
-
-@both_directions
-@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_pointwise_convolutions_are_reordered_everywhere(device: str, upsample: bool) -> None:
-    assert chosen(1, (3, 2), 4, upsample, kernel=1, device=device) == "reordered"
-
-
-@both_directions
-def test_other_devices_take_what_was_reasoned_or_the_plain_form(upsample: bool) -> None:
-    assert chosen(4, (64, 64), 32, upsample, device="cuda") == "folded"
-    assert chosen(4, (64, 64), 32, upsample, device="cuda", dilation=2) == "plain"
-    assert chosen(4, (64, 64), 32, upsample, device="mps") == "plain"
+@pytest.mark.parametrize(
+    ("batch", "channels", "side", "options", "expected"),
+    [
+        # Half precision needs twice the work to leave the plain form.
+        (8, 48, 8, {}, "filtered"),
+        (8, 48, 8, {"dtype": torch.bfloat16}, "plain"),
+        (16, 64, 8, {"dtype": torch.bfloat16}, "filtered"),
+        # Pointwise convolutions are reordered everywhere.
+        (1, 3, 2, {"kernel": 1}, "reordered"),
+        (1, 3, 2, {"kernel": 1, "device": "cuda"}, "reordered"),
+        (1, 3, 2, {"kernel": 1, "device": "mps"}, "reordered"),
+        # Other devices take what should be fast there, or the plain form.
+        (4, 64, 32, {"device": "cuda"}, "folded"),
+        (4, 64, 32, {"device": "cuda", "dilation": 2}, "plain"),
+        (4, 64, 32, {"device": "mps"}, "plain"),
+        # A large map that cannot be folded is filtered.
+        (16, 64, 64, {}, "folded"),
+        (16, 64, 64, {"dilation": 2}, "filtered"),
+    ],
+)
+def test_dtype_device_and_options_bear_on_the_choice(
+    batch: int, channels: int, side: int, options: dict[str, Any], expected: str, upsample: bool
+) -> None:
+    assert (
+        chosen(batch, (channels, channels), side if upsample else 2 * side, upsample, **options) == expected
+    )
 
 
 @both_directions
@@ -418,12 +411,6 @@ def test_a_factor_of_one_is_the_convolution(upsample: bool) -> None:
     torch.testing.assert_close(ours(problem, "auto"), expected)
     with pytest.raises(ValueError, match="there is nothing to resample"):
         ours(problem, "folded")
-
-
-@both_directions
-def test_a_large_map_that_cannot_be_folded_is_filtered(upsample: bool) -> None:
-    assert chosen(16, (64, 64), 128, upsample) == "folded"
-    assert chosen(16, (64, 64), 128, upsample, dilation=2) == "filtered"
 
 
 @pytest.mark.parametrize(
