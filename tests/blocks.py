@@ -43,47 +43,43 @@ class Block:
     autocast_dtype: torch.dtype = torch.float32
 
 
-def _image(*shape: int) -> Callable[[int, torch.Generator], tuple[Tensor, ...]]:
+Draw = Callable[[int, torch.Generator], tuple[Tensor, ...]]
+
+
+def _image(*shape: int) -> Draw:
     return lambda batch, generator: (torch.randn(batch, *shape, generator=generator),)
 
 
-def _with_labels(*shape: int) -> Callable[[int, torch.Generator], tuple[Tensor, ...]]:
-    return lambda batch, generator: (
-        torch.randn(batch, *shape, generator=generator),
-        torch.randint(CLASSES, (batch,), generator=generator),
-    )
-
-
-def _with_vectors(*shape: int) -> Callable[[int, torch.Generator], tuple[Tensor, ...]]:
-    return lambda batch, generator: (
-        torch.randn(batch, *shape, generator=generator),
-        torch.randn(batch, CONDITION, generator=generator),
-    )
+def _labels(batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return (torch.randint(CLASSES, (batch,), generator=generator),)
 
 
 def _indices(batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     return (torch.randint(CLASSES, (batch, 2), generator=generator),)
 
 
-def _state(*layers: str, bias: bool) -> tuple[str, ...]:
-    names = ("weight", "bias", "weight_u", "weight_v") if bias else ("weight", "weight_u", "weight_v")
-    return tuple(f"{layer}{name}" for layer in layers for name in names)
+def _both(first: Draw, second: Draw) -> Draw:
+    return lambda batch, generator: (*first(batch, generator), *second(batch, generator))
 
 
-_NORM_STATE = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
+def _of(*parts: str, state: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{part}.{name}" for part in parts for name in state)
+
+
+_PLAIN = ("weight", "bias")
+_SN = ("weight", "weight_u", "weight_v")
+_SN_BIAS = (*_SN, "bias")
+_ATTENTION = ("gamma", *_of("query", "key", "value", "out", state=_SN))
+_NORM = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
+_HALF = torch.bfloat16
 
 BLOCKS = [
-    Block(
-        "attention",
-        lambda **to: SelfAttention2d(16, gamma_init=0.7, **to),
-        _image(16, 5, 7),
-        ("gamma", *_state("query.", "key.", "value.", "out.", bias=False)),
-    ),
+    Block("attention", lambda **to: SelfAttention2d(16, gamma_init=0.7, **to), _image(16, 5, 7), _ATTENTION),
     Block(
         "attention_paper",
         lambda **to: SelfAttention2d(16, pool_size=1, value_channels=2, gamma_init=0.7, **to),
         _image(16, 4, 3),
-        ("gamma", *_state("query.", "key.", "value.", "out.", bias=False)),
+        _ATTENTION,
     ),
     Block(
         "attention_plain_biased_without_output",
@@ -91,108 +87,91 @@ BLOCKS = [
             6, pool_size=1, output_projection=False, bias=True, spectral_norm=False, gamma_init=0.7, **to
         ),
         _image(6, 4, 3),
-        ("gamma", *(f"{part}.{name}" for part in ("query", "key", "value") for name in ("weight", "bias"))),
+        ("gamma", *_of("query", "key", "value", state=_PLAIN)),
     ),
-    Block(
-        "conv",
-        lambda **to: SNConv2d(4, 6, 3, padding=1, **to),
-        _image(4, 7, 5),
-        _state("", bias=True),
-        torch.bfloat16,
-    ),
+    Block("conv", lambda **to: SNConv2d(4, 6, 3, padding=1, **to), _image(4, 7, 5), _SN_BIAS, _HALF),
     Block(
         "conv_grouped_strided",
         lambda **to: SNConv2d(
             4, 6, (3, 2), stride=2, groups=2, bias=False, padding_mode="reflect", padding=1, **to
         ),
         _image(4, 7, 5),
-        _state("", bias=False),
-        torch.bfloat16,
+        _SN,
+        _HALF,
     ),
     Block(
         "conv_upsampled",
         lambda **to: SNConv2d(4, 6, 3, padding=1, upsample=2, backend="filtered", **to),
         _image(4, 3, 5),
-        _state("", bias=True),
-        torch.bfloat16,
+        _SN_BIAS,
+        _HALF,
     ),
     Block(
         "conv_downsampled",
         lambda **to: SNConv2d(4, 6, 5, padding="same", downsample=3, backend="folded", **to),
         _image(4, 7, 6),
-        _state("", bias=True),
-        torch.bfloat16,
+        _SN_BIAS,
+        _HALF,
     ),
     Block(
         "conv_plain_upsampled_grouped",
         lambda **to: ResamplingConv2d(4, 6, 3, padding=1, groups=2, upsample=2, backend="matmul", **to),
         _image(4, 3, 5),
-        ("weight", "bias"),
-        torch.bfloat16,
+        _PLAIN,
+        _HALF,
     ),
     Block(
         "conv_pointwise_downsampled",
         lambda **to: SNConv2d(4, 6, 1, bias=False, downsample=2, **to),
         _image(4, 7, 5),
-        _state("", bias=False),
-        torch.bfloat16,
+        _SN,
+        _HALF,
     ),
     Block(
         "conv_transpose",
         lambda **to: SNConvTranspose2d(4, 6, 4, stride=2, padding=1, groups=2, **to),
         _image(4, 3, 5),
-        _state("", bias=True),
-        torch.bfloat16,
+        _SN_BIAS,
+        _HALF,
     ),
-    Block(
-        "linear",
-        lambda **to: SNLinear(7, 4, n_power_iterations=2, **to),
-        _image(7),
-        _state("", bias=True),
-        torch.bfloat16,
-    ),
-    Block(
-        "embedding",
-        lambda **to: SNEmbedding(CLASSES, 4, **to),
-        _indices,
-        _state("", bias=False),
-    ),
+    Block("linear", lambda **to: SNLinear(7, 4, n_power_iterations=2, **to), _image(7), _SN_BIAS, _HALF),
+    Block("embedding", lambda **to: SNEmbedding(CLASSES, 4, **to), _indices, _SN),
     Block(
         "batch_norm_labels",
         lambda **to: ConditionalBatchNorm2d(4, CLASSES, **to),
-        _with_labels(4, 3, 5),
-        ("weight", "bias", *_NORM_STATE),
+        _both(_image(4, 3, 5), _labels),
+        (*_PLAIN, *_NORM),
     ),
     Block(
         "batch_norm_vectors",
         lambda **to: ConditionalBatchNorm2d(4, condition_features=CONDITION, spectral_norm=True, **to),
-        _with_vectors(4, 3, 5),
-        (*_state("weight_projection.", "bias_projection.", bias=False), *_NORM_STATE),
+        _both(_image(4, 3, 5), _image(CONDITION)),
+        (*_of("weight_projection", "bias_projection", state=_SN), *_NORM),
     ),
     Block(
         "batch_norm_unconditional_biased_average",
         lambda **to: ConditionalBatchNorm2d(4, momentum=None, biased_running_var=True, **to),
         _image(4, 3, 5),
-        ("weight", "bias", *_NORM_STATE),
+        (*_PLAIN, *_NORM),
     ),
     Block(
         "batch_norm_without_running_statistics",
         lambda **to: ConditionalBatchNorm2d(4, CLASSES, track_running_stats=False, **to),
-        _with_labels(4, 3, 5),
-        ("weight", "bias"),
+        _both(_image(4, 3, 5), _labels),
+        _PLAIN,
     ),
     Block(
         "head",
         lambda **to: ProjectionDiscriminatorHead(6, CLASSES, **to),
-        _with_labels(6, 3, 4),
-        (*_state("linear.", bias=True), *_state("embedding.", bias=False)),
+        _both(_image(6, 3, 4), _labels),
+        (*_of("linear", state=_SN_BIAS), *_of("embedding", state=_SN)),
     ),
     Block(
         "head_plain_mean_unconditional",
         lambda **to: ProjectionDiscriminatorHead(6, None, "mean", spectral_norm=False, **to),
         _image(6, 3, 4),
-        ("linear.weight", "linear.bias"),
-        torch.bfloat16,
+        _of("linear", state=_PLAIN),
+        _HALF,
     ),
 ]
 

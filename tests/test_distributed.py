@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from blocks import assert_close, assert_same, state_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,9 +39,6 @@ CHANNELS, CLASSES, CONDITION = 3, 4, 5
 SPLITS = {"equal": (4, 4), "unequal": (3, 5), "one_value_each": (1, 1)}
 CONDITIONS = ["labels", "vectors", "none"]
 STEPS = 3
-
-
-# --- what every process computes, whole or in part -----------------------------------------------------------------
 
 
 def batch_norm(condition: str, biased: bool) -> ConditionalBatchNorm2d:
@@ -74,7 +72,7 @@ def whole_batch(split: str, condition: str) -> tuple[Tensor, Tensor | None, Tens
     return x, None, weights
 
 
-def own_part(tensor: Tensor, sizes: tuple[int, int], rank: int | None) -> Tensor:
+def part_of(tensor: Tensor, sizes: tuple[int, int], rank: int | None) -> Tensor:
     return tensor if rank is None else tensor.split(sizes)[rank]
 
 
@@ -83,16 +81,16 @@ def batch_norm_pass(condition: str, split: str, biased: bool, rank: int | None) 
     module = batch_norm(condition, biased)
     x, extra, weights = whole_batch(split, condition)
     sizes = SPLITS[split]
-    x = own_part(x, sizes, rank).clone().requires_grad_()
-    inputs = (x,) if extra is None else (x, own_part(extra, sizes, rank))
+    x = part_of(x, sizes, rank).clone().requires_grad_()
+    inputs = (x,) if extra is None else (x, part_of(extra, sizes, rank))
     y = module(*inputs)
-    (gradient,) = torch.autograd.grad((y.pow(3) * own_part(weights, sizes, rank)).sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad((y.pow(3) * part_of(weights, sizes, rank)).sum(), x, create_graph=True)
     results = {"output": y.detach(), "input gradient": gradient.detach()}
     (second,) = torch.autograd.grad(gradient.square().sum(), x, create_graph=True)
     results["second input gradient"] = second.detach()
     parameters = dict(module.named_parameters())
     for order, loss in (
-        ("", (y.pow(3) * own_part(weights, sizes, rank)).sum()),
+        ("", (y.pow(3) * part_of(weights, sizes, rank)).sum()),
         ("second ", gradient.square().sum()),
     ):
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
@@ -123,7 +121,7 @@ class Discriminator(nn.Module):
 
 
 def train_discriminator(rank: int | None) -> dict[str, Tensor]:
-    """Some steps with a moving pass over real and a frozen one over fake images before each backward."""
+    """Some steps with an updating pass over real and a frozen one over fake images before each backward."""
     torch.manual_seed(2)
     module = Discriminator().double()
     model = module if rank is None else DistributedDataParallel(module)
@@ -136,14 +134,14 @@ def train_discriminator(rank: int | None) -> dict[str, Tensor]:
         for _ in range(2):
             images = torch.randn(6, 2, 5, 4, generator=generator, dtype=torch.float64)
             labels = torch.randint(CLASSES, (6,), generator=generator)
-            parts.append((own_part(images, (3, 3), rank), own_part(labels, (3, 3), rank)))
+            parts.append((part_of(images, (3, 3), rank), part_of(labels, (3, 3), rank)))
         real_logits = model(*parts[0])
         with frozen_spectral_norm(model):
             fake_logits = model(*parts[1])
         optimizer.zero_grad()
         hinge_discriminator_loss(real_logits=real_logits, fake_logits=fake_logits).backward()
         optimizer.step()
-    return {name: value.clone() for name, value in module.state_dict().items()}
+    return state_of(module)
 
 
 def train_with_shared_weights(rank: int | None) -> dict[str, Tensor]:
@@ -163,11 +161,11 @@ def train_with_shared_weights(rank: int | None) -> dict[str, Tensor]:
             for part, last in ((images[0], False), (images[1], True)):
                 waits = rank is not None and not last
                 with model.no_sync() if waits else contextlib.nullcontext():
-                    (model(own_part(part, (3, 3), rank)).square().mean() / 2).backward()
+                    (model(part_of(part, (3, 3), rank)).square().mean() / 2).backward()
         results |= {f"{step} grad {name}": p.grad.clone() for name, p in module.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
-    return results | {name: value.clone() for name, value in module.state_dict().items()}
+    return results | state_of(module)
 
 
 def gather_standing_statistics(biased: bool, rank: int | None) -> dict[str, Tensor]:
@@ -180,62 +178,57 @@ def gather_standing_statistics(biased: bool, rank: int | None) -> dict[str, Tens
     torch.manual_seed(4)
     model[1].reset_parameters()
     batches = [torch.randn(n, CHANNELS, 3, 4, dtype=torch.float64) * n + n for n in (2, 7, 4)]
-    own = batches if rank is None else batches[:1] if rank == 0 else batches[1:]
+    local = batches if rank is None else batches[:1] if rank == 0 else batches[1:]
     with torch.no_grad(), standing_statistics(model):
-        for batch in own:
+        for batch in local:
             model(batch)
-    return {name: value.clone() for name, value in model.state_dict().items()} | {
-        "all values": torch.cat(batches)
-    }
+    return state_of(model) | {"all values": torch.cat(batches)}
+
+
+def message_of(call: Callable[[], object]) -> str:
+    with pytest.raises(ValueError, match="expected") as caught:
+        call()
+    return str(caught.value)
+
+
+def gather_nothing() -> None:
+    with standing_statistics(ConditionalBatchNorm2d(CHANNELS)):
+        pass
 
 
 def refusals() -> dict[str, str]:
     """Messages of what a process inside a group has to refuse."""
-    messages = {}
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(ConditionalBatchNorm2d(CHANNELS), process_group=alone)
-    try:
-        module(torch.ones(1, CHANNELS, 1, 1))
-    except ValueError as error:
-        messages["single value in a group of one"] = str(error)
-    one = synchronize_batch_norm(ConditionalBatchNorm2d(CHANNELS))
-    try:
-        one(torch.ones(dist.get_rank(), CHANNELS, 1, 1))
-    except ValueError as error:
-        messages["single value in all processes"] = str(error)
-    silent = ConditionalBatchNorm2d(CHANNELS)
-    try:
-        with standing_statistics(silent):
-            pass
-    except ValueError as error:
-        messages["nothing gathered anywhere"] = str(error)
-    return messages
+    of_one = nn.SyncBatchNorm.convert_sync_batchnorm(ConditionalBatchNorm2d(CHANNELS), process_group=alone)
+    of_all = synchronize_batch_norm(ConditionalBatchNorm2d(CHANNELS))
+    return {
+        "single value in a group of one": message_of(lambda: of_one(torch.ones(1, CHANNELS, 1, 1))),
+        "single value in all processes": message_of(
+            lambda: of_all(torch.ones(dist.get_rank(), CHANNELS, 1, 1))
+        ),
+        "nothing gathered anywhere": message_of(gather_nothing),
+    }
 
 
-def average_is_synchronised_only_in_training() -> dict[str, bool]:
-    """With other inputs on the other process, evaluation must neither wait for it nor depend on it."""
+def evaluation_beside_another_process() -> bool:
+    """Whether frozen statistics give evaluation's output, computed by the first process alone."""
     module = batch_norm("none", biased=False)
     x = torch.randn(2, CHANNELS, 2, 2, generator=torch.Generator().manual_seed(dist.get_rank())).double()
     module(x)
-    module.eval()
-    y = module(x) if dist.get_rank() == 0 else None  # a collective call here would hang
-    frozen = copy.deepcopy(module).train()
+    frozen = copy.deepcopy(module)
     frozen.norm.eval()
-    if dist.get_rank() == 0:
-        return {"frozen equals evaluation": torch.equal(frozen(x), y)}
-    return {}
+    return dist.get_rank() > 0 or torch.equal(frozen(x), module.eval()(x))  # a collective call would hang
 
 
 def uneven_batches(rank: int | None) -> dict[str, Tensor]:
     """Of sizes for which this process alone would choose different backends."""
     x = torch.randn(4, CHANNELS, 100, 100, generator=torch.Generator().manual_seed(7)).double()
     parts = {None: x, 0: x[:3], 1: x[3:]}
-    own = parts[rank].clone().requires_grad_()
+    local = parts[rank].clone().requires_grad_()
     module = synchronize_batch_norm(ConditionalBatchNorm2d(CHANNELS).double())
-    y = module(own)
+    y = module(local)
     y.pow(3).sum().backward()
-    assert own.grad is not None
-    return {"y": y.detach(), "gradient": own.grad, "running_var": module.norm.running_var}
+    return {"y": y.detach(), "gradient": local.grad, "running_var": module.norm.running_var}
 
 
 CASES = [
@@ -254,7 +247,7 @@ def work(rank: int, world_size: int, folder: str) -> None:
             "standing": {biased: gather_standing_statistics(biased, rank) for biased in (False, True)},
             "refusals": refusals(),
             "uneven": uneven_batches(rank),
-            "evaluation": average_is_synchronised_only_in_training(),
+            "evaluation": evaluation_beside_another_process(),
         }
         torch.save(results, Path(folder) / f"{rank}.pt")
         dist.barrier()
@@ -262,11 +255,18 @@ def work(rank: int, world_size: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def no_process_group() -> Iterator[None]:
+def whole(compute: Callable[..., dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
+    """What one process computes without a group."""
     assert not dist.is_initialized()
-    yield
-    assert not dist.is_initialized()
+    return compute(*arguments, rank=None)
+
+
+def assert_equal_and_close(
+    results: list[dict[str, Tensor]], expected: dict[str, Tensor], rtol: float, atol: float
+) -> None:
+    """Both processes have the same bits, close to those of one process."""
+    assert_same(*results)
+    assert_close(results[0], expected, rtol, atol)
 
 
 @pytest.fixture(scope="module")
@@ -290,23 +290,19 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-# --- comparisons -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_synchronised_batch_norm_of_two_processes_is_that_of_the_whole_batch(
     ranks: list[dict[str, Any]], case: tuple[str, str, bool]
 ) -> None:
-    with no_process_group():
-        whole = batch_norm_pass(*case, rank=None)
+    one_process = whole(batch_norm_pass, *case)
     first, second = (results["batch_norm"][case] for results in ranks)
-    assert first.keys() == second.keys() == whole.keys()
-    assert any(name.startswith("second parameter gradient") for name in whole)
-    for name, expected in whole.items():
+    assert first.keys() == second.keys() == one_process.keys()
+    assert any(name.startswith("second parameter gradient") for name in one_process)
+    for name, expected in one_process.items():
         if name.startswith("running"):
             assert torch.equal(first[name], second[name])
             actual = first[name]
-        elif "parameter gradient" in name:  # of a sum over samples, so the whole's is the sum
+        elif "parameter gradient" in name:  # of a sum over samples
             actual = first[name] + second[name]
         else:
             actual = torch.cat([first[name], second[name]])
@@ -317,53 +313,37 @@ def test_synchronised_batch_norm_of_two_processes_is_that_of_the_whole_batch(
 
 
 def test_batches_of_different_sizes_are_normalised_together(ranks: list[dict[str, Any]]) -> None:
-    with no_process_group():
-        whole = uneven_batches(None)
+    expected = whole(uneven_batches)
     first, second = (results["uneven"] for results in ranks)
     for name in ("y", "gradient"):
-        torch.testing.assert_close(torch.cat([first[name], second[name]]), whole[name])
-    torch.testing.assert_close(first["running_var"], whole["running_var"])
+        torch.testing.assert_close(torch.cat([first[name], second[name]]), expected[name])
+    torch.testing.assert_close(first["running_var"], expected["running_var"])
 
 
 def test_training_on_two_processes_is_training_on_one(ranks: list[dict[str, Any]]) -> None:
-    with no_process_group():
-        whole = train_discriminator(None)
-    first, second = (results["discriminator"] for results in ranks)
-    assert first.keys() == whole.keys()
-    for name, expected in whole.items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(
-            first[name], expected, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    expected = whole(train_discriminator)
+    assert_equal_and_close([results["discriminator"] for results in ranks], expected, rtol=1e-6, atol=1e-8)
     torch.manual_seed(2)
     start = Discriminator().double().state_dict()
-    moved = [name for name, value in whole.items() if not torch.equal(value, start[name])]
-    assert {"conv.weight", "conv.weight_u", "norm.norm.running_var", "attention.gamma"} <= set(moved)
+    changed = {name for name, value in expected.items() if not torch.equal(value, start[name])}
+    assert {"conv.weight", "conv.weight_u", "norm.norm.running_var", "attention.gamma"} <= changed
 
 
 def test_shared_weights_and_accumulated_gradients_are_equal_on_one_and_two_processes(
     ranks: list[dict[str, Any]],
 ) -> None:
-    with no_process_group():
-        whole = train_with_shared_weights(None)
-    first, second = (results["shared weights"] for results in ranks)
-    assert first.keys() == whole.keys()
-    for name, expected in whole.items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], expected, rtol=1e-9, atol=1e-12)
+    expected = whole(train_with_shared_weights)
+    assert_equal_and_close([results["shared weights"] for results in ranks], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_standing_statistics_are_equal_on_one_and_two_processes(
     ranks: list[dict[str, Any]], biased: bool
 ) -> None:
-    with no_process_group():
-        whole = gather_standing_statistics(biased, None)
+    expected = whole(gather_standing_statistics, biased)
     first, second = (results["standing"][biased] for results in ranks)
-    for name, expected in whole.items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], expected, rtol=1e-12, atol=1e-12)
-    values = whole["all values"].transpose(0, 1).flatten(1)
+    assert_equal_and_close([first, second], expected, rtol=1e-12, atol=1e-12)
+    values = expected["all values"].transpose(0, 1).flatten(1)
     torch.testing.assert_close(first["0.norm.running_mean"], values.mean(1))
     torch.testing.assert_close(first["0.norm.running_var"], values.var(1, correction=0 if biased else 1))
 
@@ -381,15 +361,14 @@ def test_processes_refuse_what_one_process_refuses(ranks: list[dict[str, Any]]) 
 
 
 def test_evaluation_and_frozen_statistics_do_not_communicate(ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["evaluation"] == {"frozen equals evaluation": True}
+    assert all(results["evaluation"] for results in ranks)
 
 
 def test_conversion_keeps_the_state_and_its_names() -> None:
     module = ConditionalBatchNorm2d(CHANNELS, CLASSES)
     module(torch.randn(4, CHANNELS, 2, 2), torch.arange(4))
-    before = copy.deepcopy(module.state_dict())
+    before = state_of(module)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    assert converted.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in converted.state_dict().items())
+    assert_same(converted.state_dict(), before)
     x, labels = torch.randn(4, CHANNELS, 2, 2), torch.arange(4)
     assert torch.isfinite(converted(x, labels)).all()  # one process without a group works as well
