@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -41,31 +42,19 @@ numbers = st.floats(-1e3, 1e3, allow_nan=False, width=32)
 logit_lists = st.lists(numbers, min_size=1, max_size=9)
 
 
-# --- adversarial losses ----------------------------------------------------------------------------------------
-
-
 @given(real=logit_lists, fake=logit_lists)
 def test_losses_are_the_written_out_formulas(real: list[float], fake: list[float]) -> None:
     def softplus(value: float) -> float:
         return max(value, 0) + math.log1p(math.exp(-abs(value)))
 
-    def mean(values: list[float]) -> float:
-        return math.fsum(values) / len(values)
-
-    real_logits, fake_logits = torch.tensor(real).double(), torch.tensor(fake).double()
-    for loss, expected in (
-        (hinge_discriminator_loss, mean([max(0, 1 - r) for r in real]) + mean([max(0, 1 + f) for f in fake])),
-        (
-            softplus_discriminator_loss,
-            mean([softplus(-r) for r in real]) + mean([softplus(f) for f in fake]),
-        ),
-    ):
-        value = loss(real_logits=real_logits, fake_logits=fake_logits)
-        assert value.item() == pytest.approx(expected, rel=1e-7, abs=1e-7)
+    hinge = fmean(max(0, 1 - r) for r in real) + fmean(max(0, 1 + f) for f in fake)
+    cross_entropy = fmean(softplus(-r) for r in real) + fmean(softplus(f) for f in fake)
+    logits = {"real_logits": torch.tensor(real).double(), "fake_logits": torch.tensor(fake).double()}
+    assert hinge_discriminator_loss(**logits).item() == pytest.approx(hinge, rel=1e-7, abs=1e-7)
+    assert softplus_discriminator_loss(**logits).item() == pytest.approx(cross_entropy, rel=1e-7, abs=1e-7)
     for generator_loss in GENERATOR_LOSSES:
-        assert generator_loss(fake_logits=fake_logits).item() == pytest.approx(
-            -mean(fake), rel=1e-9, abs=1e-9
-        )
+        value = generator_loss(fake_logits=logits["fake_logits"]).item()
+        assert value == pytest.approx(-fmean(fake), rel=1e-9, abs=1e-9)
 
 
 @given(real=logit_lists, fake=logit_lists)
@@ -145,18 +134,18 @@ def test_arguments_are_keyword_only(loss: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "function", "arguments"),
+    ("module", "function"),
     [
-        (HingeDiscriminatorLoss(), hinge_discriminator_loss, ("real_logits", "fake_logits")),
-        (HingeGeneratorLoss(), hinge_generator_loss, ("fake_logits",)),
-        (SoftplusDiscriminatorLoss(), softplus_discriminator_loss, ("real_logits", "fake_logits")),
-        (SoftplusGeneratorLoss(), softplus_generator_loss, ("fake_logits",)),
+        (HingeDiscriminatorLoss(), hinge_discriminator_loss),
+        (HingeGeneratorLoss(), hinge_generator_loss),
+        (SoftplusDiscriminatorLoss(), softplus_discriminator_loss),
+        (SoftplusGeneratorLoss(), softplus_generator_loss),
     ],
 )
-def test_modules_compute_what_the_functions_do(
-    module: nn.Module, function: Callable[..., Tensor], arguments: tuple[str, ...]
-) -> None:
-    logits = {name: torch.randn(5) for name in arguments}
+def test_modules_compute_what_the_functions_do(module: nn.Module, function: Callable[..., Tensor]) -> None:
+    logits = {"fake_logits": torch.randn(5)}
+    if function in DISCRIMINATOR_LOSSES:
+        logits["real_logits"] = torch.randn(5)
     assert torch.equal(module(**logits), function(**logits))
     with pytest.raises(TypeError, match="positional argument"):
         module(*logits.values())
@@ -180,9 +169,6 @@ def test_wrong_logits_are_refused(name: str, wrong: Any, error: type[Exception],
         for loss in GENERATOR_LOSSES:
             with pytest.raises(error, match=f"{name}: {message}"):
                 loss(fake_logits=wrong)
-
-
-# --- gradient penalties ----------------------------------------------------------------------------------------
 
 
 class EveryBlock(nn.Module):
@@ -209,11 +195,9 @@ class EveryBlock(nn.Module):
         return logits
 
 
-def every_block(*, batch_statistics: bool) -> EveryBlock:
-    """In float64 and with u and v held, so that finite differences can be compared."""
-    model = EveryBlock().double().train(batch_statistics)
-    hold_vectors(model)
-    return model
+def every_block(*, batch_statistics: bool) -> nn.Module:
+    """In float64 and with constant u and v, so that finite differences can be compared."""
+    return hold_vectors(EveryBlock().double().train(batch_statistics))
 
 
 IMAGES = torch.randn(2, 2, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -252,10 +236,10 @@ def test_gradient_of_the_penalty_reaches_every_parameter_as_finite_differences_s
     model = every_block(batch_statistics=batch_statistics)
     penalty_of(model, kind).backward()
     step = 1e-6
-    silent = []
+    without_gradient = []
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
-            silent.append(name)
+            without_gradient.append(name)
             continue
         direction = torch.randn(parameter.shape, dtype=torch.float64)
         values = []
@@ -268,7 +252,7 @@ def test_gradient_of_the_penalty_reaches_every_parameter_as_finite_differences_s
         analytic = (parameter.grad * direction).sum().item()
         assert analytic == pytest.approx(numeric, rel=1e-5, abs=1e-7), name
     # Additive terms after the last nonlinearity drop out of the gradient by the images.
-    assert silent in ([], ["head.linear.bias"])
+    assert without_gradient in ([], ["head.linear.bias"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -280,7 +264,7 @@ def test_float32_penalty_and_its_gradient_agree_with_float64(kind: str) -> None:
     expected.backward()
     value.backward()
     references = dict(exact.named_parameters())
-    largest = max(r.grad.abs().max().item() for r in references.values() if r.grad is not None)
+    largest = max(each.grad.abs().max().item() for each in references.values() if each.grad is not None)
     for name, parameter in single.named_parameters():
         reference = references[name].grad
         if reference is None:
@@ -363,54 +347,27 @@ def test_penalty_module_is_the_function(kind: str) -> None:
     assert repr(module) == f"GradientPenalty(kind={kind!r}{', target=0.5' if kind == 'wgan-gp' else ''})"
 
 
-WITH_GRADIENT = torch.ones(2, 3, requires_grad=True)
+POINTS = torch.ones(2, 3, requires_grad=True)
+CONSTANT, UNRELATED = torch.ones(2), torch.ones(2, requires_grad=True) * 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("changes", "error", "message"),
     [
-        (
-            {"logits": WITH_GRADIENT.sum(1), "images": WITH_GRADIENT, "kind": "r3"},
-            ValueError,
-            "kind: expected 'r1', 'r2' or 'wgan-gp', got 'r3'",
-        ),
-        (
-            {"logits": WITH_GRADIENT.sum(1), "images": torch.ones(2, 3)},
-            ValueError,
-            r"images: expected requires_grad; call images\.requires_grad_\(\) before D",
-        ),
-        (
-            {"logits": torch.ones(2), "images": WITH_GRADIENT},
-            ValueError,
-            "logits: expected a graph; call D with gradients enabled",
-        ),
-        (
-            {"logits": torch.ones(2, requires_grad=True) * 2, "images": WITH_GRADIENT},
-            ValueError,
-            "logits: expected to depend on the images, but they do not",
-        ),
-        (
-            {"logits": torch.ones(2, dtype=torch.long), "images": WITH_GRADIENT},
-            TypeError,
-            "logits: expected a floating-point tensor, got torch.int64",
-        ),
-        (
-            {"logits": WITH_GRADIENT.sum(1), "images": torch.ones(2, dtype=torch.uint8)},
-            TypeError,
-            "images: expected a floating-point tensor, got torch.uint8",
-        ),
-        (
-            {"logits": WITH_GRADIENT.sum(1)[:0], "images": WITH_GRADIENT},
-            ValueError,
-            r"logits: expected at least one entry, got shape \[0\]",
-        ),
+        ({"kind": "r3"}, ValueError, "kind: expected 'r1', 'r2' or 'wgan-gp', got 'r3'"),
+        ({"images": POINTS.detach()}, ValueError, r"expected requires_grad; call images\.requires_grad_\(\)"),
+        ({"logits": CONSTANT}, ValueError, "logits: expected a graph; call D with gradients enabled"),
+        ({"logits": UNRELATED}, ValueError, "logits: expected to depend on the images, but they do not"),
+        ({"logits": CONSTANT.long()}, TypeError, "logits: expected a floating-point tensor, got torch.int64"),
+        ({"images": CONSTANT.byte()}, TypeError, "images: expected a floating-point tensor, got torch.uint8"),
+        ({"logits": UNRELATED[:0]}, ValueError, r"logits: expected at least one entry, got shape \[0\]"),
     ],
 )
 def test_impossible_penalties_are_refused(
-    arguments: dict[str, Any], error: type[Exception], message: str
+    changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        gradient_penalty(**arguments)
+        gradient_penalty(**{"logits": POINTS.sum(1), "images": POINTS, **changes})
 
 
 def test_penalty_module_refuses_an_unknown_kind_at_once() -> None:
@@ -418,16 +375,13 @@ def test_penalty_module_refuses_an_unknown_kind_at_once() -> None:
         GradientPenalty("dragan")
 
 
-# --- interpolation ---------------------------------------------------------------------------------------------
-
-
 def test_interpolated_images_lie_on_the_segment_between_each_pair() -> None:
     real, fake = torch.randn(6, 3, 4, 4, requires_grad=True), torch.randn(6, 3, 4, 4)
     points = interpolate_images(real_images=real, fake_images=fake)
-    share = ((points - real) / (fake - real)).flatten(1)
-    torch.testing.assert_close(share, share[:, :1].expand_as(share), rtol=1e-2, atol=1e-3)
-    assert ((share > -1e-3) & (share < 1 + 1e-3)).all()
-    assert share[:, 0].unique().numel() == 6
+    weight = ((points - real) / (fake - real)).flatten(1)
+    torch.testing.assert_close(weight, weight[:, :1].expand_as(weight), rtol=1e-2, atol=1e-3)
+    assert ((weight > -1e-3) & (weight < 1 + 1e-3)).all()
+    assert weight[:, 0].unique().numel() == 6
     assert points.requires_grad
     assert points.is_leaf
 
@@ -441,45 +395,23 @@ def test_interpolation_repeats_with_its_generator() -> None:
     assert torch.equal(first, second)
 
 
+PAIR = torch.ones(2, 3)
+
+
 @pytest.mark.parametrize(
     ("real", "fake", "error", "message"),
     [
+        (PAIR, torch.ones(3, 3), ValueError, r"the shape of the real images \[2, 3\], got \[3, 3\]"),
+        (PAIR, PAIR.double(), TypeError, "the dtype of the real images torch.float32, got torch.float64"),
         (
-            torch.ones(2, 3),
-            torch.ones(3, 3),
-            ValueError,
-            r"fake_images: expected the shape of the real images \[2, 3\], got \[3, 3\]",
-        ),
-        (
-            torch.ones(2, 3),
-            torch.ones(2, 3).double(),
-            TypeError,
-            "fake_images: expected the dtype of the real images torch.float32, got torch.float64",
-        ),
-        (
-            torch.ones(2, 3),
-            torch.ones(2, 3, device="meta"),
+            PAIR,
+            PAIR.to("meta"),
             ValueError,
             "fake_images: expected the device of the real images, cpu, got meta",
         ),
-        (
-            torch.ones(2, dtype=torch.uint8),
-            torch.ones(2),
-            TypeError,
-            "real_images: expected a floating-point",
-        ),
-        (
-            torch.ones(2),
-            torch.ones(2, dtype=torch.uint8),
-            TypeError,
-            "fake_images: expected a floating-point",
-        ),
-        (
-            torch.ones(0, 3),
-            torch.ones(0, 3),
-            ValueError,
-            r"real_images: expected at least one entry.*\[0, 3\]",
-        ),
+        (PAIR.byte(), PAIR, TypeError, "real_images: expected a floating-point"),
+        (PAIR, PAIR.byte(), TypeError, "fake_images: expected a floating-point"),
+        (PAIR[:0], PAIR[:0], ValueError, r"real_images: expected at least one entry.*\[0, 3\]"),
     ],
 )
 def test_images_that_do_not_pair_are_refused(

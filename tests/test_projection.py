@@ -27,41 +27,29 @@ def weights(head: ProjectionDiscriminatorHead) -> tuple[Tensor, Tensor | None]:
 
 
 @given(
-    batch=st.integers(1, 4),
-    channels=st.integers(1, 7),
-    size=st.integers(1, 5),
-    classes=st.integers(1, 4),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(1, 5), st.integers(1, 5)),
+    classes=st.one_of(st.none(), st.integers(1, 4)),
     pooling=st.sampled_from(["sum", "mean"]),
     spectral_norm=st.booleans(),
-    conditional=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_logit_is_the_written_out_formula(
-    batch: int,
-    channels: int,
-    size: int,
-    classes: int,
-    pooling: str,
-    spectral_norm: bool,
-    conditional: bool,
-    seed: int,
+    shape: tuple[int, int, int, int], classes: int | None, pooling: str, spectral_norm: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    head = ProjectionDiscriminatorHead(
-        channels, classes if conditional else None, pooling, spectral_norm, dtype=torch.float64
-    ).eval()
-    x = torch.randn(batch, channels, size, size + 1, dtype=torch.float64)
-    labels = torch.randint(classes, (batch,)) if conditional else None
+    batch, channels, height, width = shape
+    head = ProjectionDiscriminatorHead(channels, classes, pooling, spectral_norm, dtype=torch.float64).eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    labels = None if classes is None else torch.randint(classes, (batch,))
     row, table = weights(head)
     logits = head(x, labels)
     assert logits.shape == (batch, 1)
     for n in range(batch):
         pooled = x[n].clamp(min=0).flatten(1).sum(1)
         if pooling == "mean":
-            pooled = pooled / (size * (size + 1))
+            pooled = pooled / (height * width)
         expected = row[0] @ pooled + head.linear.bias[0]
-        if table is not None:
-            assert labels is not None
+        if table is not None and labels is not None:
             expected = expected + table[labels[n]] @ pooled
         torch.testing.assert_close(logits[n, 0], expected)
 
@@ -91,16 +79,10 @@ def test_sum_is_mean_times_the_number_of_positions() -> None:
     torch.testing.assert_close(total(x, labels) - bias, 15 * (mean(x, labels) - bias))
 
 
-def test_activated_features_give_the_same_logits() -> None:
+def test_activated_features_and_int32_labels_give_the_same_logits() -> None:
     head = ProjectionDiscriminatorHead(4, 3).eval()
     x, labels = torch.randn(2, 4, 3, 3), torch.tensor([0, 2])
-    assert torch.equal(head(x, labels), head(torch.relu(x), labels))
-
-
-def test_int32_labels_are_as_good() -> None:
-    head = ProjectionDiscriminatorHead(4, 3).eval()
-    x, labels = torch.randn(2, 4, 3, 3), torch.tensor([0, 2])
-    assert torch.equal(head(x, labels), head(x, labels.int()))
+    assert torch.equal(head(x, labels), head(torch.relu(x), labels.int()))
 
 
 def test_power_iteration_options_reach_both_layers() -> None:
@@ -139,52 +121,32 @@ def test_impossible_options_are_refused(
         ProjectionDiscriminatorHead(*arguments)
 
 
-FEATURES = torch.ones(2, 4, 3, 3)
-LABELS = torch.tensor([0, 2])
+FEATURES, LABELS = torch.ones(2, 4, 3, 3), torch.tensor([0, 2])
+FLAT, FIVE_CHANNELS, ONE_HOT = torch.ones(2, 4), torch.ones(2, 5, 3, 3), torch.eye(3, dtype=torch.long)[:2]
 
 
 @pytest.mark.parametrize(
     ("classes", "inputs", "error", "message"),
     [
-        (3, (torch.ones(2, 4), LABELS), ValueError, r"expected \[N, C, H, W\] with C = 4, got \[2, 4\]"),
-        (3, (torch.ones(2, 5, 3, 3), LABELS), ValueError, r"with C = 4, got \[2, 5, 3, 3\]"),
-        (
-            3,
-            (FEATURES.double(), LABELS),
-            TypeError,
-            "expected the module's dtype torch.float32, got torch.float64",
-        ),
+        (3, (FLAT, LABELS), ValueError, r"expected \[N, C, H, W\] with C = 4, got \[2, 4\]"),
+        (3, (FIVE_CHANNELS, LABELS), ValueError, r"with C = 4, got \[2, 5, 3, 3\]"),
+        (3, (FEATURES.double(), LABELS), TypeError, "the module's dtype torch.float32, got torch.float64"),
         (
             3,
             (FEATURES.to("meta"), LABELS),
             ValueError,
-            "expected the device of the module's parameters, cpu, got meta",
+            "the device of the module's parameters, cpu, got meta",
         ),
         (3, (FEATURES,), ValueError, r"labels: expected class indices of shape \[N\] = \[2\], got None"),
-        (
-            3,
-            (FEATURES, torch.tensor([0, 3])),
-            ValueError,
-            "expected values from 0 to 2, got values from 0 to 3",
-        ),
-        (
-            3,
-            (FEATURES, torch.tensor([-1, 0])),
-            ValueError,
-            "expected values from 0 to 2, got values from -1 to 0",
-        ),
+        (3, (FEATURES, LABELS + 1), ValueError, "expected values from 0 to 2, got values from 1 to 3"),
+        (3, (FEATURES, LABELS - 1), ValueError, "expected values from 0 to 2, got values from -1 to 1"),
         (3, (FEATURES, LABELS[:1]), ValueError, r"labels: expected shape \[N\] = \[2\], got \[1\]"),
-        (
-            3,
-            (FEATURES, nn.functional.one_hot(LABELS)),
-            ValueError,
-            r"labels: expected shape \[N\] = \[2\], got \[2, 3\]",
-        ),
+        (3, (FEATURES, ONE_HOT), ValueError, r"labels: expected shape \[N\] = \[2\], got \[2, 3\]"),
         (
             3,
             (FEATURES, LABELS.float()),
             TypeError,
-            "labels: expected an int64 or int32 tensor, got torch.float32",
+            "labels: expected an int64 or int32 tensor, got .*float32",
         ),
         (
             3,
@@ -192,12 +154,7 @@ LABELS = torch.tensor([0, 2])
             ValueError,
             "labels: expected the device of the module's parameters",
         ),
-        (
-            None,
-            (FEATURES, LABELS),
-            ValueError,
-            r"labels: expected None \(the module has no classes\), got a tensor",
-        ),
+        (None, (FEATURES, LABELS), ValueError, r"labels: expected None \(the module has no classes\), got a"),
     ],
 )
 def test_wrong_inputs_are_refused(
