@@ -125,7 +125,7 @@ def self_attention_2d(
     weights = ProjectionWeights(
         query_weight, key_weight, value_weight, out_weight, query_bias, key_bias, value_bias, out_bias
     )
-    return self_attention_of(x, weights, gamma, pool_size=pool_size, backend=backend)
+    return self_attention_of_projections(x, weights, gamma, pool_size=pool_size, backend=backend)
 
 
 def attention_weights(query: Tensor, key: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -156,7 +156,7 @@ def attention_weights(query: Tensor, key: Tensor, *, scale: float = 1.0) -> Tens
     return reference.attention_weights(query, key, float(scale))
 
 
-def self_attention_of(
+def self_attention_of_projections(
     x: Tensor,
     projections: ProjectionWeights | ProjectionLayers,
     gamma: Tensor,

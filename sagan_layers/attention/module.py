@@ -24,10 +24,9 @@ class SelfAttention2d(nn.Module):
 
     The four W are 1x1 convolutions, ``query``, ``key``, ``value`` and ``out``; attention is
     :func:`sagan_layers.functional.attention` over the positions, without a scale on the logits. ``gamma``
-    starts at 0, so that a freshly inserted layer returns its input bit for bit (as long as what it gathers is
-    finite).
+    starts at 0, so a new layer returns its input bit for bit (as long as what it gathers is finite).
 
-    The defaults are the released code's. Others in use:
+    The defaults are those of the released code. Other forms in use:
 
     ============================  =====================================================================
     form                          arguments
@@ -41,17 +40,16 @@ class SelfAttention2d(nn.Module):
     Args:
         in_channels: C.
         key_channels: channels of query and key; C // 8, at least 1, by default.
-        value_channels: channels of the value; by default C // 2, at least 1, with an output projection, and C
-            without one, where nothing else is possible.
-        pool_size: side and stride of the max-pool over keys and values; 1 for none. An incomplete window at the
-            border is left out, as TensorFlow's 'VALID' does.
+        value_channels: channels of the value; C // 2, at least 1, by default. Without an output projection it must
+            be C.
+        pool_size: side and stride of the max-pool over keys and values; 1 for none. Incomplete windows at the
+            border are dropped, as with TensorFlow's 'VALID'.
         output_projection: whether there is a last 1x1 convolution, value_channels -> C.
         bias: whether the 1x1 convolutions have biases.
         spectral_norm: whether they are :class:`~sagan_layers.SNConv2d`, or ``nn.Conv2d``.
         gamma_init: where gamma starts.
         backend: "auto" or a backend of :func:`sagan_layers.functional.self_attention_2d`.
-        n_power_iterations, eps: as for :class:`~sagan_layers.SNConv2d`; without effect if not
-            ``spectral_norm``.
+        n_power_iterations, eps: as for :class:`~sagan_layers.SNConv2d`; ignored without ``spectral_norm``.
         device, dtype: of the parameters.
 
     Shape:
@@ -59,11 +57,11 @@ class SelfAttention2d(nn.Module):
         - Output: [N, C, H, W], in the input's dtype and memory format.
 
     Raises:
-        ValueError: for a wrong rank, channels, size or device, or arguments that do not fit together.
+        ValueError: for a wrong rank, number of channels, size or device, or arguments that contradict each other.
         TypeError: for a wrong dtype.
 
     Note:
-        The same in training and evaluation, except that the vectors of spectral normalisation move in training.
+        The same in training and evaluation, except that training updates the vectors of spectral normalisation.
         Logits and softmax are accumulated in float32, also under autocast. Derivatives of every order.
 
     Reference:
@@ -136,7 +134,7 @@ class SelfAttention2d(nn.Module):
         self.gamma = nn.Parameter(torch.full((), float(gamma_init), device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Draw the convolutions' weights anew and set gamma back to ``gamma_init``."""
+        """Initialise the convolutions' weights again and set gamma back to ``gamma_init``."""
         for layer in (self.query, self.key, self.value, self.out):
             if isinstance(layer, nn.Conv2d):
                 layer.reset_parameters()
@@ -146,7 +144,7 @@ class SelfAttention2d(nn.Module):
         """Return x plus gamma times what each position gathered from the others."""
         self._check_input(x)
         projections = _weights_or_layers(self.query, self.key, self.value, self.out)
-        return functional.self_attention_of(
+        return functional.self_attention_of_projections(
             x, projections, self.gamma, pool_size=self.pool_size, backend=self.backend
         )
 
@@ -156,13 +154,13 @@ class SelfAttention2d(nn.Module):
         """Return where chosen query points look: the weight of every key for each of them.
 
         Memory is linear in the number of points; the full L x S matrix is not built. The vectors of spectral
-        normalisation do not move.
+        normalisation are not updated.
 
         Args:
             x: [N, C, H, W].
-            queries: (row, column) of each query point, rows from 0 to H - 1 and columns from 0 to W - 1: a
-                sequence of pairs or an integer tensor, [Q, 2] for the same points in every image or [N, Q, 2].
-            key_grid: whether the keys come as a grid; else as one axis in row-major order.
+            queries: (row, column) of each query point: a sequence of pairs or an integer tensor, [Q, 2] for the
+                same points in every image or [N, Q, 2].
+            key_grid: whether the keys are returned as a grid; else as one axis in row-major order.
 
         Shape:
             - Output: [N, Q, H // pool_size, W // pool_size], or [N, Q, S] without ``key_grid``; float32
@@ -233,7 +231,7 @@ def _weights_or_layers(
 
 
 def _is_pointwise(layer: nn.Module) -> bool:
-    """Whether the layer is no more than the weight and bias of a 1x1 convolution, and nobody listens to it."""
+    """Whether the layer is a plain 1x1 convolution without hooks."""
     return (
         type(layer) in (nn.Conv2d, SNConv2d)
         and isinstance(layer, nn.Conv2d)
