@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -48,7 +48,6 @@ class Discriminator(nn.Module):
         self.conv = SNConv2d(3, 8, 3, padding=1)
         self.attention = SelfAttention2d(8, gamma_init=0.7)
         self.head = ProjectionDiscriminatorHead(8, CLASSES)
-        self.seen: list[Tensor] = []
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         return self.head(self.attention(self.conv(images)), labels)
@@ -65,12 +64,14 @@ def batch(size: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return real, torch.randn(size, 5), labels[:size], labels[size:]
 
 
-def gradients(module: nn.Module) -> list[Tensor | None]:
-    return [parameter.grad for parameter in module.parameters()]
+def gradients(*modules: nn.Module) -> list[Tensor | None]:
+    return [parameter.grad for module in modules for parameter in module.parameters()]
 
 
 @pytest.mark.parametrize("loss", [hinge_discriminator_loss, softplus_discriminator_loss])
-def test_discriminator_pass_is_the_step_written_out(networks: tuple[Generator, Discriminator], loss) -> None:  # type: ignore[no-untyped-def]
+def test_discriminator_pass_is_the_step_written_out(
+    networks: tuple[Generator, Discriminator], loss: Callable[..., Tensor]
+) -> None:
     generator, discriminator = networks
     plain_g, plain_d = copy.deepcopy(networks)
     real, latents, real_labels, fake_labels = batch()
@@ -83,15 +84,16 @@ def test_discriminator_pass_is_the_step_written_out(networks: tuple[Generator, D
     expected.backward()
     torch.testing.assert_close(result.loss, expected)
     torch.testing.assert_close(torch.cat([result.real_logits, result.fake_logits]), logits)
-    for mine, theirs in zip(gradients(discriminator), gradients(plain_d), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(gradients(discriminator), gradients(plain_d))
     assert all(gradient is None for gradient in gradients(generator))
-    for mine, theirs in zip(generator.buffers(), plain_g.buffers(), strict=True):
-        assert torch.equal(mine, theirs)  # the generator's vectors and statistics have moved alike
+    # The generator's vectors and statistics are updated as well.
+    assert all(torch.equal(*pair) for pair in zip(generator.buffers(), plain_g.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("loss", [hinge_generator_loss, softplus_generator_loss])
-def test_generator_pass_is_the_step_written_out(networks: tuple[Generator, Discriminator], loss) -> None:  # type: ignore[no-untyped-def]
+def test_generator_pass_is_the_step_written_out(
+    networks: tuple[Generator, Discriminator], loss: Callable[..., Tensor]
+) -> None:
     generator, discriminator = networks
     plain_g, plain_d = copy.deepcopy(networks)
     _, latents, _, labels = batch()
@@ -105,8 +107,7 @@ def test_generator_pass_is_the_step_written_out(networks: tuple[Generator, Discr
     expected.backward()
     torch.testing.assert_close(result.loss, expected)
     torch.testing.assert_close(result.fake_logits, logits)
-    for mine, theirs in zip(gradients(generator), gradients(plain_g), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(gradients(generator), gradients(plain_g))
     assert sum(float(gradient.abs().sum()) for gradient in gradients(generator) if gradient is not None) > 0
     assert all(gradient is None for gradient in gradients(discriminator))
     assert all(parameter.requires_grad for parameter in discriminator.parameters())
@@ -130,15 +131,12 @@ def test_shared_weights_serve_both_passes(networks: tuple[Generator, Discriminat
         expected_second.loss.backward()
     torch.testing.assert_close(first.loss, expected.loss)
     torch.testing.assert_close(second.loss, expected_second.loss)
-    for mine, theirs in zip(
-        [*gradients(generator), *gradients(discriminator)],
-        [*gradients(plain_g), *gradients(plain_d)],
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gradients(generator, discriminator), gradients(plain_g, plain_d), rtol=1e-5, atol=1e-6
+    )
 
 
-def test_networks_without_labels_are_called_without(networks: tuple[Generator, Discriminator]) -> None:
+def test_networks_without_labels_are_called_without() -> None:
     generator, discriminator = nn.Linear(4, 6), nn.Linear(6, 1)
     result = DiscriminatorPass(generator, discriminator)(torch.randn(3, 6), torch.randn(5, 4))
     assert (result.real_logits.shape, result.fake_logits.shape) == ((3, 1), (5, 1))
@@ -238,8 +236,7 @@ def test_both_passes_are_one_graph_each_and_never_compiled_again() -> None:
     finally:
         torch._dynamo.config.error_on_recompile = False
     assert compiled == pytest.approx(train(*plain, False), rel=1e-4)
-    for mine, theirs in zip(networks[0].buffers(), plain[0].buffers(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close([*networks[0].buffers()], [*plain[0].buffers()], rtol=1e-4, atol=1e-4)
 
 
 def test_a_discriminator_of_several_outputs_is_refused_in_words() -> None:
