@@ -31,10 +31,9 @@ _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 def remove_spectral_norm(module: _ModuleT) -> _ModuleT:
     """Turn every spectrally normalised layer in ``module`` into its plain torch layer, in place.
 
-    Each layer stays the same object, of class ``nn.Conv2d``, ``nn.ConvTranspose2d``, ``nn.Linear`` or
-    ``nn.Embedding``, or :class:`ResamplingConv2d` where it resamples, and computes what it computed in evaluation
-    before. Its ``weight`` is a new parameter, so an optimizer of the old one has to be made anew, and weights that
-    two layers shared are shared no longer.
+    Each layer stays the same object, now of class ``nn.Conv2d`` (:class:`ResamplingConv2d` where it resamples),
+    ``nn.ConvTranspose2d``, ``nn.Linear`` or ``nn.Embedding``, and computes what it computed in evaluation. Its ``weight`` is a
+    new parameter: make a new optimizer. Weights that two layers shared are no longer shared.
 
     Args:
         module: a layer or a network.
@@ -72,11 +71,10 @@ def apply_spectral_norm(
 ) -> _ModuleT:
     """Turn every convolution, linear layer and embedding of ``model`` into its normalised layer, in place.
 
-    Each layer stays the same object with the same parameters, so optimizers, hooks and shared modules are
-    undisturbed. Layers that are normalised already are left alone. A weight layer for which there is no
-    normalised form here (1-d and 3-d convolutions, recurrent layers, multi-head attention, subclasses with a
-    forward of their own, parametrised layers) is an error that names it, unless excluded: none of torch's weight
-    layers is skipped in silence.
+    Each layer stays the same object with the same parameters, so optimizers, hooks and shared modules are not affected.
+    Layers that are already normalised stay as they are. A weight layer without a normalised form (1-d and 3-d
+    convolutions, recurrent layers, multi-head attention, subclasses, parametrised layers) is an error that names it,
+    unless excluded: none of torch's weight layers is skipped silently.
 
     Args:
         model: a layer or a network.
@@ -91,8 +89,8 @@ def apply_spectral_norm(
 
     Raises:
         TypeError: if a weight layer cannot be normalised, or ``exclude`` is a string.
-        ValueError: if an entry of ``exclude`` matches nothing, a weight is empty, or an argument is out of
-            range. In any case the model has not been changed.
+        ValueError: if an entry of ``exclude`` matches nothing, a weight is empty, or an argument is out of range.
+            After any error the model is unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))

@@ -359,25 +359,10 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution of ``input`` with the normalised weight."""
         checks.check_input(input, channels=self.in_channels, like=self.weight, batched=False)
-        output_padding = self._output_padding(
-            input,
-            output_size,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.kernel_size,  # type: ignore[arg-type]
-            2,
-            self.dilation,  # type: ignore[arg-type]
-        )
-        return nn.functional.conv_transpose2d(
-            input,
-            self.normalized_weight(),
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            output_padding,
-            self.groups,
-            self.dilation,
-        )
+        sizes = (self.stride, self.padding, self.kernel_size, 2, self.dilation)
+        output_padding = self._output_padding(input, output_size, *sizes)  # type: ignore[arg-type]
+        options = (self.stride, self.padding, output_padding, self.groups, self.dilation)
+        return nn.functional.conv_transpose2d(input, self.normalized_weight(), self.bias, *options)  # type: ignore[arg-type]
 
 
 class SNLinear(SpectralNormLayer, nn.Linear):  # type: ignore[misc]

@@ -128,13 +128,12 @@ class SharedSpectralNorm:
         self._layers = []
 
     def _dtype_of(self, layer: SpectralNormLayer) -> torch.dtype:
-        dtype = layer.weight.dtype
+        dtype, device = layer.weight.dtype, layer.weight.device.type
         if not layer._cast_by_autocast or dtype == torch.float64:
             return dtype
-        device = layer.weight.device.type
-        if self.dtype is not None or device == "meta" or not torch.is_autocast_enabled(device):
-            return self.dtype or dtype
-        return torch.get_autocast_dtype(device)
+        if self.dtype is None and device != "meta" and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.dtype or dtype
 
 
 def _version(layer: SpectralNormLayer) -> int | None:
