@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from dispatched import DispatchedOperations
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sagan_layers import SelfAttention2d, SNConv2d, frozen_spectral_norm
 
@@ -302,31 +301,16 @@ def test_attention_maps_are_those_of_a_frozen_forward() -> None:
     torch.testing.assert_close(y, x + (maps @ value).transpose(1, 2).view_as(x))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the number of entries of the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.numel = max(self.numel, leaf.numel())
-        return result
-
-
 @pytest.mark.parametrize("form", ["released", "paper"])
 def test_attention_maps_take_memory_linear_in_the_positions(form: str) -> None:
     options = {} if form == "released" else {"pool_size": 1, "value_channels": 1}
     module = SelfAttention2d(8, **options).eval()
     x = torch.randn(1, 8, 256, 256)  # L x S would be 4 GiB (17 GiB without pooling)
     points = [(0, 0), (255, 255), (128, 3)]
-    with torch.no_grad(), LargestTensor() as largest:
+    with torch.no_grad(), DispatchedOperations() as dispatched:
         maps = module.attention_weights(x, points)
     assert maps.shape[:2] == (1, 3)
-    assert largest.numel <= x.numel()
+    assert dispatched.largest <= x.numel()
 
 
 def test_attention_maps_carry_gradients() -> None:

@@ -33,7 +33,7 @@ BLOCK_ENTRIES = 2**20
 # Products of narrow matrices keep more than one core busy only when there are several of them.
 FEW_SAMPLES = 4
 # Fewer rows would starve the products.
-LEAST_ROWS = 128
+MIN_ROWS = 128
 # Below so many entries in all, handling blocks costs more than it saves.
 WHOLE_ENTRIES = 2**19
 
@@ -249,8 +249,8 @@ def _block_size(N: int, L: int, S: int) -> tuple[int, int]:
     """Return samples and queries of a block: several whole samples, or rows of a few."""
     if L * S * FEW_SAMPLES <= BLOCK_ENTRIES:
         return min(N, BLOCK_ENTRIES // (L * S)), L
-    samples = max(1, min(N, FEW_SAMPLES, BLOCK_ENTRIES // (LEAST_ROWS * S)))
-    return samples, min(L, max(BLOCK_ENTRIES // (samples * S), LEAST_ROWS))
+    samples = max(1, min(N, FEW_SAMPLES, BLOCK_ENTRIES // (MIN_ROWS * S)))
+    return samples, min(L, max(BLOCK_ENTRIES // (samples * S), MIN_ROWS))
 
 
 def _blocks(N: int, L: int, S: int) -> Iterator[Block]:
