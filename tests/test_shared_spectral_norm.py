@@ -34,6 +34,7 @@ from sagan_layers.spectral_norm import grouped
 from sagan_layers.spectral_norm.reference import SpectralNormOptions, SpectralNormTask
 
 CLASSES = 5
+Context = Callable[[nn.Module], contextlib.AbstractContextManager[object]]
 
 
 class Network(nn.Module):
@@ -102,7 +103,7 @@ def test_steps_agree_with_a_first_forward_that_updates_and_others_that_repeat_it
 
 
 def _call_once_each(network: Network, x: Tensor, labels: Tensor) -> Tensor:
-    """Call the network, the layer that it uses twice moving once."""
+    """Call the network; the layer that it uses twice updates its vectors once."""
     h = network.twice(network.first(x))
     with frozen_spectral_norm(network.twice, iterate=False):
         h = torch.tanh(network.twice(torch.tanh(h)))
@@ -144,21 +145,24 @@ def test_parameters_of_other_dtypes_agree_too(dtype: torch.dtype) -> None:
     assert_same(state_of(layer), state_of(alone))
 
 
-@pytest.mark.parametrize("iterate", ["evaluation", None, False, True])
+@pytest.mark.parametrize(
+    "fix",
+    [
+        frozen_spectral_norm,
+        lambda network: frozen_spectral_norm(network, iterate=False),
+        lambda network: frozen_spectral_norm(network, iterate=True),
+        lambda network: contextlib.nullcontext(network.eval()),
+    ],
+    ids=["frozen", "frozen_stored", "frozen_iterating", "evaluation"],
+)
 @pytest.mark.parametrize("iterate_when_frozen", [True, False])
 def test_where_u_must_not_be_updated_the_weights_are_those_of_each_layers_rule(
-    iterate: str | bool | None, iterate_when_frozen: bool
+    fix: Context, iterate_when_frozen: bool
 ) -> None:
     network = Network(iterate_when_frozen=iterate_when_frozen)
     x, labels = batch(0)
     before = state_of(network)
-    if iterate == "evaluation":
-        network.eval()
-    with (
-        contextlib.nullcontext()
-        if iterate == "evaluation"
-        else frozen_spectral_norm(network, iterate=iterate)
-    ):
+    with fix(network):
         expected = network(x, labels)
         with shared_spectral_norm(network):
             y = network(x, labels)
@@ -196,11 +200,8 @@ LAYOUTS: dict[str, Callable[[], SpectralNormLayer]] = {
 @pytest.mark.parametrize("grad_strides", ["same", "other", "expanded"])
 def test_gradients_are_the_references_for_every_layout(kind: str, grad_strides: str) -> None:
     layer = LAYOUTS[kind]().double()
-    assert (
-        functional.select_backend(layer.weight, operation="spectral_normalize", dim=output_axis(layer))
-        == "cpu"
-    )
-    weight = layer.weight
+    weight, dim = layer.weight, output_axis(layer)
+    assert functional.select_backend(weight, operation="spectral_normalize", dim=dim) == "cpu"
     cotangent = torch.randn(weight.shape, dtype=torch.float64)
     if grad_strides == "same":
         cotangent = torch.empty_like(weight).copy_(cotangent)
@@ -210,7 +211,7 @@ def test_gradients_are_the_references_for_every_layout(kind: str, grad_strides: 
     with shared_spectral_norm(layer):
         normalized = layer.normalized_weight()
         (ours,) = torch.autograd.grad(normalized, weight, cotangent)
-    expected = functional.spectral_normalize(weight, u, v, dim=output_axis(layer))
+    expected = functional.spectral_normalize(weight, u, v, dim=dim)
     (theirs,) = torch.autograd.grad(expected.weight, weight, cotangent)
     torch.testing.assert_close(normalized, expected.weight, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -276,14 +277,10 @@ def test_backward_after_the_optimizers_step_is_that_of_its_own_forward() -> None
 
 def test_second_derivatives_work_and_refuse_a_weight_that_has_changed() -> None:
     ours = Network(torch.float64)
-    alone = copy.deepcopy(ours)
-    alone.twice = nn.Identity()
     ours.twice = nn.Identity()
+    alone = copy.deepcopy(ours)
     x, labels = batch(0, torch.float64)
-    for network, context in (
-        (ours, shared_spectral_norm(ours)),
-        (alone, frozen_spectral_norm(nn.Identity())),
-    ):
+    for network, context in ((ours, shared_spectral_norm(ours)), (alone, contextlib.nullcontext())):
         leaf = x.clone().requires_grad_()
         with context:
             (slope,) = torch.autograd.grad(network(leaf, labels).sum(), leaf, create_graph=True)
@@ -351,10 +348,7 @@ def test_the_form_for_a_gpu_computes_the_same(iterations: int, lowered: bool) ->
         torch.testing.assert_close(result.weight.double(), expected.weight, rtol=tolerance, atol=tolerance)
         for ours, theirs in zip(result[1:], expected[1:], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-        for cotangent in (
-            torch.randn_like(weight),
-            torch.randn(weight.shape, dtype=torch.float64).to(dtype),
-        ):
+        for cotangent in (torch.randn_like(weight), torch.randn(weight.shape).to(dtype)):
             ours = grouped.KERNELS.gradient(cotangent, weight, result, options)
             (theirs,) = torch.autograd.grad(expected.weight, weight, cotangent.double(), retain_graph=True)
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
@@ -362,8 +356,7 @@ def test_the_form_for_a_gpu_computes_the_same(iterations: int, lowered: bool) ->
 
 
 def test_a_weight_that_is_no_matrix_in_memory_is_left_to_the_reference() -> None:
-    against = grouped.unsupported_reasons(torch.empty(6, 16, 3, 3), 1)
-    assert "outputs lie between other axes" in against
+    assert "outputs lie between other axes" in grouped.unsupported_reasons(torch.empty(6, 16, 3, 3), 1)
     assert "the weight does not fill its memory" in grouped.unsupported_reasons(torch.empty(6, 16)[:, ::2], 0)
 
 
@@ -480,7 +473,7 @@ def test_another_parametrization_of_the_weight_is_a_good_neighbour() -> None:
 )  # torch's forward mode
 @pytest.mark.parametrize("context", [shared_spectral_norm, frozen_spectral_norm])
 def test_functional_transforms_and_forward_mode_take_plain_operations(
-    context: Callable[[nn.Module], contextlib.AbstractContextManager[object]],
+    context: Context,
 ) -> None:
     layer = SNLinear(4, 3, iterate_when_frozen=context is shared_spectral_norm).double()
     x = torch.randn(2, 4, dtype=torch.float64)
@@ -510,11 +503,13 @@ def test_averaged_models_copy_the_vectors_and_none_of_the_shared_weights() -> No
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     average.update_parameters(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.wide.weight.detach().clone()
     with shared_spectral_norm(model):
         model(*batch(0)).sum().backward()
         optimizer.step()
         average.update_parameters(model)
     assert_same(dict(average.module.named_buffers()), dict(model.named_buffers()))
+    torch.testing.assert_close(average.module.wide.weight, 0.9 * before + 0.1 * model.wide.weight)
     assert average.eval()(*batch(1)).isfinite().all()
 
 
