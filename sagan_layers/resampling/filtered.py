@@ -1,4 +1,4 @@
-"""Sums of windows of the map beside a convolution with stride: the spread map after it, or the large map before it."""
+"""Sums of windows beside a convolution with stride: of its result when upsampling, of its input when pooling."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def spectral_layers(module: nn.Module) -> list[SpectralNormLayer]:
 
 @contextlib.contextmanager
 def frozen_spectral_norm(module: nn.Module, *, iterate: bool | None = None) -> Iterator[None]:
-    """Update u and v of no spectrally normalised layer in ``module`` inside a ``with`` block.
+    """Keep u and v of every spectrally normalised layer in ``module`` as they are inside a ``with`` block.
 
     The released code updates D's vectors on the real batch and not on the fake batch that follows. Gradients, dropout
     and batch norm are as usual. Contexts nest, and the innermost counts. Inside

@@ -32,8 +32,8 @@ def remove_spectral_norm(module: _ModuleT) -> _ModuleT:
     """Turn every spectrally normalised layer in ``module`` into its plain torch layer, in place.
 
     Each layer stays the same object, now of class ``nn.Conv2d`` (:class:`ResamplingConv2d` where it resamples),
-    ``nn.ConvTranspose2d``, ``nn.Linear`` or ``nn.Embedding``, and computes what it computed in evaluation. Its ``weight`` is a
-    new parameter: make a new optimizer. Weights that two layers shared are no longer shared.
+    ``nn.ConvTranspose2d``, ``nn.Linear`` or ``nn.Embedding``, and computes what it computed in evaluation. Its
+    ``weight`` is a new parameter: make a new optimizer. Weights that two layers shared are no longer shared.
 
     Args:
         module: a layer or a network.
