@@ -49,7 +49,7 @@ __all__ = [
     "upsample_conv2d",
 ]
 
-# How an operation's arguments become what its backends choose by.
+# For each operation, what turns its arguments into the inputs that select a backend.
 _READ_ARGUMENTS: dict[str, Callable[..., Any]] = {
     ATTENTION.name: attention_inputs,
     SELF_ATTENTION_2D.name: self_attention_inputs,
@@ -68,12 +68,12 @@ def select_backend(*inputs: Any, operation: str = "attention", backend: str = "a
             :func:`self_attention_2d`; x of :func:`conditional_batch_norm`; x and weight of :func:`upsample_conv2d`
             and :func:`conv2d_downsample`; the weight of :func:`spectral_normalize`.
         operation: the function's name.
-        backend: "auto", or the name of a backend to insist on.
-        options: keyword arguments of the function that bear on the choice, such as ``padding`` or ``pool_size``.
+        backend: "auto", or the name of a backend.
+        options: keyword arguments of the function that affect the choice, such as ``padding`` or ``pool_size``.
 
     Raises:
-        ValueError: as the function raises it, or for an unknown operation.
-        TypeError: as the function raises it.
+        ValueError: for arguments that the function refuses, or an unknown operation.
+        TypeError: for arguments that the function refuses.
 
     Example:
         >>> import torch
@@ -98,7 +98,7 @@ def explain_backends(*inputs: Any, operation: str = "attention", **options: Any)
         options: as for :func:`select_backend`.
 
     Returns:
-        A sentence for each name, in the order in which "auto" asks.
+        A sentence for each name, in the order in which "auto" tries them.
 
     Raises:
         ValueError: as :func:`select_backend`.

@@ -36,6 +36,7 @@ def synchronize_batch_norm(module: _ModuleT, process_group: ProcessGroup | None 
         ValueError: if there is no such layer.
 
     Example:
+        >>> import torch
         >>> norm = synchronize_batch_norm(ConditionalBatchNorm2d(3, num_classes=2))
         >>> norm(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])).shape  # alone, it is as before
         torch.Size([4, 3, 8, 8])
@@ -62,6 +63,7 @@ def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
         module: a layer or a network.
 
     Example:
+        >>> import torch
         >>> norm = ConditionalBatchNorm2d(3)
         >>> with frozen_running_statistics(norm):
         ...     _ = norm(torch.randn(4, 3, 8, 8) + 5)
@@ -94,6 +96,7 @@ def standing_statistics(module: nn.Module, *, process_group: ProcessGroup | None
         Brock et al., Large Scale GAN Training for High Fidelity Natural Image Synthesis, appendix C.1.
 
     Example:
+        >>> import torch
         >>> norm = ConditionalBatchNorm2d(3, num_classes=2)
         >>> with torch.no_grad(), standing_statistics(norm):
         ...     for size in (8, 24):

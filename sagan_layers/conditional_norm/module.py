@@ -224,7 +224,7 @@ class ConditionalBatchNorm2d(nn.Module):
             )
             if condition.shape != (batch, self.condition_features):
                 raise ValueError(
-                    f"condition: expected [{batch}, {self.condition_features}], got {list(condition.shape)}"
+                    f"condition: expected [{batch}, {self.condition_features}], got {checks.shape_of(condition)}"
                 )
             return 1 + self.weight_projection(condition), self.bias_projection(condition)
         assert self.weight is not None
