@@ -17,7 +17,6 @@ of ``kernels.py`` as flat arguments, in the records' order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,7 +84,7 @@ def register_conditional_norm(name: str, load: LoadKernels) -> Callable[..., Con
 
 
 class _Population:
-    """The values of each channel that statistics are taken of: those of one process or of a process group.
+    """The values of each channel over which statistics are taken: those of one process or of a process group.
 
     Attributes:
         num_values: how many; known for a group after :meth:`combine`.
@@ -101,11 +100,8 @@ class _Population:
         """Return mean and variance of the group's values; count them."""
         assert isinstance(self.num_values, int)
         local = torch.cat([mean, var, mean.new_full((1,), self.num_values)])
-        gathered = [
-            torch.empty_like(local) for _ in range(torch.distributed.get_world_size(self.process_group))
-        ]
-        torch.distributed.all_gather(gathered, local, group=self.process_group)
-        means, variances, counts = torch.split(torch.stack(gathered), [mean.numel(), mean.numel(), 1], dim=1)
+        gathered = reference.all_gather(local, self.process_group)  # [processes, 2 C + 1]
+        means, variances, counts = torch.split(gathered, [mean.numel(), mean.numel(), 1], dim=1)
         self.num_values = counts.sum()
         weights = counts / self.num_values
         mean = (weights * means).sum(0)
@@ -273,16 +269,14 @@ def _gradients(
         return None, None, None, *constants
     x, gain, bias, y, mean, var = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled():  # the gradients need a graph themselves
         running = None if ctx.batch_statistics else (mean, var)
-        normalize = partial(
-            reference.conditional_batch_norm,
-            running=running,
-            eps=ctx.eps,
-            relu=ctx.relu,
-            process_group=process_group,
-        )
-        return *_differentiable_gradients(normalize, (x, gain, bias), needs, grad_y), *constants
+        # Views, so that what the caller computed gain or bias from is not differentiated here.
+        x, gain, bias = inputs = [tensor.view_as(tensor) for tensor in (x, gain, bias)]
+        y = reference.conditional_batch_norm(x, gain, bias, running, ctx.eps, ctx.relu, process_group).y
+        needed = [tensor for tensor, is_needed in zip(inputs, needs, strict=True) if is_needed]
+        found = iter(torch.autograd.grad(y, needed, grad_y, create_graph=True))
+        return *(next(found) if is_needed else None for is_needed in needs), *constants
     arguments = BackwardArguments(grad_y, x, y, mean, var, gain, ctx.eps, ctx.batch_statistics, *needs)
     grad_x, grad_gain, grad_bias = run_backward(*arguments)
     return (
@@ -295,19 +289,3 @@ def _gradients(
 
 def _sum_like(per_sample: Tensor, coefficients: Tensor) -> Tensor:
     return (per_sample.sum(0) if coefficients.dim() == 1 else per_sample).to(coefficients.dtype)
-
-
-def _differentiable_gradients(
-    normalize: Callable[..., ConditionalNormResult],
-    inputs: tuple[Tensor, Tensor, Tensor],
-    needs: tuple[bool, ...],
-    grad_y: Tensor,
-) -> list[Tensor | None]:
-    """Return the gradients of x, gain and bias as differentiable functions of these and of grad_y."""
-    with torch.enable_grad():
-        # Views, so that what the caller computed gain or bias from is not differentiated here.
-        views = [tensor.view_as(tensor) for tensor in inputs]
-        y = normalize(*views).y
-        needed = [view for view, is_needed in zip(views, needs, strict=True) if is_needed]
-        found = iter(torch.autograd.grad(y, needed, grad_y, create_graph=True))
-    return [next(found) if is_needed else None for is_needed in needs]

@@ -23,7 +23,7 @@ class ConditionalNormInputs(NamedTuple):
     Attributes:
         x: [N, C, *].
         running: mean and variance to normalise with, each [C]; None for those of the batch.
-        process_group: takes the batch's statistics over its processes; None for this process alone.
+        process_group: the processes over which statistics are taken; None for this process alone.
     """
 
     x: Tensor
@@ -101,8 +101,9 @@ class ConditionalNormKernels:
     """How a backend computes conditional batch norm and its gradients, without autograd.
 
     Attributes:
-        forward: takes (arguments, combine, out) without mean and variance; writes y, returns the batch's mean and
-            biased variance. ``combine`` takes these and returns those of all processes; None for one process.
+        forward: takes (arguments, combine, out), the arguments without mean and variance; writes y, returns the
+            mean and biased variance used. ``combine`` takes those of this batch and returns those of all processes;
+            it is None for one process.
         normalize: takes (arguments, mean, var, out); writes y.
         backward: takes (arguments, average, out); writes the gradient of x unless ``out`` is None, returns those of
             gain and bias. ``average`` takes sums over this batch, [2, C] in float64, and returns averages over all
@@ -115,7 +116,7 @@ class ConditionalNormKernels:
 
 
 def opaque_unsupported_reasons(inputs: ConditionalNormInputs) -> list[str]:
-    """Return why kernels that autograd and torch.compile cannot look into do not serve."""
+    """Return why no kernels can serve: neither autograd nor torch.compile sees inside them."""
     reasons = []
     if inputs.running is not None and any(statistic.requires_grad for statistic in inputs.running):
         reasons.append("it has no gradients of running statistics")

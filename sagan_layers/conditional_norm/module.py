@@ -259,9 +259,7 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def _process_group(self) -> ProcessGroup | None:
         """Return the group over which this pass takes statistics; None for this process alone."""
-        if (
-            not self.norm.training or self._standing is not None
-        ):  # standing statistics are gathered at the end
+        if not self.norm.training or self._standing is not None:  # standing ones are gathered at the end
             return None
         if isinstance(self.norm, nn.SyncBatchNorm):
             group = self.norm.process_group

@@ -77,6 +77,13 @@ def _all_reduce_sum(x: Tensor, process_group: ProcessGroup) -> Tensor:
     return result
 
 
+def all_gather(x: Tensor, process_group: ProcessGroup | None) -> Tensor:
+    """Return the tensors of all processes of a group, stacked in the order of their ranks."""
+    gathered = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size(process_group))]
+    torch.distributed.all_gather(gathered, x, group=process_group)
+    return torch.stack(gathered)
+
+
 class _AllReduceSum(torch.autograd.Function):
     """Sum over the processes of a group; the gradient is the sum of the gradients, to any order."""
 

@@ -1,4 +1,4 @@
-"""State that a context or a function sets on ConditionalBatchNorm2d: over what its statistics are taken."""
+"""Over which values a ConditionalBatchNorm2d takes its statistics, where a context or a function has set it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from sagan_layers.conditional_norm.reference import all_gather
 from sagan_layers.torch_support import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -62,14 +63,10 @@ class StandingStatistics:
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             local = torch.cat([self.count[None], self.mean, self.squares])
-            gathered = [
-                torch.empty_like(local) for _ in range(torch.distributed.get_world_size(process_group))
-            ]
-            torch.distributed.all_gather(gathered, local, group=process_group)
             self.count, self.mean, self.squares = (
                 torch.zeros_like(each) for each in (self.count, self.mean, self.squares)
             )
-            for part in gathered:
+            for part in all_gather(local, process_group):
                 if part[0]:
                     self._merge(part[0], *part[1:].chunk(2))
         if not self.count:
