@@ -24,6 +24,7 @@ from sagan_layers import (
     shared_spectral_norm,
     synchronize_batch_norm,
 )
+from sagan_layers.spectral_norm import SpectralNormRecord, recording_spectral_norm, replaying_spectral_norm
 
 
 class Block(nn.Module):
@@ -209,6 +210,16 @@ def test_a_parameter_that_has_changed_before_backward_is_an_error(name: str, sha
         block.get_parameter(name).add_(1)
     with pytest.raises(RuntimeError, match=rf"checkpointed: {name} changed since"):
         loss.backward()
+
+
+def test_a_layer_called_more_often_than_recorded_is_an_error() -> None:
+    layer, record, x = SNConv2d(3, 3, 3), SpectralNormRecord(), torch.randn(2, 3, 8, 8)
+    with recording_spectral_norm(layer, record):
+        layer(x)
+    with replaying_spectral_norm(record):
+        layer(x)
+        with pytest.raises(RuntimeError, match="no more forwards of the layer than were recorded"):
+            layer(x)
 
 
 def test_running_statistics_updated_since_an_evaluation_are_an_error() -> None:
