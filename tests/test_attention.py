@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dispatched import DispatchedOperations
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def floor_pool(features: Tensor, size: int) -> Tensor:
-    """Max-pooling that leaves incomplete windows out, window by window."""
+    """Max-pooling without incomplete windows, window by window."""
     rows, columns = features.size(2) // size, features.size(3) // size
     pooled = features.new_empty(*features.shape[:2], rows, columns)
     for i in range(rows):
@@ -68,35 +68,24 @@ def written_out(module: SelfAttention2d, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @given(
-    channels=st.integers(1, 7),
-    height=st.integers(2, 8),
-    width=st.integers(2, 8),
-    pool_size=st.integers(1, 2),
-    options=st.sampled_from([{}, {"output_projection": False}, {"spectral_norm": False, "bias": True}]),
+    form=st.sampled_from(sorted(FORMS)),
+    channels=st.sampled_from([1, 2, 3, 7, 8, 64]),
+    size=st.tuples(st.integers(3, 11), st.integers(3, 8)),
+    gamma=st.sampled_from([0.8, -1.3]),
     seed=st.integers(0, 2**16),
 )
-def test_output_is_the_written_out_formula(
-    channels: int, height: int, width: int, pool_size: int, options: dict[str, Any], seed: int
+@settings(max_examples=40)
+def test_every_form_is_the_written_out_formula(
+    form: str, channels: int, size: tuple[int, int], gamma: float, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    module = SelfAttention2d(
-        channels, pool_size=pool_size, gamma_init=0.8, dtype=torch.float64, **options
-    ).eval()
-    x = 2 * torch.randn(2, channels, height, width, dtype=torch.float64)
+    module = SelfAttention2d(channels, gamma_init=gamma, dtype=torch.float64, **FORMS[form]).eval()
+    x = 2 * torch.randn(2, channels, *size, dtype=torch.float64)
     expected, _ = written_out(module, x)
     torch.testing.assert_close(module(x), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", [(7, 7), (3, 8), (5, 4), (11, 3)])
-def test_every_form_is_the_written_out_formula(form: str, size: tuple[int, int]) -> None:
-    module = SelfAttention2d(64, gamma_init=-1.3, dtype=torch.float64, **FORMS[form]).eval()
-    x = torch.randn(2, 64, *size, dtype=torch.float64)
-    expected, _ = written_out(module, x)
-    torch.testing.assert_close(module(x), expected, rtol=1e-10, atol=1e-10)
-
-
-def test_pooling_leaves_the_incomplete_border_out() -> None:
+def test_pooling_drops_incomplete_windows() -> None:
     module = SelfAttention2d(4, gamma_init=1.0, spectral_norm=False)
     x = torch.randn(1, 4, 5, 7)
     changed = x.clone()
@@ -114,6 +103,8 @@ def test_pooling_leaves_the_incomplete_border_out() -> None:
 def test_at_gamma_zero_the_input_returns_bit_for_bit(form: str, size: tuple[int, int]) -> None:
     module = SelfAttention2d(64, **FORMS[form])
     x = torch.randn(2, 64, *size) * 100
+    x[:, ::2] = 0.0
+    x[:, 1::4] = -0.0
     assert module.gamma.item() == 0
     assert torch.equal(module(x).view(torch.int32), x.view(torch.int32))
 
@@ -261,13 +252,6 @@ def test_attention_maps_are_rows_of_the_full_matrix(form: str, size: tuple[int, 
     assert torch.equal(module.attention_weights(x, points, key_grid=False), maps.flatten(2))
 
 
-def test_attention_maps_sum_to_one_over_keys() -> None:
-    module = SelfAttention2d(16)
-    maps = module.attention_weights(50 * torch.randn(3, 16, 9, 6), [(0, 0), (8, 5)])
-    torch.testing.assert_close(maps.sum((2, 3)), torch.ones(3, 2))
-    assert (maps >= 0).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_attention_maps_take_points_for_each_sample(dtype: torch.dtype) -> None:
     module = SelfAttention2d(16).eval()
@@ -412,11 +396,3 @@ def test_wrong_inputs_are_refused(method: str, x: Any, error: type[Exception], m
 def test_wrong_points_are_refused(points: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SelfAttention2d(8).attention_weights(torch.ones(2, 8, 4, 5), points)
-
-
-def test_at_gamma_zero_even_the_signs_of_zeros_are_kept() -> None:
-    layer = SelfAttention2d(8)
-    x = torch.randn(2, 8, 5, 4)
-    x[:, ::2] = 0.0
-    x[:, 1::4] = -0.0
-    assert torch.equal(layer(x).view(torch.int32), x.view(torch.int32))

@@ -62,7 +62,7 @@ def unsupported_reasons(inputs: SelfAttentionInputs) -> list[str]:
             reasons.append(f"autocast projects in {computed}, and x is {x.dtype}")
     if pool_size > 2:
         reasons.append(f"pool_size = {pool_size} is above 2")
-    return reasons + list(_launch().unsupported_reasons(x, weights))
+    return reasons + list(_kernels().unsupported_reasons(x, weights))
 
 
 def not_preferred_reasons(inputs: SelfAttentionInputs) -> list[str]:
@@ -132,7 +132,7 @@ def self_attention_2d(attend: Attend) -> Callable[[SelfAttentionInputs], Tensor]
     return block
 
 
-def _launch() -> Any:
+def _kernels() -> Any:
     from sagan_layers.attention import fused_triton_launch
 
     return fused_triton_launch
@@ -145,7 +145,7 @@ def _inputs_of(x: Any, *rest: Any) -> SelfAttentionInputs:
 
 def _run_forward(*flat: Any) -> tuple[Tensor, ...]:
     *inputs, save = flat
-    y, saved = _launch().forward(_inputs_of(*inputs), save)
+    y, saved = _kernels().forward(_inputs_of(*inputs), save)
     return y, *saved
 
 
@@ -158,7 +158,7 @@ def _fake_forward(*flat: Any) -> tuple[Tensor, ...]:
 def _run_backward(*flat: Any) -> list[Tensor]:
     *inputs, grad_y = flat[: _NUM_TENSORS + 2]
     saved = Saved(*flat[_NUM_TENSORS + 2 :])
-    grad_x, *gradients = _launch().backward(_inputs_of(*inputs), saved, grad_y)
+    grad_x, *gradients = _kernels().backward(_inputs_of(*inputs), saved, grad_y)
     return [grad_x, *(gradient.contiguous() for gradient in gradients if gradient is not None)]
 
 

@@ -6,6 +6,8 @@ and the sum with the input follow one another on the chip. Backward has one kern
 one for the weights', which route the gradients of pooled keys and values by the saved argmax.
 
 Shape letters: N batch, C channels, L positions, S pooled positions, E and Ev widths of keys and values.
+
+A name that is assigned before and inside a loop must keep its type and shape: hence the many names of pointers.
 """
 # Kernels are not Python for a type checker, and Triton ships no types.
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
@@ -182,17 +184,17 @@ def attend_kernel(
     for start in range(0, C, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         channel_mask = channel < C
-        pointers = x + pixel[:, None] + channel[None, :] * x_channel
-        features = _load_block(pointers, position_mask, channel_mask, EVEN_POSITIONS, EVEN_CHANNELS)
-        pointers = query_weight + key_column[None, :] * C + channel[:, None]
-        weight = _load_block(pointers, channel_mask, key_mask, EVEN_CHANNELS, EVEN_KEY_WIDTH)
+        x_pointers = x + pixel[:, None] + channel[None, :] * x_channel
+        features = _load_block(x_pointers, position_mask, channel_mask, EVEN_POSITIONS, EVEN_CHANNELS)
+        weight_pointers = query_weight + key_column[None, :] * C + channel[:, None]
+        weight = _load_block(weight_pointers, channel_mask, key_mask, EVEN_CHANNELS, EVEN_KEY_WIDTH)
         projected = _add_product(projected, features, weight, PRECISION)
     if query_bias is not None:
         projected += _load_bias(query_bias, key_column, key_mask, ACCUMULATOR)
     projected = rounded(projected, dtype)
     if query is not None:
-        pointers = query + sample * L * E + position[:, None] * E + key_column[None, :]
-        tl.store(pointers, projected, mask=position_mask[:, None] & key_mask[None, :])
+        query_pointers = query + sample * L * E + position[:, None] * E + key_column[None, :]
+        tl.store(query_pointers, projected, mask=position_mask[:, None] & key_mask[None, :])
 
     largest = tl.full((POSITIONS,), float("-inf"), ACCUMULATOR)
     total = tl.zeros((POSITIONS,), ACCUMULATOR)
@@ -202,8 +204,8 @@ def attend_kernel(
     for start in range(0, S, KEYS):
         place = start + tl.arange(0, KEYS)
         place_mask = place < S
-        pointers = key + place[None, :] * E + key_column[:, None]
-        keys = _load_block(pointers, key_mask, place_mask, EVEN_KEY_WIDTH, EVEN_KEYS)
+        key_pointers = key + place[None, :] * E + key_column[:, None]
+        keys = _load_block(key_pointers, key_mask, place_mask, EVEN_KEY_WIDTH, EVEN_KEYS)
         logits = _add_product(tl.zeros((POSITIONS, KEYS), ACCUMULATOR), projected, keys, PRECISION)
         if not EVEN_KEYS:
             logits = tl.where(place_mask[None, :], logits, float("-inf"))
@@ -213,14 +215,14 @@ def attend_kernel(
         shrink = tl.exp2((largest - higher) * LOG2_E)
         total = total * shrink + tl.sum(weights, 1)
         largest = higher
-        pointers = value + place[:, None] * EV + value_column[None, :]
-        values = _load_block(pointers, place_mask, value_mask, EVEN_KEYS, EVEN_VALUE_WIDTH)
+        value_pointers = value + place[:, None] * EV + value_column[None, :]
+        values = _load_block(value_pointers, place_mask, value_mask, EVEN_KEYS, EVEN_VALUE_WIDTH)
         gathered = _add_product(gathered * shrink[:, None], rounded(weights, dtype), values, PRECISION)
     gathered = gathered / total[:, None]
     averaged = rounded(gathered, dtype)
     if attended is not None:
-        pointers = attended + sample * L * EV + position[:, None] * EV + value_column[None, :]
-        tl.store(pointers, averaged, mask=position_mask[:, None] & value_mask[None, :])
+        attended_pointers = attended + sample * L * EV + position[:, None] * EV + value_column[None, :]
+        tl.store(attended_pointers, averaged, mask=position_mask[:, None] & value_mask[None, :])
         tl.store(lse + sample * L + position, largest + tl.log(total), mask=position_mask)
 
     factor = tl.load(gamma).to(ACCUMULATOR)
@@ -229,23 +231,23 @@ def attend_kernel(
         mask = position_mask[:, None] & value_mask[None, :]
         features = tl.load(x + pixel[:, None] + value_column[None, :] * x_channel, mask=mask, other=0)
         result = features.to(ACCUMULATOR) - (0.0 - factor * gathered)
-        pointers = y + y_pixel[:, None] + value_column[None, :] * y_channel
-        tl.store(pointers, rounded(result, dtype), mask=mask)
+        y_pointers = y + y_pixel[:, None] + value_column[None, :] * y_channel
+        tl.store(y_pointers, rounded(result, dtype), mask=mask)
     else:
         for start in range(0, C, CHANNELS):
             channel = start + tl.arange(0, CHANNELS)
             channel_mask = channel < C
-            pointers = out_weight + channel[None, :] * EV + value_column[:, None]
-            weight = _load_block(pointers, value_mask, channel_mask, EVEN_VALUE_WIDTH, EVEN_CHANNELS)
+            weight_pointers = out_weight + channel[None, :] * EV + value_column[:, None]
+            weight = _load_block(weight_pointers, value_mask, channel_mask, EVEN_VALUE_WIDTH, EVEN_CHANNELS)
             mixed = _add_product(tl.zeros((POSITIONS, CHANNELS), ACCUMULATOR), averaged, weight, PRECISION)
             if out_bias is not None:
                 mixed += _load_bias(out_bias, channel, channel_mask, ACCUMULATOR)
-            pointers = x + pixel[:, None] + channel[None, :] * x_channel
-            features = _load_block(pointers, position_mask, channel_mask, EVEN_POSITIONS, EVEN_CHANNELS)
+            x_pointers = x + pixel[:, None] + channel[None, :] * x_channel
+            features = _load_block(x_pointers, position_mask, channel_mask, EVEN_POSITIONS, EVEN_CHANNELS)
             result = features.to(ACCUMULATOR) - (0.0 - factor * mixed)
-            pointers = y + y_pixel[:, None] + channel[None, :] * y_channel
+            y_pointers = y + y_pixel[:, None] + channel[None, :] * y_channel
             mask = position_mask[:, None] & channel_mask[None, :]
-            tl.store(pointers, rounded(result, dtype), mask=mask)
+            tl.store(y_pointers, rounded(result, dtype), mask=mask)
 
 
 @triton.jit
@@ -290,20 +292,22 @@ def input_gradient_kernel(
     for start in range(0, EV, VALUE_STEP):
         value_column = start + tl.arange(0, VALUE_STEP)
         value_mask = value_column < EV
-        part = _load_routed(
+        routed = _load_routed(
             grad_value, value_argmax, sample * S * EV + pooled[:, None] * EV + value_column[None, :],
             tap, pooled_mask, value_mask, EVEN_WINDOWS, EVEN_VALUE_WIDTH, POOL,
         )  # fmt: skip
-        pointers = value_weight + value_column[:, None] * C + channel[None, :]
-        weight = _load_block(pointers, value_mask, channel_mask, EVEN_VALUE_WIDTH, EVEN_CHANNELS)
-        sums = _add_product(sums, part, weight, PRECISION)
-    pixel = (row * g_row + column * g_column)[:, None]
-    pointers = grad_y + sample * g_sample + pixel + channel[None, :] * g_channel
-    through = _load_block(pointers, position_mask, channel_mask, EVEN_POSITIONS, EVEN_CHANNELS)
-    pixel = (row * x_row + column * x_column)[:, None]
-    pointers = grad_x + sample * x_sample + pixel + channel[None, :] * x_channel
-    result = rounded(through.to(ACCUMULATOR) + sums, grad_x.dtype.element_ty)
-    tl.store(pointers, result, mask=position_mask[:, None] & channel_mask[None, :])
+        column_pointers = value_weight + value_column[:, None] * C + channel[None, :]
+        columns = _load_block(column_pointers, value_mask, channel_mask, EVEN_VALUE_WIDTH, EVEN_CHANNELS)
+        sums = _add_product(sums, routed, columns, PRECISION)
+    through = _load_block(
+        grad_y + sample * g_sample + (row * g_row + column * g_column)[:, None] + channel[None, :] * g_channel,
+        position_mask, channel_mask, EVEN_POSITIONS, EVEN_CHANNELS,
+    )  # fmt: skip
+    tl.store(
+        grad_x + sample * x_sample + (row * x_row + column * x_column)[:, None] + channel[None, :] * x_channel,
+        rounded(through.to(ACCUMULATOR) + sums, grad_x.dtype.element_ty),
+        mask=position_mask[:, None] & channel_mask[None, :],
+    )  # fmt: skip
 
 
 @triton.jit
@@ -340,8 +344,8 @@ def weight_gradient_kernel(
         row = position // WIDTH
         column = position % WIDTH
         pooled, tap, pooled_mask = _window_of(position, row, column, position_mask, S, S_WIDTH, POOL)
-        pixel = (row * f_row + column * f_column)[None, :]
-        pointers = features + sample * f_sample + pixel + channel[:, None] * f_channel
+        maps = features + sample * f_sample
+        pointers = maps + (row * f_row + column * f_column)[None, :] + channel[:, None] * f_channel
         block = _load_block(pointers, channel_mask, position_mask, EVEN_CHANNELS, EVEN_POSITIONS)
         if grad_query is not None:
             pointers = grad_query + sample * L * E + position[:, None] * E + key_column[None, :]

@@ -123,7 +123,7 @@ def forward(inputs: SelfAttentionInputs, save: bool) -> tuple[Tensor, Saved]:
     width, strides = _grid(1, x, y)
     blocks = triton.cdiv(L, tile.positions)
     _launch(
-        attend_kernel, N * blocks, tile, x,
+        attend_kernel, N * blocks, tile,
         x, weights.query.contiguous(), _contiguous(weights.query_bias), saved.key, saved.value,
         _contiguous(weights.out), _contiguous(weights.out_bias), gamma, y,
         *((saved.query, saved.attended, saved.lse) if save else (None, None, None)),
@@ -151,7 +151,7 @@ def _project_and_pool(x: Tensor, weights: ProjectionWeights, saved: Saved, pool_
     width, strides = _grid(pool_size, x)
     blocks = triton.cdiv(S, tile.positions)
     _launch(
-        project_pool_kernel, N * blocks * parts, tile, x,
+        project_pool_kernel, N * blocks * parts, tile,
         x, weights.key.contiguous(), weights.value.contiguous(),
         _contiguous(weights.key_bias), _contiguous(weights.value_bias), saved.key, saved.value,
         saved.key_argmax if saved.key_argmax.numel() else None,
@@ -226,7 +226,7 @@ def _input_gradient(
     blocks, chunks = triton.cdiv(L, tile.positions), triton.cdiv(C, channels)
     even = L % tile.positions == 0
     _launch(
-        input_gradient_kernel, N * blocks * chunks, tile, x,
+        input_gradient_kernel, N * blocks * chunks, tile,
         grad_y, *grads, *_argmax(saved, pool_size),
         weights.query.contiguous(), weights.key.contiguous(), weights.value.contiguous(), grad_x,
         *strides, C, E, EV, L, width, S, width // pool_size, blocks, chunks,
@@ -267,7 +267,7 @@ def _feature_sums(
     partial = features.new_empty((splits, 2 * E + EV, C), dtype=accumulation_dtype(features.dtype))
     even = L % tile.positions == 0
     _launch(
-        weight_gradient_kernel, splits * chunks * parts, tile, features,
+        weight_gradient_kernel, splits * chunks * parts, tile,
         features, grad_query, grad_key, grad_value, *_argmax(saved, pool_size), partial,
         *strides, C, E, EV, L, width, S, width // pool_size, blocks, chunks, items, share,
         POOL=pool_size,
@@ -283,8 +283,9 @@ def _feature_sums(
     return partial.sum(0)
 
 
-def _launch(kernel: Any, programs: int, tile: Tile, x: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Run a kernel on the device of x, in its precision."""
+def _launch(kernel: Any, programs: int, tile: Tile, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel on the device and in the precision of its first argument, a feature map."""
+    x = arguments[0]
     # The interpreter multiplies the bit patterns of bfloat16 if they are left as they are.
     widened = triton_support.INTERPRETED and x.dtype != torch.float32
     with triton_support.device_guard(x):

@@ -15,7 +15,7 @@ from sagan_layers.torch_support import accumulation_dtype
 
 def unsupported_reasons(inputs: AttentionInputs) -> list[str]:
     """Return why the kernels cannot serve."""
-    return no_triton_reasons(inputs.query.device) or list(_launch().unsupported_reasons(inputs))
+    return no_triton_reasons(inputs.query.device) or list(_kernels().unsupported_reasons(inputs))
 
 
 def not_preferred_reasons(inputs: AttentionInputs) -> list[str]:
@@ -28,7 +28,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     return _attention(query, key, value, scale, False)
 
 
-def _launch() -> Any:
+def _kernels() -> Any:
     from sagan_layers.attention import triton_launch
 
     return triton_launch
@@ -44,9 +44,9 @@ def _saved_form(
 _attention = register_attention(
     "triton",
     AttentionKernels(
-        forward=lambda query, key, value, scale, save_weights: _launch().forward(query, key, value, scale),
-        backward=lambda inputs: _launch().backward(inputs),
-        double_backward=lambda inputs, grad_grads: _launch().double_backward(inputs, grad_grads),
+        forward=lambda query, key, value, scale, save_weights: _kernels().forward(query, key, value, scale),
+        backward=lambda inputs: _kernels().backward(inputs),
+        double_backward=lambda inputs, grad_grads: _kernels().double_backward(inputs, grad_grads),
         saved_form=_saved_form,
         channels_first=False,
         reads_output=True,
