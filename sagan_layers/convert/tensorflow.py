@@ -216,5 +216,4 @@ class TensorFlowLoader:
         if spatial is not None:  # the last axis from (h, w, c) to (c, h, w)
             grid = values.reshape(*values.shape[:-1], *spatial, -1)
             values = np.moveaxis(grid, -1, -3).reshape(values.shape)
-        back = tuple(int(axis) for axis in np.argsort(order))
-        self._copies.append((target, torch.tensor(values.transpose(back))))
+        self._copies.append((target, torch.tensor(values.transpose(*np.argsort(order)))))
