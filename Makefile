@@ -39,7 +39,7 @@ unit: .venv-test/installed ## pytest over tests/, all cores
 # Kernel files import Triton, which a CPU build of torch may lack; they hold no doctests.
 doctest: .venv-test/installed ## the examples in the package's docstrings
 	@echo "==> doctests of the package"
-	$(TEST)/python -m pytest --doctest-modules --ignore-glob='*_triton.py' sagan_layers
+	$(TEST)/python -m pytest --doctest-modules --ignore-glob='*triton*.py' sagan_layers
 
 docs: .venv-test/installed ## the documentation, into docs/_build/html; a warning is an error
 	@echo "==> docs"
