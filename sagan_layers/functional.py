@@ -2,7 +2,7 @@
 
 Every function takes and returns plain tensors and raises ``ValueError`` or ``TypeError`` that says what was expected
 and what came. Shape letters: N batch, C channels, H height, W width, L queries, S keys, E and Ev widths. Each function
-is defined in its operation's folder, beside its backends.
+is defined in its operation's folder, next to its backends.
 """
 
 from __future__ import annotations

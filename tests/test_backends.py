@@ -67,7 +67,7 @@ def test_a_forced_backend_serves_every_call_inside() -> None:
     assert served == ["chunked", "sdpa", "reference", "reference", "sdpa", "chunked"]
 
 
-def test_force_and_record_can_be_held_to_one_operation() -> None:
+def test_force_and_record_can_be_limited_to_one_operation() -> None:
     with (
         force_backend("reference", operation="attention"),
         record_backends(operation="conditional_batch_norm") as served,
@@ -129,11 +129,11 @@ def test_unknown_names_are_refused(name: str) -> None:
             choose()
     with pytest.raises(ValueError, match="backend: expected one of"):
         force_backend(name).__enter__()
-    for ask in (
+    for call in (
         lambda: select_backend(IMAGES, operation=name),
         lambda: explain_backends(IMAGES, operation=name),
         lambda: force_backend("auto", operation=name).__enter__(),
         lambda: record_backends(operation=name).__enter__(),
     ):
         with pytest.raises(ValueError, match=f"operation: expected one of 'attention', .*got {name!r}"):
-            ask()
+            call()

@@ -223,14 +223,14 @@ def test_batches_are_counted_only_in_training() -> None:
     assert module.norm.num_batches_tracked.item() == 3
 
 
-def test_without_running_statistics_evaluation_uses_the_batchs() -> None:
+def test_without_running_statistics_evaluation_uses_those_of_the_batch() -> None:
     module = ConditionalBatchNorm2d(3, track_running_stats=False)
     x = torch.randn(4, 3, 2, 2) * 9 + 1
     assert torch.equal(module.eval()(x), module.train()(x))
     assert not dict(module.named_buffers())
 
 
-def test_reset_parameters_forgets_what_was_learned_and_seen() -> None:
+def test_reset_parameters_restores_the_initial_state() -> None:
     for module in (ConditionalBatchNorm2d(3, 2), ConditionalBatchNorm2d(3)):
         fresh = copy.deepcopy(module.state_dict())
         randomised(module).norm.num_batches_tracked.fill_(7)
@@ -255,7 +255,7 @@ def test_representation_names_the_condition() -> None:
     assert vectors.extra_repr() == "3, condition_features=4, biased_running_var=True"
 
 
-def of_all_values(parts: list[Tensor], correction: int = 1) -> tuple[Tensor, Tensor]:
+def statistics_of(parts: list[Tensor], correction: int = 1) -> tuple[Tensor, Tensor]:
     values = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
     return values.mean(1), values.var(1, correction=correction)
 
@@ -284,7 +284,7 @@ def test_standing_statistics_are_those_of_all_values_together(way: str, biased: 
         for batch in batches:
             module(batch)
         module.end_standing_statistics()
-    assert_running_statistics(module, *of_all_values(batches, correction=0 if biased else 1))
+    assert_running_statistics(module, *statistics_of(batches, correction=0 if biased else 1))
     assert module.norm.num_batches_tracked.item() == 0
 
 
@@ -294,10 +294,10 @@ def test_standing_statistics_do_not_depend_on_how_values_are_split(sizes: list[i
     values = torch.randn(sum(sizes), 2, 2, 3).double() * 3 + 100
     module = ConditionalBatchNorm2d(2, dtype=torch.float64)
     gather(module, *values.split(sizes))
-    assert_running_statistics(module, *of_all_values([values]))
+    assert_running_statistics(module, *statistics_of([values]))
 
 
-def test_standing_passes_normalise_by_their_own_batch_and_begin_from_nothing() -> None:
+def test_standing_passes_normalise_by_their_batch_and_start_from_zero() -> None:
     module = randomised(ConditionalBatchNorm2d(3, 2)).eval()
     x, labels = torch.randn(4, 3, 5, 5) * 4 + 2, torch.tensor([0, 1, 1, 0])
     expected = copy.deepcopy(module).train()(x, labels)
@@ -305,10 +305,10 @@ def test_standing_passes_normalise_by_their_own_batch_and_begin_from_nothing() -
         with torch.no_grad(), standing_statistics(module):
             y = module(x, labels)
     torch.testing.assert_close(y, expected.detach())
-    assert_running_statistics(module, *of_all_values([x]))
+    assert_running_statistics(module, *statistics_of([x]))
 
 
-def test_standing_statistics_restore_every_mode_and_hold_the_rest_in_evaluation() -> None:
+def test_standing_statistics_put_the_network_in_evaluation_and_restore_every_mode() -> None:
     model = nn.Sequential(ConditionalBatchNorm2d(3), nn.Dropout(0.9), nn.Flatten(), SNLinear(12, 2))
     model[1].eval()
     model[0].norm.eval()
@@ -484,7 +484,7 @@ UNBATCHED, FEW_CHANNELS, ONE_VALUE = torch.ones(4, 3, 2), torch.ones(4, 2, 2, 2)
         (VECTORS, (IMAGES, ZEROS), TypeError, "expected a floating-point tensor, got torch.int64"),
     ],
 )
-def test_wrong_inputs_are_refused_before_statistics_move(
+def test_wrong_inputs_are_refused_before_statistics_are_updated(
     options: dict[str, Any], inputs: tuple[Tensor, ...], error: type[Exception], message: str
 ) -> None:
     module = ConditionalBatchNorm2d(3, **options)

@@ -76,7 +76,9 @@ def test_attention_output_lies_between_the_values(queries: int, keys: int, seed:
 
 
 @given(keys=lengths, shift=st.floats(-100, 100), seed=seeds)
-def test_attention_does_not_change_when_every_key_moves_alike(keys: int, shift: float, seed: int) -> None:
+def test_attention_does_not_change_when_every_key_is_shifted_equally(
+    keys: int, shift: float, seed: int
+) -> None:
     torch.manual_seed(seed)
     query, key, value = triple(2, 4, keys, 3, 5)
     torch.testing.assert_close(
@@ -189,7 +191,7 @@ def test_spectral_normalize_converges_to_the_singular_vectors(shape: tuple[int, 
     torch.testing.assert_close(result.v, sign * right[0])
 
 
-def test_spectral_normalize_changes_nothing_in_place_and_returns_its_own_vectors() -> None:
+def test_spectral_normalize_changes_nothing_in_place_and_returns_new_vectors() -> None:
     weight, u, v = torch.randn(3, 4), torch.randn(3), torch.randn(4)
     copies = [tensor.clone() for tensor in (weight, u, v)]
     for iterations in (0, 1):
@@ -416,7 +418,7 @@ def test_self_attention_2d_is_the_written_out_formula(backend: str, bias: bool, 
     torch.testing.assert_close(y, x + parameters["gamma"] * gathered)
 
 
-def test_self_attention_2d_without_an_output_projection_takes_the_value_for_it() -> None:
+def test_self_attention_2d_without_an_output_projection_returns_the_value() -> None:
     parameters = {**block(Ev=8), "out_weight": None}
     x = torch.randn(1, 8, 4, 4, dtype=torch.float64)
     identity = {**parameters, "out_weight": torch.eye(8, dtype=torch.float64)}

@@ -230,7 +230,7 @@ def test_penalty_of_every_block_is_that_of_finite_differences(kind: str, batch_s
 
 @both_statistics
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_of_the_penalty_reaches_every_parameter_as_finite_differences_say(
+def test_gradient_of_the_penalty_is_that_of_finite_differences_for_every_parameter(
     kind: str, batch_statistics: bool
 ) -> None:
     model = every_block(batch_statistics=batch_statistics)
@@ -275,11 +275,11 @@ def test_float32_penalty_and_its_gradient_agree_with_float64(kind: str) -> None:
         assert (parameter.grad.double() - reference).abs().max().item() <= 1e-4 * scale, name
 
 
-def test_penalty_works_while_u_moves() -> None:
+def test_penalty_works_while_u_is_updated() -> None:
     model = EveryBlock()
     images = IMAGES.float().requires_grad_()
     logits = model(images, LABELS)
-    loss = hinge_generator_loss(fake_logits=model(IMAGES.float(), LABELS))  # moves u after the first pass
+    loss = hinge_generator_loss(fake_logits=model(IMAGES.float(), LABELS))  # updates u after the first pass
     (loss + gradient_penalty(logits=logits, images=images)).backward()
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter.grad).all(), name

@@ -93,7 +93,7 @@ def test_power_iteration_options_reach_both_layers() -> None:
 
 
 @pytest.mark.parametrize("spectral_norm", [True, False])
-def test_reset_parameters_draws_both_layers_anew(spectral_norm: bool) -> None:
+def test_reset_parameters_initialises_both_layers(spectral_norm: bool) -> None:
     head = ProjectionDiscriminatorHead(4, 3, spectral_norm=spectral_norm)
     before = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
     head.reset_parameters()

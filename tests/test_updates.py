@@ -175,7 +175,7 @@ def test_constant_parameters_give_the_inputs_gradient_and_none_to_the_parameters
     assert all(isinstance(parameter, nn.Parameter) for parameter in module.parameters())
 
 
-def test_constant_parameters_are_put_back_after_an_error() -> None:
+def test_constant_parameters_are_restored_after_an_error() -> None:
     module = nn.Sequential(SNConv2d(2, 3, 3))
     before = list(module.parameters())
     with pytest.raises(ValueError, match="C = 2"):
@@ -239,7 +239,7 @@ def test_both_passes_are_one_graph_each_and_never_compiled_again() -> None:
     torch.testing.assert_close([*networks[0].buffers()], [*plain[0].buffers()], rtol=1e-4, atol=1e-4)
 
 
-def test_a_discriminator_of_several_outputs_is_refused_in_words() -> None:
+def test_a_discriminator_with_several_outputs_is_refused() -> None:
     class Two(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x, x

@@ -68,7 +68,7 @@ def register_conditional_norm(name: str, load: LoadKernels) -> Callable[..., Con
         process_group: ProcessGroup | None,
     ) -> ConditionalNormResult:
         mean = var = None
-        if running is not None:  # copies, so that the running statistics may move before backward
+        if running is not None:  # copies: the running statistics may be updated before backward
             mean, var = (statistic.to(torch.float64, copy=True) for statistic in running)
         arguments = ForwardArguments(x, gain, bias, mean, var, eps, relu)
         if torch.compiler.is_compiling():

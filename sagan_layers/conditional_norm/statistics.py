@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SynchronizedStatistics:
-    """The processes over which training takes statistics. Copies share the group; pickles do not hold it.
+    """The processes over which training takes statistics. Copies use the same group; pickles do not contain it.
 
     Attributes:
         group: of these processes; None for all.

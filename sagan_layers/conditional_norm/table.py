@@ -1,4 +1,4 @@
-"""The backends of conditional batch norm, in the order in which "auto" asks them."""
+"""The backends of conditional batch norm, in the order in which "auto" tries them."""
 
 from __future__ import annotations
 

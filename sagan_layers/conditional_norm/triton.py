@@ -127,15 +127,9 @@ def _statistics_kernel(
     first = split * items_each
     # Squares are summed around the mean of the first tile.
     position = first % blocks * POSITIONS + place
-    tile = _load_tile(
-        x + (first // blocks).to(tl.int64) * x_sample,
-        channel,
-        position,
-        x_channel,
-        x_position,
-        channel_mask[:, None] & (position < L)[None, :],
-        ACCUMULATOR,
-    )
+    mask = channel_mask[:, None] & (position < L)[None, :]
+    sample = x + (first // blocks).to(tl.int64) * x_sample
+    tile = _load_tile(sample, channel, position, x_channel, x_position, mask, ACCUMULATOR)
     count = tl.minimum(L - first % blocks * POSITIONS, POSITIONS)
     centre = tl.sum(tile, 1) / count
     sums = tl.zeros((CHANNELS, POSITIONS), ACCUMULATOR)
@@ -145,15 +139,8 @@ def _statistics_kernel(
         block = item % blocks
         position = block * POSITIONS + place
         mask = channel_mask[:, None] & (position < L)[None, :]
-        tile = _load_tile(
-            x + (item // blocks).to(tl.int64) * x_sample,
-            channel,
-            position,
-            x_channel,
-            x_position,
-            mask,
-            ACCUMULATOR,
-        )
+        sample = x + (item // blocks).to(tl.int64) * x_sample
+        tile = _load_tile(sample, channel, position, x_channel, x_position, mask, ACCUMULATOR)
         centred = tl.where(mask, tile - centre[:, None], 0.0)
         sums += centred
         squares += centred * centred
@@ -202,8 +189,8 @@ def _join_statistics_kernel(
         mask = (part < splits)[:, None] & channel_mask[None, :]
         offsets = parts + part[:, None] * C + channel[None, :]
         number = tl.load(offsets + 2 * splits * C, mask=mask, other=0)
-        apart = tl.load(offsets, mask=mask, other=0) - joint[None, :]
-        squares += tl.load(offsets + splits * C, mask=mask, other=0) + number * apart * apart
+        deviation = tl.load(offsets, mask=mask, other=0) - joint[None, :]
+        squares += tl.load(offsets + splits * C, mask=mask, other=0) + number * deviation * deviation
     variance = tl.sum(squares, 0) / counted
     tl.store(mean + channel, joint, mask=channel_mask)
     tl.store(var + channel, variance, mask=channel_mask)
@@ -317,21 +304,19 @@ def _sums_kernel(
     high = tl.load(mean + channel, mask=channel_mask, other=0).to(ACCUMULATOR)
     grad_sums = tl.zeros((CHANNELS, POSITIONS), ACCUMULATOR)
     product_sums = tl.zeros((CHANNELS, POSITIONS), ACCUMULATOR)
+    grad += sample * grad_sample
+    x += sample * x_sample
+    if y is not None:
+        y += sample * y_sample
     first = split * blocks_each
     for block in range(first, tl.minimum(first + blocks_each, blocks)):
         position = block * POSITIONS + place
         mask = channel_mask[:, None] & (position < L)[None, :]
-        tile = _load_tile(
-            grad + sample * grad_sample, channel, position, grad_channel, grad_position, mask, ACCUMULATOR
-        )
+        tile = _load_tile(grad, channel, position, grad_channel, grad_position, mask, ACCUMULATOR)
         if y is not None:
-            output = _load_tile(
-                y + sample * y_sample, channel, position, y_channel, y_position, mask, ACCUMULATOR
-            )
+            output = _load_tile(y, channel, position, y_channel, y_position, mask, ACCUMULATOR)
             tile = tl.where(output <= 0, 0.0, tile)
-        values = _load_tile(
-            x + sample * x_sample, channel, position, x_channel, x_position, mask, ACCUMULATOR
-        )
+        values = _load_tile(x, channel, position, x_channel, x_position, mask, ACCUMULATOR)
         grad_sums += tile
         product_sums += tile * (values - high[:, None])
     offsets = (split * N + sample) * C + channel
@@ -430,22 +415,19 @@ def _gradient_kernel(
     mask = channel_mask[:, None] & (position < L)[None, :]
     scale = tl.load(gain + sample * gain_sample + channel * gain_channel, mask=channel_mask, other=0)
     scale = scale.to(ACCUMULATOR) * tl.load(prepared + 2 * C + channel, mask=channel_mask, other=0)
-    tile = _load_tile(
-        grad + sample * grad_sample, channel, position, grad_channel, grad_position, mask, ACCUMULATOR
-    )
+    grad += sample * grad_sample
+    tile = _load_tile(grad, channel, position, grad_channel, grad_position, mask, ACCUMULATOR)
     if y is not None:
-        output = _load_tile(
-            y + sample * y_sample, channel, position, y_channel, y_position, mask, ACCUMULATOR
-        )
+        y += sample * y_sample
+        output = _load_tile(y, channel, position, y_channel, y_position, mask, ACCUMULATOR)
         tile = tl.where(output <= 0, 0.0, tile)
     tile = tile * scale[:, None]
     if BATCH_STATISTICS:
         high = tl.load(prepared + channel, mask=channel_mask, other=0)
         slope = tl.load(prepared + 3 * C + channel, mask=channel_mask, other=0)
         offset = tl.load(prepared + 4 * C + channel, mask=channel_mask, other=0)
-        values = _load_tile(
-            x + sample * x_sample, channel, position, x_channel, x_position, mask, ACCUMULATOR
-        )
+        x += sample * x_sample
+        values = _load_tile(x, channel, position, x_channel, x_position, mask, ACCUMULATOR)
         tile -= (values - high[:, None]) * slope[:, None] + offset[:, None]
     offsets = channel[:, None] * out_channel + position[None, :] * out_position
     tl.store(grad_x + sample * out_sample + offsets, rounded(tile, grad_x.dtype.element_ty), mask=mask)

@@ -152,16 +152,16 @@ def assert_as_accurate_as_the_reference(
     exact, sizes = in_float64(inputs, cotangent, running, passed)
     if relu:
         same_dtype[0], exact[0] = same_dtype[0].relu(), exact[0].relu()
-    for name, got, plain, wanted, size, like in zip(
+    for name, got, plain, expected, size, like in zip(
         NAMES, ours, same_dtype, exact, sizes, (inputs[0], *inputs), strict=True
     ):
         unit = torch.finfo(like.dtype).eps + torch.finfo(accumulation_dtype(inputs[0].dtype)).eps
         if inputs[0].dtype == torch.float64:
             unit *= 8  # the exact result adds thousands of numbers in float64, too
-        assert got.shape == wanted.shape, name
+        assert got.shape == expected.shape, name
         assert got.dtype == like.dtype, name
         assert torch.isfinite(got).all(), name
-        error, allowed = ((each.double() - wanted).abs().max().item() for each in (got, plain))
+        error, allowed = ((each.double() - expected).abs().max().item() for each in (got, plain))
         limit = 2 * allowed + 4 * unit * size
         assert error <= limit, f"{name}: {error:.3g} > {limit:.3g} (reference {allowed:.3g})"
 
@@ -175,8 +175,8 @@ def assert_digits(
     exact, sizes = in_float64(inputs, cotangent, None, ours[0] > 0 if relu else None)
     if relu:
         exact[0] = exact[0].relu()
-    for name, got, wanted, size in zip(NAMES, ours, exact, sizes, strict=True):
-        assert (got.double() - wanted).abs().max() <= tolerance * size, name
+    for name, got, expected, size in zip(NAMES, ours, exact, sizes, strict=True):
+        assert (got.double() - expected).abs().max() <= tolerance * size, name
 
 
 def served(backend: ConditionalNorm, x: Tensor) -> ConditionalNorm:
@@ -291,7 +291,7 @@ def test_not_a_number_goes_through_relu_as_in_torch(backend: ConditionalNorm) ->
 
 @every_backend
 @with_and_without_relu
-def test_the_same_input_gives_the_same_bits_and_stays_as_it_is(backend: ConditionalNorm, relu: bool) -> None:
+def test_the_same_input_gives_the_same_bits_and_is_not_changed(backend: ConditionalNorm, relu: bool) -> None:
     inputs = torch.randn(3, 4, 5, 7), torch.randn(3, 4), torch.randn(4)
     served(backend, inputs[0])
     copies = [tensor.clone() for tensor in inputs]
@@ -494,7 +494,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 @both_formats
 @half_and_single
 @with_and_without_relu
-def test_forward_and_backward_make_one_map_each_and_else_small_memory(
+def test_forward_and_backward_allocate_one_map_each_and_small_blocks(
     layout: str, dtype: torch.dtype, relu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conditional_norm_blocked, "BLOCK_BYTES", 2**16 // torch.get_num_threads())
