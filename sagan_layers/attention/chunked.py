@@ -1,7 +1,7 @@
 """Attention in blocks of queries: plain torch on any device, memory linear in L + S, first and second order.
 
-A block holds so many rows of the weights that its few intermediates stay in a CPU's cache; small samples are
-taken several at a time instead. Backward computes the weights again, unless forward was allowed to save them.
+A block holds as many rows of the weights as fit with its few intermediates into a CPU's cache, or several whole
+samples if they are small. Backward computes the weights again, unless forward was allowed to save them.
 docs/attention.md derives the formulas.
 """
 
@@ -21,10 +21,10 @@ from sagan_layers.attention.autograd import (
 from sagan_layers.attention.reference import AttentionInputs
 from sagan_layers.torch_support import accumulation_dtype, is_known, without_autocast
 
-# Below so many weights a sample the reference is as fast on a CPU.
+# With fewer weights a sample the reference is as fast on a CPU.
 FEW_WEIGHTS = 2**18
-# Weights of the whole batch are saved for backward up to this size, where computing them again costs more: in half
-# precision it costs the most, as the logits are computed in float32.
+# Up to this size the weights of the whole batch are saved for backward: computing them again would cost more. Half
+# precision has a higher limit, because its logits are computed in float32.
 MAX_SAVED_BYTES = 2**24
 MAX_SAVED_BYTES_OF_HALF = 2**25
 
@@ -34,7 +34,7 @@ BLOCK_ENTRIES = 2**20
 FEW_SAMPLES = 4
 # Fewer rows would starve the products.
 MIN_ROWS = 128
-# Below so many entries in all, handling blocks costs more than it saves.
+# With fewer entries in all, handling blocks costs more than it saves.
 WHOLE_ENTRIES = 2**19
 
 Block = tuple[slice, slice]

@@ -1,9 +1,9 @@
-"""Attention through PyTorch's fused kernels, at widths that they serve.
+"""Attention through PyTorch's fused kernels, padded to widths that they support.
 
-The kernels are called by name, so that none of them is silently replaced by the one that builds the whole
+The kernels are called by name, so that torch does not silently replace them by the one that builds the whole
 matrix: on a CPU flash attention, on CUDA flash attention (half precision, widths up to 256) or the
-memory-efficient one. Flash attention wants query and value equally wide, so the narrower is padded with zeros;
-on CUDA widths also go to a multiple of 8.
+memory-efficient one. Flash attention needs query and value of equal width, so the narrower is padded with zeros;
+on CUDA widths are also padded to a multiple of 8.
 """
 
 from __future__ import annotations

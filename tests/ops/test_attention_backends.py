@@ -49,23 +49,23 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return values[:1].expand_as(values)
 
 
-def run(backend: Backend, inputs: Sequence[Tensor], cotangent: Tensor, scale: float) -> list[Tensor]:
+def run(backend: Backend, inputs: Sequence[Tensor], grad_y: Tensor, scale: float) -> list[Tensor]:
     """Output and the gradients of query, key and value."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     y = backend.implementation(*leaves, scale)
-    return [y.detach(), *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))]
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(y.dtype))]
 
 
 def distance(ours: Tensor, exact: Tensor) -> float:
     return (ours.double() - exact).abs().max().item()
 
 
-def sums_of_sizes(inputs: Sequence[Tensor], cotangent: Tensor, scale: float) -> tuple[list[float], float]:
+def sums_of_sizes(inputs: Sequence[Tensor], grad_y: Tensor, scale: float) -> tuple[list[float], float]:
     """The largest sum of absolute terms behind y and each gradient, and the largest logit.
 
     Rounding errors are relative to these: where terms cancel, the result itself may be as small as zero.
     """
-    query, key, value, grad = (tensor.double() for tensor in (*inputs, cotangent))
+    query, key, value, grad = (tensor.double() for tensor in (*inputs, grad_y))
     logits = scale * query @ key.mT
     weights = logits.softmax(-1)
     grad_weights = grad.abs() @ value.abs().mT
@@ -80,15 +80,15 @@ def sums_of_sizes(inputs: Sequence[Tensor], cotangent: Tensor, scale: float) -> 
 
 
 def assert_as_accurate_as_the_reference(
-    backend: Backend, inputs: Sequence[Tensor], cotangent: Tensor, scale: float
+    backend: Backend, inputs: Sequence[Tensor], grad_y: Tensor, scale: float
 ) -> None:
     reference_backend = ATTENTION.backends[-1]
     assert reference_backend.name == "reference"
-    ours = run(backend, inputs, cotangent, scale)
-    same_dtype = run(reference_backend, inputs, cotangent, scale)
-    exact = run(reference_backend, tuple(tensor.double() for tensor in inputs), cotangent.double(), scale)
+    ours = run(backend, inputs, grad_y, scale)
+    same_dtype = run(reference_backend, inputs, grad_y, scale)
+    exact = run(reference_backend, tuple(tensor.double() for tensor in inputs), grad_y.double(), scale)
     unit = torch.finfo(inputs[0].dtype).eps
-    sizes, logit = sums_of_sizes(inputs, cotangent, scale)
+    sizes, logit = sums_of_sizes(inputs, grad_y, scale)
     if inputs[0].dtype == torch.float64:
         unit *= 2  # what the result is held against was itself computed in float64
     # A logit's own rounding, in the accumulation dtype, is a relative error of the weight.
@@ -158,10 +158,10 @@ def check_accuracy(backend: Backend, dtype: torch.dtype, device: str, case: Case
     )
     assume(not backend.unsupported_reasons(AttentionInputs(*inputs)))
     if case.gradient == "scalar":  # what sum() hands back: one number, expanded
-        cotangent = torch.ones((), dtype=dtype, device=device).expand(N, L, EV)
+        grad_y = torch.ones((), dtype=dtype, device=device).expand(N, L, EV)
     else:
-        cotangent = laid_out(draw(N, L, EV).to(dtype).to(device), case.gradient)
-    assert_as_accurate_as_the_reference(backend, inputs, cotangent, case.scale)
+        grad_y = laid_out(draw(N, L, EV).to(dtype).to(device), case.gradient)
+    assert_as_accurate_as_the_reference(backend, inputs, grad_y, case.scale)
 
 
 def drawn(
@@ -169,18 +169,18 @@ def drawn(
 ) -> list[Tensor]:
     """Query, key, value and a gradient of the output; the test is skipped if the backend refuses them."""
     query, key = (torch.randn(2, length, E).mul(spread).to(dtype) for length in (L, S))
-    value, cotangent = (torch.randn(2, length, EV).to(dtype) for length in (S, L))
+    value, grad_y = (torch.randn(2, length, EV).to(dtype) for length in (S, L))
     if reasons := backend.unsupported_reasons(AttentionInputs(query, key, value)):
         pytest.skip("; ".join(reasons))
-    return [query, key, value, cotangent]
+    return [query, key, value, grad_y]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_backend
 def test_results_are_within_a_few_roundings_of_float64(backend: Backend, dtype: torch.dtype) -> None:
-    *inputs, cotangent = drawn(backend, 37, 23, 5, 11, dtype)
-    ours = run(backend, inputs, cotangent, 1.0)
-    exact = run(backend, tuple(tensor.double() for tensor in inputs), cotangent.double(), 1.0)
+    *inputs, grad_y = drawn(backend, 37, 23, 5, 11, dtype)
+    ours = run(backend, inputs, grad_y, 1.0)
+    exact = run(backend, tuple(tensor.double() for tensor in inputs), grad_y.double(), 1.0)
     # Half precision is rounded at the end, and on the way where kernels multiply in it; float32 pays for its sums.
     roundings = 0.5 if backend.name == "reference" else 1.0
     bound = {torch.float64: 0.0, torch.float32: 1e-6}.get(dtype, roundings * torch.finfo(dtype).eps + 1e-6)
@@ -191,7 +191,7 @@ def test_results_are_within_a_few_roundings_of_float64(backend: Backend, dtype: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_backend
 def test_logits_of_hundreds_neither_overflow_nor_lose_accuracy(backend: Backend, dtype: torch.dtype) -> None:
-    *inputs, cotangent = drawn(backend, 19, 29, 16, 7, dtype, spread=12)
+    *inputs, grad_y = drawn(backend, 19, 29, 16, 7, dtype, spread=12)
     query, key, value = inputs
     logits = query.double() @ key.double().transpose(1, 2)
     assert logits.abs().max() > 1000
@@ -199,7 +199,7 @@ def test_logits_of_hundreds_neither_overflow_nor_lose_accuracy(backend: Backend,
     exact = logits.softmax(-1) @ value.double()
     # A float32 logit of 2000 is known to 1e-4, and the weights with it.
     assert distance(y, exact) <= 1e-3 + torch.finfo(dtype).eps * exact.abs().max().item()
-    assert_as_accurate_as_the_reference(backend, inputs, cotangent, 1.0)
+    assert_as_accurate_as_the_reference(backend, inputs, grad_y, 1.0)
 
 
 @pytest.mark.parametrize("inputs_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -208,20 +208,20 @@ def test_logits_of_hundreds_neither_overflow_nor_lose_accuracy(backend: Backend,
 def test_autocast_does_not_lower_the_precision(
     backend: Backend, inputs_dtype: torch.dtype, autocast_dtype: torch.dtype
 ) -> None:
-    *inputs, cotangent = drawn(backend, 19, 29, 16, 7, inputs_dtype, spread=12)
-    plain = run(backend, inputs, cotangent, 1.0)
+    *inputs, grad_y = drawn(backend, 19, 29, 16, 7, inputs_dtype, spread=12)
+    plain = run(backend, inputs, grad_y, 1.0)
     leaves = [tensor.requires_grad_() for tensor in inputs]
     with torch.autocast("cpu", autocast_dtype):
         y = backend.implementation(*leaves, 1.0)
-    under_autocast = [y.detach(), *torch.autograd.grad(y, leaves, cotangent)]
+    under_autocast = [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
     assert all(map(torch.equal, plain, under_autocast))
 
 
 @every_backend
 def test_the_same_input_gives_the_same_bits_and_is_not_changed(backend: Backend) -> None:
-    *inputs, cotangent = drawn(backend, 37, 23, 8, 16, torch.float32)
+    *inputs, grad_y = drawn(backend, 37, 23, 8, 16, torch.float32)
     copies = [tensor.clone() for tensor in inputs]
-    first, second = (run(backend, inputs, cotangent, 1.0) for _ in range(2))
+    first, second = (run(backend, inputs, grad_y, 1.0) for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert all(map(torch.equal, inputs, copies))
 

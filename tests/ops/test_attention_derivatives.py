@@ -39,12 +39,6 @@ def attention_on(name: str, scale: float = 0.7) -> Attention:
     return lambda query, key, value: BACKENDS[name].implementation(query, key, value, scale)
 
 
-def small_blocks(monkeypatch: pytest.MonkeyPatch, entries: int, rows: int, whole: int = 0) -> None:
-    monkeypatch.setattr(chunked, "BLOCK_ENTRIES", entries)
-    monkeypatch.setattr(chunked, "MIN_ROWS", rows)
-    monkeypatch.setattr(chunked, "WHOLE_ENTRIES", whole)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OURS)
 def test_the_second_derivative_is_as_accurate_as_the_references(name: str, dtype: torch.dtype) -> None:
@@ -69,14 +63,14 @@ def test_the_second_derivative_is_as_accurate_as_the_references(name: str, dtype
 @pytest.mark.parametrize("name", OURS)
 def test_the_third_derivative_is_the_references(name: str) -> None:
     inputs = inputs_of()
-    cotangents = [torch.randn_like(tensor) for tensor in inputs]
+    directions = [torch.randn_like(tensor) for tensor in inputs]
 
     def third(attention: Attention) -> tuple[Tensor, ...]:
         # The gradient of the output depends on the inputs, so that every order mixes with the others.
         objective = attention(*inputs).pow(3).sum()
         for _ in range(2):
             gradients = torch.autograd.grad(objective, inputs, create_graph=True)
-            objective = sum((g * c).sum() for g, c in zip(gradients, cotangents, strict=True)).pow(2)
+            objective = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True)).pow(2)
         return torch.autograd.grad(objective, inputs)
 
     for got, wanted in zip(third(attention_on(name)), third(attention_on("reference")), strict=True):
@@ -302,9 +296,15 @@ def test_the_size_of_the_blocks_does_not_matter(
     save_weights: bool,
     dtype: torch.dtype,
 ) -> None:
-    small_blocks(monkeypatch, entries, rows, whole)
-    for limit in ("MAX_SAVED_BYTES", "MAX_SAVED_BYTES_OF_HALF"):
-        monkeypatch.setattr(chunked, limit, 2**24 if save_weights else 0)
+    saved_bytes = 2**24 if save_weights else 0
+    for constant, size in (
+        ("BLOCK_ENTRIES", entries),
+        ("MIN_ROWS", rows),
+        ("WHOLE_ENTRIES", whole),
+        ("MAX_SAVED_BYTES", saved_bytes),
+        ("MAX_SAVED_BYTES_OF_HALF", saved_bytes),
+    ):
+        monkeypatch.setattr(chunked, constant, size)
     inputs = inputs_of(dtype, batch=5)
 
     def results(name: str) -> list[Tensor]:

@@ -124,41 +124,38 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
-def replaced(module: SelfAttention2d) -> None:
-    module.query = Doubled(8, 1, 1, bias=False).to(module.gamma)
+class Halved(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
 
 
-def hooked(module: SelfAttention2d) -> None:
-    module.value.register_forward_hook(lambda layer, args, output: output + 1)
+def conv(outputs: int, size: int = 1, **options: int) -> nn.Conv2d:
+    return nn.Conv2d(8, outputs, size, bias=False, **options)
 
 
-def wider(module: SelfAttention2d) -> None:
-    module.query = nn.Conv2d(8, 1, 3, padding=1, bias=False)
+CHANGES = {
+    "replaced": lambda module: setattr(module, "query", Doubled(8, 1, 1, bias=False)),
+    "hooked": lambda module: module.value.register_forward_hook(lambda layer, args, output: output + 1),
+    "wider": lambda module: setattr(module, "query", conv(1, 3, padding=1)),
+    "strided": lambda module: (
+        setattr(module, "key", conv(1, stride=2)),
+        setattr(module, "value", conv(4, stride=2)),
+    ),
+    "grouped": lambda module: setattr(module, "value", conv(4, groups=2)),
+    "parametrized": lambda module: nn.utils.parametrize.register_parametrization(
+        module.key, "weight", Halved()
+    ),
+}
 
 
-def strided(module: SelfAttention2d) -> None:
-    module.key = nn.Conv2d(8, 1, 1, stride=2, bias=False)
-    module.value = nn.Conv2d(8, 4, 1, stride=2, bias=False)
-
-
-def grouped(module: SelfAttention2d) -> None:
-    module.value = nn.Conv2d(8, 4, 1, groups=2, bias=False)
-
-
-def parametrized(module: SelfAttention2d) -> None:
-    class Halved(nn.Module):
-        def forward(self, weight: Tensor) -> Tensor:
-            return weight / 2
-
-    nn.utils.parametrize.register_parametrization(module.key, "weight", Halved())
-
-
-@pytest.mark.parametrize("change", [replaced, hooked, wider, strided, grouped, parametrized])
-def test_projections_that_are_more_than_their_weight_are_called(change: object) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_projections_that_are_more_than_their_weight_are_called(change: str) -> None:
     module = SelfAttention2d(8, gamma_init=0.5, spectral_norm=False)
     x = torch.randn(1, 8, 4, 4)
     before = module(x)
-    change(module)
+    CHANGES[change](module)
     after = module(x)
     assert not torch.allclose(before, after)
     gathered = functional.attention(
