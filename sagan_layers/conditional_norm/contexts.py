@@ -1,4 +1,4 @@
-"""What sets over which values a network's conditional batch norms take their statistics."""
+"""Functions that change over which values a network's conditional batch norms take their statistics."""
 
 from __future__ import annotations
 

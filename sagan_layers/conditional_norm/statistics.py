@@ -1,4 +1,4 @@
-"""Over which values a ConditionalBatchNorm2d takes its statistics, where a context or a function has set it."""
+"""Statistics over more than one batch: those of several processes, and standing statistics."""
 
 from __future__ import annotations
 

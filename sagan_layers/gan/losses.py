@@ -23,7 +23,7 @@ def hinge_discriminator_loss(*, real_logits: Tensor, fake_logits: Tensor) -> Ten
 
     Raises:
         TypeError: if logits are not floating point.
-        ValueError: if there is none.
+        ValueError: if logits are empty.
 
     Reference:
         Zhang et al., Self-Attention Generative Adversarial Networks, equation 4.
@@ -45,7 +45,7 @@ def hinge_generator_loss(*, fake_logits: Tensor) -> Tensor:
 
     Raises:
         TypeError: if logits are not floating point.
-        ValueError: if there is none.
+        ValueError: if logits are empty.
 
     Reference:
         Zhang et al., Self-Attention Generative Adversarial Networks, equation 4.
@@ -68,7 +68,7 @@ def softplus_discriminator_loss(*, real_logits: Tensor, fake_logits: Tensor) -> 
 
     Raises:
         TypeError: if logits are not floating point.
-        ValueError: if there is none.
+        ValueError: if logits are empty.
 
     Reference:
         The released code of Zhang et al.; Goodfellow et al., Generative Adversarial Nets, equation 1.
@@ -91,7 +91,7 @@ def softplus_generator_loss(*, fake_logits: Tensor) -> Tensor:
 
     Raises:
         TypeError: if logits are not floating point.
-        ValueError: if there is none.
+        ValueError: if logits are empty.
 
     Reference:
         The released code of Zhang et al.
