@@ -336,7 +336,7 @@ def _grid(pool_size: int, *maps: Tensor) -> tuple[int, list[int]]:
 def compile_jobs() -> Iterator[CompileJob]:
     """Yield what to compile ahead of time: every tile, both layouts, with and without masks of sizes and widths.
 
-    float16 differs from bfloat16 by the type of its instructions only, and is left out. Widths are the released
+    float16 differs from bfloat16 by the type of its instructions only, so it is skipped. Widths are the released
     code's, C = 2 Ev = 8 E, at the upper end of each width class, and 8 less, where widths are masked.
     """
     for width_class in ATTENTION_TILES:

@@ -155,7 +155,7 @@ def _wide_dot(
 ):  # fmt: skip
     """Return left @ right^T for widths too large to be held at once."""
     total = tl.zeros([left_rows.shape[0], right_rows.shape[0]], SUM_DTYPE)
-    # Not unrolled: chunks that the caller's loop does not change would be kept in registers throughout.
+    # Not unrolled: the compiler would hold chunks that the caller's loop does not change in registers throughout.
     for chunk in range(CHUNKS):
         columns = chunk * BLOCK + tl.arange(0, BLOCK)
         a = _load(left, left_rows, columns, left_row_stride, left_column_stride, left_count, width, EVEN_LEFT)

@@ -64,7 +64,7 @@ def test_second_derivatives_are_those_of_the_composed_form(create_graph: bool) -
         torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-9)
 
 
-def test_without_gradients_nothing_is_kept_and_the_output_is_the_same() -> None:
+def test_without_gradients_nothing_is_saved_and_the_output_is_the_same() -> None:
     fused, _ = pair()
     x = torch.randn(1, 8, 4, 4, dtype=torch.float64)
     with torch.no_grad():
