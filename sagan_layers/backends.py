@@ -54,10 +54,10 @@ class Backend(Generic[Inputs, Implementation]):
 
 
 class Operation(Generic[Inputs, Implementation]):
-    """An operation and its backends, in the order in which "auto" asks them.
+    """An operation and its backends, in the order in which "auto" tries them.
 
     Args:
-        name: of the function in :mod:`sagan_layers.functional`.
+        name: of the function in :mod:`sagan_layers.functional`, or "spectral_norm" for the weights of layers.
         title: the name in messages.
         backends: the table.
     """
@@ -171,7 +171,8 @@ def force_backend(backend: str, *, operation: str | None = None) -> Iterator[Non
 
     Args:
         backend: "auto" or a backend's name, for instance "reference" or "fused".
-        operation: the function of :mod:`sagan_layers.functional` to force; None for all that have such a backend.
+        operation: the operation to force, as in :func:`~sagan_layers.functional.select_backend`; None for all that
+            have such a backend.
 
     Raises:
         ValueError: for an unknown name.
@@ -204,7 +205,7 @@ def record_backends(*, operation: str | None = None) -> Iterator[list[str]]:
     Calls inside ``torch.compile`` are recorded when they are traced, not when the compiled code runs.
 
     Args:
-        operation: the function of :mod:`sagan_layers.functional` to record; None for all.
+        operation: the operation to record; None for all.
 
     Raises:
         ValueError: for an unknown operation.

@@ -31,7 +31,7 @@ from sagan_layers.resampling.functional import (
 from sagan_layers.resampling.table import CONV2D_DOWNSAMPLE, UPSAMPLE_CONV2D
 from sagan_layers.spectral_norm.functional import spectral_norm_inputs, spectral_normalize
 from sagan_layers.spectral_norm.reference import SpectralNormResult
-from sagan_layers.spectral_norm.table import SPECTRAL_NORMALIZE
+from sagan_layers.spectral_norm.table import SPECTRAL_NORM
 
 __all__ = [
     "SpectralNormResult",
@@ -54,7 +54,7 @@ _READ_ARGUMENTS: dict[str, Callable[..., Any]] = {
     ATTENTION.name: attention_inputs,
     SELF_ATTENTION_2D.name: self_attention_inputs,
     CONDITIONAL_BATCH_NORM.name: conditional_norm_inputs,
-    SPECTRAL_NORMALIZE.name: spectral_norm_inputs,
+    SPECTRAL_NORM.name: spectral_norm_inputs,
     UPSAMPLE_CONV2D.name: upsample_inputs,
     CONV2D_DOWNSAMPLE.name: downsample_inputs,
 }
@@ -66,8 +66,8 @@ def select_backend(*inputs: Any, operation: str = "attention", backend: str = "a
     Args:
         inputs: the tensors that the operation takes: query, key and value of :func:`attention`; x and the weights of
             :func:`self_attention_2d`; x of :func:`conditional_batch_norm`; x and weight of :func:`upsample_conv2d`
-            and :func:`conv2d_downsample`; the weight of :func:`spectral_normalize`.
-        operation: the function's name.
+            and :func:`conv2d_downsample`; the weight of a layer for "spectral_norm".
+        operation: the function's name, or "spectral_norm" for the weights of spectrally normalised layers.
         backend: "auto", or the name of a backend.
         options: keyword arguments of the function that affect the choice, such as ``padding`` or ``pool_size``.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sagan_layers import functional
+from sagan_layers import SNConv2d, functional
 from sagan_layers.functional import explain_backends, force_backend, record_backends, select_backend
 
 Call = tuple[tuple[Tensor, ...], dict[str, Any]]
@@ -52,6 +52,17 @@ def test_every_operation_can_be_selected_explained_forced_and_recorded(operation
         if sentence.startswith("cannot serve: "):
             with pytest.raises(ValueError, match=rf"serves these inputs \({name}: "):
                 select_backend(*selecting, operation=operation, backend=name, **options)
+
+
+def test_the_weights_of_layers_are_an_operation_too() -> None:
+    layer, x = SNConv2d(4, 8, 3), IMAGES
+    assert select_backend(layer.weight, operation="spectral_norm") == "cpu"
+    assert explain_backends(layer.weight, operation="spectral_norm")["cpu"] == "chosen"
+    with record_backends(operation="spectral_norm") as served:
+        layer(x)
+        with force_backend("reference", operation="spectral_norm"):
+            layer(x)
+    assert served == ["cpu", "reference"]
 
 
 def test_a_forced_backend_serves_every_call_inside() -> None:

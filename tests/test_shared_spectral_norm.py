@@ -201,7 +201,7 @@ LAYOUTS: dict[str, Callable[[], SpectralNormLayer]] = {
 def test_gradients_are_the_references_for_every_layout(kind: str, grad_strides: str) -> None:
     layer = LAYOUTS[kind]().double()
     weight, dim = layer.weight, output_axis(layer)
-    assert functional.select_backend(weight, operation="spectral_normalize", dim=dim) == "cpu"
+    assert functional.select_backend(weight, operation="spectral_norm", dim=dim) == "cpu"
     cotangent = torch.randn(weight.shape, dtype=torch.float64)
     if grad_strides == "same":
         cotangent = torch.empty_like(weight).copy_(cotangent)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from sagan_layers.conditional_norm.autograd import register_conditional_norm
 from sagan_layers.conditional_norm.kernels import (
     Average,
     BackwardArguments,
@@ -150,7 +151,9 @@ def backward(arguments: BackwardArguments, average: Average, out: Tensor | None)
     return CoefficientGradients(grad_gain, grad_bias)
 
 
-KERNELS = ConditionalNormKernels(forward, normalize, backward)
+conditional_batch_norm = register_conditional_norm(
+    "blocked", lambda: ConditionalNormKernels(forward, normalize, backward)
+)
 
 
 class _Layout:

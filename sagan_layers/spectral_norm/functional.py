@@ -9,7 +9,7 @@ from sagan_layers.checks import check_floating, check_positive, check_same_devic
 from sagan_layers.spectral_norm import reference
 from sagan_layers.spectral_norm.autograd import with_gradient
 from sagan_layers.spectral_norm.reference import SpectralNormResult, SpectralNormTask
-from sagan_layers.spectral_norm.table import SPECTRAL_NORMALIZE, SpectralNormInputs
+from sagan_layers.spectral_norm.table import SPECTRAL_NORM, SpectralNormInputs
 from sagan_layers.torch_support import is_traced, without_autocast
 
 
@@ -84,7 +84,7 @@ def spectral_norm_inputs(weight: Tensor, *, dim: int = 0) -> SpectralNormInputs:
 def normalize_weight(task: SpectralNormTask) -> SpectralNormResult:
     """Normalise one weight; the normalised one has its graph, sigma has none."""
     inputs = SpectralNormInputs(task.weight, task.options.dim, alone=True)
-    kernels = SPECTRAL_NORMALIZE.select_and_record(inputs, "auto").implementation
+    kernels = SPECTRAL_NORM.select_and_record(inputs, "auto").implementation
     if kernels.gradient is None:
         return kernels.normalize([task])[0]
     with torch.no_grad(), without_autocast(task.weight.device):
@@ -98,9 +98,9 @@ def normalize_weights(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]
     groups: dict[str, list[int]] = {}
     for index, task in enumerate(tasks):
         inputs = SpectralNormInputs(task.weight, task.options.dim, alone=False)
-        groups.setdefault(SPECTRAL_NORMALIZE.select_and_record(inputs, "auto").name, []).append(index)
+        groups.setdefault(SPECTRAL_NORM.select_and_record(inputs, "auto").name, []).append(index)
     results: dict[int, SpectralNormResult] = {}
-    for backend in SPECTRAL_NORMALIZE.backends:
+    for backend in SPECTRAL_NORM.backends:
         if indices := groups.get(backend.name):
             with without_autocast(tasks[indices[0]].weight.device):
                 found = backend.implementation.normalize([tasks[index] for index in indices])
@@ -114,5 +114,5 @@ def weight_of_result(task: SpectralNormTask, result: SpectralNormResult) -> Tens
         # Torch.func and forward mode need plain operations: the same weight again, from the result's u and v.
         options = task.options._replace(n_power_iterations=0)
         return reference.normalize([SpectralNormTask(task.weight, result.u, result.v, options)])[0].weight
-    chosen = SPECTRAL_NORMALIZE.select(SpectralNormInputs(task.weight, task.options.dim, alone=False))
+    chosen = SPECTRAL_NORM.select(SpectralNormInputs(task.weight, task.options.dim, alone=False))
     return with_gradient(task, result, chosen.implementation.gradient or reference.gradient)

@@ -1,4 +1,4 @@
-"""The backends of spectral normalisation, in the order in which weights ask them.
+"""The backends of spectral normalisation, in the order in which they are tried.
 
 A new one is a file with ``unsupported_reasons`` and ``KERNELS``, and a row here.
 """
@@ -17,7 +17,7 @@ from sagan_layers.torch_support import is_traced
 
 
 class SpectralNormInputs(NamedTuple):
-    """What the backends choose by.
+    """What selects a backend.
 
     Attributes:
         weight: at least two axes.
@@ -43,8 +43,8 @@ def _opaque(
     return reasons
 
 
-SPECTRAL_NORMALIZE: Operation[SpectralNormInputs, SpectralNormKernels] = Operation(
-    "spectral_normalize",
+SPECTRAL_NORM: Operation[SpectralNormInputs, SpectralNormKernels] = Operation(
+    "spectral_norm",
     "spectral norm",
     (
         Backend("cpu", cpu.KERNELS, _opaque(cpu.unsupported_reasons)),
