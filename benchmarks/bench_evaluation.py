@@ -30,18 +30,18 @@ from benchmarks import harness
 sys.path.insert(0, str(harness.ROOT / "examples"))
 
 from sagan.data import scan_image_tree
+from sagan.data.synthetic import SyntheticSet, write_layout
 from sagan.distributed import Processes
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.evaluator import Evaluator
-from sagan.evaluation.frechet import frechet_distance, frechet_distance_of_features
+from sagan.evaluation.fid import frechet_distance, frechet_distance_of_features
 from sagan.evaluation.inception_score import InceptionScore
-from sagan.evaluation.kernel_distance import kernel_distance
-from sagan.evaluation.reals import folder_reals
+from sagan.evaluation.kid import kernel_distance
+from sagan.evaluation.real_images import folder_reals
 from sagan.evaluation.statistics import Moments
 from sagan.networks import Generator, NetworkConfig
 from sagan.recipes import RunConfig
 from sagan.sampling import numbered_blocks
-from sagan.synthetic import SyntheticSet, write_layout
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from benchmarks.harness import Case, Outputs, Row, Run, Settings
 from benchmarks.textbook_networks import TextbookDiscriminator, TextbookGenerator
 from sagan.data import ImageDataset
 from sagan.distributed import Processes
-from sagan.memory import keep_freed_memory
 from sagan.randomness import training_noise
 from sagan.recipes import RECIPES, OutputConfig, Precision, RunConfig
-from sagan.step import Trainer
-from sagan.training import train
+from sagan.train.allocator import keep_freed_memory
+from sagan.train.loop import train
+from sagan.train.update import Trainer
 from sagan_layers import SpectralNormLayer
 
 STEP, SCALING, APART, LOOP = "step", "step, by size", "step, in processes of their own", "loop"

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sagan import commands
+from sagan.cli import commands
+from sagan.cli.evaluate import Evaluate, run_evaluate
 from sagan.distributed import ToldByFirstError
 from sagan.errors import UserError
-from sagan.evaluation.command import Evaluate, run_evaluate
 from sagan.recipes import DEFAULT_RECIPE, RECIPES
 
 OVERVIEW = f"""\

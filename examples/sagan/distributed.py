@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sagan.digests import tensor_bytes
 from sagan.errors import UserError
+from sagan.io import tensor_bytes
 from sagan_layers import SpectralNormLayer
 
 T = TypeVar("T")

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sagan.checkpoints import find_checkpoint, load_checkpoint
-from sagan.digests import module_digest
 from sagan.errors import UserError, check_is_new, is_taken
+from sagan.io import module_digest
 from sagan.networks import Generator, NetworkConfig
 from sagan.recipes import RunConfig, config_from_dict
+from sagan.train.checkpoint import find_checkpoint, load_checkpoint
 
 SAMPLES = "samples.json"
 

@@ -13,7 +13,7 @@ from image_trees import WNIDS, write_image_tree
 from sagan.data import ImageFolderDataset, scan_image_tree
 from sagan.networks import NetworkConfig
 from sagan.recipes import DataConfig, OutputConfig, RunConfig
-from sagan.training import TrainingResult, train
+from sagan.train.loop import TrainingResult, train
 
 Train = Callable[..., TrainingResult]
 

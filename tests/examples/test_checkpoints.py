@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from sagan import checkpoints
-from sagan.checkpoints import (
+from sagan.errors import UserError
+from sagan.train import checkpoint as checkpoints
+from sagan.train.checkpoint import (
     CheckpointError,
     checkpoints_in,
     find_checkpoint,
@@ -20,7 +21,6 @@ from sagan.checkpoints import (
     save_best,
     save_checkpoint,
 )
-from sagan.errors import UserError
 
 
 def save(folder: Path, iteration: int, keep: int = 10) -> Path:

@@ -20,13 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 import imagenet_sagan
-from sagan import checking, commands
-from sagan.checkpoints import find_checkpoint, load_checkpoint
-from sagan.commands import INTERRUPTED, describe_config, parse_train
-from sagan.figures import default_points
+from sagan.cli import commands
+from sagan.cli.commands import INTERRUPTED, describe_config, parse_train
+from sagan.data import preflight_run as checking
 from sagan.recipes import RECIPES, RunConfig, config_from_dict
+from sagan.report.figures import default_points
 from sagan.sampling import load_generator, numbered_samples
-from sagan.training import TrainingResult
+from sagan.train.checkpoint import find_checkpoint, load_checkpoint
+from sagan.train.loop import TrainingResult
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "imagenet_sagan.py"

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 import imagenet_sagan
-from sagan.comparison import TABLE_1, Kind, compare_runs, read_runs
 from sagan.errors import UserError
 from sagan.recipes import PUBLISHED, RECIPES
+from sagan.report.comparison import TABLE_1, Kind, compare_runs, read_runs
 
 FID, IS = "fid50k-train-tfinception", "is50k-tfinception"
 

@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from sagan import demo
-from sagan.checkpoints import find_checkpoint, load_checkpoint
-from sagan.demo import Verdict, describe, run_demo
-from sagan.digits import Judge, train_judge
+from sagan.demo.digits import Judge, train_judge
+from sagan.demo.run import Verdict, describe, run_demo
+from sagan.demo.run import run as demo
 from sagan.recipes import RECIPES, RunConfig
-from sagan.training import Trainer, TrainingResult
+from sagan.train.checkpoint import find_checkpoint, load_checkpoint
+from sagan.train.loop import Trainer, TrainingResult
 
 PICTURES = ("samples.png", "attention_maps.png", "curves.png")
 

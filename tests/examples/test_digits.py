@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from sagan.data import ImageFolderDataset, scan_image_tree
-from sagan.digits import (
+from sagan.demo.digits import (
     Judge,
     agreement,
     frechet_distance,

@@ -24,7 +24,7 @@ from sagan.distributed import (
 from sagan.errors import UserError
 from sagan.networks import NetworkConfig
 from sagan.recipes import RunConfig, StepConfig
-from sagan.step import Trainer
+from sagan.train.update import Trainer
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"

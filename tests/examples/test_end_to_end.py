@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import imagenet_sagan
-from sagan.logs import read_metrics, series
-from sagan.synthetic import LAYOUTS
+from sagan.data.synthetic import LAYOUTS
+from sagan.train.logs import read_metrics, series
 
 CLASSES, IMAGES, VAL_IMAGES = 20, 2, 1
 ITERATIONS = 4

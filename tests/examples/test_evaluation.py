@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from sagan.distributed import Processes
 from sagan.errors import UserError
-from sagan.evaluation import report
+from sagan.evaluation import results as report
 from sagan.evaluation.config import EvaluationConfig, TrainingEvaluationConfig
 from sagan.evaluation.evaluator import Evaluation, Evaluator, feature_network
 from sagan.evaluation.features import FeatureNetwork
-from sagan.evaluation.frechet import frechet_distance, frechet_distance_of_features
+from sagan.evaluation.fid import frechet_distance, frechet_distance_of_features
 from sagan.evaluation.protocol import FIGURES, Protocol, ProtocolError
 from sagan.evaluation.proxy import proxy_network
-from sagan.evaluation.reals import Reals
-from sagan.evaluation.reference import ReferenceError
+from sagan.evaluation.real_features import ReferenceError
+from sagan.evaluation.real_images import Reals
 from sagan.evaluation.statistics import Moments
 from sagan.networks import Generator, NetworkConfig
 from sagan.sampling import generate, sample_inputs

@@ -13,14 +13,14 @@ import torch
 from image_trees import WNIDS, write_image_tree
 
 import imagenet_sagan
-from sagan.checkpoints import load_checkpoint
 from sagan.evaluation.config import TrainingEvaluationConfig
-from sagan.health import CollapseAlarm
-from sagan.logs import read_metrics, series
 from sagan.recipes import HealthConfig, RunConfig, config_from_dict
-from sagan.report import draw_run, write_report
-from sagan.step import Trainer
-from sagan.training import Score, TrainingResult
+from sagan.report.page import draw_run, write_report
+from sagan.train.checkpoint import load_checkpoint
+from sagan.train.guard import CollapseAlarm
+from sagan.train.logs import read_metrics, series
+from sagan.train.loop import Score, TrainingResult
+from sagan.train.update import Trainer
 
 SMALL = [
     *("--device", "cpu", "--batch-size", "4", "--network.resolution", "32", "--network.base-width", "1"),

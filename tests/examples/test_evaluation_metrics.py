@@ -8,14 +8,14 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from sagan.evaluation.frechet import (
+from sagan.evaluation.fid import (
     frechet_distance,
     frechet_distance_of_features,
     frechet_distances_by_class,
 )
 from sagan.evaluation.inception_score import InceptionScore, splits_in_order
-from sagan.evaluation.kernel_distance import kernel_distance
-from sagan.evaluation.neighbours import precision_and_recall
+from sagan.evaluation.kid import kernel_distance
+from sagan.evaluation.precision_recall import precision_and_recall
 from sagan.evaluation.statistics import Moments
 
 

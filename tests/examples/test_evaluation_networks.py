@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sagan.checkpoints import file_sha256
 from sagan.errors import UserError
 from sagan.evaluation.features import (
     FeatureNetwork,
@@ -20,6 +19,7 @@ from sagan.evaluation.features import (
 )
 from sagan.evaluation.inception import InceptionV3, load_inception, resize_like_tensorflow
 from sagan.evaluation.proxy import proxy_network
+from sagan.train.checkpoint import file_sha256
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from sagan.errors import UserError
-from sagan.figures import (
+from sagan.networks import Generator, NetworkConfig
+from sagan.report.figures import (
     attention_maps,
     default_points,
     save_attention_figure,
@@ -19,7 +20,6 @@ from sagan.figures import (
     save_grid,
     save_image,
 )
-from sagan.networks import Generator, NetworkConfig
 from sagan_layers import SelfAttention2d
 
 CONFIG = NetworkConfig(

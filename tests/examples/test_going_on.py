@@ -14,12 +14,12 @@ import torch
 from test_training import Batches, assert_same_run, changed, make_trainer, metrics_of
 from torch import Tensor
 
-from sagan.checkpoints import BEST, CheckpointError, checkpoints_in, load_checkpoint, set_aside_later
 from sagan.errors import UserError
-from sagan.locking import locked
+from sagan.io_lock import locked
 from sagan.recipes import RunConfig
-from sagan.step import Trainer
-from sagan.training import Score, TrainingError, TrainingResult, check_unused
+from sagan.train.checkpoint import BEST, CheckpointError, checkpoints_in, load_checkpoint, set_aside_later
+from sagan.train.loop import Score, TrainingError, TrainingResult, check_unused
+from sagan.train.update import Trainer
 
 Train = Callable[..., TrainingResult]
 
@@ -121,7 +121,7 @@ class TestFolders:
     ) -> None:
         out = tmp_path / "run"
         out.mkdir()
-        script = "import sys; from pathlib import Path; from sagan.locking import locked\n"
+        script = "import sys; from pathlib import Path; from sagan.io_lock import locked\n"
         script += "with locked(Path(sys.argv[1]), 'held'): print('held', flush=True); sys.stdin.read()"
         other = subprocess.Popen(
             [sys.executable, "-c", script, str(out / ".lock")],
@@ -146,7 +146,7 @@ class TestFolders:
         def fails(descriptor: int) -> None:
             raise OSError(37, "No locks available")
 
-        monkeypatch.setattr("sagan.locking._lock", fails)
+        monkeypatch.setattr("sagan.io_lock._lock", fails)
         with locked(tmp_path / "lock", "held"):
             pass
 

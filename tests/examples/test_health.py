@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sagan.health import CollapseAlarm, FiniteGuard, Skipped, diversity, parameters_not_finite
 from sagan.recipes import HealthConfig
+from sagan.train.guard import CollapseAlarm, FiniteGuard, Skipped, diversity, parameters_not_finite
 
 CPU = torch.device("cpu")
 LOSS = torch.tensor(1.0)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from sagan import memory
+from sagan.train import allocator as memory
 
 # Faults while 64 MiB are allocated, written and freed ten times, after a first time.
 SCRIPT = """
 import resource, sys
 import torch
-from sagan.memory import keep_freed_memory
+from sagan.train.allocator import keep_freed_memory
 
 if "keep" in sys.argv:
     assert keep_freed_memory()

@@ -26,8 +26,7 @@ from image_trees import WNIDS, MessyTree, jpeg_bytes, write_image_tree, write_me
 from PIL import Image
 
 import imagenet_sagan
-from sagan.checkpoints import find_checkpoint, load_checkpoint
-from sagan.commands import INTERRUPTED
+from sagan.cli.commands import INTERRUPTED
 from sagan.data import (
     DatasetError,
     PackedDataset,
@@ -37,11 +36,7 @@ from sagan.data import (
     scan_image_tree,
     verify,
 )
-from sagan.data.threads import read_ahead
-from sagan.errors import UserError
-from sagan.prepare import Listing, Prepared, SourceOptions, list_source, packing, pool, prepare, staging
-from sagan.prepare.part import Part, PartResult
-from sagan.synthetic import (
+from sagan.data.synthetic import (
     SyntheticSet,
     add_member,
     ilsvrc_ids,
@@ -49,6 +44,11 @@ from sagan.synthetic import (
     write_layout,
     write_shard,
 )
+from sagan.data.threads import read_ahead
+from sagan.errors import UserError
+from sagan.prepare import Listing, Prepared, SourceOptions, list_source, packing, pool, prepare, staging
+from sagan.prepare.part import Part, PartResult
+from sagan.train.checkpoint import find_checkpoint, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 MADE = SyntheticSet(classes=4, images=6, val_images=3, scale=0.12)

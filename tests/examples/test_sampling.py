@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sagan.checkpoints import CheckpointError, find_checkpoint, load_checkpoint
 from sagan.errors import UserError
 from sagan.networks import Generator, NetworkConfig
 from sagan.recipes import RunConfig
@@ -23,7 +22,8 @@ from sagan.sampling import (
     sample_inputs,
     to_uint8,
 )
-from sagan.training import TrainingResult
+from sagan.train.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from sagan.train.loop import TrainingResult
 
 CPU = torch.device("cpu")
 NETWORK = NetworkConfig(resolution=32, base_width=2, num_classes=3, latent_dim=6, d_attention=())

@@ -11,7 +11,7 @@ from test_training import Batches, assert_same, make_trainer
 from torch import Tensor, nn
 
 from sagan.recipes import RunConfig
-from sagan.step import Trainer
+from sagan.train.update import Trainer
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {},

@@ -17,15 +17,15 @@ from image_trees import jpeg_bytes
 from PIL import Image
 from torch import Tensor, nn
 
-from sagan.checkpoints import CheckpointError, checkpoints_in, find_checkpoint, load_checkpoint
 from sagan.data import ImageFolderDataset, scan_image_tree
 from sagan.distributed import Processes, pick_device
 from sagan.errors import UserError
 from sagan.networks import NetworkConfig
 from sagan.randomness import training_noise
 from sagan.recipes import RunConfig, config_from_dict
-from sagan.step import Trainer
-from sagan.training import TrainingError, TrainingResult
+from sagan.train.checkpoint import CheckpointError, checkpoints_in, find_checkpoint, load_checkpoint
+from sagan.train.loop import TrainingError, TrainingResult
+from sagan.train.update import Trainer
 from sagan_layers import DiscriminatorPass, GeneratorPass, SpectralNormLayer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -795,7 +795,7 @@ def test_discriminator_learns_to_tell_noise_from_flat_images(tiny_config: RunCon
 def test_the_loader_of_a_cached_data_set_starts_no_worker(
     tiny_config: RunConfig, image_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from sagan import training
+    from sagan.train import loop as training
 
     asked: list[int] = []
     make_loader = training.make_loader

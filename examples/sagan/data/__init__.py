@@ -1,8 +1,8 @@
 """Training images: a folder for each class, or a prepared set, checked and served as resumable batches."""
 
-from sagan.data.ahead import copied_ahead
 from sagan.data.dataset import ImageDataset, ImageFolderDataset
 from sagan.data.decoding import RESAMPLE_FILTERS, ImageReadError, decode_image
+from sagan.data.device_prefetch import copied_ahead
 from sagan.data.inspection import PreflightReport, UnreadableFile, preflight
 from sagan.data.loading import ResumableBatchSampler, horizontal_flips, make_loader
 from sagan.data.packed import PackedDataset, PackedError, is_prepared, read_manifest, verify

@@ -20,20 +20,20 @@ from sagan.evaluation.features import (
     float32_alone,
     tensorflow_inception,
 )
-from sagan.evaluation.frechet import frechet_distance, frechet_distances_by_class
+from sagan.evaluation.fid import frechet_distance, frechet_distances_by_class
 from sagan.evaluation.inception_score import SPLITS, InceptionScore, splits_in_order
-from sagan.evaluation.kernel_distance import SUBSET_SIZE, SUBSETS, kernel_distance
-from sagan.evaluation.neighbours import NEIGHBOURS, precision_and_recall
+from sagan.evaluation.kid import SUBSET_SIZE, SUBSETS, kernel_distance
 from sagan.evaluation.passes import Block, in_order
+from sagan.evaluation.precision_recall import NEIGHBOURS, precision_and_recall
 from sagan.evaluation.protocol import FIGURES, LOWER, Protocol
 from sagan.evaluation.proxy import proxy_network
-from sagan.evaluation.reals import Reals
-from sagan.evaluation.reference import (
+from sagan.evaluation.real_features import (
     Reference,
     ReferenceFacts,
     default_cache,
     obtain_reference,
 )
+from sagan.evaluation.real_images import Reals
 from sagan.evaluation.samples import with_statistics
 from sagan.evaluation.statistics import Moments
 from sagan.networks import Generator

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sagan.checkpoints import file_sha256
 from sagan.errors import UserError
 from sagan.evaluation.inception import WEIGHTS_SHA256_START, load_inception
+from sagan.train.checkpoint import file_sha256
 
 # Images at a time on a CPU: twice as fast as whole blocks, whose feature maps leave its caches.
 _CPU_CHUNK = 8

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sagan.digests import module_digest
 from sagan.evaluation.features import FeatureNetwork
+from sagan.io import module_digest
 
 _WIDTHS = (8, 16, 32)
 _LARGEST = 64

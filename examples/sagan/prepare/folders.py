@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sagan.data import DatasetError, PathTable, scan_image_tree
-from sagan.prepare.ahead import hinted, will_need
 from sagan.prepare.listing import Indices, Listing, Reader, Store, consecutive_parts
+from sagan.prepare.readahead import hinted, will_need
 
 # One file's own trouble; any other error is the disk's or the network's, and ends the run.
 _OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from sagan.data import DatasetError, PathTable
-from sagan.prepare.ahead import will_need
 from sagan.prepare.listing import WNID, Indices, Listing, Reader, Store, sorted_by_class_and_name
+from sagan.prepare.readahead import will_need
 
 _WNID_SUFFIX = re.compile(r"_(n\d{8})(\.\w+)$")
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from sagan.data import DatasetError, PathTable
 from sagan.data.layout import has_image_extension, is_hidden
-from sagan.prepare.ahead import hinted, will_need
 from sagan.prepare.listing import Indices, Listing, Reader, Store, consecutive_parts
 from sagan.prepare.pool import run_tasks
+from sagan.prepare.readahead import hinted, will_need
 
 _CLASS_ARCHIVE = re.compile(r"(n\d{8})\.tar")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd", b"PK": "zip"}

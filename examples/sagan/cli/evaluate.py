@@ -8,15 +8,15 @@ from typing import Annotated
 
 import tyro
 
-from sagan.checkpoints import find_checkpoint
-from sagan.commands import Weights
+from sagan.cli.commands import Weights
 from sagan.distributed import processes
-from sagan.evaluation import report
+from sagan.evaluation import results as report
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.evaluator import Evaluator, feature_network
-from sagan.evaluation.reals import open_reals
-from sagan.evaluation.reference import default_cache
+from sagan.evaluation.real_features import default_cache
+from sagan.evaluation.real_images import open_reals
 from sagan.sampling import load_generator
+from sagan.train.checkpoint import find_checkpoint
 
 # The others wait while the first measures: precision and recall of 50,000 images take long on a CPU.
 _TIMEOUT_MINUTES = 720.0

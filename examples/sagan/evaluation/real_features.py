@@ -17,15 +17,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sagan.checkpoints import file_sha256
 from sagan.distributed import Processes
 from sagan.errors import UserError
 from sagan.evaluation.features import FeatureNetwork
-from sagan.evaluation.frechet import frechet_distance
+from sagan.evaluation.fid import frechet_distance
 from sagan.evaluation.inception_score import SPLITS, InceptionScore
 from sagan.evaluation.passes import Block, fetched_blocks, in_order
-from sagan.evaluation.reals import Reals
+from sagan.evaluation.real_images import Reals
 from sagan.evaluation.statistics import Moments
+from sagan.train.checkpoint import file_sha256
 
 FORMAT = "sagan-layers reference features"
 VERSION = 1

@@ -11,8 +11,8 @@ from typing import Any
 
 from sagan.errors import UserError
 from sagan.evaluation.protocol import FIGURES, LOWER
-from sagan.figures import Panel, save_comparison
 from sagan.recipes import PUBLISHED, RECIPES, RunConfig, config_from_dict, differences
+from sagan.report.figures import Panel, save_comparison
 
 # What says nothing of how good a run becomes.
 _UNTOLD = ("out", "data", "device", "output.", "health.", "evaluation.", "images.check", "images.workers")

@@ -16,10 +16,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sagan.distributed import Processes, running_statistics
 from sagan.errors import UserError
-from sagan.health import FiniteGuard
 from sagan.networks import Discriminator, Generator
 from sagan.randomness import training_noise
 from sagan.recipes import RunConfig
+from sagan.train.guard import FiniteGuard
 from sagan_layers import (
     DiscriminatorPass,
     GeneratorPass,

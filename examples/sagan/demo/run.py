@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sagan.checkpoints import checkpoints_in
 from sagan.data import ImageFolderDataset, preflight, scan_image_tree
-from sagan.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
-from sagan.figures import attention_maps, default_points, save_attention_figure, save_curves, save_grid
-from sagan.logs import read_metrics, series
+from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
 from sagan.recipes import RunConfig
+from sagan.report.figures import attention_maps, default_points, save_attention_figure, save_curves, save_grid
 from sagan.sampling import generate, load_generator, numbered_samples, sample_inputs, to_uint8
-from sagan.step import Trainer
-from sagan.training import TrainingResult, train
+from sagan.train.checkpoint import checkpoints_in
+from sagan.train.logs import read_metrics, series
+from sagan.train.loop import TrainingResult, train
+from sagan.train.update import Trainer
 
 VERDICT_SAMPLES = 2000
 CURVE_SAMPLES = 500

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sagan.checkpoints import checkpoints_in
 from sagan.errors import UserError
-from sagan.figures import save_curves
-from sagan.logs import read_metrics, series
+from sagan.report.figures import save_curves
+from sagan.train.checkpoint import checkpoints_in
+from sagan.train.logs import read_metrics, series
 
 Curve = tuple[Sequence[float], Sequence[float]]
 _STYLE = """

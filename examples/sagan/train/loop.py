@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sagan.checkpoints import (
+from sagan.data import ImageDataset, copied_ahead, make_loader
+from sagan.distributed import Processes, check_agreement, pick_device
+from sagan.errors import UserError
+from sagan.io_lock import locked
+from sagan.recipes import RunConfig, config_from_dict, differences
+from sagan.report.figures import attention_maps, default_points, save_attention_figure, save_grid
+from sagan.sampling import generate, sample_inputs, to_uint8
+from sagan.train.checkpoint import (
     BEST,
     CheckpointError,
     checkpoints_in,
@@ -26,16 +33,9 @@ from sagan.checkpoints import (
     save_checkpoint,
     set_aside_later,
 )
-from sagan.data import ImageDataset, copied_ahead, make_loader
-from sagan.distributed import Processes, check_agreement, pick_device
-from sagan.errors import UserError
-from sagan.figures import attention_maps, default_points, save_attention_figure, save_grid
-from sagan.health import CollapseAlarm, diversity, parameters_not_finite
-from sagan.locking import locked
-from sagan.logs import METRICS, RunLog
-from sagan.recipes import RunConfig, config_from_dict, differences
-from sagan.sampling import generate, sample_inputs, to_uint8
-from sagan.step import Trainer
+from sagan.train.guard import CollapseAlarm, diversity, parameters_not_finite
+from sagan.train.logs import METRICS, RunLog
+from sagan.train.update import Trainer
 from sagan_layers import SelfAttention2d
 
 # What may change between the parts of one run: how long, where and how it is shown, not what is computed.

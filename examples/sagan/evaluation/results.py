@@ -13,7 +13,7 @@ import torch
 
 import sagan_layers
 from sagan.evaluation.evaluator import Evaluation, Evaluator, Figure
-from sagan.evaluation.reference import ReferenceFacts
+from sagan.evaluation.real_features import ReferenceFacts
 
 RESULTS = "results.md"
 _HEADER = """\

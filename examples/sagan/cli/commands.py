@@ -12,9 +12,6 @@ import torch
 import tyro
 from PIL import Image
 
-from sagan.checking import checked_tree
-from sagan.checkpoints import checkpoints_in
-from sagan.comparison import compare_runs
 from sagan.data import (
     ImageDataset,
     ImageFolderDataset,
@@ -26,18 +23,20 @@ from sagan.data import (
     verify,
 )
 from sagan.data.packed import MANIFEST
+from sagan.data.preflight_run import checked_tree
+from sagan.data.synthetic import SyntheticSet, write_layout
 from sagan.data.threads import usable_cpus
-from sagan.demo import run_demo
+from sagan.demo.run import run_demo
 from sagan.distributed import Processes, pick_device, processes
 from sagan.errors import UserError, check_is_new
 from sagan.evaluation.evaluator import feature_network
-from sagan.evaluation.in_training import evaluation_in_training
-from sagan.figures import attention_maps, default_points, save_attention_figure, save_grid, save_image
-from sagan.memory import keep_freed_memory
+from sagan.evaluation.periodic import evaluation_in_training
 from sagan.networks import Discriminator, Generator, count_parameters
 from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, differences
-from sagan.report import draw_run, write_report
+from sagan.report.comparison import compare_runs
+from sagan.report.figures import attention_maps, default_points, save_attention_figure, save_grid, save_image
+from sagan.report.page import draw_run, write_report
 from sagan.sampling import (
     TrainedGenerator,
     claim_folder,
@@ -46,8 +45,9 @@ from sagan.sampling import (
     sample_inputs,
     to_uint8,
 )
-from sagan.synthetic import SyntheticSet, write_layout
-from sagan.training import check_images, check_start, check_unused, save_config, train
+from sagan.train.allocator import keep_freed_memory
+from sagan.train.checkpoint import checkpoints_in
+from sagan.train.loop import check_images, check_start, check_unused, save_config, train
 
 T = TypeVar("T")
 # Exit codes besides 0, 1 (an error, in plain words) and 2 (wrong arguments).

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from sagan.data import ImageDataset
 from sagan.distributed import Processes
-from sagan.evaluation import report
+from sagan.evaluation import results as report
 from sagan.evaluation.evaluator import Evaluator
 from sagan.evaluation.features import FeatureNetwork
-from sagan.evaluation.reals import open_reals, training_reals
-from sagan.evaluation.reference import default_cache
+from sagan.evaluation.real_features import default_cache
+from sagan.evaluation.real_images import open_reals, training_reals
 from sagan.networks import Generator
 from sagan.recipes import RunConfig
-from sagan.step import Trainer
-from sagan.training import Evaluate, Score
+from sagan.train.loop import Evaluate, Score
+from sagan.train.update import Trainer
 
 
 def evaluation_in_training(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from sagan.checking import checked_tree
 from sagan.data import (
     ImageDataset,
     ImageFolderDataset,
@@ -14,6 +13,7 @@ from sagan.data import (
     is_prepared,
     scan_image_tree,
 )
+from sagan.data.preflight_run import checked_tree
 from sagan.distributed import Processes
 from sagan.errors import UserError
 from sagan.evaluation.config import EvaluationConfig
