@@ -31,7 +31,7 @@ sys.path.insert(0, str(harness.ROOT / "examples"))
 
 from sagan.data import scan_image_tree
 from sagan.data.synthetic import SyntheticSet, write_layout
-from sagan.distributed import Processes
+from sagan.distributed import World
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.evaluator import Evaluator
 from sagan.evaluation.fid import frechet_distance, frechet_distance_of_features
@@ -240,7 +240,7 @@ def measure_end_to_end(scale: Scale, weights: Path, results: harness.Results) ->
         config = EvaluationConfig(
             metrics=("fid", "is", "kid"), count=scale.images, inception_weights=weights, cache=root / "cache"
         )
-        evaluator = Evaluator(config, reals, Processes(0, 1, torch.device("cpu")), progress=True)
+        evaluator = Evaluator(config, reals, World(0, 1, torch.device("cpu")), progress=True)
         ours = evaluator.evaluate(generator, labels, weights="raw")
         real = Images(reals.source.fetch(range(len(reals.source)))[0])
         blocks = numbered_blocks(

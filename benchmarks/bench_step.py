@@ -25,7 +25,7 @@ from benchmarks import harness, textbook_networks
 from benchmarks.harness import Case, Outputs, Row, Run, Settings
 from benchmarks.textbook_networks import TextbookDiscriminator, TextbookGenerator
 from sagan.data import ImageDataset
-from sagan.distributed import Processes
+from sagan.distributed import World
 from sagan.randomness import training_noise
 from sagan.recipes import RECIPES, OutputConfig, Precision, RunConfig
 from sagan.train.allocator import keep_freed_memory
@@ -152,7 +152,7 @@ class StepCase(Case):
     def _trainer(self, **step: Any) -> Trainer:
         config = self.run_config
         config = replace(config, step=replace(config.step, **step))
-        trainer = Trainer(config, torch.arange(self.num_classes), Processes(0, 1, torch.device(self.device)))
+        trainer = Trainer(config, torch.arange(self.num_classes), World(0, 1, torch.device(self.device)))
         with torch.no_grad():
             for network in (trainer.generator, trainer.discriminator):
                 for mixer in network.mixers.values():

@@ -8,7 +8,7 @@ from typing import Any
 
 from sagan.cli import commands
 from sagan.cli.evaluate import Evaluate, run_evaluate
-from sagan.distributed import ToldByFirstError
+from sagan.distributed import ReportedByMainError
 from sagan.errors import UserError
 from sagan.recipes import DEFAULT_RECIPE, RECIPES
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
             kind, run = COMMANDS[name]
             return run(commands.parse(kind, name, options))
         print(f"Unknown command {name!r}.\n\n{OVERVIEW}", file=sys.stderr)
-    except ToldByFirstError:
+    except ReportedByMainError:
         return 1
     except (UserError, OSError) as error:
         print(f"imagenet_sagan.py {name}: {error}", file=sys.stderr)

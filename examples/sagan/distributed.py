@@ -26,79 +26,79 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Processes:
+class World:
     """This process among those that work together.
 
     Attributes:
         rank: its number, from 0; 0 writes files and talks.
-        count: how many there are.
+        world_size: how many there are.
         device: where its networks are.
         control: the group for messages between hosts, on the CPU whatever the networks are on.
     """
 
     rank: int
-    count: int
+    world_size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that writes files and talks."""
         return self.rank == 0
 
-    def share(self, whole: Tensor, part: int, parts: int) -> Tensor:
+    def shard(self, whole: Tensor, part: int, parts: int) -> Tensor:
         """Return what this process takes of part ``part`` of a global batch, [N, ...] -> [N / parts / count, ...]."""
-        size = len(whole) // (parts * self.count)
-        start = (part * self.count + self.rank) * size
+        size = len(whole) // (parts * self.world_size)
+        start = (part * self.world_size + self.rank) * size
         return whole[start : start + size]
 
-    def first_does(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """Do something in the first process alone, and return its result in all; it must be what JSON can hold.
 
         Raises:
-            UserError: whatever the first process raised; the others raise :class:`ToldByFirstError`.
+            UserError: whatever the first process raised; the others raise :class:`ReportedByMainError`.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return work()
         failed: UserError | OSError | None = None
         answer = ""
-        if self.is_first:
+        if self.is_main:
             try:
                 answer = json.dumps({"result": work()})
             except (UserError, OSError) as error:
                 failed, answer = error, json.dumps({"error": str(error)})
-        told = json.loads(self.from_first(answer))
+        told = json.loads(self.broadcast_from_main(answer))
         if failed is not None:
             raise failed
         if "error" in told:
-            raise ToldByFirstError(told["error"])
+            raise ReportedByMainError(told["error"])
         result: T = told["result"]
         return result
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when all processes have come here."""
-        if self.count > 1:
+        if self.world_size > 1:
             dist.barrier(group=self.control)
 
-    def largest(self, number: int) -> int:
+    def max_over_ranks(self, number: int) -> int:
         """Return the largest of all processes' numbers; no process waits for its GPU."""
-        if self.count == 1:
+        if self.world_size == 1:
             return number
         numbers = torch.tensor([number])
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.control)
         return int(numbers.item())
 
-    def mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
+    def mean_over_ranks(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Return the means over all processes of numbers of the same names."""
-        if self.count == 1:
+        if self.world_size == 1:
             return dict(numbers)
         values = torch.tensor(list(numbers.values()), dtype=torch.float64)
         dist.all_reduce(values, group=self.control)
-        return dict(zip(numbers, (values / self.count).tolist(), strict=True))
+        return dict(zip(numbers, (values / self.world_size).tolist(), strict=True))
 
     def average_(self, tensors: Iterable[Tensor]) -> None:
         """Replace floating-point tensors by their mean over the processes, in one message for each dtype."""
-        if self.count == 1:
+        if self.world_size == 1:
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
@@ -106,15 +106,15 @@ class Processes:
         for group in by_dtype.values():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
             dist.all_reduce(flat)
-            parts = torch.split(flat.div_(self.count), [tensor.numel() for tensor in group])
+            parts = torch.split(flat.div_(self.world_size), [tensor.numel() for tensor in group])
             for tensor, part in zip(group, parts, strict=True):
                 tensor.detach().copy_(part.view(tensor.shape))
 
     def gather_texts(self, text: str) -> list[str]:
         """Return every process's text, by rank."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [text]
-        texts: list[str | None] = [None] * self.count
+        texts: list[str | None] = [None] * self.world_size
         dist.all_gather_object(texts, text, group=self.control)
         return [str(each) for each in texts]
 
@@ -124,16 +124,16 @@ class Processes:
         Args:
             tensor: on the CPU, of one shape in all processes.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return [tensor]
-        found = [torch.empty_like(tensor) for _ in range(self.count)] if self.is_first else None
+        found = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.is_main else None
         dist.gather(tensor.contiguous(), found, group=self.control)
         return found or []
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[dist.ProcessGroup | None]:
+    def single_rank_group(self) -> Iterator[dist.ProcessGroup | None]:
         """Yield a group of this process alone, for what would otherwise gather over all of them."""
-        if self.count == 1:
+        if self.world_size == 1:
             yield None
             return
         group = dist.new_group([self.rank], use_local_synchronization=True)
@@ -142,25 +142,25 @@ class Processes:
         finally:
             dist.destroy_process_group(group)
 
-    def from_first(self, text: str) -> str:
+    def broadcast_from_main(self, text: str) -> str:
         """Return the text of process 0."""
-        if self.count == 1:
+        if self.world_size == 1:
             return text
         texts = [text]
         dist.broadcast_object_list(texts, src=0, group=self.control)
         return texts[0]
 
 
-class ToldByFirstError(UserError):
+class ReportedByMainError(UserError):
     """What the first process says already."""
 
 
 class ProcessesDisagreeError(UserError):
-    """Processes that should hold the same numbers do not."""
+    """World that should hold the same numbers do not."""
 
 
 @contextlib.contextmanager
-def processes(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[Processes]:
+def init_world(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[World]:
     """Join the other processes for a ``with`` block, as ``torchrun`` says; alone without it.
 
     Args:
@@ -173,7 +173,7 @@ def processes(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[Pr
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Processes(0, 1, pick_device(device_name))
+        yield World(0, 1, pick_device(device_name))
         return
     missing = [
         name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
@@ -187,7 +187,7 @@ def processes(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[Pr
         control = (
             dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
         )
-        yield Processes(dist.get_rank(), dist.get_world_size(), device, control)
+        yield World(dist.get_rank(), dist.get_world_size(), device, control)
     finally:
         dist.destroy_process_group()
 
@@ -234,17 +234,17 @@ def running_statistics(network: nn.Module) -> list[Tensor]:
     ]
 
 
-def check_agreement(own: Processes, networks: Mapping[str, nn.Module]) -> None:
+def check_agreement(world: World, networks: Mapping[str, nn.Module]) -> None:
     """Check that weights, spectral-norm vectors and running statistics are the same bits in all processes.
 
     Args:
-        own: this process.
+        world: this process.
         networks: by the names to call them in a message.
 
     Raises:
         ProcessesDisagreeError: naming the processes and what differs; in all processes alike.
     """
-    if own.count == 1:
+    if world.world_size == 1:
         return
     digests = {
         f"{name}'s {kind}": _digest(tensors)
@@ -255,7 +255,7 @@ def check_agreement(own: Processes, networks: Mapping[str, nn.Module]) -> None:
             ("running statistics", running_statistics(network)),
         )
     }
-    found = [text.split() for text in own.gather_texts(" ".join(digests.values()))]
+    found = [text.split() for text in world.gather_texts(" ".join(digests.values()))]
     different = [
         f"{what} of process {rank}"
         for index, what in enumerate(digests)
@@ -264,7 +264,7 @@ def check_agreement(own: Processes, networks: Mapping[str, nn.Module]) -> None:
     ]
     if different:
         raise ProcessesDisagreeError(
-            f"expected the same numbers in all {own.count} processes, but these differ from process 0: "
+            f"expected the same numbers in all {world.world_size} processes, but these differ from process 0: "
             + "; ".join(different)
         )
 

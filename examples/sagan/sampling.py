@@ -104,10 +104,10 @@ def sample_inputs(
     """
     latents = torch.empty(len(indices), network.latent_dim)
     for row, index in enumerate(indices):
-        own = torch.Generator().manual_seed(_mix(seed, index))
-        torch.randn(network.latent_dim, generator=own, out=latents[row])
+        world = torch.Generator().manual_seed(_mix(seed, index))
+        torch.randn(network.latent_dim, generator=world, out=latents[row])
         if truncation is not None:
-            _draw_anew_beyond(truncation, latents[row], own)
+            _draw_anew_beyond(truncation, latents[row], world)
     classes = torch.arange(network.num_classes or 1) if labels_in_use is None else labels_in_use
     return latents, classes[torch.tensor(list(indices), dtype=torch.int64) % len(classes)]
 
@@ -259,9 +259,9 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def _draw_anew_beyond(threshold: float, latent: Tensor, own: torch.Generator) -> None:
+def _draw_anew_beyond(threshold: float, latent: Tensor, world: torch.Generator) -> None:
     while (beyond := latent.abs() > threshold).any():
-        latent[beyond] = torch.randn(int(beyond.sum()), generator=own)
+        latent[beyond] = torch.randn(int(beyond.sum()), generator=world)
 
 
 def _mix(seed: int, index: int) -> int:

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
+from sagan.demo import run as demo
 from sagan.demo.digits import Judge, train_judge
 from sagan.demo.run import Verdict, describe, run_demo
-from sagan.demo import run as demo
 from sagan.recipes import RECIPES, RunConfig
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint
 from sagan.train.loop import Trainer, TrainingResult

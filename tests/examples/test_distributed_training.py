@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sagan.data import ResumableBatchSampler
 from sagan.distributed import (
-    Processes,
     ProcessesDisagreeError,
+    World,
     check_agreement,
     processes,
     running_statistics,
@@ -60,8 +60,8 @@ def config_of(case: str) -> RunConfig:
 class Batches(Iterator[tuple[Tensor, Tensor]]):
     """This process's share of the parts of global batches, which are the same for any number of processes."""
 
-    def __init__(self, config: RunConfig, own: Processes) -> None:
-        self.config, self.own = config, own
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
         self.part = 0
         self.random = torch.Generator().manual_seed(1)
 
@@ -70,18 +70,18 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         size = BATCH // parts
         images = torch.randint(256, (size, 3, 32, 32), generator=self.random, dtype=torch.uint8)
         labels = torch.randint(3, (size,), generator=self.random)
-        return self.own.share(images, 0, 1), self.own.share(labels, 0, 1)
+        return self.world.shard(images, 0, 1), self.world.shard(labels, 0, 1)
 
 
-def train(case: str, own: Processes) -> dict[str, Tensor]:
+def train(case: str, world: World) -> dict[str, Tensor]:
     """Two iterations in float64; gradients of both networks after the first, and everything after the second."""
     config = config_of(case)
-    trainer = Trainer(config, torch.arange(3), own)
+    trainer = Trainer(config, torch.arange(3), world)
     with torch.no_grad():  # at 0 the mixers are the identity
         for network in (trainer.generator, trainer.discriminator):
             for mixer in network.mixers.values():
                 mixer.gamma.fill_(0.7)
-    batches = Batches(config, own)
+    batches = Batches(config, world)
     trainer.step(batches)
     results = {
         f"{name} gradient {parameter}": tensor.grad.clone()
@@ -92,33 +92,35 @@ def train(case: str, own: Processes) -> dict[str, Tensor]:
     trainer.step(batches)
     for name, network in trainer.networks.items():
         results |= {f"{name} {key}": value.clone() for key, value in network.state_dict().items()}
-    results |= {name: torch.tensor(value) for name, value in own.mean(trainer.means.now()).items()}
-    check_agreement(own, trainer.networks)
+    results |= {
+        name: torch.tensor(value) for name, value in world.mean_over_ranks(trainer.means.now()).items()
+    }
+    check_agreement(world, trainer.networks)
     return results
 
 
-def disagreement(own: Processes) -> str:
+def disagreement(world: World) -> str:
     """What is said when process 1 holds another vector and other statistics."""
-    trainer = Trainer(config_of("plain"), torch.arange(3), own)
-    if own.rank == 1:
+    trainer = Trainer(config_of("plain"), torch.arange(3), world)
+    if world.rank == 1:
         trainer.discriminator.blocks[0].conv1.weight_u[0] += 1e-12
         running_statistics(trainer.generator)[0][0] += 1e-12
     try:
-        check_agreement(own, {"G": trainer.generator, "D": trainer.discriminator})
+        check_agreement(world, {"G": trainer.generator, "D": trainer.discriminator})
     except ProcessesDisagreeError as error:
         return str(error)
     return "nothing"
 
 
-def work(own: Processes) -> dict[str, Any]:
+def work(world: World) -> dict[str, Any]:
     torch.set_default_dtype(torch.float64)
     return {
-        "identity": [own.rank, own.count],
-        "runs": {case: train(case, own) for case in CASES},
-        "disagreement": disagreement(own),
-        "largest": own.largest(10 * own.rank),
-        "texts": own.gather_texts(f"text {own.rank}"),
-        "first": own.from_first(f"text {own.rank}"),
+        "identity": [world.rank, world.world_size],
+        "runs": {case: train(case, world) for case in CASES},
+        "disagreement": disagreement(world),
+        "largest": world.max_over_ranks(10 * world.rank),
+        "texts": world.gather_texts(f"text {world.rank}"),
+        "first": world.broadcast_from_main(f"text {world.rank}"),
     }
 
 
@@ -137,7 +139,7 @@ def double_precision() -> Iterator[None]:
 @pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("case", [case for case in CASES if case != "own statistics"])
 def test_gradients_and_weights_are_those_of_one_process(ranks: list[dict[str, Any]], case: str) -> None:
-    alone = train(case, Processes(0, 1, torch.device("cpu")))
+    alone = train(case, World(0, 1, torch.device("cpu")))
     assert sum(name.startswith("D gradient") for name in alone) > 20
     for results in ranks:
         found = results["runs"][case]
@@ -184,7 +186,7 @@ def test_messages_reach_every_process(ranks: list[dict[str, Any]]) -> None:
 def test_shares_of_all_processes_make_up_the_batch_in_order(count: int, parts: int) -> None:
     whole = torch.arange(BATCH)
     shares = [
-        Processes(rank, count, torch.device("cpu")).share(whole, part, parts)
+        World(rank, count, torch.device("cpu")).share(whole, part, parts)
         for part in range(parts)
         for rank in range(count)
     ]
@@ -202,11 +204,15 @@ def test_images_come_in_the_same_order_on_any_number_of_processes(count: int) ->
 
 def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with processes("cpu") as own:
-        assert (own.rank, own.count, own.is_first, own.largest(3)) == (0, 1, True, 3)
-        assert (own.from_first("a"), own.gather_texts("a"), own.mean({"x": 2.0})) == ("a", ["a"], {"x": 2.0})
+    with processes("cpu") as world:
+        assert (world.rank, world.world_size, world.is_main, world.max_over_ranks(3)) == (0, 1, True, 3)
+        assert (
+            world.broadcast_from_main("a"),
+            world.gather_texts("a"),
+            world.mean_over_ranks({"x": 2.0}),
+        ) == ("a", ["a"], {"x": 2.0})
         tensor = torch.ones(3)
-        own.average_([tensor])
+        world.average_([tensor])
         assert tensor.eq(1).all()
 
 
@@ -225,4 +231,4 @@ def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_a_batch_that_does_not_divide_among_processes_is_refused() -> None:
     config = replace(config_of("plain"), batch_size=6)
     with pytest.raises(UserError, match="batch_size: expected a multiple of 4"):
-        Trainer(config, torch.arange(3), Processes(0, 4, torch.device("cpu")))
+        Trainer(config, torch.arange(3), World(0, 4, torch.device("cpu")))

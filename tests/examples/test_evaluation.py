@@ -16,7 +16,7 @@ import torch.distributed as dist
 from several_processes import results_by_rank
 from torch import Tensor, nn
 
-from sagan.distributed import Processes
+from sagan.distributed import World
 from sagan.errors import UserError
 from sagan.evaluation import results as report
 from sagan.evaluation.config import EvaluationConfig, TrainingEvaluationConfig
@@ -32,7 +32,7 @@ from sagan.networks import Generator, NetworkConfig
 from sagan.sampling import generate, sample_inputs
 
 ALL = ("fid", "is", "kid", "intra-fid", "pr")
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 LABELS = torch.tensor([0, 1, 2])
 
 
@@ -98,15 +98,13 @@ def generator_of(seed: int = 0, num_classes: int = 3) -> Generator:
     return generator.eval()
 
 
-def evaluator_of(
-    folder: Path, own: Processes = ALONE, reals: Reals | None = None, **options: Any
-) -> Evaluator:
+def evaluator_of(folder: Path, world: World = ALONE, reals: Reals | None = None, **options: Any) -> Evaluator:
     options = {"metrics": ALL, "count": 53, "block_size": 10, "cache": folder / "cache", **options}
-    return Evaluator(EvaluationConfig(**options), reals or reals_of(), own, network=network())
+    return Evaluator(EvaluationConfig(**options), reals or reals_of(), world, network=network())
 
 
-def evaluate(folder: Path, own: Processes = ALONE, **options: Any) -> Evaluation:
-    return evaluator_of(folder, own, **options).evaluate(generator_of(), LABELS, weights="ema")
+def evaluate(folder: Path, world: World = ALONE, **options: Any) -> Evaluation:
+    return evaluator_of(folder, world, **options).evaluate(generator_of(), LABELS, weights="ema")
 
 
 @pytest.fixture(scope="module")
@@ -351,12 +349,12 @@ class TestProtocol:
         assert {metric: protocol.name(metric) for metric in FIGURES}
 
 
-def work(own: Processes) -> dict[str, Any]:
+def work(world: World) -> dict[str, Any]:
     """Every kind of statistics in this process, and a refusal of the first."""
-    folder = Path(own.from_first(mkdtemp()))
+    folder = Path(world.broadcast_from_main(mkdtemp()))
     found = {}
     for statistics in ("running", "batch", "standing"):
-        evaluation = evaluate(folder, own, bn_statistics=statistics, standing_batches=2)
+        evaluation = evaluate(folder, world, bn_statistics=statistics, standing_batches=2)
         found[statistics] = {
             "figures": [[figure.name, figure.value, figure.deviation] for figure in evaluation.figures],
             "by_class": evaluation.by_class,
@@ -364,13 +362,13 @@ def work(own: Processes) -> dict[str, Any]:
             "reals": [evaluation.reals.checksum, list(evaluation.reals.inception_score or ())],
             "from_cache": evaluation.reals.from_cache,
         }
-    own.wait()
-    if own.is_first:
+    world.barrier()
+    if world.is_main:
         for path in (folder / "cache").glob("*/manifest.json"):
             path.write_text(path.read_text().replace("in memory", "elsewhere"))
-    own.wait()
+    world.barrier()
     try:
-        evaluator_of(folder, own)
+        evaluator_of(folder, world)
     except UserError as error:
         found["refusal"] = f"{type(error).__name__}: {error}"
     return found
@@ -403,5 +401,5 @@ def test_a_refusal_reaches_all_processes(ranks: list[dict[str, Any]], alone: dic
     assert "ReferenceError: " in alone["refusal"]
     assert "ReferenceError: " in ranks[0]["refusal"]
     for found in ranks[1:]:
-        assert "ToldByFirstError: " in found["refusal"]
+        assert "ReportedByMainError: " in found["refusal"]
         assert "holds features of other images" in found["refusal"]

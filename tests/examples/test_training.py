@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sagan.data import ImageFolderDataset, scan_image_tree
-from sagan.distributed import Processes, pick_device
+from sagan.distributed import World, pick_device
 from sagan.errors import UserError
 from sagan.networks import NetworkConfig
 from sagan.randomness import training_noise
@@ -28,7 +28,7 @@ from sagan.train.loop import TrainingError, TrainingResult
 from sagan.train.update import Trainer
 from sagan_layers import DiscriminatorPass, GeneratorPass, SpectralNormLayer
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 TIMINGS = {"images_per_s", "data_wait_share", "seconds_left"}
 Train = Callable[..., TrainingResult]
 

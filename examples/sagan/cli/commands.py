@@ -27,7 +27,7 @@ from sagan.data.preflight_run import checked_tree
 from sagan.data.synthetic import SyntheticSet, write_layout
 from sagan.data.threads import usable_cpus
 from sagan.demo.run import run_demo
-from sagan.distributed import Processes, pick_device, processes
+from sagan.distributed import World, init_world, pick_device
 from sagan.errors import UserError, check_is_new
 from sagan.evaluation.evaluator import feature_network
 from sagan.evaluation.periodic import evaluation_in_training
@@ -257,13 +257,13 @@ def run_train(command: Train) -> int:
     config = command.run
     if config.data is None and not command.dry_run:
         raise UserError("data: expected --data with the folder that holds the images, got none")
-    with processes(config.device) as own:
-        if own.device.type == "cpu":
+    with init_world(config.device) as world:
+        if world.device.type == "cpu":
             keep_freed_memory()
-        return _train(command, own)
+        return _train(command, world)
 
 
-def _train(command: Train, own: Processes) -> int:
+def _train(command: Train, world: World) -> int:
     config = command.run
     tree = packed = None
     if config.data is not None and is_prepared(config.data):
@@ -273,13 +273,13 @@ def _train(command: Train, own: Processes) -> int:
     elif config.data is not None:
         tree = scan_image_tree(config.data, split=config.images.split)
         config = _with_classes(config, tree.num_classes)
-    say = print if own.is_first else _say_nothing
+    say = print if world.is_main else _say_nothing
     say(describe_config(config))
     has_run = bool(checkpoints_in(config.out / "checkpoints"))
     if command.dry_run:
         if has_run:
             say(f"\nNot saved: {config.out} holds a run already. Dry run: stopping here.")
-        elif own.is_first:
+        elif world.is_main:
             say(f"\nSaved as {save_config(config)}. Dry run: stopping here.")
         return 0
     say()
@@ -291,31 +291,31 @@ def _train(command: Train, own: Processes) -> int:
         check_unused(config.out)
     network = None  # a file that is missing or another's is refused before anything takes time
     if config.evaluation.every:
-        network = feature_network(config.evaluation, own.device, resolution=config.network.resolution)
+        network = feature_network(config.evaluation, world.device, resolution=config.network.resolution)
     config.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.step.tf32
     dataset: ImageDataset
     if packed is not None:
         dataset, fingerprint = packed, packed.fingerprint
         check_images(found, fingerprint, accept_changes=command.accept_changes)
-        own.first_does(lambda: _check_packed(packed, config))
+        world.run_on_main(lambda: _check_packed(packed, config))
     else:
         assert tree is not None
         report, seen = config.out / "preflight.json", config.out / "preflight.json.new"
-        dataset, fingerprint = _checked_images(tree, config, own, seen)
+        dataset, fingerprint = _checked_images(tree, config, world, seen)
         try:
             check_images(found, fingerprint, accept_changes=command.accept_changes)
-            if own.is_first:
+            if world.is_main:
                 seen.replace(report)
         finally:
-            if own.is_first:
+            if world.is_main:
                 seen.unlink(missing_ok=True)
-    evaluate = None if network is None else evaluation_in_training(config, dataset, own, network)
+    evaluate = None if network is None else evaluation_in_training(config, dataset, world, network)
     result = train(
         config,
         dataset,
         fingerprint=fingerprint,
-        own=own,
+        world=world,
         resume=resume,
         accept_changes=command.accept_changes,
         evaluate=evaluate,
@@ -347,17 +347,17 @@ def _check_packed(packed: PackedDataset, config: RunConfig) -> None:
 
 
 def _checked_images(
-    tree: ImageTree, config: RunConfig, own: Processes, report: Path
+    tree: ImageTree, config: RunConfig, world: World, report: Path
 ) -> tuple[ImageFolderDataset, str]:
     """Return the images of a tree that can be read, after a look at all of them, and their fingerprint."""
-    tree = checked_tree(tree, config, own, report_path=report)
+    tree = checked_tree(tree, config, world, report_path=report)
     dataset = ImageFolderDataset(
         tree,
         config.network.resolution,
         resample=config.images.resample,
         draft=config.images.draft,
         cache_mib=config.images.cache_mib,
-        progress=own.is_first,
+        progress=world.is_main,
     )
     return dataset, tree.fingerprint()
 

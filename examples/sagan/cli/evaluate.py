@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from sagan.cli.commands import Weights
-from sagan.distributed import processes
+from sagan.distributed import init_world
 from sagan.evaluation import results as report
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.evaluator import Evaluator, feature_network
@@ -46,21 +46,21 @@ class Evaluate:
 
 def run_evaluate(command: Evaluate) -> int:
     """Run ``evaluate`` and return the exit code."""
-    with processes(command.device, timeout_minutes=_TIMEOUT_MINUTES) as own:
+    with init_world(command.device, timeout_minutes=_TIMEOUT_MINUTES) as world:
         checkpoint = find_checkpoint(command.source)
-        trained = load_generator(checkpoint, own.device, weights=command.weights)
+        trained = load_generator(checkpoint, world.device, weights=command.weights)
         config = command.evaluation
-        network = feature_network(config, own.device, resolution=trained.config.network.resolution)
-        reals = open_reals(config, trained.config, trained.class_names, own)
-        evaluator = Evaluator(config, reals, own, network=network, progress=True)
-        if own.is_first:
+        network = feature_network(config, world.device, resolution=trained.config.network.resolution)
+        reals = open_reals(config, trained.config, trained.class_names, world)
+        evaluator = Evaluator(config, reals, world, network=network, progress=True)
+        if world.is_main:
             print(report.about_reals(evaluator, config.cache or default_cache()))
         evaluation = evaluator.evaluate(
             trained.generator, trained.labels_in_use, weights="ema" if trained.averaged else "raw"
         )
-        if own.is_first:
+        if world.is_main:
             subject = report.Subject(
-                checkpoint, trained.iteration, trained.config.recipe, report.device_name(own.device)
+                checkpoint, trained.iteration, trained.config.recipe, report.device_name(world.device)
             )
             print(report.table(evaluation, subject))
             path = report.save(evaluation, subject, command.out or _folder_of(checkpoint) / "evaluation")

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from sagan.data import ImageTree, preflight
-from sagan.distributed import Processes
+from sagan.distributed import World
 from sagan.recipes import RunConfig
 
 
 def checked_tree(
-    tree: ImageTree, config: RunConfig, own: Processes, *, report_path: Path | None = None
+    tree: ImageTree, config: RunConfig, world: World, *, report_path: Path | None = None
 ) -> ImageTree:
     """Look at the images of a tree, print the report, and return those that can be read; all processes call this.
 
     Args:
         tree: the images.
         config: says how they are read, and how closely they are looked at.
-        own: this process; the first looks.
+        world: this process; the first looks.
         report_path: where to write the report too.
     """
 
@@ -33,4 +33,4 @@ def checked_tree(
         print(report.format() + "\n")
         return [str(path) for path in report.unreadable_paths]
 
-    return tree.without(Path(path) for path in own.first_does(look))
+    return tree.without(Path(path) for path in world.run_on_main(look))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sagan.distributed import Processes
+from sagan.distributed import World
 from sagan.errors import UserError
 from sagan.evaluation.config import NO_NETWORK, EvaluationConfig
 from sagan.evaluation.features import (
@@ -127,7 +127,7 @@ class Evaluator:
     Args:
         config: what to evaluate, and how.
         reals: the real images.
-        own: this process; the feature network runs on its device.
+        world: this process; the feature network runs on its device.
         network: makes features; by default the one that the configuration names.
         progress: show progress bars on a terminal.
 
@@ -143,7 +143,7 @@ class Evaluator:
         self,
         config: EvaluationConfig,
         reals: Reals,
-        own: Processes,
+        world: World,
         *,
         network: FeatureNetwork | None = None,
         progress: bool = False,
@@ -151,11 +151,11 @@ class Evaluator:
         self.config = config
         self._metrics = config.chosen_metrics
         self._reals = reals
-        self._own = own
+        self._world = world
         self._progress = progress
         if len(reals.source) <= NEIGHBOURS:
             raise UserError(f"reals: expected more than {NEIGHBOURS} images, got {len(reals.source)}")
-        self._network = network or feature_network(config, own.device, resolution=reals.source.resolution)
+        self._network = network or feature_network(config, world.device, resolution=reals.source.resolution)
         if "is" in self._metrics and not self._network.num_logits:
             raise UserError(
                 f"metrics: the network {self._network.name} has no logits, so there is no 'is' with it"
@@ -164,7 +164,7 @@ class Evaluator:
             self.facts, self._reference = obtain_reference(
                 reals,
                 self._network,
-                own,
+                world,
                 config.cache or default_cache(),
                 block_size=config.block_size,
                 all_features="intra-fid" in self._metrics,
@@ -201,16 +201,16 @@ class Evaluator:
                 f"got {self._reals.source.resolution}"
             )
         classes, left_out = self._classes(generator, labels_in_use)
-        collected = _Collected(self.config, self._network) if self._own.is_first else None
+        collected = _Collected(self.config, self._network) if self._world.is_main else None
         with float32_alone():
-            sampled = with_statistics(generator, self.config, self._own, labels_in_use)
+            sampled = with_statistics(generator, self.config, self._world, labels_in_use)
             blocks = numbered_blocks(
                 sampled,
                 self.config.num_samples,
                 seed=self.config.sample_seed,
                 batch_size=self.config.block_size,
-                rank=self._own.rank,
-                num_processes=self._own.count,
+                rank=self._world.rank,
+                num_processes=self._world.world_size,
                 labels_in_use=labels_in_use,
                 truncation=self.config.truncation,
             )
@@ -219,7 +219,7 @@ class Evaluator:
                 self.config.num_samples,
                 self.config.block_size,
                 self._network,
-                self._own,
+                self._world,
                 description="generated images" if self._progress else None,
             ):
                 assert collected is not None
@@ -229,7 +229,7 @@ class Evaluator:
                 assert collected is not None
                 return self._measure(collected, labels_in_use, classes)
 
-            measured = self._own.first_does(measure)
+            measured = self._world.run_on_main(measure)
         protocol = self._protocol(len(labels_in_use), weights)
         names = self._reals.source.class_names
         return Evaluation(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sagan.distributed import Processes
+from sagan.distributed import World
 from sagan.evaluation.features import FeatureNetwork
 
 
@@ -62,7 +62,7 @@ def in_order(
     count: int,
     block_size: int,
     network: FeatureNetwork,
-    own: Processes,
+    world: World,
     *,
     description: str | None = None,
 ) -> Iterator[Block]:
@@ -76,7 +76,7 @@ def in_order(
         count: images in all blocks.
         block_size: images in a block; the last may have fewer.
         network: makes features.
-        own: this process.
+        world: this process.
         description: label of a progress bar; None for none.
     """
     width = network.num_features + network.num_logits
@@ -85,19 +85,19 @@ def in_order(
         total=count,
         desc=description,
         unit="img",
-        disable=True if description is None or not own.is_first else None,  # None: on a terminal only
+        disable=True if description is None or not world.is_main else None,  # None: on a terminal only
         dynamic_ncols=True,
     )
     with bar:
-        for first in range(0, num_blocks, own.count):
+        for first in range(0, num_blocks, world.world_size):
             outputs = torch.zeros(block_size, width)
             digest = torch.zeros(block_size, 32, dtype=torch.uint8)
-            if first + own.rank < num_blocks:
+            if first + world.rank < num_blocks:
                 images = next(own_blocks)
                 outputs[: len(images)] = torch.cat(network(images), 1)
                 of_each = b"".join(hashlib.sha256(image.tobytes()).digest() for image in images.numpy())
                 digest[: len(images)] = torch.frombuffer(bytearray(of_each), dtype=torch.uint8).view(-1, 32)
-            rows, digests = own.gather(outputs), own.gather(digest)
+            rows, digests = world.gather(outputs), world.gather(digest)
             for number, (row, each) in enumerate(zip(rows, digests, strict=True), first):
                 if number == num_blocks:
                     break
@@ -110,18 +110,18 @@ def in_order(
 
 
 def fetched_blocks(
-    source: ImageSource, block_size: int, own: Processes, *, threads: int = 4
+    source: ImageSource, block_size: int, world: World, *, threads: int = 4
 ) -> Iterator[Tensor]:
     """Yield the images of blocks rank, rank + processes, ... of a data set, fetched ahead on threads.
 
     Args:
         source: the data set.
         block_size: images in a block; the last may have fewer.
-        own: this process.
+        world: this process.
         threads: blocks that are decoded at once; Pillow decodes outside of Python's lock.
     """
     count = len(source)
-    starts = iter(range(own.rank * block_size, count, own.count * block_size))
+    starts = iter(range(world.rank * block_size, count, world.world_size * block_size))
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
 

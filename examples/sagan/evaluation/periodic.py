@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sagan.data import ImageDataset
-from sagan.distributed import Processes
+from sagan.distributed import World
 from sagan.evaluation import results as report
 from sagan.evaluation.evaluator import Evaluator
 from sagan.evaluation.features import FeatureNetwork
@@ -16,7 +16,7 @@ from sagan.train.update import Trainer
 
 
 def evaluation_in_training(
-    run: RunConfig, dataset: ImageDataset, own: Processes, network: FeatureNetwork
+    run: RunConfig, dataset: ImageDataset, world: World, network: FeatureNetwork
 ) -> Evaluate:
     """Return what measures a run's G against its training images, or those that its configuration names.
 
@@ -26,16 +26,16 @@ def evaluation_in_training(
     Args:
         run: the run.
         dataset: its training images.
-        own: this process.
+        world: this process.
         network: makes features.
     """
     config = run.evaluation
     if config.data is None and config.split in (None, run.images.split):
         reals = training_reals(dataset, run)
     else:
-        reals = open_reals(config, run, list(dataset.class_names), own)
-    evaluator = Evaluator(config, reals, own, network=network, progress=True)
-    if own.is_first:
+        reals = open_reals(config, run, list(dataset.class_names), world)
+    evaluator = Evaluator(config, reals, world, network=network, progress=True)
+    if world.is_main:
         print(report.about_reals(evaluator, config.cache or default_cache()) + "\n")
 
     def evaluate(trainer: Trainer) -> Score:
@@ -46,8 +46,8 @@ def evaluation_in_training(
             trainer.labels_in_use,
             weights="raw" if trainer.average is None else "ema",
         )
-        if own.is_first:
-            subject = report.Subject(run.out, trainer.iteration, run.recipe, report.device_name(own.device))
+        if world.is_main:
+            subject = report.Subject(run.out, trainer.iteration, run.recipe, report.device_name(world.device))
             report.save(evaluation, subject, run.out / "evaluation")
         figure = evaluation.figure(config.best_by)
         return Score(

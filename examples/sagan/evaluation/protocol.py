@@ -101,7 +101,7 @@ class Protocol:
     def differences(self, other: Protocol) -> dict[str, tuple[Any, Any]]:
         """Return the fields in which two protocols differ, with both values."""
         theirs = asdict(other)
-        return {name: (own, theirs[name]) for name, own in asdict(self).items() if own != theirs[name]}
+        return {name: (world, theirs[name]) for name, world in asdict(self).items() if world != theirs[name]}
 
     def check_comparable(self, other: Protocol) -> None:
         """Check that figures of this and another protocol may be compared.
@@ -112,7 +112,7 @@ class Protocol:
         different = self.differences(other)
         if different:
             changes = "; ".join(
-                f"{name} {own!r} against {their!r}" for name, (own, their) in different.items()
+                f"{name} {mine!r} against {their!r}" for name, (mine, their) in different.items()
             )
             raise ProtocolError(f"figures of different protocols cannot be compared: {changes}")
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sagan.distributed import Processes
+from sagan.distributed import World
 from sagan.errors import UserError
 from sagan.evaluation.features import FeatureNetwork
 from sagan.evaluation.fid import frechet_distance
@@ -100,7 +100,7 @@ class Reference:
 def obtain_reference(
     reals: Reals,
     network: FeatureNetwork,
-    own: Processes,
+    world: World,
     cache: Path,
     *,
     block_size: int,
@@ -114,7 +114,7 @@ def obtain_reference(
     Args:
         reals: the images.
         network: makes features.
-        own: this process.
+        world: this process.
         cache: folder of what is kept.
         block_size: images at a time in each process.
         all_features: keep the features of all images too, for the distances of single classes.
@@ -136,9 +136,9 @@ def obtain_reference(
             found.append(reference)
         return reference is not None
 
-    if not own.first_does(look_up):
-        found += _compute(reals, network, own, folder, key, block_size, all_features, progress)
-    facts = ReferenceFacts(**own.first_does(lambda: asdict(found[0].facts)))
+    if not world.run_on_main(look_up):
+        found += _compute(reals, network, world, folder, key, block_size, all_features, progress)
+    facts = ReferenceFacts(**world.run_on_main(lambda: asdict(found[0].facts)))
     return facts, found[0] if found else None
 
 
@@ -158,7 +158,7 @@ def _key(reals: Reals, network: FeatureNetwork) -> dict[str, Any]:
 def _compute(
     reals: Reals,
     network: FeatureNetwork,
-    own: Processes,
+    world: World,
     folder: Path,
     key: dict[str, Any],
     block_size: int,
@@ -168,20 +168,20 @@ def _compute(
     """Pass over the reals with all processes; process 0 keeps the result, and returns it alone."""
     count = len(reals.source)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    collected = _Collected(network, count, partial if all_features else None) if own.is_first else None
+    collected = _Collected(network, count, partial if all_features else None) if world.is_main else None
     try:
         for block in in_order(
-            fetched_blocks(reals.source, block_size, own),
+            fetched_blocks(reals.source, block_size, world),
             count,
             block_size,
             network,
-            own,
+            world,
             description="features of the reals" if progress else None,
         ):
             assert collected is not None
             collected.add(block)
         failures = torch.tensor([len(getattr(reals.source, "failures", []))])
-        replaced = sum(int(each) for each in own.gather(failures))
+        replaced = sum(int(each) for each in world.gather(failures))
         made: list[Reference] = []
 
         def keep() -> None:
@@ -193,7 +193,7 @@ def _compute(
             made.append(collected.finish(replaced))
             _save(made[0], folder, partial, key)
 
-        own.first_does(keep)
+        world.run_on_main(keep)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already, unless something went wrong
     if not all_features:

@@ -14,7 +14,7 @@ from sagan.data import (
     scan_image_tree,
 )
 from sagan.data.preflight_run import checked_tree
-from sagan.distributed import Processes
+from sagan.distributed import World
 from sagan.errors import UserError
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.passes import ImageSource
@@ -36,7 +36,7 @@ class Reals:
     identity: str
 
 
-def open_reals(config: EvaluationConfig, run: RunConfig, class_names: list[str], own: Processes) -> Reals:
+def open_reals(config: EvaluationConfig, run: RunConfig, class_names: list[str], world: World) -> Reals:
     """Return the images that a configuration names, by default those that a run was trained on.
 
     Images of a folder are checked as training checks them, and decoded whole whatever training did. All processes
@@ -46,7 +46,7 @@ def open_reals(config: EvaluationConfig, run: RunConfig, class_names: list[str],
         config: says where the images are.
         run: decides resolution, filter, and what the configuration leaves open.
         class_names: the run's, by label.
-        own: this process.
+        world: this process.
 
     Raises:
         UserError: if there is no such folder or set, or intra-FID is asked for and its classes are others.
@@ -62,7 +62,7 @@ def open_reals(config: EvaluationConfig, run: RunConfig, class_names: list[str],
         reals = Reals(packed, split, packed.fingerprint)
     else:
         tree = scan_image_tree(data, split=config.split or run.images.split)
-        reals = folder_reals(checked_tree(tree, run, own), run, config.split)
+        reals = folder_reals(checked_tree(tree, run, world), run, config.split)
     if "intra-fid" in config.chosen_metrics and list(reals.source.class_names) != class_names:
         raise UserError(
             f"data: expected the run's {len(class_names)} classes for intra-fid, found others in {data}"

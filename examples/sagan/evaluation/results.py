@@ -43,8 +43,8 @@ def about_reals(evaluator: Evaluator, cache: Path) -> str:
     """Return where the features of the reals are, and the reals' own figures, for a terminal."""
     facts = evaluator.facts
     how = "read from" if facts.from_cache else "kept in"
-    own = _reals_own(facts, evaluator.split, proxy=evaluator.proxy)
-    return "\n".join([f"Features of {facts.count:,} reals {how} {cache}", *own])
+    world = _reals_own(facts, evaluator.split, proxy=evaluator.proxy)
+    return "\n".join([f"Features of {facts.count:,} reals {how} {cache}", *world])
 
 
 def table(evaluation: Evaluation, subject: Subject) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sagan.distributed import Processes
+from sagan.distributed import World
 from sagan.evaluation.config import EvaluationConfig
 from sagan.networks import Generator
 from sagan.sampling import generate, sample_inputs
@@ -17,7 +17,7 @@ _STANDING_START = 2**40
 
 @torch.no_grad()
 def with_statistics(
-    generator: Generator, config: EvaluationConfig, own: Processes, labels_in_use: Tensor
+    generator: Generator, config: EvaluationConfig, world: World, labels_in_use: Tensor
 ) -> Generator:
     """Return G with running, batch or standing statistics; G itself is left as it is.
 
@@ -26,7 +26,7 @@ def with_statistics(
     Args:
         generator: G.
         config: says which.
-        own: this process.
+        world: this process.
         labels_in_use: classes to go through in turn.
     """
     if config.bn_statistics == "running":
@@ -40,7 +40,7 @@ def with_statistics(
             if isinstance(layer, ConditionalBatchNorm2d):
                 layer.begin_standing_statistics()  # and never end: each block is normalised by its own
         return replica
-    with own.alone() as alone, standing_statistics(replica, process_group=alone):
+    with world.single_rank_group() as alone, standing_statistics(replica, process_group=alone):
         for number in range(config.standing_batches):
             start = _STANDING_START + number * config.block_size
             latents, labels = sample_inputs(

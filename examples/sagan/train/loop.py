@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sagan.data import ImageDataset, copied_ahead, make_loader
-from sagan.distributed import Processes, check_agreement, pick_device
+from sagan.distributed import World, check_agreement, pick_device
 from sagan.errors import UserError
 from sagan.io_lock import locked
 from sagan.recipes import RunConfig, config_from_dict, differences
@@ -99,7 +99,7 @@ def train(
     dataset: ImageDataset,
     *,
     fingerprint: str,
-    own: Processes | None = None,
+    world: World | None = None,
     resume: bool = False,
     accept_changes: bool = False,
     progress: bool = True,
@@ -115,7 +115,7 @@ def train(
         config: the whole run, ``network.num_classes`` set to the dataset's (or 0).
         dataset: the images.
         fingerprint: identifies the dataset's files; resuming with others is refused.
-        own: this process among those that train together; by default alone on the configuration's device.
+        world: this process among those that train together; by default alone on the configuration's device.
         resume: go on from the latest checkpoint of ``config.out`` that can be read.
         accept_changes: resume although the configuration or the images have changed.
         progress: show a progress bar on a terminal, and a line for each log elsewhere.
@@ -128,13 +128,13 @@ def train(
             resume, or if it was made with another configuration or other data.
         TrainingError: if losses or gradients are not finite.
     """
-    own = own or Processes(0, 1, pick_device(config.device))
+    world = world or World(0, 1, pick_device(config.device))
     with contextlib.ExitStack() as held:
         if not resume or config.out.is_dir():
-            own.first_does(lambda: _hold(config.out, held))
+            world.run_on_main(lambda: _hold(config.out, held))
         found = check_start(config, resume=resume, accept_changes=accept_changes)
         check_images(found, fingerprint, accept_changes=accept_changes)
-        return _train(config, dataset, found, fingerprint, own, progress, evaluate, observe)
+        return _train(config, dataset, found, fingerprint, world, progress, evaluate, observe)
 
 
 def _hold(out: Path, held: contextlib.ExitStack) -> None:
@@ -148,12 +148,12 @@ def _train(
     dataset: ImageDataset,
     found: Found | None,
     fingerprint: str,
-    own: Processes,
+    world: World,
     progress: bool,
     evaluate: Evaluate | None,
     observe: Callable[[Trainer], None] | None,
 ) -> TrainingResult:
-    trainer = Trainer(config, torch.unique(dataset.labels), own)
+    trainer = Trainer(config, torch.unique(dataset.labels), world)
     writer = _Writer(config, dataset, fingerprint, trainer)
     alarm = CollapseAlarm(config.health)
     if found is not None:
@@ -167,7 +167,7 @@ def _train(
         alarm.load_state_dict(state["alarm"])
         writer.checkpoint = path
         writer.best_score, writer.best_score_of = state["best_score"], state["best_score_of"]
-    if own.is_first:
+    if world.is_main:
         writer.begin()
     batches = make_loader(
         dataset,
@@ -176,19 +176,19 @@ def _train(
         start_batch=trainer.batches_drawn,
         num_workers=0 if dataset.cached else config.images.workers,
         horizontal_flip=config.images.horizontal_flip,
-        rank=own.rank,
-        num_replicas=own.count,
-        pin_memory=own.device.type == "cuda",
+        rank=world.rank,
+        num_replicas=world.world_size,
+        pin_memory=world.device.type == "cuda",
     )
     clock = _Clock(trainer.iteration)
-    batches = clock.timed(copied_ahead(batches, own.device))
+    batches = clock.timed(copied_ahead(batches, world.device))
     output = config.output
-    voice = _Voice(config, trainer.iteration, progress and own.is_first)
-    log = RunLog(config.out, trainer.iteration, tensorboard=output.tensorboard) if own.is_first else None
+    voice = _Voice(config, trainer.iteration, progress and world.is_main)
+    log = RunLog(config.out, trainer.iteration, tensorboard=output.tensorboard) if world.is_main else None
     every = config.evaluation.every
     ended = _GOES_ON
     with voice, log or contextlib.nullcontext(), _first_signal() as received:
-        if trainer.iteration == 0 and own.is_first:
+        if trainer.iteration == 0 and world.is_main:
             writer.write_samples(observe)
         while trainer.iteration < config.iterations and ended == _GOES_ON:
             trainer.step(batches)
@@ -196,7 +196,7 @@ def _train(
             iteration = trainer.iteration
             last = iteration == config.iterations
             signs: list[str | None] = []
-            if own.device.type == "cpu" or iteration % output.log_every == 0 or last:
+            if world.device.type == "cpu" or iteration % output.log_every == 0 or last:
                 trainer.skipped += _refuse_not_finite(trainer)
             if iteration % output.log_every == 0 or last:
                 row = {"iteration": iteration, **trainer.measurements(), **clock.rates(iteration, config)}
@@ -207,7 +207,7 @@ def _train(
                 if log is not None:
                     log.write(row)
                 voice.tell(row)
-            if (iteration % output.sample_every == 0 or last) and own.is_first:
+            if (iteration % output.sample_every == 0 or last) and world.is_main:
                 signs.append(alarm.see_diversity(writer.write_samples(observe)))
             if evaluate is not None and (last or (every and iteration % every == 0)):
                 with clock.stopped():
@@ -216,7 +216,7 @@ def _train(
                 if log is not None:
                     log.write({"iteration": iteration, **score.figures})
                 trainer.share_means()
-                if own.is_first:
+                if world.is_main:
                     writer.keep_best(score, alarm)
                 voice.say(f"iteration {iteration:>7}  {_in_words(score.figures)}")
             for sign in filter(None, signs if config.health.on_collapse != "off" else []):
@@ -226,16 +226,16 @@ def _train(
                 if config.health.on_collapse == "stop":
                     ended = _COLLAPSED
             # Asked once an iteration, so that all processes stop together and none without a checkpoint.
-            ended = own.largest(max(ended, _STOPPED if received else _GOES_ON))
+            ended = world.max_over_ranks(max(ended, _STOPPED if received else _GOES_ON))
             saves = iteration % output.checkpoint_every == 0 or last or ended != _GOES_ON
             if saves or iteration % config.health.check_every == 0:
-                check_agreement(own, trainer.networks)
+                check_agreement(world, trainer.networks)
             if saves:
                 trainer.skipped += _refuse_not_finite(trainer)
                 trainer.share_means()
-                if own.is_first:
+                if world.is_main:
                     writer.write_checkpoint(alarm)
-                writer.checkpoint = Path(own.from_first(str(writer.checkpoint)))
+                writer.checkpoint = Path(world.broadcast_from_main(str(writer.checkpoint)))
     assert writer.checkpoint is not None
     return TrainingResult(
         out=config.out,

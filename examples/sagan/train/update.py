@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sagan.distributed import Processes, running_statistics
+from sagan.distributed import World, running_statistics
 from sagan.errors import UserError
 from sagan.networks import Discriminator, Generator
 from sagan.randomness import training_noise
@@ -94,29 +94,29 @@ class Trainer:
     Args:
         config: the whole run, ``network.num_classes`` set.
         labels_in_use: classes that have images; the generated batches' labels are drawn from them.
-        own: this process, and the device of the networks.
+        world: this process, and the device of the networks.
     """
 
-    def __init__(self, config: RunConfig, labels_in_use: Tensor, own: Processes) -> None:
-        pieces = own.count * config.accumulation
+    def __init__(self, config: RunConfig, labels_in_use: Tensor, world: World) -> None:
+        pieces = world.world_size * config.accumulation
         if config.batch_size % pieces:
             raise UserError(
-                f"batch_size: expected a multiple of {pieces} ({own.count} processes, {config.accumulation} parts "
+                f"batch_size: expected a multiple of {pieces} ({world.world_size} ranks, {config.accumulation} parts "
                 f"each), got {config.batch_size}"
             )
         self.config = config
-        self.own = own
-        self.device = own.device
+        self.world = world
+        self.device = world.device
         self.iteration = 0
         self.batches_drawn = 0
         self._steps = 0  # in this process
         self.means = Means()
         self.skipped = 0  # updates left out since the last log
         self._means_of_processes: list[dict[str, dict[str, float]]] = []
-        self.guard = FiniteGuard(own.device)
+        self.guard = FiniteGuard(world.device)
         torch.manual_seed(config.seed)
-        self.generator = Generator(config.network).to(own.device)
-        self.discriminator = Discriminator(config.network).to(own.device)
+        self.generator = Generator(config.network).to(world.device)
+        self.discriminator = Discriminator(config.network).to(world.device)
         for network in (self.generator, self.discriminator):
             network.checkpoints_activations = config.step.checkpoint_activations
             if config.step.channels_last:
@@ -129,7 +129,7 @@ class Trainer:
             self.average = AveragedModel(self.generator, multi_avg_fn=average)
         self.g_optimizer = _adam(self.generator, config.optimizer.g_lr, config)
         self.d_optimizer = _adam(self.discriminator, config.optimizer.d_lr, config)
-        self.scaler = torch.amp.GradScaler(own.device.type, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
         self.labels_in_use = labels_in_use
         loss_of_d, loss_of_g = _LOSSES[config.loss]
         self._d_pass = self._prepared(DiscriminatorPass(self.generator, self.discriminator, loss_of_d))
@@ -153,7 +153,7 @@ class Trainer:
                     self._update_discriminator(batches, update)
                 self._update_generator(update=self.config.d_steps)
             if not self.config.step.sync_batch_norm:
-                self.own.average_(moving)
+                self.world.average_(moving)
         self.iteration += 1
         if self.average is not None:
             if self.iteration <= self.config.ema_start:
@@ -232,8 +232,10 @@ class Trainer:
             latent_dim=self.config.network.latent_dim,
             labels_in_use=self.labels_in_use,
         )
-        own, parts = self.own, self.config.accumulation
-        return self._to_device(own.share(latents, part, parts)), self._labels(own.share(labels, part, parts))
+        world, parts = self.world, self.config.accumulation
+        return self._to_device(world.shard(latents, part, parts)), self._labels(
+            world.shard(labels, part, parts)
+        )
 
     def _labels(self, labels: Tensor) -> Tensor | None:
         return self._to_device(labels) if self.config.network.head_classes else None
@@ -247,7 +249,7 @@ class Trainer:
         """Compile a pass, and let its gradients be averaged over the processes, where there are several."""
         if self.config.step.compile:
             update.compile(fullgraph=True, dynamic=False)
-        if self.own.count == 1:
+        if self.world.world_size == 1:
             return update
         return DistributedDataParallel(
             update,
@@ -273,8 +275,8 @@ class Trainer:
     def share_means(self) -> None:
         """Tell each other the means since the last log, for the checkpoint; all processes call this before."""
         state = self.means.state_dict()
-        own = {kind: {name: value.item() for name, value in each.items()} for kind, each in state.items()}
-        self._means_of_processes = [json.loads(text) for text in self.own.gather_texts(json.dumps(own))]
+        world = {kind: {name: value.item() for name, value in each.items()} for kind, each in state.items()}
+        self._means_of_processes = [json.loads(text) for text in self.world.gather_texts(json.dumps(world))]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on; the same in every process, this one's means apart."""
@@ -322,9 +324,9 @@ class Trainer:
     def _own_means(self, state: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Return this process's means of a checkpoint; those of all, if it was of another number of processes."""
         of_processes = state.get("means_of_processes", [])
-        if len(of_processes) == self.own.count:
-            own: dict[str, dict[str, Any]] = of_processes[self.own.rank]
-            return own
+        if len(of_processes) == self.world.world_size:
+            world: dict[str, dict[str, Any]] = of_processes[self.world.rank]
+            return world
         if len(of_processes) < 2:
             alone: dict[str, dict[str, Any]] = state["means"]
             return alone
@@ -348,7 +350,7 @@ class Trainer:
 
     def measurements(self) -> dict[str, float]:
         """Return the means since the last call, gamma of each mixer, sigma of each layer, and GPU memory in MiB."""
-        found = self.own.mean(self.means.take())
+        found = self.world.mean_over_ranks(self.means.take())
         found |= self.gammas()
         with torch.no_grad():
             found |= {
