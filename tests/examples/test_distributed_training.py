@@ -18,7 +18,7 @@ from sagan.distributed import (
     ProcessesDisagreeError,
     World,
     check_agreement,
-    processes,
+    init_world,
     running_statistics,
 )
 from sagan.errors import UserError
@@ -204,7 +204,7 @@ def test_images_come_in_the_same_order_on_any_number_of_processes(count: int) ->
 
 def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with processes("cpu") as world:
+    with init_world("cpu") as world:
         assert (world.rank, world.world_size, world.is_main, world.max_over_ranks(3)) == (0, 1, True, 3)
         assert (
             world.broadcast_from_main("a"),
@@ -224,7 +224,7 @@ def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -
     refused = pytest.raises(
         UserError, match="WORLD_SIZE is 2 but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"
     )
-    with refused, processes("cpu"):
+    with refused, init_world("cpu"):
         pass
 
 
