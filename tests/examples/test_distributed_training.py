@@ -186,7 +186,7 @@ def test_messages_reach_every_process(ranks: list[dict[str, Any]]) -> None:
 def test_shares_of_all_processes_make_up_the_batch_in_order(count: int, parts: int) -> None:
     whole = torch.arange(BATCH)
     shares = [
-        World(rank, count, torch.device("cpu")).share(whole, part, parts)
+        World(rank, count, torch.device("cpu")).shard(whole, part, parts)
         for part in range(parts)
         for rank in range(count)
     ]

@@ -19,7 +19,7 @@ from sagan.evaluation.features import (
 )
 from sagan.evaluation.inception import InceptionV3, load_inception, resize_like_tensorflow
 from sagan.evaluation.proxy import proxy_network
-from sagan.train.checkpoint import file_sha256
+from sagan.io import file_sha256
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from test_training import Batches, assert_same_run, changed, make_trainer, metri
 from torch import Tensor
 
 from sagan.errors import UserError
-from sagan.io_lock import locked
+from sagan.io import locked
 from sagan.recipes import RunConfig
 from sagan.train.checkpoint import BEST, CheckpointError, checkpoints_in, load_checkpoint, set_aside_later
 from sagan.train.loop import Score, TrainingError, TrainingResult, check_unused
@@ -121,7 +121,7 @@ class TestFolders:
     ) -> None:
         out = tmp_path / "run"
         out.mkdir()
-        script = "import sys; from pathlib import Path; from sagan.io_lock import locked\n"
+        script = "import sys; from pathlib import Path; from sagan.io import locked\n"
         script += "with locked(Path(sys.argv[1]), 'held'): print('held', flush=True); sys.stdin.read()"
         other = subprocess.Popen(
             [sys.executable, "-c", script, str(out / ".lock")],
@@ -146,7 +146,7 @@ class TestFolders:
         def fails(descriptor: int) -> None:
             raise OSError(37, "No locks available")
 
-        monkeypatch.setattr("sagan.io_lock._lock", fails)
+        monkeypatch.setattr("sagan.io._lock", fails)
         with locked(tmp_path / "lock", "held"):
             pass
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sagan.errors import UserError
 from sagan.evaluation.inception import WEIGHTS_SHA256_START, load_inception
-from sagan.train.checkpoint import file_sha256
+from sagan.io import file_sha256
 
 # Images at a time on a CPU: twice as fast as whole blocks, whose feature maps leave its caches.
 _CPU_CHUNK = 8

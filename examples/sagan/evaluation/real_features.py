@@ -25,7 +25,7 @@ from sagan.evaluation.inception_score import SPLITS, InceptionScore
 from sagan.evaluation.passes import Block, fetched_blocks, in_order
 from sagan.evaluation.real_images import Reals
 from sagan.evaluation.statistics import Moments
-from sagan.train.checkpoint import file_sha256
+from sagan.io import file_sha256
 
 FORMAT = "sagan-layers reference features"
 VERSION = 1

@@ -25,7 +25,7 @@ import numpy as np
 
 from sagan.data.packed import HEADER_BYTES, IMAGES, PARTIAL, image_header
 from sagan.errors import UserError
-from sagan.io_lock import locked
+from sagan.io import locked
 from sagan.prepare.listing import Indices
 from sagan.prepare.part import PartResult, write_all
 

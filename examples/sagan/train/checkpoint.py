@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from sagan.errors import UserError
+from sagan.io import file_sha256
 
 FORMAT = "sagan-layers trainer"
 VERSION = 2
@@ -198,15 +198,6 @@ def _candidates(path: Path) -> list[Path]:
 
 def _digest_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

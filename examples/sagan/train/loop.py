@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sagan.data import ImageDataset, copied_ahead, make_loader
 from sagan.distributed import World, check_agreement, pick_device
 from sagan.errors import UserError
-from sagan.io_lock import locked
+from sagan.io import locked
 from sagan.recipes import RunConfig, config_from_dict, differences
 from sagan.report.figures import attention_maps, default_points, save_attention_figure, save_grid
 from sagan.sampling import generate, sample_inputs, to_uint8
