@@ -36,9 +36,9 @@ from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.evaluator import Evaluator
 from sagan.evaluation.fid import frechet_distance, frechet_distance_of_features
 from sagan.evaluation.inception_score import InceptionScore
-from sagan.evaluation.kid import kernel_distance
-from sagan.evaluation.real_images import folder_reals
-from sagan.evaluation.statistics import Moments
+from sagan.evaluation.kid import kernel_inception_distance
+from sagan.evaluation.moments import Moments
+from sagan.evaluation.real_images import folder_images
 from sagan.networks import Generator, NetworkConfig
 from sagan.recipes import RunConfig
 from sagan.sampling import numbered_blocks
@@ -144,7 +144,7 @@ def measure_agreement(scale: Scale, results: harness.Results) -> None:
     results.add(compared("Inception Score", case, score.result()[0], {"torchmetrics": score_by_torchmetrics}))
 
     few = min(1000, scale.samples)
-    distance, _ = kernel_distance(a[:few], b[:few], subsets=1, subset_size=few)
+    distance, _ = kernel_inception_distance(a[:few], b[:few], subsets=1, subset_size=few)
     case = f"{few:,} samples of {scale.width} features, one subset"
     results.add(compared("KID", case, distance, {"torchmetrics": lambda: float(poly_mmd(a[:few], b[:few]))}))
 
@@ -236,7 +236,7 @@ def measure_end_to_end(scale: Scale, weights: Path, results: harness.Results) ->
         root = Path(folder)
         made = SyntheticSet(classes=10, images=scale.images // 10, val_images=0, scale=0.2)
         write_layout(root / "data", "folder", made)
-        reals = folder_reals(scan_image_tree(root / "data"), run, None)
+        reals = folder_images(scan_image_tree(root / "data"), run, None)
         config = EvaluationConfig(
             metrics=("fid", "is", "kid"), count=scale.images, inception_weights=weights, cache=root / "cache"
         )

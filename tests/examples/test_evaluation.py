@@ -20,14 +20,13 @@ from sagan.distributed import World
 from sagan.errors import UserError
 from sagan.evaluation import results as report
 from sagan.evaluation.config import EvaluationConfig, TrainingEvaluationConfig
-from sagan.evaluation.evaluator import Evaluation, Evaluator, feature_network
-from sagan.evaluation.features import FeatureNetwork
+from sagan.evaluation.evaluator import Evaluation, Evaluator
+from sagan.evaluation.feature_networks import FeatureNetwork, load_feature_network, proxy_network
 from sagan.evaluation.fid import frechet_distance, frechet_distance_of_features
+from sagan.evaluation.moments import Moments
 from sagan.evaluation.protocol import FIGURES, Protocol, ProtocolError
-from sagan.evaluation.proxy import proxy_network
-from sagan.evaluation.real_features import ReferenceError
-from sagan.evaluation.real_images import Reals
-from sagan.evaluation.statistics import Moments
+from sagan.evaluation.real_features import RealFeaturesError
+from sagan.evaluation.real_images import RealImages
 from sagan.networks import Generator, NetworkConfig
 from sagan.sampling import generate, sample_inputs
 
@@ -73,12 +72,12 @@ def network() -> FeatureNetwork:
     )
 
 
-def reals_of(count: int = 47, seed: int = 0) -> Reals:
+def reals_of(count: int = 47, seed: int = 0) -> RealImages:
     draws = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     images = torch.randint(100, (count, 3, 32, 32), generator=draws, dtype=torch.uint8)
     images += (40 * labels).to(torch.uint8)[:, None, None, None]
-    return Reals(InMemory(images, labels), "train", f"in memory {count} {seed}")
+    return RealImages(InMemory(images, labels), "train", f"in memory {count} {seed}")
 
 
 def generator_of(seed: int = 0, num_classes: int = 3) -> Generator:
@@ -98,7 +97,9 @@ def generator_of(seed: int = 0, num_classes: int = 3) -> Generator:
     return generator.eval()
 
 
-def evaluator_of(folder: Path, world: World = ALONE, reals: Reals | None = None, **options: Any) -> Evaluator:
+def evaluator_of(
+    folder: Path, world: World = ALONE, reals: RealImages | None = None, **options: Any
+) -> Evaluator:
     options = {"metrics": ALL, "count": 53, "block_size": 10, "cache": folder / "cache", **options}
     return Evaluator(EvaluationConfig(**options), reals or reals_of(), world, network=network())
 
@@ -202,7 +203,7 @@ class TestFigures:
     def test_classes_with_one_real_are_left_out_and_named(self, tmp_path: Path) -> None:
         source = reals_of().source
         keep = (source.labels != 2) | (torch.arange(47) == 2)
-        few = Reals(InMemory(source.fetch(range(47))[0][keep], source.labels[keep]), "train", "few of 2")
+        few = RealImages(InMemory(source.fetch(range(47))[0][keep], source.labels[keep]), "train", "few of 2")
         found = evaluate(tmp_path, reals=few, metrics=("intra-fid",))
         assert found.classes_left_out == ("cat",)
         assert list(found.by_class or ()) == ["ant", "bee"]
@@ -260,7 +261,7 @@ class TestRefusals:
 
     def test_no_network_at_all(self) -> None:
         with pytest.raises(UserError, match=r"expected inception-weights .* or proxy; got none"):
-            feature_network(EvaluationConfig(), torch.device("cpu"), resolution=32)
+            load_feature_network(EvaluationConfig(), torch.device("cpu"), resolution=32)
 
     def test_no_logits_for_the_inception_score(self, tmp_path: Path) -> None:
         proxy = proxy_network(torch.device("cpu"), resolution=32)
@@ -325,7 +326,9 @@ class TestReference:
         manifest = json.loads(path.read_text())
         manifest["key"]["images"] = "others"
         path.write_text(json.dumps(manifest))
-        with pytest.raises(ReferenceError, match="holds features of other images or another network: delete"):
+        with pytest.raises(
+            RealFeaturesError, match="holds features of other images or another network: delete"
+        ):
             evaluator_of(tmp_path)
 
 
@@ -398,8 +401,8 @@ def test_all_processes_return_the_figures_of_one(
 
 @needs_gloo
 def test_a_refusal_reaches_all_processes(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
-    assert "ReferenceError: " in alone["refusal"]
-    assert "ReferenceError: " in ranks[0]["refusal"]
+    assert "RealFeaturesError: " in alone["refusal"]
+    assert "RealFeaturesError: " in ranks[0]["refusal"]
     for found in ranks[1:]:
         assert "ReportedByMainError: " in found["refusal"]
         assert "holds features of other images" in found["refusal"]

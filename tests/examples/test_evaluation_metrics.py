@@ -14,9 +14,9 @@ from sagan.evaluation.fid import (
     frechet_distances_by_class,
 )
 from sagan.evaluation.inception_score import InceptionScore, splits_in_order
-from sagan.evaluation.kid import kernel_distance
+from sagan.evaluation.kid import kernel_inception_distance
+from sagan.evaluation.moments import Moments
 from sagan.evaluation.precision_recall import precision_and_recall
-from sagan.evaluation.statistics import Moments
 
 
 def features_of(seed: int, count: int, width: int = 24, shift: float = 0.0) -> Tensor:
@@ -160,24 +160,26 @@ class TestKernelDistance:
         metric = pytest.importorskip("torchmetrics.image.kid")
         a, b = features_of(1, 60).double(), features_of(2, 60).double()
         theirs = metric.poly_mmd(a, b)
-        assert kernel_distance(a, b, subsets=2, subset_size=60)[0] == pytest.approx(float(theirs), rel=1e-9)
+        assert kernel_inception_distance(a, b, subsets=2, subset_size=60)[0] == pytest.approx(
+            float(theirs), rel=1e-9
+        )
 
     def test_subsets_average_to_the_whole_and_their_spread_is_told(self) -> None:
         a, b = features_of(1, 200), features_of(2, 200)
-        whole, none = kernel_distance(a, b, subsets=1, subset_size=200)
-        mean, deviation = kernel_distance(a, b, subsets=100, subset_size=50)
+        whole, none = kernel_inception_distance(a, b, subsets=1, subset_size=200)
+        mean, deviation = kernel_inception_distance(a, b, subsets=100, subset_size=50)
         assert none == 0
         assert deviation > 0
         assert abs(mean - whole) < 4 * deviation / 10
 
     def test_draws_leave_torchs_random_state_alone(self) -> None:
         before = torch.random.get_rng_state()
-        kernel_distance(features_of(1, 9), features_of(2, 9), subsets=2)
+        kernel_inception_distance(features_of(1, 9), features_of(2, 9), subsets=2)
         assert torch.equal(torch.random.get_rng_state(), before)
 
     def test_one_sample_is_refused(self) -> None:
         with pytest.raises(ValueError, match="at least 2 samples in each set, got 1"):
-            kernel_distance(torch.zeros(1, 3), torch.zeros(5, 3))
+            kernel_inception_distance(torch.zeros(1, 3), torch.zeros(5, 3))
 
 
 class TestPrecisionAndRecall:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sagan.errors import UserError
-from sagan.evaluation.features import (
+from sagan.evaluation.feature_networks import (
     FeatureNetwork,
     exported_network,
     float32_alone,
+    proxy_network,
     tensorflow_inception,
 )
 from sagan.evaluation.inception import InceptionV3, load_inception, resize_like_tensorflow
-from sagan.evaluation.proxy import proxy_network
 from sagan.io import file_sha256
 
 CPU = torch.device("cpu")

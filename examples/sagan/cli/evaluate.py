@@ -8,14 +8,14 @@ from typing import Annotated
 
 import tyro
 
-from sagan.cli.commands import Weights
 from sagan.distributed import init_world
 from sagan.evaluation import results as report
 from sagan.evaluation.config import EvaluationConfig
-from sagan.evaluation.evaluator import Evaluator, feature_network
+from sagan.evaluation.evaluator import Evaluator
+from sagan.evaluation.feature_networks import load_feature_network
 from sagan.evaluation.real_features import default_cache
-from sagan.evaluation.real_images import open_reals
-from sagan.sampling import load_generator
+from sagan.evaluation.real_images import open_real_images
+from sagan.sampling import Weights, load_generator
 from sagan.train.checkpoint import find_checkpoint
 
 # The others wait while the first measures: precision and recall of 50,000 images take long on a CPU.
@@ -44,14 +44,14 @@ class Evaluate:
     device: str = "auto"
 
 
-def run_evaluate(command: Evaluate) -> int:
+def run(command: Evaluate) -> int:
     """Run ``evaluate`` and return the exit code."""
     with init_world(command.device, timeout_minutes=_TIMEOUT_MINUTES) as world:
         checkpoint = find_checkpoint(command.source)
         trained = load_generator(checkpoint, world.device, weights=command.weights)
         config = command.evaluation
-        network = feature_network(config, world.device, resolution=trained.config.network.resolution)
-        reals = open_reals(config, trained.config, trained.class_names, world)
+        network = load_feature_network(config, world.device, resolution=trained.config.network.resolution)
+        reals = open_real_images(config, trained.config, trained.class_names, world)
         evaluator = Evaluator(config, reals, world, network=network, progress=True)
         if world.is_main:
             print(report.about_reals(evaluator, config.cache or default_cache()))

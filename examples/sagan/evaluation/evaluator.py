@@ -13,29 +13,27 @@ from torch import Tensor
 
 from sagan.distributed import World
 from sagan.errors import UserError
-from sagan.evaluation.config import NO_NETWORK, EvaluationConfig
-from sagan.evaluation.features import (
+from sagan.evaluation.config import EvaluationConfig
+from sagan.evaluation.extraction import Block, extract_features
+from sagan.evaluation.feature_networks import (
     FeatureNetwork,
-    exported_network,
     float32_alone,
-    tensorflow_inception,
+    load_feature_network,
 )
 from sagan.evaluation.fid import frechet_distance, frechet_distances_by_class
 from sagan.evaluation.inception_score import SPLITS, InceptionScore, splits_in_order
-from sagan.evaluation.kid import SUBSET_SIZE, SUBSETS, kernel_distance
-from sagan.evaluation.passes import Block, in_order
+from sagan.evaluation.kid import SUBSET_SIZE, SUBSETS, kernel_inception_distance
+from sagan.evaluation.moments import Moments
 from sagan.evaluation.precision_recall import NEIGHBOURS, precision_and_recall
 from sagan.evaluation.protocol import FIGURES, LOWER, Protocol
-from sagan.evaluation.proxy import proxy_network
 from sagan.evaluation.real_features import (
+    RealFacts,
     Reference,
-    ReferenceFacts,
     default_cache,
-    obtain_reference,
+    load_or_compute_real_features,
 )
-from sagan.evaluation.real_images import Reals
-from sagan.evaluation.samples import with_statistics
-from sagan.evaluation.statistics import Moments
+from sagan.evaluation.real_images import RealImages
+from sagan.evaluation.samples import with_batch_norm_statistics
 from sagan.networks import Generator
 from sagan.sampling import numbered_blocks
 
@@ -73,7 +71,7 @@ class Evaluation:
 
     figures: tuple[Figure, ...]
     protocol: Protocol
-    reals: ReferenceFacts
+    reals: RealFacts
     by_class: dict[str, float] | None
     classes_left_out: tuple[str, ...]
     samples_checksum: str
@@ -133,7 +131,7 @@ class Evaluator:
 
     Raises:
         UserError: if there is no feature network, or it has no logits for the Inception Score.
-        ReferenceError: if the cache holds features of other images under these images' name.
+        RealFeaturesError: if the cache holds features of other images under these images' name.
 
     Attributes:
         facts: of the reals.
@@ -142,7 +140,7 @@ class Evaluator:
     def __init__(
         self,
         config: EvaluationConfig,
-        reals: Reals,
+        reals: RealImages,
         world: World,
         *,
         network: FeatureNetwork | None = None,
@@ -155,13 +153,15 @@ class Evaluator:
         self._progress = progress
         if len(reals.source) <= NEIGHBOURS:
             raise UserError(f"reals: expected more than {NEIGHBOURS} images, got {len(reals.source)}")
-        self._network = network or feature_network(config, world.device, resolution=reals.source.resolution)
+        self._network = network or load_feature_network(
+            config, world.device, resolution=reals.source.resolution
+        )
         if "is" in self._metrics and not self._network.num_logits:
             raise UserError(
                 f"metrics: the network {self._network.name} has no logits, so there is no 'is' with it"
             )
         with float32_alone():
-            self.facts, self._reference = obtain_reference(
+            self.facts, self._reference = load_or_compute_real_features(
                 reals,
                 self._network,
                 world,
@@ -203,7 +203,7 @@ class Evaluator:
         classes, left_out = self._classes(generator, labels_in_use)
         collected = _Collected(self.config, self._network) if self._world.is_main else None
         with float32_alone():
-            sampled = with_statistics(generator, self.config, self._world, labels_in_use)
+            sampled = with_batch_norm_statistics(generator, self.config, self._world, labels_in_use)
             blocks = numbered_blocks(
                 sampled,
                 self.config.num_samples,
@@ -214,7 +214,7 @@ class Evaluator:
                 labels_in_use=labels_in_use,
                 truncation=self.config.truncation,
             )
-            for block in in_order(
+            for block in extract_features(
                 (images for _, images, _ in blocks),
                 self.config.num_samples,
                 self.config.block_size,
@@ -263,7 +263,9 @@ class Evaluator:
                 assert collected.inception_score is not None
                 figures.append(("is", *collected.inception_score.result()))
             elif metric == "kid":
-                distance = kernel_distance(reference.sample.to(device), collected.features.to(device))
+                distance = kernel_inception_distance(
+                    reference.sample.to(device), collected.features.to(device)
+                )
                 figures.append(("kid", *distance))
             elif metric == "intra-fid":
                 by_class = self._by_class(collected.features, reference, labels_in_use, classes)
@@ -369,20 +371,3 @@ def _fid(generated: Moments, reference: Reference) -> float:
     return frechet_distance(
         real.mean.to(device), real.covariance.to(device), generated.mean, generated.covariance
     )
-
-
-def feature_network(config: EvaluationConfig, device: torch.device, *, resolution: int) -> FeatureNetwork:
-    """Return the feature network that a configuration names.
-
-    Raises:
-        UserError: if it names none, or the file is not usable.
-    """
-    if config.proxy:
-        return proxy_network(device, resolution=resolution)
-    if config.feature_network is not None:
-        return exported_network(
-            config.feature_network, device, sha256=config.feature_network_sha256, resolution=resolution
-        )
-    if config.inception_weights is not None:
-        return tensorflow_inception(config.inception_weights, device, resolution=resolution)
-    raise UserError(NO_NETWORK)

@@ -9,7 +9,7 @@ SUBSETS = 100
 SUBSET_SIZE = 1000
 
 
-def kernel_distance(
+def kernel_inception_distance(
     features_a: Tensor,
     features_b: Tensor,
     *,

@@ -6,16 +6,16 @@ from sagan.data import ImageDataset
 from sagan.distributed import World
 from sagan.evaluation import results as report
 from sagan.evaluation.evaluator import Evaluator
-from sagan.evaluation.features import FeatureNetwork
+from sagan.evaluation.feature_networks import FeatureNetwork
 from sagan.evaluation.real_features import default_cache
-from sagan.evaluation.real_images import open_reals, training_reals
+from sagan.evaluation.real_images import open_real_images, training_images
 from sagan.networks import Generator
 from sagan.recipes import RunConfig
 from sagan.train.loop import Evaluate, Score
 from sagan.train.update import Trainer
 
 
-def evaluation_in_training(
+def periodic_evaluation(
     run: RunConfig, dataset: ImageDataset, world: World, network: FeatureNetwork
 ) -> Evaluate:
     """Return what measures a run's G against its training images, or those that its configuration names.
@@ -31,9 +31,9 @@ def evaluation_in_training(
     """
     config = run.evaluation
     if config.data is None and config.split in (None, run.images.split):
-        reals = training_reals(dataset, run)
+        reals = training_images(dataset, run)
     else:
-        reals = open_reals(config, run, list(dataset.class_names), world)
+        reals = open_real_images(config, run, list(dataset.class_names), world)
     evaluator = Evaluator(config, reals, world, network=network, progress=True)
     if world.is_main:
         print(report.about_reals(evaluator, config.cache or default_cache()) + "\n")

@@ -6,11 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sagan.evaluation.features import FeatureNetwork
-from sagan.io import module_digest
-
 _WIDTHS = (8, 16, 32)
-_LARGEST = 64
+MAX_SIZE = 64
 _GRID = 4
 
 
@@ -37,8 +34,8 @@ class RandomFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return features."""
         x = images.float() / 127.5 - 1
-        if x.size(2) > _LARGEST:
-            x = F.interpolate(x, size=(_LARGEST, _LARGEST), mode="area")
+        if x.size(2) > MAX_SIZE:
+            x = F.interpolate(x, size=(MAX_SIZE, MAX_SIZE), mode="area")
         parts = []
         for number in range(len(_WIDTHS)):
             if number:
@@ -46,17 +43,3 @@ class RandomFeatures(nn.Module):
                 x = F.avg_pool2d(x, 2)
             x = F.conv2d(x, self.get_buffer(f"weight{number}"), padding=1).relu()
         return torch.cat([*parts, F.adaptive_avg_pool2d(x, _GRID).flatten(1)], 1)
-
-
-def proxy_network(device: torch.device, *, resolution: int) -> FeatureNetwork:
-    """Return the proxy for images of this resolution."""
-    module = RandomFeatures()
-    return FeatureNetwork(
-        module,
-        name="randomconv",
-        digest=module_digest(module),
-        resize=f"by areas to {_LARGEST}x{_LARGEST}, where larger",
-        device=device,
-        resolution=resolution,
-        proxy=True,
-    )

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from sagan.distributed import World
 from sagan.errors import UserError
-from sagan.evaluation.features import FeatureNetwork
+from sagan.evaluation.extraction import Block, dataset_blocks, extract_features
+from sagan.evaluation.feature_networks import FeatureNetwork
 from sagan.evaluation.fid import frechet_distance
 from sagan.evaluation.inception_score import SPLITS, InceptionScore
-from sagan.evaluation.passes import Block, fetched_blocks, in_order
-from sagan.evaluation.real_images import Reals
-from sagan.evaluation.statistics import Moments
+from sagan.evaluation.moments import Moments
+from sagan.evaluation.real_images import RealImages
 from sagan.io import file_sha256
 
 FORMAT = "sagan-layers reference features"
@@ -36,12 +36,12 @@ _MANIFEST, _STATISTICS, _FEATURES = "manifest.json", "statistics.npz", "features
 logger = logging.getLogger(__name__)
 
 
-class ReferenceError(UserError):
+class RealFeaturesError(UserError):
     """Kept features that are not of the images or the network asked for."""
 
 
 @dataclass(frozen=True)
-class ReferenceFacts:
+class RealFacts:
     """What all processes know of a reference.
 
     Attributes:
@@ -76,7 +76,7 @@ class Reference:
         features: of all images, [N, d], mapped from the disk; None if they were not asked for.
     """
 
-    facts: ReferenceFacts
+    facts: RealFacts
     moments: Moments
     sample: Tensor
     features: npt.NDArray[np.float32] | None
@@ -97,8 +97,8 @@ class Reference:
         return of_label
 
 
-def obtain_reference(
-    reals: Reals,
+def load_or_compute_real_features(
+    reals: RealImages,
     network: FeatureNetwork,
     world: World,
     cache: Path,
@@ -106,7 +106,7 @@ def obtain_reference(
     block_size: int,
     all_features: bool = False,
     progress: bool = False,
-) -> tuple[ReferenceFacts, Reference | None]:
+) -> tuple[RealFacts, Reference | None]:
     """Return what is kept of these images and this network, or compute and keep it.
 
     All processes call this together, and share the pass.
@@ -124,7 +124,7 @@ def obtain_reference(
         What all processes know, and in process 0 the reference.
 
     Raises:
-        ReferenceError: if what is kept under the name of these images and this network is of others.
+        RealFeaturesError: if what is kept under the name of these images and this network is of others.
     """
     key = _key(reals, network)
     folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -138,11 +138,11 @@ def obtain_reference(
 
     if not world.run_on_main(look_up):
         found += _compute(reals, network, world, folder, key, block_size, all_features, progress)
-    facts = ReferenceFacts(**world.run_on_main(lambda: asdict(found[0].facts)))
+    facts = RealFacts(**world.run_on_main(lambda: asdict(found[0].facts)))
     return facts, found[0] if found else None
 
 
-def _key(reals: Reals, network: FeatureNetwork) -> dict[str, Any]:
+def _key(reals: RealImages, network: FeatureNetwork) -> dict[str, Any]:
     return {
         "images": reals.identity,
         "count": len(reals.source),
@@ -156,7 +156,7 @@ def _key(reals: Reals, network: FeatureNetwork) -> dict[str, Any]:
 
 
 def _compute(
-    reals: Reals,
+    reals: RealImages,
     network: FeatureNetwork,
     world: World,
     folder: Path,
@@ -170,8 +170,8 @@ def _compute(
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     collected = _Collected(network, count, partial if all_features else None) if world.is_main else None
     try:
-        for block in in_order(
-            fetched_blocks(reals.source, block_size, world),
+        for block in extract_features(
+            dataset_blocks(reals.source, block_size, world),
             count,
             block_size,
             network,
@@ -244,7 +244,7 @@ class _Collected:
         one.merge(other)
         if self._features is not None:
             self._features.flush()
-        facts = ReferenceFacts(
+        facts = RealFacts(
             count=self._count,
             checksum=self._digest.hexdigest(),
             replaced=replaced,
@@ -289,7 +289,7 @@ def _load(folder: Path, key: dict[str, Any], all_features: bool) -> Reference | 
         return None
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        facts = ReferenceFacts(**{**manifest["facts"], "from_cache": True})
+        facts = RealFacts(**{**manifest["facts"], "from_cache": True})
         found, files = manifest["key"], dict(manifest["files"])
         made_by = (manifest["format"], manifest["version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -297,7 +297,7 @@ def _load(folder: Path, key: dict[str, Any], all_features: bool) -> Reference | 
         return None
     if made_by != (FORMAT, VERSION) or found != key:
         what = "another version" if made_by != (FORMAT, VERSION) else "other images or another network"
-        raise ReferenceError(f"{folder} holds features of {what}: delete it, or choose another --cache")
+        raise RealFeaturesError(f"{folder} holds features of {what}: delete it, or choose another --cache")
     if all_features and _FEATURES not in files:
         return None
     for name in (_STATISTICS, _FEATURES) if all_features else (_STATISTICS,):

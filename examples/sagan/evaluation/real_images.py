@@ -17,12 +17,12 @@ from sagan.data.preflight_run import checked_tree
 from sagan.distributed import World
 from sagan.errors import UserError
 from sagan.evaluation.config import EvaluationConfig
-from sagan.evaluation.passes import ImageSource
+from sagan.evaluation.extraction import ImageSource
 from sagan.recipes import RunConfig
 
 
 @dataclass(frozen=True)
-class Reals:
+class RealImages:
     """Real images to compare with.
 
     Attributes:
@@ -36,7 +36,9 @@ class Reals:
     identity: str
 
 
-def open_reals(config: EvaluationConfig, run: RunConfig, class_names: list[str], world: World) -> Reals:
+def open_real_images(
+    config: EvaluationConfig, run: RunConfig, class_names: list[str], world: World
+) -> RealImages:
     """Return the images that a configuration names, by default those that a run was trained on.
 
     Images of a folder are checked as training checks them, and decoded whole whatever training did. All processes
@@ -59,10 +61,10 @@ def open_reals(config: EvaluationConfig, run: RunConfig, class_names: list[str],
         packed = PackedDataset(data, resolution)
         # What a set of its own holds, only its name can tell.
         split = config.split or (run.images.split if config.data is None else data.resolve().name)
-        reals = Reals(packed, split, packed.fingerprint)
+        reals = RealImages(packed, split, packed.fingerprint)
     else:
         tree = scan_image_tree(data, split=config.split or run.images.split)
-        reals = folder_reals(checked_tree(tree, run, world), run, config.split)
+        reals = folder_images(checked_tree(tree, run, world), run, config.split)
     if "intra-fid" in config.chosen_metrics and list(reals.source.class_names) != class_names:
         raise UserError(
             f"data: expected the run's {len(class_names)} classes for intra-fid, found others in {data}"
@@ -70,7 +72,7 @@ def open_reals(config: EvaluationConfig, run: RunConfig, class_names: list[str],
     return reals
 
 
-def training_reals(dataset: ImageDataset, run: RunConfig) -> Reals:
+def training_images(dataset: ImageDataset, run: RunConfig) -> RealImages:
     """Return the images of a training set as the reals.
 
     Args:
@@ -78,12 +80,12 @@ def training_reals(dataset: ImageDataset, run: RunConfig) -> Reals:
         run: the run.
     """
     if isinstance(dataset, PackedDataset):
-        return Reals(dataset, run.images.split, dataset.fingerprint)
+        return RealImages(dataset, run.images.split, dataset.fingerprint)
     assert isinstance(dataset, ImageFolderDataset)
-    return folder_reals(dataset.tree, run, None)
+    return folder_images(dataset.tree, run, None)
 
 
-def folder_reals(tree: ImageTree, run: RunConfig, split: str | None) -> Reals:
+def folder_images(tree: ImageTree, run: RunConfig, split: str | None) -> RealImages:
     """Return the images of a checked tree as the reals.
 
     Args:
@@ -92,7 +94,7 @@ def folder_reals(tree: ImageTree, run: RunConfig, split: str | None) -> Reals:
         split: the part that was asked for; None for the run's.
     """
     wanted, resample = split or run.images.split, run.images.resample
-    return Reals(
+    return RealImages(
         # Each image once: nothing to keep in memory.
         ImageFolderDataset(tree, run.network.resolution, resample=resample, cache_mib=0),
         split=wanted if tree.root.name == wanted else "all",

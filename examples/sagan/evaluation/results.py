@@ -13,7 +13,7 @@ import torch
 
 import sagan_layers
 from sagan.evaluation.evaluator import Evaluation, Evaluator, Figure
-from sagan.evaluation.real_features import ReferenceFacts
+from sagan.evaluation.real_features import RealFacts
 
 RESULTS = "results.md"
 _HEADER = """\
@@ -115,7 +115,7 @@ def save(evaluation: Evaluation, subject: Subject, folder: Path) -> Path:
     return path
 
 
-def _reals_own(reals: ReferenceFacts, split: str, *, proxy: bool) -> list[str]:
+def _reals_own(reals: RealFacts, split: str, *, proxy: bool) -> list[str]:
     """Return what the reals score themselves: how good generated images could become."""
     lines = []
     if reals.inception_score is not None:

@@ -16,7 +16,7 @@ _STANDING_START = 2**40
 
 
 @torch.no_grad()
-def with_statistics(
+def with_batch_norm_statistics(
     generator: Generator, config: EvaluationConfig, world: World, labels_in_use: Tensor
 ) -> Generator:
     """Return G with running, batch or standing statistics; G itself is left as it is.

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sagan.errors import UserError
+from sagan.evaluation.config import NO_NETWORK, EvaluationConfig
 from sagan.evaluation.inception import WEIGHTS_SHA256_START, load_inception
-from sagan.io import file_sha256
+from sagan.evaluation.proxy import MAX_SIZE, RandomFeatures
+from sagan.io import file_sha256, module_digest
 
 # Images at a time on a CPU: twice as fast as whole blocks, whose feature maps leave its caches.
 _CPU_CHUNK = 8
@@ -153,6 +155,39 @@ def exported_network(
             f"feature network: {path} is not an exported program for any number of {resolution}x{resolution} "
             f"images ({reason})"
         ) from error
+
+
+def proxy_network(device: torch.device, *, resolution: int) -> FeatureNetwork:
+    """Return the proxy for images of this resolution."""
+    module = RandomFeatures()
+    return FeatureNetwork(
+        module,
+        name="randomconv",
+        digest=module_digest(module),
+        resize=f"by areas to {MAX_SIZE}x{MAX_SIZE}, where larger",
+        device=device,
+        resolution=resolution,
+        proxy=True,
+    )
+
+
+def load_feature_network(
+    config: EvaluationConfig, device: torch.device, *, resolution: int
+) -> FeatureNetwork:
+    """Return the feature network that a configuration names.
+
+    Raises:
+        UserError: if it names none, or the file is not usable.
+    """
+    if config.proxy:
+        return proxy_network(device, resolution=resolution)
+    if config.feature_network is not None:
+        return exported_network(
+            config.feature_network, device, sha256=config.feature_network_sha256, resolution=resolution
+        )
+    if config.inception_weights is not None:
+        return tensorflow_inception(config.inception_weights, device, resolution=resolution)
+    raise UserError(NO_NETWORK)
 
 
 @contextlib.contextmanager

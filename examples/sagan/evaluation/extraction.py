@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sagan.distributed import World
-from sagan.evaluation.features import FeatureNetwork
+from sagan.evaluation.feature_networks import FeatureNetwork
 
 
 class ImageSource(Protocol):
@@ -57,7 +57,7 @@ class Block:
     digest: bytes
 
 
-def in_order(
+def extract_features(
     own_blocks: Iterator[Tensor],
     count: int,
     block_size: int,
@@ -109,7 +109,7 @@ def in_order(
                 bar.update(stop - start)
 
 
-def fetched_blocks(
+def dataset_blocks(
     source: ImageSource, block_size: int, world: World, *, threads: int = 4
 ) -> Iterator[Tensor]:
     """Yield the images of blocks rank, rank + processes, ... of a data set, fetched ahead on threads.
