@@ -6,8 +6,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sagan.cli import commands
-from sagan.cli.evaluate import Evaluate, run_evaluate
+from sagan.cli import (
+    attention_maps,
+    compare,
+    demo,
+    evaluate,
+    make_images,
+    plot,
+    prepare,
+    report,
+    sample,
+    train,
+)
+from sagan.cli.parsing import parse
 from sagan.distributed import ReportedByMainError
 from sagan.errors import UserError
 from sagan.recipes import DEFAULT_RECIPE, RECIPES
@@ -40,17 +51,17 @@ Recipes for train (--recipe NAME, {DEFAULT_RECIPE} by default):
   {", ".join(list(RECIPES)[10:])}
 """
 
-# "train" is not among them: its recipe decides what its other options start from.
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
-    "demo": (commands.Demo, commands.run_demo_command),
-    "prepare": (commands.Prepare, commands.run_prepare),
-    "sample": (commands.Sample, commands.run_sample),
-    "evaluate": (Evaluate, run_evaluate),
-    "attention-maps": (commands.AttentionMaps, commands.run_attention_maps),
-    "plot": (commands.Plot, commands.run_plot),
-    "report": (commands.Report, commands.run_report),
-    "compare": (commands.Compare, commands.run_compare),
-    "make-images": (commands.MakeImages, commands.run_make_images),
+    "demo": (demo.Demo, demo.run),
+    "prepare": (prepare.Prepare, prepare.run),
+    "train": (train.Train, train.run),
+    "sample": (sample.Sample, sample.run),
+    "evaluate": (evaluate.Evaluate, evaluate.run),
+    "attention-maps": (attention_maps.AttentionMaps, attention_maps.run),
+    "plot": (plot.Plot, plot.run),
+    "report": (report.Report, report.run),
+    "compare": (compare.Compare, compare.run),
+    "make-images": (make_images.MakeImages, make_images.run),
 }
 
 
@@ -61,11 +72,11 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     name, *options = arguments
     try:
-        if name == "train":
-            return commands.run_train(commands.parse_train(options))
         if name in COMMANDS:
             kind, run = COMMANDS[name]
-            return run(commands.parse(kind, name, options))
+            # The recipe sets what the other options of "train" change.
+            default = train.from_recipe(options) if name == "train" else None
+            return run(parse(kind, name, options, default))
         print(f"Unknown command {name!r}.\n\n{OVERVIEW}", file=sys.stderr)
     except ReportedByMainError:
         return 1

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from sagan.recipes import RunConfig, config_from_dict
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint
 
 SAMPLES = "samples.json"
+Weights = Literal["auto", "ema", "raw"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,36 @@ class TrainedGenerator:
     labels_in_use: Tensor
     averaged: bool
 
+    @property
+    def description(self) -> str:
+        """The iteration and which weights these are."""
+        return f"iteration {self.iteration}, {'averaged' if self.averaged else 'raw'} weights"
 
-def load_generator(path: Path, device: torch.device, *, weights: str = "auto") -> TrainedGenerator:
+    def class_name(self, label: int) -> str | None:
+        """Return the name of a class; None if the run is unconditional."""
+        return self.class_names[label] if self.config.network.num_classes else None
+
+    def chosen_labels(self, classes: Sequence[str]) -> Tensor:
+        """Return the labels of classes given by name or by number; of none given, the labels in use."""
+        if not classes:
+            return self.labels_in_use
+        if not self.config.network.num_classes:
+            raise UserError("classes: expected none, the run is unconditional")
+        labels = []
+        for text in classes:
+            if text in self.class_names:  # names first: the digits' names are numbers
+                labels.append(self.class_names.index(text))
+            elif text.isdecimal() and int(text) < len(self.class_names):
+                labels.append(int(text))
+            else:
+                raise UserError(
+                    f"classes: expected a class's name or a label from 0 to {len(self.class_names) - 1}, "
+                    f"got {text!r}"
+                )
+        return torch.tensor(labels)
+
+
+def load_generator(path: Path, device: torch.device, *, weights: Weights = "auto") -> TrainedGenerator:
     """Load G from a checkpoint, or from the latest one of a run's folder.
 
     Args:

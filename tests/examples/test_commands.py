@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 import imagenet_sagan
-from sagan.cli import commands
-from sagan.cli.commands import INTERRUPTED, describe_config, parse_train
+from sagan.cli import attention_maps, demo, sample
+from sagan.cli.parsing import INTERRUPTED, parse
+from sagan.cli.train import Train, describe_config, from_recipe
 from sagan.data import preflight_run as checking
 from sagan.recipes import RECIPES, RunConfig, config_from_dict
 from sagan.report.figures import default_points
@@ -54,6 +55,10 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
             **environment,
         },
     )
+
+
+def parse_train(arguments: Sequence[str]) -> Train:
+    return parse(Train, "train", arguments, from_recipe(arguments))
 
 
 def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
@@ -163,7 +168,7 @@ class TestEntry:
         def fails(command: object) -> int:
             raise exception
 
-        monkeypatch.setattr(commands, "run_train", fails)
+        monkeypatch.setitem(imagenet_sagan.COMMANDS, "train", (Train, fails))
         with pytest.raises(type(exception), match="a bug"):
             main("train", "--data", "x")
 
@@ -542,7 +547,7 @@ class TestSample:
     ) -> None:
         drawn: list[tuple[int, Sequence[str]]] = []
         monkeypatch.setattr(
-            commands,
+            sample,
             "save_grid",
             lambda path, images, *, columns, row_names: drawn.append((len(images), row_names)),
         )
@@ -644,13 +649,13 @@ class TestAttentionMaps:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         drawn: list[tuple[Tensor, Sequence[tuple[int, int]], Sequence[str], str]] = []
-        save = commands.save_attention_figure
+        save = attention_maps.save_attention_figure
 
         def recording(path, images, maps, points, *, names, title) -> None:
             drawn.append((maps, points, names, title))
             save(path, images, maps, points, names=names, title=title)
 
-        monkeypatch.setattr(commands, "save_attention_figure", recording)
+        monkeypatch.setattr(attention_maps, "save_attention_figure", recording)
         out = tmp_path / "new" / "maps.png"
         options = ["--count", 2, "--points", "0,0", "31,5", "--classes", WNIDS[1]]
         assert main("attention-maps", "--source", trained_run, "--out", out, *options) == 0
@@ -667,7 +672,9 @@ class TestAttentionMaps:
     ) -> None:
         drawn: list[object] = []
         monkeypatch.setattr(
-            commands, "save_attention_figure", lambda path, images, maps, points, **_: drawn.append(points)
+            attention_maps,
+            "save_attention_figure",
+            lambda path, images, maps, points, **_: drawn.append(points),
         )
         options = ["--out", tmp_path / "maps.png", "--count", 1]
         assert main("attention-maps", "--source", trained_run, *options) == 0
@@ -720,7 +727,7 @@ class TestDemo:
             configs.append(config)
             return Result(), verdict
 
-        monkeypatch.setattr(commands, "run_demo", record)
+        monkeypatch.setattr(demo, "run_demo", record)
         assert main("demo", "--out", tmp_path, "--iterations", 34, "--seed", 5) == code
         assert configs == [replace(RECIPES["digits"](), out=tmp_path, iterations=34, seed=5)]
         assert ("Stopped at iteration 12" in capsys.readouterr().out) == (verdict is None)

@@ -26,7 +26,7 @@ from image_trees import WNIDS, MessyTree, jpeg_bytes, write_image_tree, write_me
 from PIL import Image
 
 import imagenet_sagan
-from sagan.cli.commands import INTERRUPTED
+from sagan.cli.parsing import INTERRUPTED
 from sagan.data import (
     DatasetError,
     PackedDataset,

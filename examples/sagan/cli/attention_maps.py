@@ -1,0 +1,68 @@
+"""The subcommand ``attention-maps``: its options, and what it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sagan.cli.parsing import check_positive
+from sagan.distributed import pick_device
+from sagan.errors import UserError
+from sagan.report.figures import attention_maps, default_points, save_attention_figure
+from sagan.sampling import Weights, load_generator, sample_inputs, to_uint8
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Draw where chosen points of generated images look (figure 5 of the paper).
+
+    Attributes:
+        source: folder of a run, or a checkpoint.
+        out: the PNG.
+        count: number of images.
+        points: query points as ROW,COLUMN in pixels of the image; by default the centre and four others.
+        classes: labels (numbers from 0) or names of the classes to go through; by default all.
+        seed: of the set of samples.
+        weights: moving average ("ema"), the weights themselves ("raw"), or the average if there is one.
+        device: "auto", "cpu", "cuda", ...
+    """
+
+    source: Path
+    out: Path = Path("attention_maps.png")
+    count: int = 8
+    points: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    seed: int = 0
+    weights: Weights = "auto"
+    device: str = "auto"
+
+
+def run(command: AttentionMaps) -> int:
+    """Run ``attention-maps`` and return the exit code."""
+    check_positive(command, "count")
+    device = pick_device(command.device)
+    trained = load_generator(command.source, device, weights=command.weights)
+    network = trained.config.network
+    points = [_point(text) for text in command.points] or default_points(network.resolution)
+    chosen = trained.chosen_labels(command.classes)
+    latents, labels = sample_inputs(range(command.count), network, command.seed, chosen)
+    images, maps, resolution = attention_maps(
+        trained.generator,
+        latents.to(device),
+        labels.to(device) if network.num_classes else None,
+        points,
+    )
+    names = [trained.class_name(int(label)) or "" for label in labels]
+    title = f"Where the marked points look (G's attention at {resolution}x{resolution})"
+    save_attention_figure(command.out, to_uint8(images), maps, points, names=names, title=title)
+    print(
+        f"{command.count} images with {len(points)} maps each written to {command.out} ({trained.description})"
+    )
+    return 0
+
+
+def _point(text: str) -> tuple[int, int]:
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f"points: expected ROW,COLUMN such as 16,20, got {text!r}")
+    return int(parts[0]), int(parts[1])

@@ -1,0 +1,40 @@
+"""The subcommand ``make-images``: its options, and what it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sagan.data.synthetic import SyntheticSet, write_layout
+from sagan.errors import check_is_new
+
+
+@dataclass(frozen=True)
+class MakeImages:
+    """Generate images in ImageNet's own layouts, to try ``prepare`` and ``train`` without ImageNet.
+
+    Attributes:
+        out: folder to write to, not there yet or empty.
+        layout: "folder" (train/ and val/ with class folders), "tars" (ILSVRC2012_img_train.tar, ..._val.tar and the
+            development kit) or "parquet" (shards as on the Hugging Face hub).
+        images: what to generate.
+    """
+
+    out: Path
+    layout: Literal["folder", "tars", "parquet"] = "tars"
+    images: Annotated[SyntheticSet, tyro.conf.arg(name="")] = field(default_factory=SyntheticSet)
+
+
+def run(command: MakeImages) -> int:
+    """Run ``make-images`` and return the exit code."""
+    check_is_new(command.out)
+    write_layout(command.out, command.layout, command.images)
+    made = command.images
+    print(
+        f"{made.classes * made.images:,} training and {made.classes * made.val_images:,} validation images in "
+        f"{made.classes} classes written to {command.out}"
+    )
+    return 0

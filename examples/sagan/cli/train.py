@@ -1,0 +1,211 @@
+"""The subcommand ``train``: its options, and what it does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from sagan.cli.parsing import COLLAPSED, INTERRUPTED
+from sagan.data import (
+    ImageDataset,
+    ImageFolderDataset,
+    ImageTree,
+    PackedDataset,
+    is_prepared,
+    scan_image_tree,
+    verify,
+)
+from sagan.data.packed import MANIFEST
+from sagan.data.preflight_run import checked_tree
+from sagan.distributed import World, init_world
+from sagan.errors import UserError
+from sagan.evaluation.feature_networks import load_feature_network
+from sagan.evaluation.periodic import periodic_evaluation
+from sagan.networks import Discriminator, Generator, count_parameters
+from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, differences
+from sagan.train.allocator import keep_freed_memory
+from sagan.train.checkpoint import checkpoints_in
+from sagan.train.loop import check_images, check_start, check_unused, save_config, train
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train on a set that ``prepare`` made, or on a folder of images: DATA/train/<class>/*.JPEG.
+
+    Starts from a recipe, changed by the options given. The images are checked before the first step. Stopped by
+    Ctrl-C it saves a checkpoint; --resume goes on from there. Started by torchrun, its processes train as one.
+
+    Attributes:
+        run: the run.
+        resume: go on with the run in --out.
+        auto_resume: go on with the run in --out if there is one, else start it; what torchrun's restarts do.
+        accept_changes: resume although the configuration or the images have changed.
+        dry_run: print and save the resolved configuration, and stop.
+    """
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    resume: bool = False
+    auto_resume: bool = False
+    accept_changes: bool = False
+    dry_run: bool = False
+
+
+def from_recipe(arguments: Sequence[str]) -> Train:
+    """Return the options of ``train`` as the recipe that the arguments name sets them."""
+    name = DEFAULT_RECIPE
+    for number, argument in enumerate(arguments):
+        if argument == "--recipe" and number + 1 < len(arguments):
+            name = arguments[number + 1]
+        elif argument.startswith("--recipe="):
+            name = argument.removeprefix("--recipe=")
+    if name not in RECIPES:
+        raise UserError(f"recipe: expected one of {', '.join(RECIPES)}; got {name!r}")
+    return Train(run=RECIPES[name]())
+
+
+def run(command: Train) -> int:
+    """Run ``train`` and return the exit code."""
+    config = command.run
+    if config.data is None and not command.dry_run:
+        raise UserError("data: expected --data with the folder that holds the images, got none")
+    with init_world(config.device) as world:
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        return _train(command, world)
+
+
+def _train(command: Train, world: World) -> int:
+    config = command.run
+    tree = packed = None
+    if config.data is not None and is_prepared(config.data):
+        packed = PackedDataset(config.data, config.network.resolution)
+        config = _with_classes(config, packed.num_classes)
+        config = replace(config, images=replace(config.images, resample=packed.manifest.filter, draft=False))
+    elif config.data is not None:
+        tree = scan_image_tree(config.data, split=config.images.split)
+        config = _with_classes(config, tree.num_classes)
+    say = print if world.is_main else _say_nothing
+    say(describe_config(config))
+    has_run = bool(checkpoints_in(config.out / "checkpoints"))
+    if command.dry_run:
+        if has_run:
+            say(f"\nNot saved: {config.out} holds a run already. Dry run: stopping here.")
+        elif world.is_main:
+            say(f"\nSaved as {save_config(config)}. Dry run: stopping here.")
+        return 0
+    say()
+    # A restart by torchrun is of a run that has begun, whatever the command says.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resume = command.resume or (has_run and (command.auto_resume or restarted))
+    found = check_start(config, resume=resume, accept_changes=command.accept_changes)
+    if not (resume or command.auto_resume or restarted):
+        check_unused(config.out)
+    network = None  # a file that is missing or another's is refused before anything takes time
+    if config.evaluation.every:
+        network = load_feature_network(config.evaluation, world.device, resolution=config.network.resolution)
+    config.out.mkdir(parents=True, exist_ok=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.step.tf32
+    dataset: ImageDataset
+    if packed is not None:
+        dataset, fingerprint = packed, packed.fingerprint
+        check_images(found, fingerprint, accept_changes=command.accept_changes)
+        world.run_on_main(lambda: _check_packed(packed, config))
+    else:
+        assert tree is not None
+        report, seen = config.out / "preflight.json", config.out / "preflight.json.new"
+        dataset, fingerprint = _checked_images(tree, config, world, seen)
+        try:
+            check_images(found, fingerprint, accept_changes=command.accept_changes)
+            if world.is_main:
+                seen.replace(report)
+        finally:
+            if world.is_main:
+                seen.unlink(missing_ok=True)
+    evaluate = None if network is None else periodic_evaluation(config, dataset, world, network)
+    result = train(
+        config,
+        dataset,
+        fingerprint=fingerprint,
+        world=world,
+        resume=resume,
+        accept_changes=command.accept_changes,
+        evaluate=evaluate,
+    )
+    if result.collapsed:
+        say(
+            f"Stopped at iteration {result.iteration} by a sign of collapse (above), saved as {result.checkpoint}"
+        )
+        return COLLAPSED
+    if result.interrupted:
+        say(f"Stopped at iteration {result.iteration}; go on with the same command and --resume.")
+        return INTERRUPTED
+    say(
+        f"Done: {result.iteration} iterations. Checkpoint {result.checkpoint}, grids in {config.out / 'samples'}."
+    )
+    return 0
+
+
+def _say_nothing(*_: object) -> None:
+    """What processes other than the first say."""
+
+
+def _check_packed(packed: PackedDataset, config: RunConfig) -> None:
+    """Print what a prepared set is and keep its manifest with the run; with --images.check full read it whole."""
+    print(packed.manifest.describe() + "\n")
+    if config.images.check == "full" and (wrong := verify(packed.manifest.folder, progress=True)):
+        raise UserError(f"the prepared set in {packed.manifest.folder} is damaged: {'; '.join(wrong)}")
+    (config.out / "data_manifest.json").write_bytes((packed.manifest.folder / MANIFEST).read_bytes())
+
+
+def _checked_images(
+    tree: ImageTree, config: RunConfig, world: World, report: Path
+) -> tuple[ImageFolderDataset, str]:
+    """Return the images of a tree that can be read, after a look at all of them, and their fingerprint."""
+    tree = checked_tree(tree, config, world, report_path=report)
+    dataset = ImageFolderDataset(
+        tree,
+        config.network.resolution,
+        resample=config.images.resample,
+        draft=config.images.draft,
+        cache_mib=config.images.cache_mib,
+        progress=world.is_main,
+    )
+    return dataset, tree.fingerprint()
+
+
+def describe_config(config: RunConfig) -> str:
+    """Return the resolved configuration, a line for each value, those marked that differ from the recipe's."""
+    changed = differences(RECIPES[config.recipe](), config)
+    lines = [f"Recipe {config.recipe}; * marks what differs from it"]
+
+    def add(values: dict[str, object], prefix: str) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                add(value, f"{prefix}{name}.")
+            elif name != "recipe":
+                mark = "*" if prefix + name in changed else " "
+                lines.append(f"{mark} {prefix + name:<32} {value}")
+
+    add(config.to_dict(), "")
+    if config.network.num_classes is not None:
+        with torch.device("meta"):
+            counts = [count_parameters(kind(config.network)) for kind in (Generator, Discriminator)]
+        lines.append(f"  parameters: G {counts[0]:,}, D {counts[1]:,}")
+    return "\n".join(lines)
+
+
+def _with_classes(config: RunConfig, found: int) -> RunConfig:
+    wanted = config.network.num_classes
+    if wanted is None:
+        return replace(config, network=replace(config.network, num_classes=found))
+    if wanted not in (0, found):
+        raise UserError(
+            f"network.num_classes: the data has {found} classes, got {wanted} (0 is unconditional)"
+        )
+    return config
