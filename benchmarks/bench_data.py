@@ -36,7 +36,7 @@ from benchmarks import harness
 from sagan.data import ImageFolderDataset, PackedDataset, make_loader, scan_image_tree, verify
 from sagan.data.packed import content_checksum, file_entry, image_header
 from sagan.data.synthetic import SyntheticSet, write_layout
-from sagan.data.threads import usable_cpus
+from sagan.data.prefetch import usable_cpus
 from sagan.prepare import Prepared, SourceOptions, list_source, prepare
 
 BATCH = 256

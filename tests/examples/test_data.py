@@ -9,6 +9,8 @@ import pickle
 import random
 import shutil
 import tarfile
+import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +41,7 @@ from sagan.data import (
     preflight,
     scan_image_tree,
 )
+from sagan.data.prefetch import prefetch
 
 
 @pytest.fixture(scope="module")
@@ -603,6 +606,35 @@ class TestDataset:
 
 def take(stream, count: int) -> list:
     return list(itertools.islice(stream, count))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+class TestPrefetch:
+    def test_results_come_in_order_and_errors_in_their_turn(self, threads: int) -> None:
+        def slow_at_first(number: int) -> int:
+            if number == 5:
+                raise ValueError("the sixth")
+            time.sleep(0.01 * (3 - number % 3))
+            return -number
+
+        results = prefetch(slow_at_first, range(10), threads=threads, depth=4)
+        assert take(results, 5) == [0, -1, -2, -3, -4]
+        with pytest.raises(ValueError, match="the sixth"):
+            next(results)
+        assert list(prefetch(abs, [], threads=threads, depth=4)) == []
+
+    def test_no_more_than_the_depth_is_computed_and_the_threads_end_with_the_iterator(
+        self, threads: int
+    ) -> None:
+        computed: list[int] = []
+        before = threading.active_count()
+        results = prefetch(computed.append, itertools.count(), threads=threads, depth=3)
+        next(results)
+        time.sleep(0.05)
+        assert sorted(computed) == [0, 1, 2, 3]
+        results.close()
+        assert threading.active_count() == before
+        assert sorted(computed) == [0, 1, 2, 3]
 
 
 def joined(batches: list[list[int]]) -> list[int]:

@@ -44,7 +44,6 @@ from sagan.data.synthetic import (
     write_layout,
     write_shard,
 )
-from sagan.data.threads import read_ahead
 from sagan.errors import UserError
 from sagan.prepare import Listing, Prepared, SourceOptions, list_source, packing, pool, prepare, staging
 from sagan.prepare.part import Part, PartResult
@@ -986,41 +985,6 @@ class TestPackedDataset:
             assert torch.equal(images, same_images)
             assert torch.equal(labels, same_labels)
         del loader
-
-
-class TestReadAhead:
-    def test_items_come_in_order_and_errors_in_their_place(self) -> None:
-        def items() -> Any:
-            yield from range(5)
-            raise ValueError("the sixth")
-
-        found = []
-        with pytest.raises(ValueError, match="the sixth"):
-            found.extend(iter_into(found, read_ahead(items(), 2)))
-        assert found == list(range(5))
-
-    def test_no_more_than_asked_for_is_taken_and_the_thread_ends_with_the_iterator(self) -> None:
-        taken: list[int] = []
-
-        def items() -> Any:
-            for number in range(1000):
-                taken.append(number)
-                yield number
-
-        iterator = read_ahead(items(), 3)
-        assert next(iterator) == 0
-        time.sleep(0.05)
-        assert len(taken) <= 5
-        iterator.close()  # joins the thread
-        count = len(taken)
-        time.sleep(0.05)
-        assert len(taken) == count
-
-
-def iter_into(found: list[int], iterator: Any) -> Any:
-    for item in iterator:
-        found.append(item)
-    return ()
 
 
 class TestCommand:

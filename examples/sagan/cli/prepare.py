@@ -8,7 +8,7 @@ from typing import Literal
 
 from sagan.cli.parsing import INTERRUPTED, check_positive
 from sagan.data import read_manifest, verify
-from sagan.data.threads import usable_cpus
+from sagan.data.prefetch import usable_cpus
 from sagan.errors import UserError
 from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from sagan.data.decoding import ImageReadError, check_decode_options, read_pixels
 from sagan.data.inspection import UnreadableFile
-from sagan.data.threads import map_ranges
+from sagan.data.prefetch import map_ranges
 from sagan.data.tree import DatasetError, ImageTree
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any, Literal, get_args
 
 from sagan.data.decoding import ImageFacts, ImageReadError, check_decode_options, read_header, read_pixels
-from sagan.data.threads import map_ranges
+from sagan.data.prefetch import map_ranges
 from sagan.data.tree import ImageTree
 
 PreflightMode = Literal["full", "headers", "auto", "off"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sagan.data.dataset import ImageDataset
-from sagan.data.threads import read_ahead
+from sagan.data.prefetch import prefetch
 
 Indices = npt.NDArray[np.int64]
 
@@ -201,7 +202,8 @@ def make_loader(
         worker_init_fn=_leave_signals_to_the_trainer,
     )
     if num_workers == 0 and dataset.batches_ahead:
-        return read_ahead(loader, dataset.batches_ahead)
+        batches = iter(loader)
+        return prefetch(lambda _: next(batches), itertools.count(), depth=dataset.batches_ahead)
     return iter(loader)
 
 

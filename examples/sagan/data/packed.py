@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sagan.data.dataset import ImageDataset
 from sagan.data.layout import DatasetError
-from sagan.data.threads import map_ranges
+from sagan.data.prefetch import map_ranges
 
 FORMAT = "sagan-layers packed images"
 VERSION = 1

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sagan.data.threads import usable_cpus
+from sagan.data.prefetch import usable_cpus
 from sagan.errors import UserError
 from sagan.prepare.pool import run_in_order
 

@@ -38,7 +38,7 @@ from sagan.data.packed import (
     is_prepared,
     read_manifest,
 )
-from sagan.data.threads import usable_cpus
+from sagan.data.prefetch import usable_cpus
 from sagan.errors import UserError, check_is_new
 from sagan.prepare.listing import Indices, Listing
 from sagan.prepare.part import UNREADABLE, Part, PartResult, digests_of, pack_part

@@ -1,0 +1,78 @@
+"""Work done ahead of its turn on threads: Pillow, NumPy and file reads release Python's lock."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1, depth: int
+) -> Iterator[Result]:
+    """Yield ``function(item)`` for each item, in order; up to ``depth`` results are computed ahead.
+
+    What the function raises is raised in that result's turn. Closing or dropping the iterator drops the work that has
+    not begun and ends the threads. ``items`` may be endless; it is read on the caller's thread.
+    """
+    with ThreadPoolExecutor(threads, "prefetch") as pool:
+        remaining = iter(items)
+        waiting: deque[Future[Result]] = deque(
+            pool.submit(function, item) for item in islice(remaining, depth)
+        )
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in islice(remaining, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def map_ranges(
+    function: Callable[[range], Result],
+    count: int,
+    *,
+    threads: int | None,
+    progress: bool,
+    description: str,
+    chunk: int = 64,
+) -> Iterator[Result]:
+    """Yield ``function(range)`` for consecutive ranges of ``chunk`` items that cover 0 to count - 1, in order.
+
+    Args:
+        function: called on a thread.
+        count: number of items.
+        threads: None takes one for each usable CPU. Files on a network may want more.
+        progress: draw a bar.
+        description: the bar's label.
+        chunk: items in a range; the last range may be shorter.
+
+    Raises:
+        ValueError: `threads` is below 1.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"expected threads of at least 1 or None, got {threads}")
+    threads = threads or usable_cpus()
+    ranges = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    with tqdm(total=count, desc=description, unit="img", disable=not progress) as bar:
+        results = prefetch(function, ranges, threads=threads, depth=4 * threads)
+        for items, result in zip(ranges, results, strict=True):
+            bar.update(len(items))
+            yield result
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
