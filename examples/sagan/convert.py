@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sagan.networks import DownBlock, FirstDownBlock, UpBlock
+from sagan.networks import DownBlock, UpBlock
 from sagan_layers.convert import TensorFlowLoader
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def load_tensorflow_discriminator(
         name = "d_optimized_block1" if number == 1 else f"d_block{number}"
         loader.add(block.conv1, f"{name}/sn_conv1")
         loader.add(block.conv2, f"{name}/sn_conv2")
-        if isinstance(block, (FirstDownBlock, DownBlock)):
+        if isinstance(block, DownBlock):
             loader.add(block.shortcut, f"{name}/sn_conv3")
     for number, mixer in enumerate(discriminator.mixers.values()):
         loader.add(mixer, _non_local("d", number))

@@ -51,9 +51,6 @@ def pixels(array: np.ndarray) -> Tensor:
     return nchw(array.astype(np.float32) / 127.5 - 1)
 
 
-# --- names and layouts, written down a second time: ours to TensorFlow's ------------------------------------
-
-
 def to_tensorflow(values: Tensor, axes: tuple[int, ...]) -> np.ndarray:
     return values.detach().permute(axes).numpy().copy()
 
@@ -142,8 +139,6 @@ def discriminator_variables(discriminator: Discriminator, what: str = "weight") 
     variables.update(scoped("d_embedding", layer_variables(discriminator.head.embedding, what)))
     return scoped("model", variables)
 
-
-# --- against the released code -----------------------------------------------------------------------------
 
 G_CONFIG = NetworkConfig(resolution=128, base_width=2, num_classes=6)
 D_CONFIG = NetworkConfig(resolution=128, base_width=4, num_classes=6)
@@ -242,8 +237,6 @@ class TestDiscriminatorAgainstTheReleasedCode:
         for name, array in recorded.items():
             assert_agrees(torch.from_numpy(ours[name]), array, name)
 
-
-# --- the loaders -------------------------------------------------------------------------------------------
 
 TINY = NetworkConfig(
     resolution=32, base_width=2, num_classes=3, latent_dim=5, g_attention=(8, 32), d_attention=(16, 4)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +18,6 @@ from sagan.errors import UserError
 from sagan.networks import (
     Discriminator,
     DownBlock,
-    FirstDownBlock,
     Generator,
     LastBlock,
     NetworkConfig,
@@ -98,7 +99,7 @@ class TestParameterCounts:
 
     @pytest.mark.parametrize("channels", [1, 2, 7, 8, 12, 20])
     def test_residual_mixer_matches_attention_at_any_width(self, channels: int) -> None:
-        residual = ResidualMixer(channels, True, 1e-12)
+        residual = ResidualMixer(channels, TINY)
         assert count_parameters(residual) == count_parameters(SelfAttention2d(channels))
 
     @KINDS
@@ -153,15 +154,6 @@ class TestShapes:
             for layer in network.modules()
             if isinstance(layer, ConditionalBatchNorm2d)
         )
-
-    @KINDS
-    def test_labels_change_the_output(self, kind: type[nn.Module]) -> None:
-        network = randomize(kind(TINY)).eval()
-        inputs, _ = inputs_of(kind, TINY, count=2)
-        same = network(inputs, torch.tensor([0, 0]))
-        other = network(inputs, torch.tensor([0, 1]))
-        assert torch.equal(same[0], other[0])
-        assert (same[1] - other[1]).abs().max() > 1e-3
 
 
 class TestAttentionPlaces:
@@ -233,9 +225,6 @@ class TestSpectralNorm:
         for norm in norms:
             assert not any(isinstance(layer, SpectralNormLayer) for layer in norm.modules())
         assert [norm.num_classes for norm in norms] == [3] * 6 + [None]
-
-    def test_the_projection_embedding_is_normalised(self) -> None:
-        assert isinstance(Discriminator(TINY).head.embedding, SpectralNormLayer)
 
     @KINDS
     def test_sn_eps_reaches_every_normalised_layer(self, kind: type[nn.Module]) -> None:
@@ -347,7 +336,7 @@ class PlainFormulas:
         main = self.conv(block.conv2, self.norm(block.norm2, main, labels).clamp_min(0))
         return main + self.conv(block.shortcut, self.doubled(x))
 
-    def first_down(self, block: FirstDownBlock, x: Tensor) -> Tensor:
+    def first_down(self, block: DownBlock, x: Tensor) -> Tensor:
         main = self.conv(block.conv2, self.conv(block.conv1, x).clamp_min(0))
         return self.halved(main) + self.conv(block.shortcut, self.halved(x))
 
@@ -409,46 +398,26 @@ class TestFormulas:
         assert expected.shape == (4, 4, 10, 14)
         torch.testing.assert_close(block(x, labels), expected, rtol=1e-4, atol=1e-4)
 
-    def test_first_down_block(self) -> None:
-        block = randomize(FirstDownBlock(3, 4, PLAIN))
+    @pytest.mark.parametrize(
+        ("formula", "block"),
+        [
+            ("first_down", partial(DownBlock, 3, 4, PLAIN, preactivation=False)),
+            ("down", partial(DownBlock, 3, 4, PLAIN)),
+            ("last", partial(LastBlock, 3, PLAIN)),
+            ("residual", partial(ResidualMixer, 3, PLAIN, spectral_norm=False)),
+        ],
+    )
+    def test_blocks_of_one_input(self, formula: str, block: Callable[[], nn.Module]) -> None:
+        module = randomize(block())
         x = torch.randn(2, 3, 6, 8)
-        torch.testing.assert_close(block(x), PlainFormulas().first_down(block, x), rtol=1e-4, atol=1e-4)
-
-    def test_down_block(self) -> None:
-        block = randomize(DownBlock(3, 4, PLAIN))
-        x = torch.randn(2, 3, 6, 8)
-        torch.testing.assert_close(block(x), PlainFormulas().down(block, x), rtol=1e-4, atol=1e-4)
-
-    def test_shortcut_of_down_block_takes_the_unactivated_input_and_leaves_it_as_it_is(self) -> None:
-        block = randomize(DownBlock(3, 4, PLAIN))
-        x = -torch.rand(2, 3, 6, 8)  # the main path sees zeros
         before = x.clone()
-        difference = block(x) - block(torch.zeros_like(x))
-        expected = F.avg_pool2d(F.conv2d(x, block.shortcut.weight), 2)
-        torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-5)
+        y = module(x)
         assert torch.equal(x, before)
-
-    def test_first_down_block_has_no_activation_before_its_convolution(self) -> None:
-        block = randomize(FirstDownBlock(3, 4, PLAIN))
-        seen: list[Tensor] = []
-        block.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        x = torch.randn(2, 3, 6, 8)
-        block(x)
-        assert torch.equal(seen[0], x)
-
-    def test_last_block(self) -> None:
-        block = randomize(LastBlock(4, PLAIN))
-        x = torch.randn(2, 4, 5, 3)
-        torch.testing.assert_close(block(x), PlainFormulas().last(block, x), rtol=1e-4, atol=1e-4)
-
-    def test_residual_mixer(self) -> None:
-        mixer = randomize(ResidualMixer(9, False, 1e-12))
-        x = torch.randn(2, 9, 5, 3)
-        torch.testing.assert_close(mixer(x), PlainFormulas().residual(mixer, x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(y, getattr(PlainFormulas(), formula)(module, x), rtol=1e-4, atol=1e-4)
 
     def test_residual_mixer_starts_as_the_identity(self) -> None:
         x = torch.randn(2, 9, 5, 3)
-        assert torch.equal(ResidualMixer(9, True, 1e-12)(x), x)
+        assert torch.equal(ResidualMixer(9, TINY)(x), x)
 
     @KINDS
     @pytest.mark.parametrize("normalised", [True, False])
@@ -539,14 +508,14 @@ class TestErrors:
         [
             ({"resolution": 48}, r"resolution: expected one of \(32, 64, 128, 256\), got 48"),
             ({"num_classes": -1}, "num_classes: expected at least 0, got -1"),
-            ({"base_width": 0}, "base_width, latent_dim: expected at least 1, got 0, 5"),
-            ({"latent_dim": 0}, "base_width, latent_dim: expected at least 1, got 2, 0"),
+            ({"base_width": 0}, "base_width: expected at least 1, got 0"),
+            ({"latent_dim": 0}, "latent_dim: expected at least 1, got 0"),
             ({"g_attention": (4,)}, r"g_attention: .* out of \[8, 16, 32\], got \[4\]"),
             ({"g_attention": (16, 64)}, r"g_attention: .*, got \[16, 64\]"),
             ({"g_attention": (16, 16)}, r"g_attention: expected different resolutions .*, got \[16, 16\]"),
             ({"d_attention": (32,)}, r"d_attention: .* out of \[16, 8, 4\], got \[32\]"),
             ({"mixer": "convolution"}, "mixer: expected one of .*, got 'convolution'"),
-            ({"init": "he"}, "init: expected one of .*'orthogonal'.*, got 'he'"),
+            ({"init": "he"}, "init: expected one of .*orthogonal.*, got 'he'"),
             ({"sn_eps": 0.0}, "sn_eps, bn_eps: expected above 0, got 0.0"),
             ({"bn_eps": -1.0}, "sn_eps, bn_eps: expected above 0, got .*-1.0"),
             ({"bn_momentum": 1.5}, "bn_momentum, last_bn_momentum: expected from 0 to 1"),
