@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks import harness, textbook_networks
 from benchmarks.harness import Case, Outputs, Row, Run, Settings
 from benchmarks.textbook_networks import TextbookDiscriminator, TextbookGenerator
-from sagan.data import ImageDataset
+from sagan.data import CheckMode, DatasetCheck, ImageDataset
 from sagan.distributed import World
 from sagan.randomness import training_noise
 from sagan.recipes import RECIPES, OutputConfig, Precision, RunConfig
@@ -419,6 +419,16 @@ class _RandomImages(ImageDataset):
         """Return a batch."""
         chosen = torch.as_tensor(indices)
         return self._images[chosen], self.labels[chosen]
+
+    def fingerprint(self) -> str:
+        """Return text that names the images."""
+        return "random"
+
+    def check(
+        self, mode: CheckMode, *, report_folder: Path | None = None, progress: bool = False
+    ) -> DatasetCheck:
+        """Return that nothing is wrong."""
+        return DatasetCheck("random images", (), "random.txt", "")
 
 
 # --- the runs -----------------------------------------------------------------------------------------------

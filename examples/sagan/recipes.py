@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from sagan.data import RESAMPLE_FILTERS
+from sagan.data import DataConfig
 from sagan.errors import UserError
 from sagan.evaluation.config import TrainingEvaluationConfig
 from sagan.networks import NetworkConfig
@@ -44,36 +44,6 @@ class OptimizerConfig:
                 raise UserError(f"{name}: expected above 0, got {getattr(self, name)}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise UserError(f"beta1, beta2: expected from 0 to below 1, got {self.beta1}, {self.beta2}")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """How images are read. Of a prepared set only horizontal_flip and check count; the rest it says itself.
-
-    Attributes:
-        split: name of the folder below the root that holds the class folders, where there is one.
-        resample: filter of the antialiased resize: bilinear, bicubic, lanczos or box.
-        horizontal_flip: mirror half of the images, chosen anew in each epoch.
-        draft: let the JPEG decoder scale down: about twice as fast, not the same pixels.
-        check: preflight: "full" decodes every file, "headers" opens it, "auto" is full up to 100,000 files, or
-            "off". A prepared set is read whole and compared with its checksums by "full" alone.
-        cache_mib: keep decoded images in memory if they all fit into this many MiB.
-        workers: processes that decode, when the images are not in memory.
-    """
-
-    split: str = "train"
-    resample: str = "bilinear"
-    horizontal_flip: bool = False
-    draft: bool = False
-    check: Literal["auto", "full", "headers", "off"] = "auto"
-    cache_mib: int = 2048
-    workers: int = 2
-
-    def __post_init__(self) -> None:
-        if self.resample not in RESAMPLE_FILTERS:
-            raise UserError(f"resample: expected one of {', '.join(RESAMPLE_FILTERS)}, got {self.resample!r}")
-        if self.workers < 0 or self.cache_mib < 0:
-            raise UserError("workers, cache_mib: expected at least 0")
 
 
 @dataclass(frozen=True)

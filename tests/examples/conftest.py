@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from image_trees import WNIDS, write_image_tree
 
-from sagan.data import ImageFolderDataset, scan_image_tree
+from sagan.data import DataConfig, ImageFolderDataset, scan_image_tree
 from sagan.networks import NetworkConfig
-from sagan.recipes import DataConfig, OutputConfig, RunConfig
+from sagan.recipes import OutputConfig, RunConfig
 from sagan.train.loop import TrainingResult, train
 
 Train = Callable[..., TrainingResult]

@@ -23,7 +23,7 @@ import imagenet_sagan
 from sagan.cli import attention_maps, demo, sample
 from sagan.cli.parsing import INTERRUPTED, parse
 from sagan.cli.train import Train, describe_config, from_recipe
-from sagan.data import preflight_run as checking
+from sagan.data import folder as data_folder
 from sagan.recipes import RECIPES, RunConfig, config_from_dict
 from sagan.report.figures import default_points
 from sagan.sampling import load_generator, numbered_samples
@@ -741,7 +741,7 @@ class TestChecksBeforeTheImages:
         def fail(*_: object, **__: object) -> None:
             raise AssertionError("the images were looked at")
 
-        monkeypatch.setattr(checking, "preflight", fail)
+        monkeypatch.setattr(data_folder, "preflight", fail)
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -30,6 +30,7 @@ from image_trees import (
 from PIL import Image
 
 from sagan.data import (
+    DataConfig,
     DatasetError,
     ImageFolderDataset,
     ImageReadError,
@@ -38,6 +39,7 @@ from sagan.data import (
     decode_image,
     horizontal_flips,
     make_loader,
+    open_dataset,
     preflight,
     scan_image_tree,
 )
@@ -349,12 +351,14 @@ class TestPreflight:
         assert sum(int(row[3]) for row in rows) == 24  # bins of 3; the last holds 25 alone
 
     def test_saved_report_lists_everything(self, messy: MessyTree, tmp_path: Path) -> None:
-        path = tmp_path / "new" / "report.json"
-        report = preflight(scan_image_tree(messy.root), resolution=32, report_path=path)
-        saved = json.loads(path.read_text())
-        assert saved == report.to_dict()
+        dataset = open_dataset(messy.root, 32, DataConfig())
+        check = dataset.check("auto", report_folder=tmp_path)
+        check.save(tmp_path)
+        saved = json.loads((tmp_path / "preflight.json").read_text())
         assert {entry["path"] for entry in saved["unreadable"]} == set(messy.unreadable)
-        assert str(path) in report.format(max_listed=1)
+        assert saved["images_per_class_max"] == max(saved["images_per_class"].values()) == 7
+        assert (saved["num_unreadable"], saved["num_skipped"]) == (5, sum(messy.skipped.values()))
+        assert f"The full report is in {tmp_path / 'preflight.json'}" in check.text
 
     def test_progress_bar_counts_all_images(self, clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.importorskip("tqdm")

@@ -917,7 +917,7 @@ class TestManifest:
     def test_the_checksum_changes_with_a_pixel_a_label_and_a_name(
         self, made: Callable[[str], Path], tmp_path: Path, sound: Path
     ) -> None:
-        sums = {PackedDataset(sound).fingerprint}
+        sums = {PackedDataset(sound).fingerprint()}
         source = shutil.copytree(made("folder") / "train", tmp_path / "src")
         first, second, *_ = sorted(source.iterdir())
         image = next(first.iterdir())
@@ -978,7 +978,7 @@ class TestPackedDataset:
         options = {"batch_size": 5, "seed": 3, "horizontal_flip": True}
         loader = make_loader(dataset, num_workers=num_workers, multiprocessing_context=context, **options)
         unhurried = PackedDataset(sound)
-        unhurried.batches_ahead = 0
+        unhurried.prefetched_batches = 0
         for (images, labels), (same_images, same_labels), _ in zip(
             loader, make_loader(unhurried, **options), range(12), strict=False
         ):
@@ -1019,7 +1019,7 @@ class TestCommand:
         states = [load_checkpoint(find_checkpoint(tmp_path / name)) for name in ("whole", "parts")]
         for name, weight in states[0]["generator"].items():
             assert torch.equal(weight, states[1]["generator"][name])
-        assert states[0]["fingerprint"] == PackedDataset(tmp_path / "set").fingerprint
+        assert states[0]["fingerprint"] == PackedDataset(tmp_path / "set").fingerprint()
         assert states[0]["class_names"] == ["n01440764", "n01450771"]
         manifest = (tmp_path / "set" / "manifest.json").read_bytes()
         assert (tmp_path / "whole" / "data_manifest.json").read_bytes() == manifest

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from sagan.data import DataConfig
 from sagan.errors import UserError
 from sagan.networks import NetworkConfig
 from sagan.recipes import (
     DEFAULT_RECIPE,
     RECIPES,
-    DataConfig,
     OptimizerConfig,
     OutputConfig,
     RunConfig,

@@ -5,24 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
 
 from sagan.cli.parsing import COLLAPSED, INTERRUPTED
-from sagan.data import (
-    ImageDataset,
-    ImageFolderDataset,
-    ImageTree,
-    PackedDataset,
-    is_prepared,
-    scan_image_tree,
-    verify,
-)
-from sagan.data.packed import MANIFEST
-from sagan.data.preflight_run import checked_tree
+from sagan.data import check_dataset, open_dataset
 from sagan.distributed import World, init_world
 from sagan.errors import UserError
 from sagan.evaluation.feature_networks import load_feature_network
@@ -82,14 +71,11 @@ def run(command: Train) -> int:
 
 def _train(command: Train, world: World) -> int:
     config = command.run
-    tree = packed = None
-    if config.data is not None and is_prepared(config.data):
-        packed = PackedDataset(config.data, config.network.resolution)
-        config = _with_classes(config, packed.num_classes)
-        config = replace(config, images=replace(config.images, resample=packed.manifest.filter, draft=False))
-    elif config.data is not None:
-        tree = scan_image_tree(config.data, split=config.images.split)
-        config = _with_classes(config, tree.num_classes)
+    dataset = None
+    if config.data is not None:
+        dataset = open_dataset(config.data, config.network.resolution, config.images)
+        images = replace(config.images, resample=dataset.resample, draft=dataset.draft)
+        config = _with_classes(replace(config, images=images), dataset.num_classes)
     say = print if world.is_main else _say_nothing
     say(describe_config(config))
     has_run = bool(checkpoints_in(config.out / "checkpoints"))
@@ -99,6 +85,7 @@ def _train(command: Train, world: World) -> int:
         elif world.is_main:
             say(f"\nSaved as {save_config(config)}. Dry run: stopping here.")
         return 0
+    assert dataset is not None
     say()
     # A restart by torchrun is of a run that has begun, whatever the command says.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -111,27 +98,17 @@ def _train(command: Train, world: World) -> int:
         network = load_feature_network(config.evaluation, world.device, resolution=config.network.resolution)
     config.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.step.tf32
-    dataset: ImageDataset
-    if packed is not None:
-        dataset, fingerprint = packed, packed.fingerprint
-        check_images(found, fingerprint, accept_changes=command.accept_changes)
-        world.run_on_main(lambda: _check_packed(packed, config))
-    else:
-        assert tree is not None
-        report, seen = config.out / "preflight.json", config.out / "preflight.json.new"
-        dataset, fingerprint = _checked_images(tree, config, world, seen)
-        try:
-            check_images(found, fingerprint, accept_changes=command.accept_changes)
-            if world.is_main:
-                seen.replace(report)
-        finally:
-            if world.is_main:
-                seen.unlink(missing_ok=True)
+    check = check_dataset(dataset, config.images.check, world, report_folder=config.out)
+    dataset = dataset.without(check.unreadable)
+    check_images(found, dataset.fingerprint(), accept_changes=command.accept_changes)
+    if world.is_main:
+        check.save(config.out)
+    dataset = dataset.in_memory(config.images.cache_mib, progress=world.is_main)
     evaluate = None if network is None else periodic_evaluation(config, dataset, world, network)
     result = train(
         config,
         dataset,
-        fingerprint=fingerprint,
+        fingerprint=dataset.fingerprint(),
         world=world,
         resume=resume,
         accept_changes=command.accept_changes,
@@ -153,30 +130,6 @@ def _train(command: Train, world: World) -> int:
 
 def _say_nothing(*_: object) -> None:
     """What processes other than the first say."""
-
-
-def _check_packed(packed: PackedDataset, config: RunConfig) -> None:
-    """Print what a prepared set is and keep its manifest with the run; with --images.check full read it whole."""
-    print(packed.manifest.describe() + "\n")
-    if config.images.check == "full" and (wrong := verify(packed.manifest.folder, progress=True)):
-        raise UserError(f"the prepared set in {packed.manifest.folder} is damaged: {'; '.join(wrong)}")
-    (config.out / "data_manifest.json").write_bytes((packed.manifest.folder / MANIFEST).read_bytes())
-
-
-def _checked_images(
-    tree: ImageTree, config: RunConfig, world: World, report: Path
-) -> tuple[ImageFolderDataset, str]:
-    """Return the images of a tree that can be read, after a look at all of them, and their fingerprint."""
-    tree = checked_tree(tree, config, world, report_path=report)
-    dataset = ImageFolderDataset(
-        tree,
-        config.network.resolution,
-        resample=config.images.resample,
-        draft=config.images.draft,
-        cache_mib=config.images.cache_mib,
-        progress=world.is_main,
-    )
-    return dataset, tree.fingerprint()
 
 
 def describe_config(config: RunConfig) -> str:

@@ -1,16 +1,22 @@
 """Training images: a folder for each class, or a prepared set, checked and served as resumable batches."""
 
-from sagan.data.dataset import ImageDataset, ImageFolderDataset
+from sagan.data.config import DataConfig
+from sagan.data.dataset import DatasetCheck, ImageDataset
 from sagan.data.decoding import RESAMPLE_FILTERS, ImageReadError, decode_image
-from sagan.data.device_prefetch import copied_ahead
-from sagan.data.inspection import PreflightReport, UnreadableFile, preflight
+from sagan.data.device_prefetch import prefetch_to_device
+from sagan.data.folder import ImageFolderDataset
+from sagan.data.inspection import CheckMode, PreflightReport, UnreadableFile, preflight
 from sagan.data.loading import ResumableBatchSampler, horizontal_flips, make_loader
+from sagan.data.opening import check_dataset, open_dataset
 from sagan.data.packed import PackedDataset, PackedError, is_prepared, read_manifest, verify
 from sagan.data.tree import IMAGE_EXTENSIONS, DatasetError, ImageTree, PathTable, scan_image_tree
 
 __all__ = [
     "IMAGE_EXTENSIONS",
     "RESAMPLE_FILTERS",
+    "CheckMode",
+    "DataConfig",
+    "DatasetCheck",
     "DatasetError",
     "ImageDataset",
     "ImageFolderDataset",
@@ -22,11 +28,13 @@ __all__ = [
     "PreflightReport",
     "ResumableBatchSampler",
     "UnreadableFile",
-    "copied_ahead",
+    "check_dataset",
     "decode_image",
     "horizontal_flips",
     "is_prepared",
     "make_loader",
+    "open_dataset",
+    "prefetch_to_device",
     "preflight",
     "read_manifest",
     "scan_image_tree",

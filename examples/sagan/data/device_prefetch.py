@@ -10,7 +10,7 @@ from torch import Tensor
 Batch = tuple[Tensor, Tensor]
 
 
-def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Yield batches on the device; on CUDA each is copied, by a stream of its own, one step ahead.
 
     Args:

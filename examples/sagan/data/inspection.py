@@ -6,16 +6,16 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from sagan.data.decoding import ImageFacts, ImageReadError, check_decode_options, read_header, read_pixels
 from sagan.data.prefetch import map_ranges
 from sagan.data.tree import ImageTree
 
-PreflightMode = Literal["full", "headers", "auto", "off"]
+CheckMode = Literal["full", "headers", "auto", "off"]
 
 AUTO_DECODES_UP_TO = 100_000
 CLASSES_WITH_A_BAR_EACH = 20
@@ -64,7 +64,6 @@ class PreflightReport:
         exif_rotated: images that EXIF says to rotate or mirror.
         below_resolution: images whose short side is less than `resolution`; they are enlarged.
         seconds: time taken.
-        report_path: where the report was saved as JSON, if it was.
     """
 
     root: Path
@@ -85,7 +84,6 @@ class PreflightReport:
     exif_rotated: int
     below_resolution: int
     seconds: float
-    report_path: Path | None
 
     @property
     def num_classes(self) -> int:
@@ -97,41 +95,12 @@ class PreflightReport:
         """Paths to leave out, as `ImageTree.without` takes them."""
         return [self.root / file.path for file in self.unreadable]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the whole report as values that JSON can hold; nothing is shortened."""
-        counts = list(self.images_per_class.values())
-        return {
-            "root": str(self.root),
-            "mode": self.mode,
-            "resolution": self.resolution,
-            "num_classes": self.num_classes,
-            "num_files": self.num_files,
-            "num_readable": self.num_readable,
-            "num_unreadable": len(self.unreadable),
-            "num_skipped": sum(self.skipped.values()),
-            "images_per_class_min": min(counts),
-            "images_per_class_median": median(counts),
-            "images_per_class_max": max(counts),
-            "images_per_class": dict(self.images_per_class),
-            "empty_classes": list(self.empty_classes),
-            "lost_classes": list(self.lost_classes),
-            "unreadable": [{"path": file.path, "reason": file.reason} for file in self.unreadable],
-            "skipped": dict(self.skipped),
-            "skipped_examples": list(self.skipped_examples),
-            "width_range": self.width_range and list(self.width_range),
-            "height_range": self.height_range and list(self.height_range),
-            "modes": dict(self.modes),
-            "converted": dict(self.converted),
-            "exif_rotated": self.exif_rotated,
-            "below_resolution": self.below_resolution,
-            "seconds": round(self.seconds, 3),
-        }
-
-    def format(self, *, max_listed: int = 20) -> str:
+    def format(self, *, max_listed: int = 20, saved_as: Path | None = None) -> str:
         """Return the report as text for people.
 
         Args:
             max_listed: how many unreadable files to list by name.
+            saved_as: the file that holds the whole report.
         """
         counts = list(self.images_per_class.values())
         num_skipped = sum(self.skipped.values())
@@ -164,27 +133,37 @@ class PreflightReport:
             lines += [f"  {printable(f.path)}: {printable(f.reason)}" for f in self.unreadable[:max_listed]]
             left = len(self.unreadable) - max_listed
             if left > 0:
-                where = f", all in {self.report_path}" if self.report_path else ""
+                where = f", all in {saved_as}" if saved_as else ""
                 lines.append(f"  and {left:,} more{where}")
-        if self.report_path:
-            lines += ["", f"The full report is in {self.report_path}"]
+        if saved_as:
+            lines += ["", f"The full report is in {saved_as}"]
         return "\n".join(lines)
 
-    def save(self, path: Path) -> None:
-        """Write `to_dict()` as JSON; missing folders are made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+    def to_json(self) -> str:
+        """Return the whole report as JSON; nothing is shortened."""
+        counts = list(self.images_per_class.values())
+        values = {
+            **asdict(self),
+            "root": str(self.root),
+            "num_classes": self.num_classes,
+            "num_unreadable": len(self.unreadable),
+            "num_skipped": sum(self.skipped.values()),
+            "images_per_class_min": min(counts),
+            "images_per_class_median": median(counts),
+            "images_per_class_max": max(counts),
+            "seconds": round(self.seconds, 3),
+        }
+        return json.dumps(values, indent=2) + "\n"
 
 
 def preflight(
     tree: ImageTree,
     *,
     resolution: int,
-    mode: PreflightMode = "auto",
+    mode: CheckMode = "auto",
     resample: str = "bilinear",
     threads: int | None = None,
     progress: bool = False,
-    report_path: Path | None = None,
 ) -> PreflightReport:
     """Look at every image of a tree and report what training will meet.
 
@@ -198,15 +177,14 @@ def preflight(
             `"auto"` is "full" up to 100,000 files and "headers" above.
         resample: see `decode_image`.
         threads: threads that read; None takes one for each CPU.
-        progress: draw a progress bar if tqdm is installed.
-        report_path: save the report here as JSON.
+        progress: draw a progress bar.
 
     Raises:
         ValueError: an option is not one that is served.
     """
     check_decode_options(resolution, resample)
-    if mode not in get_args(PreflightMode):
-        raise ValueError(f"expected mode to be one of {', '.join(get_args(PreflightMode))}, got {mode!r}")
+    if mode not in get_args(CheckMode):
+        raise ValueError(f"expected mode to be one of {', '.join(get_args(CheckMode))}, got {mode!r}")
     if mode == "auto":
         mode = "full" if len(tree.paths) <= AUTO_DECODES_UP_TO else "headers"
 
@@ -239,7 +217,7 @@ def preflight(
                     tally.add(fact)
         kept = tree.without(tree.root / file.path for file in tally.unreadable)
     before, after = tree.images_per_class().tolist(), kept.images_per_class().tolist()
-    report = PreflightReport(
+    return PreflightReport(
         root=tree.root,
         mode=mode,
         resolution=resolution,
@@ -260,11 +238,7 @@ def preflight(
         exif_rotated=tally.exif_rotated,
         below_resolution=tally.below_resolution,
         seconds=time.perf_counter() - start,
-        report_path=report_path,
     )
-    if report_path is not None:
-        report.save(report_path)
-    return report
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sagan.data.dataset import ImageDataset
 from sagan.data.prefetch import prefetch
+from sagan.randomness import splitmix64
 
 Indices = npt.NDArray[np.int64]
 
@@ -132,16 +133,8 @@ def horizontal_flips(seed: int, epochs: Indices, indices: Indices) -> npt.NDArra
     """
     mixed = np.full(len(indices), seed, dtype=np.uint64)
     for part in (epochs, indices):
-        mixed = _splitmix64(mixed ^ part.astype(np.uint64))
+        mixed = splitmix64(mixed ^ part.astype(np.uint64))
     return (mixed >> np.uint64(63)).astype(np.bool_)
-
-
-def _splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Return the SplitMix64 output for each state: a bijection of 64-bit integers whose bits look random."""
-    z = state + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def make_loader(
@@ -201,9 +194,9 @@ def make_loader(
         multiprocessing_context=multiprocessing_context if num_workers else None,
         worker_init_fn=_leave_signals_to_the_trainer,
     )
-    if num_workers == 0 and dataset.batches_ahead:
+    if num_workers == 0 and dataset.prefetched_batches:
         batches = iter(loader)
-        return prefetch(lambda _: next(batches), itertools.count(), depth=dataset.batches_ahead)
+        return prefetch(lambda _: next(batches), itertools.count(), depth=dataset.prefetched_batches)
     return iter(loader)
 
 

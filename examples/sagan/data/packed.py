@@ -29,7 +29,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sagan.data.dataset import ImageDataset
+from sagan.data.config import DataConfig
+from sagan.data.dataset import DatasetCheck, ImageDataset
+from sagan.data.inspection import CheckMode
 from sagan.data.layout import DatasetError
 from sagan.data.prefetch import map_ranges
 
@@ -314,15 +316,19 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
+def open_packed(path: Path, resolution: int, config: DataConfig) -> PackedDataset:
+    """Open a prepared set, which decides the filter and all else itself; see `open_dataset`."""
+    return PackedDataset(path, resolution)
+
+
 class PackedDataset(ImageDataset):
     """The images of a prepared set, read from disk (or the system's cache of it) a batch at a time.
 
     Attributes:
         manifest: what the set says of itself.
-        fingerprint: the set's checksum.
     """
 
-    batches_ahead = 4
+    prefetched_batches = 4
 
     def __init__(self, folder: Path | str, resolution: int | None = None) -> None:
         """Open a set; no image is read.
@@ -354,8 +360,8 @@ class PackedDataset(ImageDataset):
         self.class_names = self.manifest.class_names
         self.num_classes = len(self.class_names)
         self.labels = torch.from_numpy(labels)
+        self.resample = self.manifest.filter
         self.failures = []
-        self.fingerprint = self.manifest.checksum
         self._open()
 
     def _open(self) -> None:
@@ -368,6 +374,28 @@ class PackedDataset(ImageDataset):
     def cached(self) -> bool:
         """True: there is nothing to decode."""
         return True
+
+    def fingerprint(self) -> str:
+        """Return the set's checksum."""
+        return self.manifest.checksum
+
+    def check(
+        self, mode: CheckMode, *, report_folder: Path | None = None, progress: bool = False
+    ) -> DatasetCheck:
+        """In mode "full" read the set whole and compare it with its digests; its manifest is the report.
+
+        Raises:
+            PackedError: it is damaged.
+        """
+        folder = self.manifest.folder
+        if mode == "full" and (wrong := verify(folder, progress=progress)):
+            raise PackedError(f"the prepared set in {folder} is damaged: {'; '.join(wrong)}")
+        return DatasetCheck(
+            text=self.manifest.describe(),
+            unreadable=(),
+            report_name="data_manifest.json",
+            report=(folder / MANIFEST).read_text(encoding="utf-8"),
+        )
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return a batch; see `ImageDataset.fetch`."""

@@ -64,6 +64,7 @@ class ImageTree:
 
     Attributes:
         root: the folder that holds the class folders.
+        split: the part of the data set that it is, "all" if the data set has no parts.
         class_names: folder names in sorted order; a class's label is its place here. A class folder without
             images keeps its place, so that it cannot shift the labels of the others.
         paths: every file with an image extension, sorted by class, then by path.
@@ -75,6 +76,7 @@ class ImageTree:
     """
 
     root: Path
+    split: str
     class_names: tuple[str, ...]
     paths: PathTable
     labels: npt.NDArray[np.int64]
@@ -164,6 +166,7 @@ def scan_image_tree(root: Path | str, *, split: str = "train") -> ImageTree:
     layout.check_classes(base, class_names, names, found.skipped)
     return ImageTree(
         root=base,
+        split=split if base.name == split else "all",
         class_names=tuple(class_names),
         paths=PathTable(base, names),
         labels=np.asarray(labels, dtype=np.int64),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sagan.data import ImageFolderDataset, preflight, scan_image_tree
+from sagan.data import open_dataset
 from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
 from sagan.recipes import RunConfig
 from sagan.report.figures import attention_maps, default_points, save_attention_figure, save_curves, save_grid
@@ -61,11 +61,11 @@ def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResul
     start = time.perf_counter()
     out = config.out
     print(f"1/4  Writing scikit-learn's handwritten digits to {out / 'digits'} as a folder of images")
-    tree = scan_image_tree(write_digits(out / "digits"))
-    report = preflight(tree, resolution=config.network.resolution, report_path=out / "preflight.json")
-    print(_indented(report.format()))
-    tree = tree.without(report.unreadable_paths)
-    dataset = ImageFolderDataset(tree, config.network.resolution)
+    dataset = open_dataset(write_digits(out / "digits"), config.network.resolution, config.images)
+    check = dataset.check(config.images.check, report_folder=out)
+    check.save(out)
+    print(_indented(check.text))
+    dataset = dataset.without(check.unreadable).in_memory(config.images.cache_mib)
     images, labels = dataset.fetch(range(len(dataset)))
     print("2/4  Training the judge, a small classifier, on the real digits")
     judge = train_judge(images, labels)
@@ -80,7 +80,7 @@ def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResul
     result = train(
         config,
         dataset,
-        fingerprint=tree.fingerprint(),
+        fingerprint=dataset.fingerprint(),
         resume=resume,
         progress=progress,
         observe=_quality_curve(judge, out / "quality.jsonl"),

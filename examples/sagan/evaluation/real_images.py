@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sagan.data import (
-    ImageDataset,
-    ImageFolderDataset,
-    ImageTree,
-    PackedDataset,
-    is_prepared,
-    scan_image_tree,
-)
-from sagan.data.preflight_run import checked_tree
+from sagan.data import ImageDataset, check_dataset, open_dataset
 from sagan.distributed import World
 from sagan.errors import UserError
 from sagan.evaluation.config import EvaluationConfig
@@ -56,15 +47,12 @@ def open_real_images(
     data = config.data or run.data
     if data is None:
         raise UserError("data: expected --data with the real images to compare with, got none")
-    resolution = run.network.resolution
-    if is_prepared(data):
-        packed = PackedDataset(data, resolution)
-        # What a set of its own holds, only its name can tell.
-        split = config.split or (run.images.split if config.data is None else data.resolve().name)
-        reals = RealImages(packed, split, packed.fingerprint)
-    else:
-        tree = scan_image_tree(data, split=config.split or run.images.split)
-        reals = folder_images(checked_tree(tree, run, world), run, config.split)
+    images = replace(run.images, split=config.split or run.images.split, draft=False)
+    dataset = open_dataset(data, run.network.resolution, images)
+    dataset = dataset.without(check_dataset(dataset, images.check, world).unreadable)
+    # What a prepared set of its own holds, only its name can tell.
+    split = config.split or (run.images.split if config.data is None else data.resolve().name)
+    reals = RealImages(dataset, dataset.split or split, dataset.identity())
     if "intra-fid" in config.chosen_metrics and list(reals.source.class_names) != class_names:
         raise UserError(
             f"data: expected the run's {len(class_names)} classes for intra-fid, found others in {data}"
@@ -79,33 +67,5 @@ def training_images(dataset: ImageDataset, run: RunConfig) -> RealImages:
         dataset: what the run trains on.
         run: the run.
     """
-    if isinstance(dataset, PackedDataset):
-        return RealImages(dataset, run.images.split, dataset.fingerprint)
-    assert isinstance(dataset, ImageFolderDataset)
-    return folder_images(dataset.tree, run, None)
-
-
-def folder_images(tree: ImageTree, run: RunConfig, split: str | None) -> RealImages:
-    """Return the images of a checked tree as the reals.
-
-    Args:
-        tree: the images, those that cannot be read left out.
-        run: decides resolution and filter.
-        split: the part that was asked for; None for the run's.
-    """
-    wanted, resample = split or run.images.split, run.images.resample
-    return RealImages(
-        # Each image once: nothing to keep in memory.
-        ImageFolderDataset(tree, run.network.resolution, resample=resample, cache_mib=0),
-        split=wanted if tree.root.name == wanted else "all",
-        identity=_folder_identity(tree, resample),
-    )
-
-
-def _folder_identity(tree: ImageTree, resample: str) -> str:
-    """Return 64 hex digits of a folder's file names, sizes and times of change, and of how they are decoded."""
-    digest = hashlib.sha256(f"{tree.fingerprint()} {resample}\n".encode())
-    for index in range(len(tree.paths)):
-        facts = tree.paths[index].stat()
-        digest.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    source = dataset.for_evaluation()
+    return RealImages(source, source.split or run.images.split, source.identity())

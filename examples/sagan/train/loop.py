@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sagan.data import ImageDataset, copied_ahead, make_loader
+from sagan.data import ImageDataset, make_loader, prefetch_to_device
 from sagan.distributed import World, check_agreement, pick_device
 from sagan.errors import UserError
 from sagan.io import locked
@@ -181,7 +181,7 @@ def _train(
         pin_memory=world.device.type == "cuda",
     )
     clock = _Clock(trainer.iteration)
-    batches = clock.timed(copied_ahead(batches, world.device))
+    batches = clock.timed(prefetch_to_device(batches, world.device))
     output = config.output
     voice = _Voice(config, trainer.iteration, progress and world.is_main)
     log = RunLog(config.out, trainer.iteration, tensorboard=output.tensorboard) if world.is_main else None

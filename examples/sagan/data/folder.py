@@ -1,0 +1,232 @@
+"""A folder of image files, a subfolder for each class, as a data set; kept decoded in memory where it fits."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sagan.data.config import DataConfig
+from sagan.data.dataset import DatasetCheck, ImageDataset
+from sagan.data.decoding import ImageReadError, check_decode_options, read_pixels
+from sagan.data.inspection import CheckMode, UnreadableFile, preflight
+from sagan.data.prefetch import map_ranges
+from sagan.data.tree import DatasetError, ImageTree, scan_image_tree
+
+logger = logging.getLogger(__name__)
+
+_REPORT = "preflight.json"
+
+
+def open_folder(path: Path, resolution: int, config: DataConfig) -> ImageFolderDataset:
+    """List the images of a folder; see `open_dataset`."""
+    tree = scan_image_tree(path, split=config.split)
+    return ImageFolderDataset(tree, resolution, resample=config.resample, draft=config.draft, cache_mib=0)
+
+
+class ImageFolderDataset(ImageDataset):
+    """Images of a tree as uint8 tensors [3, R, R] with their labels.
+
+    If all decoded images together take at most `cache_mib`, they are decoded here, once, into one tensor, and
+    every fetch reads from it. Otherwise each fetch decodes its files.
+
+    A file that turns out unreadable does not stop training: its index serves the next readable image of the
+    same class (round to the class's start; if the class has none, the next readable image of any class, with
+    that image's own label). The choice depends on the files alone. Each such file is logged once as a
+    warning, and listed in `failures`; DataLoader workers log and list in their own process. With
+    `tree.without(report.unreadable_paths)` from a full preflight there are none.
+    """
+
+    def __init__(
+        self,
+        tree: ImageTree,
+        resolution: int,
+        *,
+        resample: str = "bilinear",
+        draft: bool = False,
+        cache_mib: float = 2048,
+        threads: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Decode the images if they fit into `cache_mib`.
+
+        Args:
+            tree: the images to serve.
+            resolution: side of the images in pixels, R.
+            resample: see `decode_image`.
+            draft: see `decode_image`.
+            cache_mib: most memory for decoded images, in MiB; 0 keeps none.
+            threads: threads that fill the cache; None takes one for each CPU.
+            progress: draw a progress bar while the cache is filled.
+
+        Raises:
+            ValueError: an option is not one that is served.
+            DatasetError: there is no image, or none that can be read.
+        """
+        check_decode_options(resolution, resample)
+        if cache_mib < 0:
+            raise ValueError(f"expected cache_mib of at least 0, got {cache_mib}")
+        if len(tree.paths) == 0:
+            raise DatasetError(
+                f"expected at least one readable image in {tree.root}, got none. "
+                "Likely fix: read the preflight report, which lists each unreadable file with its reason."
+            )
+        self.tree = tree
+        self.class_names = tree.class_names
+        self.num_classes = tree.num_classes
+        self.labels = torch.from_numpy(tree.labels.copy())
+        self.resolution = resolution
+        self.resample = resample
+        self.draft = draft
+        self.split = tree.split
+        self.failures = []
+        self._failed: set[int] = set()
+        self._cache: Tensor | None = None
+        # The index whose image is served for each index: its own, unless that file failed.
+        self._served = torch.arange(len(tree.paths))
+        if self.cache_mib_needed <= cache_mib:
+            self._fill_cache(threads, progress)
+
+    @property
+    def cache_mib_needed(self) -> float:
+        """Memory that all images take when decoded, in MiB."""
+        return len(self) * 3 * self.resolution**2 / 2**20
+
+    @property
+    def cached(self) -> bool:
+        """Whether every image is in memory."""
+        return self._cache is not None
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a batch; see `ImageDataset.fetch`.
+
+        Raises:
+            DatasetError: no image of the whole data set can be read.
+        """
+        wanted = torch.as_tensor(indices, dtype=torch.int64)
+        if self._cache is not None:
+            served = self._served[wanted]
+            return self._cache[served], self.labels[served]
+        images = torch.empty((len(wanted), 3, self.resolution, self.resolution), dtype=torch.uint8)
+        sources = [self._decode_into(images[row].numpy(), index) for row, index in enumerate(wanted.tolist())]
+        return images, self.labels[sources]
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the tree; see `ImageTree.fingerprint`."""
+        return self.tree.fingerprint()
+
+    def identity(self) -> str:
+        """Return 64 hex digits of the files' names, sizes and times of change, and of the filter."""
+        digest = hashlib.sha256(f"{self.fingerprint()} {self.resample}\n".encode())
+        for path in self.tree.paths:
+            facts = path.stat()
+            digest.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def check(
+        self, mode: CheckMode, *, report_folder: Path | None = None, progress: bool = False
+    ) -> DatasetCheck:
+        """Look at every file; see `preflight`."""
+        report = preflight(
+            self.tree, resolution=self.resolution, mode=mode, resample=self.resample, progress=progress
+        )
+        return DatasetCheck(
+            text=report.format(saved_as=None if report_folder is None else report_folder / _REPORT),
+            unreadable=[file.path for file in report.unreadable],
+            report_name=_REPORT,
+            report=report.to_json(),
+        )
+
+    def without(self, unreadable: Sequence[str]) -> ImageFolderDataset:
+        """Return this set without some of its files; see `ImageDataset.without`."""
+        return self._with(self.tree.without(self.tree.root / name for name in unreadable))
+
+    def in_memory(self, cache_mib: float, *, progress: bool = False) -> ImageFolderDataset:
+        """Return this set with all images decoded in memory, if they fit."""
+        return self._with(cache_mib=cache_mib, progress=progress)
+
+    def for_evaluation(self) -> ImageFolderDataset:
+        """Return the same files decoded in full, none of them kept in memory."""
+        return self._with(draft=False)
+
+    def _with(
+        self,
+        tree: ImageTree | None = None,
+        *,
+        draft: bool | None = None,
+        cache_mib: float = 0,
+        progress: bool = False,
+    ) -> ImageFolderDataset:
+        return ImageFolderDataset(
+            tree or self.tree,
+            self.resolution,
+            resample=self.resample,
+            draft=self.draft if draft is None else draft,
+            cache_mib=cache_mib,
+            progress=progress,
+        )
+
+    def _decode_into(self, pixels: npt.NDArray[np.uint8], index: int) -> int:
+        """Write the image that `index` serves, and return the index it is of."""
+        source = index
+        while True:
+            if source not in self._failed:
+                try:
+                    pixels[...] = self._read(source)
+                    return source
+                except ImageReadError as error:
+                    self._record_failure(source, error)
+            source = self._next_readable(index)
+
+    def _read(self, index: int) -> npt.NDArray[np.uint8]:
+        pixels, _ = read_pixels(
+            self.tree.paths[index], self.resolution, resample=self.resample, draft=self.draft
+        )
+        return pixels
+
+    def _next_readable(self, index: int) -> int:
+        """Return the first index after `index` not known to fail, in its class if there is one."""
+        label = self.tree.labels[index]
+        start, end = np.searchsorted(self.tree.labels, [label, label + 1]).tolist()
+        same_class = chain(range(index + 1, end), range(start, index))
+        for candidate in chain(same_class, range(end, len(self)), range(start)):
+            if candidate not in self._failed:
+                return candidate
+        raise DatasetError(
+            f"expected at least one readable image in {self.tree.root}, got none of {len(self)}; "
+            f"the first failed with: {self.failures[0].reason}. Likely fix: run the preflight in mode 'full'."
+        )
+
+    def _record_failure(self, index: int, error: ImageReadError) -> None:
+        self._failed.add(index)
+        self.failures.append(UnreadableFile(self.tree.paths.relative(index), error.reason))
+        logger.warning("%s; the next image of its class takes its place", error)
+
+    def _fill_cache(self, threads: int | None, progress: bool) -> None:
+        cache = torch.empty((len(self), 3, self.resolution, self.resolution), dtype=torch.uint8)
+        pixels = cache.numpy()
+
+        def decode(indices: range) -> list[tuple[int, ImageReadError]]:
+            errors = []
+            for index in indices:
+                try:
+                    pixels[index] = self._read(index)
+                except ImageReadError as error:
+                    errors.append((index, error))
+            return errors
+
+        for errors in map_ranges(
+            decode, len(self), threads=threads, progress=progress, description="decoding images"
+        ):
+            for index, error in errors:
+                self._record_failure(index, error)
+        for index in sorted(self._failed):
+            self._served[index] = self._next_readable(index)
+        self._cache = cache
