@@ -19,23 +19,26 @@ _READ_BYTES = 2**20
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     """Yield a binary file that takes the name ``path`` once it is complete and on the disk.
 
     A reader sees the old contents or the new ones, also after a crash. If the block raises, the old file stays.
+    ``sync=False`` is faster, but a power failure may lose the file: for pictures.
     """
     temporary = path.with_name(f"{path.name}.partial")
     try:
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
