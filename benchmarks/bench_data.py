@@ -35,9 +35,9 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import harness
 from sagan.data import ImageFolderDataset, PackedDataset, make_loader, scan_image_tree, verify
 from sagan.data.packed import content_checksum, file_entry, image_header
-from sagan.data.synthetic import SyntheticSet, write_layout
 from sagan.data.prefetch import usable_cpus
 from sagan.prepare import Prepared, SourceOptions, list_source, prepare
+from sagan.prepare.synthetic import SyntheticSet, write_layout
 
 BATCH = 256
 PREPARE, READ, READ_COLD = "prepare", "random batches, warm", "random batches, cold"

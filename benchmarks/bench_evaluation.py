@@ -30,7 +30,7 @@ from benchmarks import harness
 sys.path.insert(0, str(harness.ROOT / "examples"))
 
 from sagan.data import scan_image_tree
-from sagan.data.synthetic import SyntheticSet, write_layout
+from sagan.prepare.synthetic import SyntheticSet, write_layout
 from sagan.distributed import World
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.evaluator import Evaluator

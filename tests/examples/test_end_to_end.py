@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import imagenet_sagan
-from sagan.data.synthetic import LAYOUTS
+from sagan.prepare.synthetic import LAYOUTS
 from sagan.train.logs import read_metrics, series
 
 CLASSES, IMAGES, VAL_IMAGES = 20, 2, 1

@@ -36,7 +36,10 @@ from sagan.data import (
     scan_image_tree,
     verify,
 )
-from sagan.data.synthetic import (
+from sagan.errors import UserError
+from sagan.prepare import Listing, Prepared, SourceOptions, list_source, packing, pool, prepare, staging
+from sagan.prepare.part import Part, PartResult
+from sagan.prepare.synthetic import (
     SyntheticSet,
     add_member,
     ilsvrc_ids,
@@ -44,9 +47,6 @@ from sagan.data.synthetic import (
     write_layout,
     write_shard,
 )
-from sagan.errors import UserError
-from sagan.prepare import Listing, Prepared, SourceOptions, list_source, packing, pool, prepare, staging
-from sagan.prepare.part import Part, PartResult
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint
 
 ROOT = Path(__file__).parents[2]

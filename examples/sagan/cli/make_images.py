@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from sagan.data.synthetic import SyntheticSet, write_layout
 from sagan.errors import check_is_new
+from sagan.prepare.synthetic import Layout, SyntheticSet, write_layout
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class MakeImages:
     """
 
     out: Path
-    layout: Literal["folder", "tars", "parquet"] = "tars"
+    layout: Layout = "tars"
     images: Annotated[SyntheticSet, tyro.conf.arg(name="")] = field(default_factory=SyntheticSet)
 
 

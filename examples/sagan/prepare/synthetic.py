@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,8 @@ from sagan.errors import UserError
 from sagan.prepare.pool import run_in_order
 
 _WORTH_PROCESSES = 200
-LAYOUTS = ("folder", "tars", "parquet")
+Layout = Literal["folder", "tars", "parquet"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 # Width, height and share, roughly as in ILSVRC2012.
 NATURAL_SIZES = (
     (500, 375, 0.46),
@@ -286,6 +287,6 @@ def write_shard(
     pq.write_table(table, path, row_group_size=row_group_size)
 
 
-def write_layout(root: Path, layout: str, images: SyntheticSet) -> None:
+def write_layout(root: Path, layout: Layout, images: SyntheticSet) -> None:
     """Write the images in one of the ``LAYOUTS``."""
     {"folder": write_folder, "tars": write_tars, "parquet": write_parquet}[layout](root, images)
