@@ -29,7 +29,7 @@ from benchmarks import harness
 
 sys.path.insert(0, str(harness.ROOT / "examples"))
 
-from sagan.data import scan_image_tree
+from sagan.data import open_dataset
 from sagan.prepare.synthetic import SyntheticSet, write_layout
 from sagan.distributed import World
 from sagan.evaluation.config import EvaluationConfig
@@ -38,10 +38,10 @@ from sagan.evaluation.fid import frechet_distance, frechet_distance_of_features
 from sagan.evaluation.inception_score import InceptionScore
 from sagan.evaluation.kid import kernel_inception_distance
 from sagan.evaluation.moments import Moments
-from sagan.evaluation.real_images import folder_images
+from sagan.evaluation.real_images import training_images
 from sagan.networks import Generator, NetworkConfig
 from sagan.recipes import RunConfig
-from sagan.sampling import numbered_blocks
+from sagan.sampling import numbered_samples
 
 
 @dataclass(frozen=True)
@@ -236,14 +236,14 @@ def measure_end_to_end(scale: Scale, weights: Path, results: harness.Results) ->
         root = Path(folder)
         made = SyntheticSet(classes=10, images=scale.images // 10, val_images=0, scale=0.2)
         write_layout(root / "data", "folder", made)
-        reals = folder_images(scan_image_tree(root / "data"), run, None)
+        reals = training_images(open_dataset(root / "data", 32, run.images), run)
         config = EvaluationConfig(
             metrics=("fid", "is", "kid"), count=scale.images, inception_weights=weights, cache=root / "cache"
         )
         evaluator = Evaluator(config, reals, World(0, 1, torch.device("cpu")), progress=True)
         ours = evaluator.evaluate(generator, labels, weights="raw")
-        real = Images(reals.source.fetch(range(len(reals.source)))[0])
-        blocks = numbered_blocks(
+        real = Images(reals.dataset.fetch(range(len(reals.dataset)))[0])
+        blocks = numbered_samples(
             generator, scale.images, seed=0, batch_size=config.block_size, labels_in_use=labels
         )
         fake = Images(torch.cat([images for _, images, _ in blocks]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -16,17 +16,19 @@ import torch.distributed as dist
 from several_processes import results_by_rank
 from torch import Tensor, nn
 
+from sagan.data import ImageDataset
 from sagan.distributed import World
 from sagan.errors import UserError
-from sagan.evaluation import results as report
+from sagan.evaluation import results
 from sagan.evaluation.config import EvaluationConfig, TrainingEvaluationConfig
-from sagan.evaluation.evaluator import Evaluation, Evaluator
+from sagan.evaluation.evaluator import Evaluator
 from sagan.evaluation.feature_networks import FeatureNetwork, load_feature_network, proxy_network
 from sagan.evaluation.fid import frechet_distance, frechet_distance_of_features
 from sagan.evaluation.moments import Moments
 from sagan.evaluation.protocol import FIGURES, Protocol, ProtocolError
 from sagan.evaluation.real_features import RealFeaturesError
 from sagan.evaluation.real_images import RealImages
+from sagan.evaluation.results import Evaluation
 from sagan.networks import Generator, NetworkConfig
 from sagan.sampling import generate, sample_inputs
 
@@ -35,20 +37,25 @@ ALONE = World(0, 1, torch.device("cpu"))
 LABELS = torch.tensor([0, 1, 2])
 
 
-@dataclass
-class InMemory:
+class InMemory(ImageDataset):
     """Images of three classes, each with another brightness."""
 
-    images: Tensor
-    labels: Tensor
-    class_names: Sequence[str] = ("ant", "bee", "cat")
-    resolution: int = 32
+    class_names = ("ant", "bee", "cat")
+    num_classes = 3
+    resolution = 32
+    cached = True
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __init__(self, images: Tensor, labels: Tensor, name: str) -> None:
+        self.images, self.labels, self.name, self.failures = images, labels, name, []
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         return self.images[list(indices)], self.labels[list(indices)]
+
+    def fingerprint(self) -> str:
+        return self.name
+
+    def check(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError
 
 
 class Small(nn.Module):
@@ -72,12 +79,12 @@ def network() -> FeatureNetwork:
     )
 
 
-def reals_of(count: int = 47, seed: int = 0) -> RealImages:
+def real_images_of(count: int = 47, seed: int = 0) -> RealImages:
     draws = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     images = torch.randint(100, (count, 3, 32, 32), generator=draws, dtype=torch.uint8)
     images += (40 * labels).to(torch.uint8)[:, None, None, None]
-    return RealImages(InMemory(images, labels), "train", f"in memory {count} {seed}")
+    return RealImages(InMemory(images, labels, f"in memory {count} {seed}"), "train")
 
 
 def generator_of(seed: int = 0, num_classes: int = 3) -> Generator:
@@ -98,10 +105,10 @@ def generator_of(seed: int = 0, num_classes: int = 3) -> Generator:
 
 
 def evaluator_of(
-    folder: Path, world: World = ALONE, reals: RealImages | None = None, **options: Any
+    folder: Path, world: World = ALONE, real_images: RealImages | None = None, **options: Any
 ) -> Evaluator:
     options = {"metrics": ALL, "count": 53, "block_size": 10, "cache": folder / "cache", **options}
-    return Evaluator(EvaluationConfig(**options), reals or reals_of(), world, network=network())
+    return Evaluator(EvaluationConfig(**options), real_images or real_images_of(), world, network=network())
 
 
 def evaluate(folder: Path, world: World = ALONE, **options: Any) -> Evaluation:
@@ -117,13 +124,13 @@ class TestFigures:
     def test_are_those_of_all_samples_and_all_reals_at_once(self, evaluation: Evaluation) -> None:
         latents, labels = sample_inputs(range(53), generator_of().config, 0, LABELS)
         features, _ = network()(generate(generator_of(), latents, labels, batch_size=10))
-        source = reals_of().source
-        real, _ = network()(source.fetch(range(47))[0])
+        dataset = real_images_of().dataset
+        real, _ = network()(dataset.fetch(range(47))[0])
         one, other = Moments.of(real), Moments.of(features)
         fid = frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
         assert evaluation.figure("fid").value == pytest.approx(fid, rel=1e-5)
         by_class = [
-            frechet_distance_of_features(real[source.labels == label], features[labels == label])
+            frechet_distance_of_features(real[dataset.labels == label], features[labels == label])
             for label in range(3)
         ]
         assert evaluation.by_class == pytest.approx(
@@ -142,7 +149,7 @@ class TestFigures:
         ]
         assert next(iter(evaluation.scalars())) == "evaluation/fid53-train-small"
         for name in (figure.name for figure in evaluation.figures):
-            assert name in report.markdown_row(evaluation, SUBJECT)
+            assert name in results.markdown_row(evaluation, SUBJECT)
 
     def test_a_score_is_better_when_less(self, evaluation: Evaluation) -> None:
         assert evaluation.score() == evaluation.figure("fid").value
@@ -151,16 +158,16 @@ class TestFigures:
             evaluation.score("pr")
 
     def test_the_reals_own_are_told_and_written(self, evaluation: Evaluation, tmp_path: Path) -> None:
-        facts = evaluation.reals
+        facts = evaluation.real_facts
         assert facts.count == 47
         assert facts.inception_score is not None
         assert facts.inception_score[0] >= 1
         assert facts.half_distance is not None
         assert 0 < facts.half_distance < evaluation.figure("fid").value
-        table = report.table(evaluation, SUBJECT)
+        table = results.table(evaluation, SUBJECT)
         assert f"Inception Score {facts.inception_score[0]:.2f} +- {facts.inception_score[1]:.2f}" in table
         assert f"FID of a random half to the other {facts.half_distance:.4g}" in table
-        values = json.loads(report.save(evaluation, SUBJECT, tmp_path).read_text())
+        values = json.loads(results.save(evaluation, SUBJECT, tmp_path).read_text())
         assert values["reals"]["inception_score"] == list(facts.inception_score)
         assert values["reals"]["half_distance"] == facts.half_distance
         assert values["figures"]["is53-small"]["deviation"] == evaluation.figure("is").deviation
@@ -168,9 +175,9 @@ class TestFigures:
 
     def test_evaluated_again_adds_no_second_row(self, evaluation: Evaluation, tmp_path: Path) -> None:
         for _ in range(2):
-            report.save(evaluation, SUBJECT, tmp_path)
-        report.save(evaluation, replace(SUBJECT, iteration=8), tmp_path)
-        assert len((tmp_path / report.RESULTS).read_text().splitlines()) == 4
+            results.save(evaluation, SUBJECT, tmp_path)
+        results.save(evaluation, replace(SUBJECT, iteration=8), tmp_path)
+        assert len((tmp_path / results.RESULTS).read_text().splitlines()) == 4
 
     def test_generator_and_random_state_are_as_before(self, tmp_path: Path) -> None:
         generator = generator_of().train()
@@ -201,35 +208,37 @@ class TestFigures:
         assert len(seen) == 5
 
     def test_classes_with_one_real_are_left_out_and_named(self, tmp_path: Path) -> None:
-        source = reals_of().source
-        keep = (source.labels != 2) | (torch.arange(47) == 2)
-        few = RealImages(InMemory(source.fetch(range(47))[0][keep], source.labels[keep]), "train", "few of 2")
-        found = evaluate(tmp_path, reals=few, metrics=("intra-fid",))
-        assert found.classes_left_out == ("cat",)
+        dataset = real_images_of().dataset
+        keep = (dataset.labels != 2) | (torch.arange(47) == 2)
+        few = RealImages(
+            InMemory(dataset.fetch(range(47))[0][keep], dataset.labels[keep], "few of 2"), "train"
+        )
+        found = evaluate(tmp_path, real_images=few, metrics=("intra-fid",))
+        assert found.skipped_classes == ("cat",)
         assert list(found.by_class or ()) == ["ant", "bee"]
-        assert "left out of intra-FID, with fewer than 2 reals: cat" in report.table(found, SUBJECT)
+        assert "skipped by intra-FID, with fewer than 2 real images: cat" in results.table(found, SUBJECT)
 
     def test_a_proxys_figures_are_labelled_everywhere(self, tmp_path: Path) -> None:
         config = EvaluationConfig(proxy=True, count=40, block_size=10, cache=tmp_path)
-        evaluator = Evaluator(config, reals_of(), ALONE)
+        evaluator = Evaluator(config, real_images_of(), ALONE)
         found = evaluator.evaluate(generator_of(), LABELS, weights="raw")
         assert [figure.name for figure in found.figures] == ["proxy-fid40-train-randomconv-raw"]
         assert list(found.scalars()) == ["evaluation/proxy-fid40-train-randomconv-raw"]
-        assert "PROXY figures" in report.table(found, SUBJECT)
-        assert " FID" not in report.table(found, SUBJECT).replace("published FIDs", "")
-        assert "proxy's Frechet distance" in report.about_reals(evaluator, tmp_path)
+        assert "PROXY figures" in results.table(found, SUBJECT)
+        assert " FID" not in results.table(found, SUBJECT).replace("published FIDs", "")
+        assert "proxy's Frechet distance" in evaluator.describe_real_images()
         assert found.to_dict()["protocol"]["proxy"]
 
 
-SUBJECT = report.Subject(Path("run"), 7, "paper", "CPU")
+SUBJECT = results.Subject(Path("run"), 7, "paper", torch.device("cpu"))
 
 
 class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"metrics": ("fid", "fid")}, "metrics: expected different ones out of fid, is"),
-            ({"metrics": ("FID",)}, "metrics: expected different ones out of fid, is"),
+            ({"metrics": ("fid", "fid")}, "metrics: expected different ones of fid, is"),
+            ({"metrics": ("FID",)}, "metrics: expected different ones of fid, is"),
             ({"count": 19}, "count: expected at least 20, got 19"),
             ({"block_size": 0}, "block_size: expected at least 1, got 0"),
             ({"sample_seed": -1}, "sample_seed: expected at least 0, got -1"),
@@ -267,11 +276,11 @@ class TestRefusals:
         proxy = proxy_network(torch.device("cpu"), resolution=32)
         config = EvaluationConfig(cache=tmp_path)
         with pytest.raises(UserError, match="the network randomconv has no logits"):
-            Evaluator(config, reals_of(), ALONE, network=proxy)
+            Evaluator(config, real_images_of(), ALONE, network=proxy)
 
     def test_too_few_reals(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="reals: expected more than 3 images, got 3"):
-            evaluator_of(tmp_path, reals=reals_of(3))
+        with pytest.raises(UserError, match="real images: expected more than 3, got 3"):
+            evaluator_of(tmp_path, real_images=real_images_of(3))
 
     def test_too_few_samples_of_a_class(self, tmp_path: Path) -> None:
         evaluator = evaluator_of(tmp_path, count=20)
@@ -291,18 +300,22 @@ class TestRefusals:
 class TestReference:
     def test_is_computed_once(self, tmp_path: Path) -> None:
         first, again = evaluator_of(tmp_path), evaluator_of(tmp_path)
-        assert (first.facts.from_cache, again.facts.from_cache) == (False, True)
-        assert replace(first.facts, from_cache=True) == again.facts
+        assert (first.real_facts.from_cache, again.real_facts.from_cache) == (False, True)
+        assert replace(first.real_facts, from_cache=True) == again.real_facts
         figures = [each.evaluate(generator_of(), LABELS, weights="raw").figures for each in (first, again)]
         assert figures[0] == figures[1]
         assert not list((tmp_path / "cache").glob("*.partial"))
 
     def test_is_computed_anew_for_other_images_networks_or_all_features(self, tmp_path: Path) -> None:
         evaluator_of(tmp_path, metrics=("fid",))
-        assert not evaluator_of(tmp_path, metrics=("fid",), reals=reals_of(seed=1)).facts.from_cache
-        assert not evaluator_of(tmp_path, metrics=("intra-fid",)).facts.from_cache  # wants features of all
-        assert evaluator_of(tmp_path, metrics=("intra-fid",)).facts.from_cache
-        assert evaluator_of(tmp_path, metrics=("fid",)).facts.from_cache
+        assert not evaluator_of(
+            tmp_path, metrics=("fid",), real_images=real_images_of(seed=1)
+        ).real_facts.from_cache
+        assert not evaluator_of(
+            tmp_path, metrics=("intra-fid",)
+        ).real_facts.from_cache  # wants features of all
+        assert evaluator_of(tmp_path, metrics=("intra-fid",)).real_facts.from_cache
+        assert evaluator_of(tmp_path, metrics=("fid",)).real_facts.from_cache
         assert len(list((tmp_path / "cache").iterdir())) == 2
 
     @pytest.mark.parametrize("name", ["manifest.json", "statistics.npz", "features.npy"])
@@ -315,10 +328,10 @@ class TestReference:
         content[len(content) // 2] ^= 1
         path.write_bytes(content if name != "manifest.json" else content[:50])
         evaluator = evaluator_of(tmp_path)
-        assert not evaluator.facts.from_cache
+        assert not evaluator.real_facts.from_cache
         assert f"{name} is damaged" in caplog.text
         assert evaluator.evaluate(generator_of(), LABELS, weights="ema").figures == expected
-        assert evaluator_of(tmp_path).facts.from_cache
+        assert evaluator_of(tmp_path).real_facts.from_cache
 
     def test_what_is_of_other_images_is_refused(self, tmp_path: Path) -> None:
         evaluator_of(tmp_path)
@@ -362,8 +375,8 @@ def work(world: World) -> dict[str, Any]:
             "figures": [[figure.name, figure.value, figure.deviation] for figure in evaluation.figures],
             "by_class": evaluation.by_class,
             "samples": evaluation.samples_checksum,
-            "reals": [evaluation.reals.checksum, list(evaluation.reals.inception_score or ())],
-            "from_cache": evaluation.reals.from_cache,
+            "reals": [evaluation.real_facts.checksum, list(evaluation.real_facts.inception_score or ())],
+            "from_cache": evaluation.real_facts.from_cache,
         }
     world.barrier()
     if world.is_main:

@@ -58,8 +58,8 @@ class TestEvaluate:
         assert found["protocol"]["weights"] == "ema"
         assert sorted(found["by_class"]) == sorted(WNIDS[:3])
         shown = capsys.readouterr().out
-        assert "images of each class" in shown  # the reals are checked
-        assert "Features of 15 reals kept in" in shown
+        assert "images of each class" in shown  # the real images are checked
+        assert "Features of 15 real images saved in" in shown
         assert f"{found['figures']['proxy-fid24-train-randomconv']['value']:.3f}" in shown
         assert found["protocol"]["identity"] in (tmp_path / "results.md").read_text()
 

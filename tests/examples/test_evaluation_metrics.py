@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sagan.evaluation.fid import (
-    frechet_distance,
     frechet_distance_of_features,
-    frechet_distances_by_class,
+    frechet_distance_of_moments,
 )
 from sagan.evaluation.inception_score import InceptionScore, splits_in_order
 from sagan.evaluation.kid import kernel_inception_distance
@@ -36,8 +35,7 @@ def direct_distance(a: Tensor, b: Tensor) -> float:
 
 
 def moments_distance(a: Tensor, b: Tensor) -> float:
-    one, other = Moments.of(a), Moments.of(b)
-    return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
+    return frechet_distance_of_moments(Moments.of(a), Moments.of(b))
 
 
 class Identity(nn.Module):
@@ -100,14 +98,6 @@ class TestIntraFid:
     def test_gram_form_is_scipys_matrix_root_where_that_exists(self) -> None:
         a, b = features_of(1, 60), features_of(2, 70)
         assert frechet_distance_of_features(a, b) == pytest.approx(direct_distance(a, b), rel=1e-8)
-
-    def test_is_a_distance_for_each_class(self) -> None:
-        sets = {label: (features_of(label, 9), features_of(label + 5, 8)) for label in (0, 3, 4)}
-        found = frechet_distances_by_class(
-            lambda label: sets[label][0], lambda label: sets[label][1], [0, 3, 4]
-        )
-        assert found.dtype == torch.float64
-        assert found.tolist() == [frechet_distance_of_features(*sets[label]) for label in (0, 3, 4)]
 
     def test_too_few_samples_and_other_widths_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"features_a: expected .* at least 2 samples, got"):

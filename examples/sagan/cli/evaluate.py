@@ -1,4 +1,4 @@
-"""The subcommand ``evaluate``: its options, and what it does."""
+"""The subcommand ``evaluate``."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Annotated
 import tyro
 
 from sagan.distributed import init_world
-from sagan.evaluation import results as report
+from sagan.evaluation import results
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.evaluator import Evaluator
 from sagan.evaluation.feature_networks import load_feature_network
-from sagan.evaluation.real_features import default_cache
 from sagan.evaluation.real_images import open_real_images
 from sagan.sampling import Weights, load_generator
 from sagan.train.checkpoint import find_checkpoint
 
-# The others wait while the first measures: precision and recall of 50,000 images take long on a CPU.
+# The other processes wait while the first computes: precision and recall of 50,000 images take hours on a CPU.
 _TIMEOUT_MINUTES = 720.0
 
 
@@ -26,13 +25,13 @@ _TIMEOUT_MINUTES = 720.0
 class Evaluate:
     """Measure a trained run: FID, Inception Score, KID, intra-FID, precision and recall, each with its protocol.
 
-    Features of the real images are computed once and kept. Started by torchrun, processes share the work; the
-    figures do not depend on how many they are. Writes a JSON file and a line of results.md.
+    Features of the real images are computed once and cached. With torchrun, processes share the work; the figures do
+    not depend on their number. Writes a JSON file and a row of results.md.
 
     Attributes:
         source: folder of a run, or a checkpoint.
-        evaluation: what and how.
-        weights: moving average ("ema"), the weights themselves ("raw"), or the average if there is one.
+        evaluation: what to evaluate, and how.
+        weights: moving average ("ema"), the weights themselves ("raw"), or the average if there is one ("auto").
         out: folder to write to; by default "evaluation" in the run's.
         device: "auto", "cpu", "cuda", ...
     """
@@ -49,25 +48,22 @@ def run(command: Evaluate) -> int:
     with init_world(command.device, timeout_minutes=_TIMEOUT_MINUTES) as world:
         checkpoint = find_checkpoint(command.source)
         trained = load_generator(checkpoint, world.device, weights=command.weights)
-        config = command.evaluation
-        network = load_feature_network(config, world.device, resolution=trained.config.network.resolution)
-        reals = open_real_images(config, trained.config, trained.class_names, world)
-        evaluator = Evaluator(config, reals, world, network=network, progress=True)
+        # Before the images are checked, so that a missing file is reported at once.
+        network = load_feature_network(
+            command.evaluation, world.device, resolution=trained.config.network.resolution
+        )
+        real_images = open_real_images(command.evaluation, trained.config, trained.class_names, world)
+        evaluator = Evaluator(command.evaluation, real_images, world, network=network, progress=True)
         if world.is_main:
-            print(report.about_reals(evaluator, config.cache or default_cache()))
+            print(evaluator.describe_real_images())
         evaluation = evaluator.evaluate(
             trained.generator, trained.labels_in_use, weights="ema" if trained.averaged else "raw"
         )
         if world.is_main:
-            subject = report.Subject(
-                checkpoint, trained.iteration, trained.config.recipe, report.device_name(world.device)
-            )
-            print(report.table(evaluation, subject))
-            path = report.save(evaluation, subject, command.out or _folder_of(checkpoint) / "evaluation")
-            print(f"Written to {path}, and a line to {path.with_name(report.RESULTS)}")
+            subject = results.Subject(checkpoint, trained.iteration, trained.config.recipe, world.device)
+            print(results.table(evaluation, subject))
+            in_run = checkpoint.parent.name == "checkpoints"
+            folder = checkpoint.parent.parent if in_run else checkpoint.parent
+            path = results.save(evaluation, subject, command.out or folder / "evaluation")
+            print(f"Written to {path}, and a row to {path.with_name(results.RESULTS)}")
     return 0
-
-
-def _folder_of(checkpoint: Path) -> Path:
-    """Return the folder of the run that a checkpoint is of."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

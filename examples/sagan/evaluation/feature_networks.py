@@ -1,10 +1,11 @@
-"""What turns images into features: the Inception network, an exported program, or any module."""
+"""The networks that turn images into features: Inception, an exported program, or the proxy."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,46 +14,49 @@ from torch import Tensor, nn
 from sagan.errors import UserError
 from sagan.evaluation.config import NO_NETWORK, EvaluationConfig
 from sagan.evaluation.inception import WEIGHTS_SHA256_START, load_inception
-from sagan.evaluation.proxy import MAX_SIZE, RandomFeatures
+from sagan.evaluation.proxy import MAX_RESOLUTION, RandomFeatures
 from sagan.io import file_sha256, module_digest
 
-# Images at a time on a CPU: twice as fast as whole blocks, whose feature maps leave its caches.
+# Images at a time on a CPU. Twice as fast as whole blocks, whose feature maps do not fit its caches.
 _CPU_CHUNK = 8
 
 
+@dataclass
 class FeatureNetwork:
     """A frozen network, and what identifies it in a protocol.
 
-    Args:
+    Attributes:
         module: takes uint8 images [N, 3, R, R] and returns features [N, d], or features and logits [N, K].
         name: short, for the names of figures.
-        digest: 64 hex digits that are others for other weights.
+        digest: 64 hex digits, different for other weights.
         resize: how the network resizes images, in words.
         device: where it runs.
-        resolution: R, of the images to come.
-        proxy: whether its figures stand in for those of Inception, and are labelled so.
+        resolution: R.
+        proxy: whether it stands in for Inception, so that its figures need a label.
+        num_features: d.
+        num_logits: K; 0 without logits.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        name: str,
-        digest: str,
-        resize: str,
-        device: torch.device,
-        resolution: int,
-        proxy: bool = False,
-    ) -> None:
-        self.name = name
-        self.digest = digest
-        self.resize = resize
-        self.device = device
-        self.proxy = proxy
-        self._module = module.to(device)
+    module: nn.Module
+    name: str
+    digest: str
+    resize: str
+    device: torch.device
+    resolution: InitVar[int]
+    proxy: bool = False
+    num_features: int = field(init=False)
+    num_logits: int = field(init=False)
+
+    def __post_init__(self, resolution: int) -> None:
+        self.module.to(self.device)
         features, logits = self._run(torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8))
         self.num_features = features.size(1)
         self.num_logits = 0 if logits is None else logits.size(1)
+
+    @property
+    def float64_device(self) -> torch.device:
+        """Where to compute in float64: the GPU with CUDA, else the CPU (MPS has no float64)."""
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features and logits of images; the same bits for the same block of images.
@@ -61,7 +65,7 @@ class FeatureNetwork:
             - images: uint8 [N, 3, R, R].
             - Output: float32 [N, d] and [N, K], on the CPU; K is 0 for a network without logits.
         """
-        images = images.contiguous()  # a generator's memory format must not change the last bits
+        images = images.contiguous()  # a generator's memory format would change the last bits
         chunks = torch.split(images, _CPU_CHUNK) if self.device.type == "cpu" else (images,)
         parts = [self._run(chunk) for chunk in chunks]
         features = torch.cat([features.float().cpu() for features, _ in parts])
@@ -70,7 +74,7 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        outputs = self._module(images.to(self.device, non_blocking=True))
+        outputs = self.module(images.to(self.device, non_blocking=True))
         features, logits = (
             outputs if isinstance(outputs, (tuple, list)) and len(outputs) == 2 else (outputs, None)
         )
@@ -85,6 +89,25 @@ class FeatureNetwork:
                     f"feature network: expected {what} [{len(images)}, d] for {len(images)} images, got {found}"
                 )
         return features, logits
+
+
+def load_feature_network(
+    config: EvaluationConfig, device: torch.device, *, resolution: int
+) -> FeatureNetwork:
+    """Return the feature network that a configuration names.
+
+    Raises:
+        UserError: if it names none, or its file is not usable.
+    """
+    if config.proxy:
+        return proxy_network(device, resolution=resolution)
+    if config.feature_network is not None:
+        return exported_network(
+            config.feature_network, device, sha256=config.feature_network_sha256, resolution=resolution
+        )
+    if config.inception_weights is not None:
+        return tensorflow_inception(config.inception_weights, device, resolution=resolution)
+    raise UserError(NO_NETWORK)
 
 
 def tensorflow_inception(path: Path, device: torch.device, *, resolution: int) -> FeatureNetwork:
@@ -109,20 +132,20 @@ def tensorflow_inception(path: Path, device: torch.device, *, resolution: int) -
 def exported_network(
     path: Path, device: torch.device, *, sha256: str | None, resolution: int
 ) -> FeatureNetwork:
-    """Return a network that ``torch.export.save`` wrote, once its user has named the file's SHA-256.
+    """Return a network that ``torch.export.save`` wrote, if the user gives the file's SHA-256.
 
-    An exported program is code: PyTorch evaluates expressions in it while it is loaded. Nothing of the file is
-    looked at before its SHA-256 is the one given, and pickles in it may hold nothing but tensors.
+    An exported program is code: PyTorch evaluates expressions in it while loading it. So the file is not parsed before
+    its SHA-256 matches, and pickles in it may hold tensors only.
 
     Args:
         path: the .pt2 file. The program takes uint8 images [N, 3, R, R] for any N, and returns features [N, d] or
             (features, logits).
         device: where it runs.
         sha256: of the file, in hex.
-        resolution: R, of the images to come.
+        resolution: R.
 
     Raises:
-        UserError: if there is no such file, its SHA-256 is another or not given, or it cannot be loaded.
+        UserError: if there is no such file, its SHA-256 differs or is not given, or it cannot be loaded.
     """
     if not path.is_file():
         raise UserError(f"feature network: expected an exported program, found no file at {path}")
@@ -131,8 +154,7 @@ def exported_network(
         given = "none" if sha256 is None else repr(sha256)
         raise UserError(
             f"feature network: loading an exported program can run code that it holds. The SHA-256 of {path} is "
-            f"{digest}; if the file is yours, or of someone you trust, give that as --feature-network-sha256. "
-            f"Got {given}"
+            f"{digest}; if you trust the file, give that as --feature-network-sha256. Got {given}"
         )
     try:
         with _tensors_only():
@@ -147,9 +169,7 @@ def exported_network(
         )
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # torch raises many kinds for a torn or foreign file, and for inputs it cannot take
+    except Exception as error:  # torch raises many kinds for a damaged or foreign file, or unsuitable inputs
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"feature network: {path} is not an exported program for any number of {resolution}x{resolution} "
@@ -158,41 +178,22 @@ def exported_network(
 
 
 def proxy_network(device: torch.device, *, resolution: int) -> FeatureNetwork:
-    """Return the proxy for images of this resolution."""
+    """Return the proxy network."""
     module = RandomFeatures()
     return FeatureNetwork(
         module,
         name="randomconv",
         digest=module_digest(module),
-        resize=f"by areas to {MAX_SIZE}x{MAX_SIZE}, where larger",
+        resize=f"by areas to {MAX_RESOLUTION}x{MAX_RESOLUTION}, where larger",
         device=device,
         resolution=resolution,
         proxy=True,
     )
 
 
-def load_feature_network(
-    config: EvaluationConfig, device: torch.device, *, resolution: int
-) -> FeatureNetwork:
-    """Return the feature network that a configuration names.
-
-    Raises:
-        UserError: if it names none, or the file is not usable.
-    """
-    if config.proxy:
-        return proxy_network(device, resolution=resolution)
-    if config.feature_network is not None:
-        return exported_network(
-            config.feature_network, device, sha256=config.feature_network_sha256, resolution=resolution
-        )
-    if config.inception_weights is not None:
-        return tensorflow_inception(config.inception_weights, device, resolution=resolution)
-    raise UserError(NO_NETWORK)
-
-
 @contextlib.contextmanager
-def float32_alone() -> Iterator[None]:
-    """Keep CUDA from rounding factors to TF32 and from choosing algorithms by their speed of the moment."""
+def deterministic_float32() -> Iterator[None]:
+    """Turn off TF32 and cuDNN's autotuning inside a ``with`` block, so that CUDA gives the same bits every time."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -204,7 +205,7 @@ def float32_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Let ``torch.load`` restore tensors and nothing else, also where its caller asks for more."""
+    """Force ``weights_only`` on every ``torch.load``, whatever its caller asks for."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -1,19 +1,19 @@
-"""Frechet distances between Gaussian fits of features: of two sets, and class by class."""
+"""The Frechet distance between Gaussian fits of two sets of features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
+
+from sagan.evaluation.moments import Moments
 
 
 def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
     r"""Return :math:`\|m_a - m_b\|^2 + \mathrm{tr}(C_a + C_b - 2 (C_a C_b)^{1/2})`.
 
     With factors :math:`C = F F^T` from eigendecompositions, the trace of the root is the sum of the singular values
-    of :math:`F_a^T F_b`. No root is taken of a product's small eigenvalues, which rounding would drown, so
-    singular covariances are no trouble.
+    of :math:`F_a^T F_b`. This avoids roots of a product's small eigenvalues, which are mostly rounding, so singular
+    covariances need no special care.
 
     Args:
         mean_a, mean_b: [d], float64.
@@ -23,15 +23,20 @@ def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covar
     return _distance(mean_a - mean_b, covariance_a.trace() + covariance_b.trace(), cross)
 
 
-def frechet_distance_of_features(features_a: Tensor, features_b: Tensor) -> float:
-    r"""Return the Frechet distance between the Gaussian fits of two sets of features, covariances over n - 1.
+def frechet_distance_of_moments(a: Moments, b: Moments) -> float:
+    """Return the Frechet distance between two Gaussians with these moments."""
+    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
-    With fewer samples than features no d x d matrix is made: for centred features :math:`A, B` divided by
+
+def frechet_distance_of_features(features_a: Tensor, features_b: Tensor) -> float:
+    r"""Return the Frechet distance between the Gaussian fits of two sets of features, with covariances over n - 1.
+
+    With fewer samples than features it needs no d x d matrix: for centred features :math:`A, B` divided by
     :math:`\sqrt{n - 1}`, :math:`C_a = A^T A`, the trace of the root is the sum of the singular values of
     :math:`A B^T`, [n_a, n_b].
 
     Args:
-        features_a, features_b: [n, d], two samples at least in each.
+        features_a, features_b: [n, d], at least two samples in each.
 
     Raises:
         ValueError: if a set has fewer than two samples, or their widths differ.
@@ -50,24 +55,6 @@ def frechet_distance_of_features(features_a: Tensor, features_b: Tensor) -> floa
     return _distance(mean_a - mean_b, a.square().sum() + b.square().sum(), cross)
 
 
-def frechet_distances_by_class(
-    features_a: Callable[[int], Tensor], features_b: Callable[[int], Tensor], classes: Sequence[int]
-) -> Tensor:
-    """Return the Frechet distance of each class; their mean is the intra-FID.
-
-    One class is in memory at a time.
-
-    Args:
-        features_a, features_b: return the features [n, d] of a class.
-        classes: which ones.
-
-    Shape:
-        - Output: float64 [len(classes)].
-    """
-    distances = [frechet_distance_of_features(features_a(label), features_b(label)) for label in classes]
-    return torch.tensor(distances, dtype=torch.float64)
-
-
 def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
     features = features.double()
     mean = features.mean(0)
@@ -75,10 +62,10 @@ def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """Return F [d, rank] with C = F F^T, without the directions that are rounding alone."""
+    """Return F [d, rank] with C = F F^T, without the directions that are only rounding."""
     values, vectors = torch.linalg.eigh(covariance)
-    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    factor: Tensor = vectors[:, kept] * values[kept].sqrt()
+    significant = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    factor: Tensor = vectors[:, significant] * values[significant].sqrt()
     return factor
 
 

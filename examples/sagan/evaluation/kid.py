@@ -19,13 +19,13 @@ def kernel_inception_distance(
 ) -> tuple[float, float]:
     r"""Return mean and standard deviation over random subsets of the squared MMD with kernel :math:`(x^T y/d + 1)^3`.
 
-    Each is an unbiased estimate, so values slightly below 0 are possible.
+    Each is an unbiased estimate, so it can be slightly below 0.
 
     Args:
         features_a, features_b: [n, d].
         subsets: number of pairs of subsets.
-        subset_size: samples in a subset, drawn without repetition; at most as many as there are in each set.
-        seed: of the subsets.
+        subset_size: samples in a subset, drawn without replacement; fewer if a set is smaller.
+        seed: seed of the subsets.
 
     Raises:
         ValueError: if there are fewer than two samples in a set.
@@ -35,8 +35,8 @@ def kernel_inception_distance(
     """
     size = min(subset_size, len(features_a), len(features_b))
     if size < 2:
-        raise ValueError(f"kernel distance: expected at least 2 samples in each set, got {size}")
-    draws = torch.Generator().manual_seed(seed)  # on the CPU, so that devices do not change the subsets
+        raise ValueError(f"kernel inception distance: expected at least 2 samples in each set, got {size}")
+    draws = torch.Generator().manual_seed(seed)  # on the CPU: the same subsets on every device
     distances = []
     for _ in range(subsets):
         a, b = (
@@ -49,8 +49,9 @@ def kernel_inception_distance(
 
 
 def _squared_mmd(a: Tensor, b: Tensor) -> Tensor:
+    """Return the estimate from subsets [n, d], without the pairs of a sample and itself."""
     size = len(a)
-    within = sum((_kernel(x, x).sum() - _kernel_of_same(x).sum() for x in (a, b)), a.new_zeros(()))
+    within = sum((_kernel(x, x).sum() - _kernel_diagonal(x).sum() for x in (a, b)), a.new_zeros(()))
     return within / (size * (size - 1)) - 2 * _kernel(a, b).mean()
 
 
@@ -58,5 +59,5 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.size(1) + 1) ** 3
 
 
-def _kernel_of_same(a: Tensor) -> Tensor:
+def _kernel_diagonal(a: Tensor) -> Tensor:
     return (a.square().mean(1) + 1) ** 3

@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """Number, mean and sum of products of deviations of the features added so far.
+    """Count, mean and summed products of deviations of the features added so far.
 
-    The same blocks added in the same order give the same bits, and blocks can be merged without the loss of digits
-    that sums of raw products have when means are large against deviations.
+    The same blocks in the same order give the same bits. Sums of raw products would lose digits where means are large
+    compared with deviations; these do not, also when merged.
 
     Attributes:
         count: n.
@@ -49,11 +49,15 @@ class Moments:
         self._shift(len(features), mean)
 
     def merge(self, other: Moments) -> None:
-        """Add what another has seen, in place."""
+        """Add the features that ``other`` has seen, in place."""
         if other.count == 0:
             return
         self.products.add_(other.products)
         self._shift(other.count, other.mean)
+
+    def to(self, device: torch.device) -> Moments:
+        """Return these moments on a device."""
+        return Moments(self.count, self.mean.to(device), self.products.to(device))
 
     def _shift(self, count: int, mean: Tensor) -> None:
         total = self.count + count

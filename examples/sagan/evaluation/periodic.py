@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from sagan.data import ImageDataset
 from sagan.distributed import World
-from sagan.evaluation import results as report
+from sagan.evaluation import results
 from sagan.evaluation.evaluator import Evaluator
 from sagan.evaluation.feature_networks import FeatureNetwork
-from sagan.evaluation.real_features import default_cache
 from sagan.evaluation.real_images import open_real_images, training_images
 from sagan.networks import Generator
 from sagan.recipes import RunConfig
@@ -18,37 +17,35 @@ from sagan.train.update import Trainer
 def periodic_evaluation(
     run: RunConfig, dataset: ImageDataset, world: World, network: FeatureNetwork
 ) -> Evaluate:
-    """Return what measures a run's G against its training images, or those that its configuration names.
+    """Return the function that evaluates a run's G against its training images, or those its configuration names.
 
-    All processes call this together, and then what it returns. Features of the reals are computed here, or read from
-    the cache. Each evaluation is written to the folder "evaluation" of the run.
+    All processes call this together, and then what it returns. Features of the real images are computed here, or read
+    from the cache. Each evaluation is written to the run's folder "evaluation".
 
     Args:
         run: the run.
         dataset: its training images.
         world: this process.
-        network: makes features.
+        network: the feature network.
     """
     config = run.evaluation
     if config.data is None and config.split in (None, run.images.split):
-        reals = training_images(dataset, run)
+        real_images = training_images(dataset, run)
     else:
-        reals = open_real_images(config, run, list(dataset.class_names), world)
-    evaluator = Evaluator(config, reals, world, network=network, progress=True)
+        real_images = open_real_images(config, run, list(dataset.class_names), world)
+    evaluator = Evaluator(config, real_images, world, network=network, progress=True)
     if world.is_main:
-        print(report.about_reals(evaluator, config.cache or default_cache()) + "\n")
+        print(evaluator.describe_real_images() + "\n")
 
     def evaluate(trainer: Trainer) -> Score:
         generator = trainer.sampling_generator
         assert isinstance(generator, Generator)
         evaluation = evaluator.evaluate(
-            generator,
-            trainer.labels_in_use,
-            weights="raw" if trainer.average is None else "ema",
+            generator, trainer.labels_in_use, weights="raw" if trainer.average is None else "ema"
         )
         if world.is_main:
-            subject = report.Subject(run.out, trainer.iteration, run.recipe, report.device_name(world.device))
-            report.save(evaluation, subject, run.out / "evaluation")
+            subject = results.Subject(run.out, trainer.iteration, run.recipe, world.device)
+            results.save(evaluation, subject, run.out / "evaluation")
         figure = evaluation.figure(config.best_by)
         return Score(
             value=evaluation.score(config.best_by),

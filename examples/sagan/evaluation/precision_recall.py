@@ -11,10 +11,10 @@ NEIGHBOURS = 3
 def precision_and_recall(
     real: Tensor, generated: Tensor, *, neighbours: int = NEIGHBOURS, block: int = 1024
 ) -> tuple[float, float]:
-    """Return the share of generated samples among the reals, and of reals among the generated samples.
+    """Return precision and recall: the share of generated samples within the real ones, and the reverse.
 
-    A sample is among a set if it is as near to one of its members as that member's k-th nearest other one. Distances
-    are computed in float64, in blocks of rows: memory grows with block * n.
+    A sample is within a set if its distance to some member is at most that member's distance to its k-th nearest
+    neighbour in the set. Distances are float64, in blocks of rows, so memory grows with block * n.
 
     Args:
         real: [n, d].
@@ -23,7 +23,7 @@ def precision_and_recall(
         block: rows at a time.
 
     Raises:
-        ValueError: if a set does not have more than k samples.
+        ValueError: if a set has k samples or fewer.
 
     Reference:
         Kynkaanniemi et al., Improved Precision and Recall Metric for Assessing Generative Models.
@@ -34,7 +34,7 @@ def precision_and_recall(
                 f"{name}: expected more than {neighbours} samples for {neighbours} neighbours, got {len(features)}"
             )
     real, generated = real.double(), generated.double()
-    centre = real.mean(0)  # distances stay; their rounding shrinks
+    centre = real.mean(0)  # smaller numbers, less rounding; distances stay
     real, generated = real - centre, generated - centre
     real_radii = _squared_radii(real, neighbours, block)
     generated_radii = _squared_radii(generated, neighbours, block)
@@ -49,7 +49,7 @@ def precision_and_recall(
 
 
 def _squared_radii(features: Tensor, neighbours: int, block: int) -> Tensor:
-    """Return each sample's squared distance to its k-th nearest other one, [n]."""
+    """Return each sample's squared distance to its k-th nearest neighbour, [n]."""
     radii = []
     for start in range(0, len(features), block):
         distances = _squared_distances(features[start : start + block], features)

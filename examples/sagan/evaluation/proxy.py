@@ -1,4 +1,4 @@
-"""A stand-in for the Inception network on small machines: fixed, random and small, nothing to download."""
+"""A stand-in for the Inception network on small machines: small, random and fixed; no download."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _WIDTHS = (8, 16, 32)
-MAX_SIZE = 64
+MAX_RESOLUTION = 64
 _GRID = 4
 
 
 class RandomFeatures(nn.Module):
-    """Three convolutions with fixed random weights; means of the first two, and a 4x4 grid of the third.
+    """Three convolutions with fixed random weights: means of the first two, and a 4x4 grid of the third.
 
-    Weights are drawn as integers, so that they are the same on every machine.
+    Weights are drawn as integers, so they are the same on every machine.
 
     Shape:
-        - images: uint8 [N, 3, R, R]; larger ones than 64 are reduced to 64 pixels by areas.
+        - images: uint8 [N, 3, R, R]; larger images are reduced to 64 pixels by areas.
         - Output: [N, 536].
     """
 
@@ -27,15 +27,15 @@ class RandomFeatures(nn.Module):
         inputs = 3
         for number, width in enumerate(_WIDTHS):
             weight = torch.randint(-127, 128, (width, inputs, 3, 3), generator=draws).float()
-            # Variance 2 over the fan-in: ReLU then keeps the size of activations.
+            # Variance 2 / fan-in, so that ReLU keeps the size of activations.
             self.register_buffer(f"weight{number}", weight * (6 / (9 * inputs)) ** 0.5 / 127)
             inputs = width
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features."""
         x = images.float() / 127.5 - 1
-        if x.size(2) > MAX_SIZE:
-            x = F.interpolate(x, size=(MAX_SIZE, MAX_SIZE), mode="area")
+        if x.size(2) > MAX_RESOLUTION:
+            x = F.interpolate(x, size=(MAX_RESOLUTION, MAX_RESOLUTION), mode="area")
         parts = []
         for number in range(len(_WIDTHS)):
             if number:

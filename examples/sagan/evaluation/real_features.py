@@ -1,4 +1,4 @@
-"""What evaluations need of the real images: computed in one pass over them, once, and kept on disk."""
+"""What evaluations need of the real images: computed in one pass over them, once, and saved in a cache."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sagan.data import ImageDataset
 from sagan.distributed import World
 from sagan.errors import UserError
-from sagan.evaluation.extraction import Block, dataset_blocks, extract_features
+from sagan.evaluation.extraction import FeatureBlock, dataset_blocks, extract_features
 from sagan.evaluation.feature_networks import FeatureNetwork
-from sagan.evaluation.fid import frechet_distance
+from sagan.evaluation.fid import frechet_distance_of_moments
 from sagan.evaluation.inception_score import SPLITS, InceptionScore
 from sagan.evaluation.moments import Moments
-from sagan.evaluation.real_images import RealImages
 from sagan.io import file_sha256
 
 FORMAT = "sagan-layers reference features"
 VERSION = 1
-# Features of so many images, drawn at random, are kept for KID, precision and recall.
+# How many features are saved for KID, precision and recall, drawn at random.
 SAMPLE_SIZE = 50_000
 _MANIFEST, _STATISTICS, _FEATURES = "manifest.json", "statistics.npz", "features.npy"
 
@@ -37,20 +36,20 @@ logger = logging.getLogger(__name__)
 
 
 class RealFeaturesError(UserError):
-    """Kept features that are not of the images or the network asked for."""
+    """The cache holds features of other images or another network."""
 
 
 @dataclass(frozen=True)
 class RealFacts:
-    """What all processes know of a reference.
+    """What every process knows of the real images.
 
     Attributes:
         count: images.
         checksum: SHA-256 of the SHA-256 of each image's pixels.
-        replaced: unreadable files among them, in whose place another image was taken.
-        inception_score: mean and standard deviation of the reals' own; None without logits or with too few images.
-        half_distance: Frechet distance of a random half of the reals to the other; None with too few images.
-        from_cache: whether it was kept from before.
+        replaced: unreadable files, each replaced by another image.
+        inception_score: mean and standard deviation; None without logits or with too few images.
+        half_distance: Frechet distance of a random half to the other; None with too few images.
+        from_cache: whether the features were read from the cache.
     """
 
     count: int
@@ -61,44 +60,35 @@ class RealFacts:
     from_cache: bool
 
     def __post_init__(self) -> None:
-        if self.inception_score is not None:  # from JSON, a list
+        if self.inception_score is not None:  # a list in JSON
             object.__setattr__(self, "inception_score", tuple(self.inception_score))
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Features of the reals, in process 0.
+class RealFeatures:
+    """Features of the real images, on rank 0.
 
     Attributes:
-        facts: what all processes know.
         moments: of all features.
         sample: features of up to 50,000 images in random order, [M, d], float32.
-        features: of all images, [N, d], mapped from the disk; None if they were not asked for.
+        labels: of all images, int64 [N].
+        features: of all images, [N, d], mapped from the disk; None if not asked for.
     """
 
-    facts: RealFacts
     moments: Moments
     sample: Tensor
+    labels: Tensor
     features: npt.NDArray[np.float32] | None
 
-    def of_class(self, labels: Tensor) -> Callable[[int], Tensor]:
-        """Return the function from a label to the features of its images.
-
-        Args:
-            labels: [N], of all images.
-        """
+    def of_class(self, label: int) -> Tensor:
+        """Return the features of a class's images, [n, d]."""
         assert self.features is not None
-        features = self.features
-
-        def of_label(label: int) -> Tensor:
-            rows = torch.nonzero(labels == label).flatten().numpy()
-            return torch.from_numpy(features[rows])
-
-        return of_label
+        rows = torch.nonzero(self.labels == label).flatten().numpy()
+        return torch.from_numpy(self.features[rows])
 
 
 def load_or_compute_real_features(
-    reals: RealImages,
+    dataset: ImageDataset,
     network: FeatureNetwork,
     world: World,
     cache: Path,
@@ -106,57 +96,93 @@ def load_or_compute_real_features(
     block_size: int,
     all_features: bool = False,
     progress: bool = False,
-) -> tuple[RealFacts, Reference | None]:
-    """Return what is kept of these images and this network, or compute and keep it.
+) -> tuple[RealFacts, RealFeatures | None]:
+    """Return the features of these images by this network from the cache, or compute and save them.
 
-    All processes call this together, and share the pass.
+    All processes call this together, and share the work.
 
     Args:
-        reals: the images.
-        network: makes features.
+        dataset: the images.
+        network: the feature network.
         world: this process.
-        cache: folder of what is kept.
+        cache: the cache's folder.
         block_size: images at a time in each process.
-        all_features: keep the features of all images too, for the distances of single classes.
+        all_features: save the features of all images too, for the distances of single classes.
         progress: show a progress bar.
 
     Returns:
-        What all processes know, and in process 0 the reference.
+        The facts, and on rank 0 the features.
 
     Raises:
-        RealFeaturesError: if what is kept under the name of these images and this network is of others.
+        RealFeaturesError: if the cache holds others under the name of these images and this network.
     """
-    key = _key(reals, network)
-    folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    found: list[Reference] = []
-
-    def look_up() -> bool:
-        reference = _load(folder, key, all_features)
-        if reference is not None:
-            found.append(reference)
-        return reference is not None
-
-    if not world.run_on_main(look_up):
-        found += _compute(reals, network, world, folder, key, block_size, all_features, progress)
-    facts = RealFacts(**world.run_on_main(lambda: asdict(found[0].facts)))
-    return facts, found[0] if found else None
-
-
-def _key(reals: RealImages, network: FeatureNetwork) -> dict[str, Any]:
-    return {
-        "images": reals.identity,
-        "count": len(reals.source),
-        "resolution": reals.source.resolution,
+    key = {
+        "images": dataset.identity(),
+        "count": len(dataset),
+        "resolution": dataset.resolution,
         "network": network.name,
         "network_sha256": network.digest,
         "resize": network.resize,
         "precision": "float32",
-        "checksum": "of each image",  # by blocks before
+        "checksum": "of each image",  # older caches have one of each block
     }
+    folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    facts = world.run_on_main(lambda: _cached_facts(folder, key, all_features))
+    if facts is None:
+        facts = _compute(dataset, network, world, folder, key, block_size, all_features, progress)
+    real_facts = RealFacts(**facts)
+    features: RealFeatures | None = None
+
+    def read() -> None:
+        nonlocal features
+        features = _read(folder, real_facts, dataset.labels, all_features)
+
+    world.run_on_main(read)
+    return real_facts, features
+
+
+def default_cache() -> Path:
+    """Return the cache's folder below the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sagan-layers" / "references"
+
+
+def _cached_facts(folder: Path, key: dict[str, Any], all_features: bool) -> dict[str, Any] | None:
+    """Return the facts in a cached folder; None if it is missing, damaged, or lacks the features of all images."""
+    if not folder.exists():
+        return None
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        facts = RealFacts(**{**manifest["facts"], "from_cache": True})
+        found, files = manifest["key"], dict(manifest["files"])
+        version = (manifest["format"], manifest["version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s); computing its features again", folder / _MANIFEST, error)
+        return None
+    if version != (FORMAT, VERSION) or found != key:
+        what = "another version" if version != (FORMAT, VERSION) else "other images or another network"
+        raise RealFeaturesError(f"{folder} holds features of {what}: delete it, or choose another --cache")
+    if all_features and _FEATURES not in files:
+        return None
+    for name in (_STATISTICS, _FEATURES) if all_features else (_STATISTICS,):
+        if not (folder / name).is_file() or file_sha256(folder / name) != files.get(name):
+            logger.warning("%s is damaged; computing its features again", folder / name)
+            return None
+    return asdict(facts)
+
+
+def _read(folder: Path, facts: RealFacts, labels: Tensor, all_features: bool) -> RealFeatures:
+    with np.load(folder / _STATISTICS, allow_pickle=False) as arrays:
+        # Cloned for torch's alignment in memory, on which BLAS's last bits depend.
+        mean, products, sample = (
+            torch.from_numpy(arrays[name]).clone() for name in ("mean", "products", "sample")
+        )
+    features = np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False) if all_features else None
+    return RealFeatures(Moments(facts.count, mean, products), sample, labels, features)
 
 
 def _compute(
-    reals: RealImages,
+    dataset: ImageDataset,
     network: FeatureNetwork,
     world: World,
     folder: Path,
@@ -164,156 +190,103 @@ def _compute(
     block_size: int,
     all_features: bool,
     progress: bool,
-) -> list[Reference]:
-    """Pass over the reals with all processes; process 0 keeps the result, and returns it alone."""
-    count = len(reals.source)
+) -> dict[str, Any]:
+    """Extract and save the features with all processes, and return the facts."""
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    collected = _Collected(network, count, partial if all_features else None) if world.is_main else None
     try:
-        for block in extract_features(
-            dataset_blocks(reals.source, block_size, world),
-            count,
+        accumulator = _Accumulator(network, len(dataset), partial, all_features) if world.is_main else None
+        blocks = extract_features(
+            dataset_blocks(dataset, block_size, world),
+            len(dataset),
             block_size,
             network,
             world,
-            description="features of the reals" if progress else None,
-        ):
-            assert collected is not None
-            collected.add(block)
-        failures = torch.tensor([len(getattr(reals.source, "failures", []))])
+            description="features of the real images" if progress else None,
+        )
+        for block in blocks:
+            assert accumulator is not None
+            accumulator.add(block)
+        failures = torch.tensor([len(dataset.failures)])
         replaced = sum(int(each) for each in world.gather(failures))
-        made: list[Reference] = []
 
-        def keep() -> None:
-            assert collected is not None
+        def save() -> dict[str, Any]:
+            assert accumulator is not None
             if replaced:
-                logger.warning(
-                    "%d of the reals cannot be read; the next of their class took their places", replaced
-                )
-            made.append(collected.finish(replaced))
-            _save(made[0], folder, partial, key)
+                logger.warning("%d real images are unreadable; the next of its class replaces each", replaced)
+            return accumulator.save(folder, key, replaced)
 
-        world.run_on_main(keep)
+        return world.run_on_main(save)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already, unless something went wrong
-    if not all_features:
-        return made
-    return [
-        replace(each, features=np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False))
-        for each in made
-    ]
+        shutil.rmtree(partial, ignore_errors=True)  # renamed by now, unless something failed
 
 
-class _Collected:
-    """What a pass over the reals leaves, in process 0."""
+class _Accumulator:
+    """Gathers and saves what evaluations need of the real images' features, on rank 0."""
 
-    def __init__(self, network: FeatureNetwork, count: int, partial: Path | None) -> None:
+    def __init__(self, network: FeatureNetwork, count: int, partial: Path, all_features: bool) -> None:
         self._count = count
-        # A random order, the same in every pass: halves, splits and the sample are taken by it.
+        self._partial = partial
+        # A random order, the same every time: it decides the halves, the splits and the sample.
         self._places = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-        device = network.device if network.device.type == "cuda" else None
+        device = network.float64_device
         self._halves = [Moments.empty(network.num_features, device) for _ in range(2)]
         self._sample = torch.empty(min(count, SAMPLE_SIZE), network.num_features)
         self._score = InceptionScore(network.num_logits, device=device) if network.num_logits else None
-        self._digest = hashlib.sha256()
+        self._checksum = hashlib.sha256()
         self._features: np.memmap[Any, np.dtype[np.float32]] | None = None
-        if partial is not None:
-            partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        if all_features:
             self._features = np.lib.format.open_memmap(
                 partial / _FEATURES, "w+", np.float32, (count, network.num_features)
             )
 
-    def add(self, block: Block) -> None:
+    def add(self, block: FeatureBlock) -> None:
         places = self._places[block.start : block.stop]
         for number, half in enumerate(self._halves):
             half.add(block.features[places % 2 == number])
-        kept = places < len(self._sample)
-        self._sample[places[kept]] = block.features[kept]
+        in_sample = places < len(self._sample)
+        self._sample[places[in_sample]] = block.features[in_sample]
         if self._score is not None:
             self._score.add(block.logits, places * SPLITS // self._count)
         if self._features is not None:
             self._features[block.start : block.stop] = block.features.numpy()
-        self._digest.update(block.digest)
+        self._checksum.update(block.digests)
 
-    def finish(self, replaced: int) -> Reference:
+    def save(self, folder: Path, key: dict[str, Any], replaced: int) -> dict[str, Any]:
+        """Write everything to the partial folder, rename it to ``folder``, and return the facts."""
         one, other = self._halves
         enough = self._count >= 2 * SPLITS
-        half_distance = None
-        if enough:
-            half_distance = frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
-        one.merge(other)
-        if self._features is not None:
-            self._features.flush()
         facts = RealFacts(
             count=self._count,
-            checksum=self._digest.hexdigest(),
+            checksum=self._checksum.hexdigest(),
             replaced=replaced,
             inception_score=self._score.result() if self._score is not None and enough else None,
-            half_distance=half_distance,
+            half_distance=frechet_distance_of_moments(one, other) if enough else None,
             from_cache=False,
         )
-        moments = Moments(one.count, one.mean.cpu(), one.products.cpu())
-        return Reference(facts, moments, self._sample, None)
-
-
-def _save(reference: Reference, folder: Path, partial: Path, key: dict[str, Any]) -> None:
-    """Write a reference whole or not at all, in place of one without the features of all images."""
-    partial.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        partial / _STATISTICS,
-        mean=reference.moments.mean.numpy(),
-        products=reference.moments.products.numpy(),
-        sample=reference.sample.numpy(),
-    )
-    files = {
-        name: file_sha256(partial / name) for name in (_STATISTICS, _FEATURES) if (partial / name).exists()
-    }
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "key": key,
-        "facts": asdict(reference.facts),
-        "files": files,
-    }
-    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    old = partial.with_suffix(".replaced")
-    if folder.exists():
-        folder.replace(old)
-    partial.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _load(folder: Path, key: dict[str, Any], all_features: bool) -> Reference | None:
-    """Return the reference in a folder; None if there is none, it is damaged, or lacks what is asked for."""
-    if not folder.exists():
-        return None
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        facts = RealFacts(**{**manifest["facts"], "from_cache": True})
-        found, files = manifest["key"], dict(manifest["files"])
-        made_by = (manifest["format"], manifest["version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%s); its features are computed anew", folder / _MANIFEST, error)
-        return None
-    if made_by != (FORMAT, VERSION) or found != key:
-        what = "another version" if made_by != (FORMAT, VERSION) else "other images or another network"
-        raise RealFeaturesError(f"{folder} holds features of {what}: delete it, or choose another --cache")
-    if all_features and _FEATURES not in files:
-        return None
-    for name in (_STATISTICS, _FEATURES) if all_features else (_STATISTICS,):
-        if not (folder / name).is_file() or file_sha256(folder / name) != files.get(name):
-            logger.warning("%s is damaged; its features are computed anew", folder / name)
-            return None
-    with np.load(folder / _STATISTICS, allow_pickle=False) as arrays:
-        # Copied to torch's alignment in memory, which BLAS's last bits depend on.
-        mean, products, sample = (
-            torch.from_numpy(arrays[name]).clone() for name in ("mean", "products", "sample")
+        one.merge(other)
+        moments, sample = one.to(torch.device("cpu")), self._sample
+        np.savez(
+            self._partial / _STATISTICS,
+            mean=moments.mean.numpy(),
+            products=moments.products.numpy(),
+            sample=sample.numpy(),
         )
-    features = np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False) if all_features else None
-    return Reference(facts, Moments(facts.count, mean, products), sample, features)
-
-
-def default_cache() -> Path:
-    """Return the folder below the user's cache folder where features of reals are kept."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sagan-layers" / "references"
+        files = [_STATISTICS]
+        if self._features is not None:
+            self._features.flush()
+            files.append(_FEATURES)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "key": key,
+            "facts": asdict(facts),
+            "files": {name: file_sha256(self._partial / name) for name in files},
+        }
+        (self._partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        old = self._partial.with_suffix(".replaced")
+        if folder.exists():  # damaged, or without the features of all images
+            folder.replace(old)
+        self._partial.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        return asdict(facts)
