@@ -30,7 +30,6 @@ from benchmarks import harness
 sys.path.insert(0, str(harness.ROOT / "examples"))
 
 from sagan.data import open_dataset
-from sagan.prepare.synthetic import SyntheticSet, write_layout
 from sagan.distributed import World
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.evaluator import Evaluator
@@ -40,6 +39,7 @@ from sagan.evaluation.kid import kernel_inception_distance
 from sagan.evaluation.moments import Moments
 from sagan.evaluation.real_images import training_images
 from sagan.networks import Generator, NetworkConfig
+from sagan.prepare.synthetic import SyntheticSet, write_layout
 from sagan.recipes import RunConfig
 from sagan.sampling import numbered_samples
 
