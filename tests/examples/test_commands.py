@@ -20,11 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 import imagenet_sagan
-from sagan.cli import attention_maps, demo, sample
+from sagan.cli import demo, sample
 from sagan.cli.parsing import INTERRUPTED, parse
 from sagan.cli.train import Train, describe_config, from_recipe
 from sagan.data import folder as data_folder
 from sagan.recipes import RECIPES, RunConfig, config_from_dict
+from sagan.report import figures
 from sagan.report.figures import default_points
 from sagan.sampling import load_generator, numbered_samples
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint
@@ -454,7 +455,7 @@ class TestSample:
         names = [f"{WNIDS[number % 3]}/{number:06d}.png" for number in range(8)]
         assert sorted(files) == sorted(names)
         trained = load_generator(trained_run, torch.device("cpu"))
-        for numbers, images, _ in numbered_samples(trained, 8, seed=0, batch_size=3):
+        for numbers, images, _ in numbered_samples(trained.generator, 8, seed=0, batch_size=3):
             for number, image in zip(numbers, images, strict=True):
                 assert torch.equal(read(tmp_path / "out" / names[number]), image)
 
@@ -526,7 +527,9 @@ class TestSample:
         sheet = read(out)
         assert sheet.size(1) == 3 * 34 + 2
         trained = load_generator(trained_run, torch.device("cpu"))
-        images = torch.cat([block[1] for block in numbered_samples(trained, 12, seed=0, batch_size=5)])
+        images = torch.cat(
+            [block[1] for block in numbered_samples(trained.generator, 12, seed=0, batch_size=5)]
+        )
         for row in range(3):
             for column in range(4):
                 x, y = sheet.size(2) - (4 - column) * 34, 2 + row * 34
@@ -649,13 +652,13 @@ class TestAttentionMaps:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         drawn: list[tuple[Tensor, Sequence[tuple[int, int]], Sequence[str], str]] = []
-        save = attention_maps.save_attention_figure
+        save = figures.save_attention_figure
 
         def recording(path, images, maps, points, *, names, title) -> None:
             drawn.append((maps, points, names, title))
             save(path, images, maps, points, names=names, title=title)
 
-        monkeypatch.setattr(attention_maps, "save_attention_figure", recording)
+        monkeypatch.setattr(figures, "save_attention_figure", recording)
         out = tmp_path / "new" / "maps.png"
         options = ["--count", 2, "--points", "0,0", "31,5", "--classes", WNIDS[1]]
         assert main("attention-maps", "--source", trained_run, "--out", out, *options) == 0
@@ -672,7 +675,7 @@ class TestAttentionMaps:
     ) -> None:
         drawn: list[object] = []
         monkeypatch.setattr(
-            attention_maps,
+            figures,
             "save_attention_figure",
             lambda path, images, maps, points, **_: drawn.append(points),
         )

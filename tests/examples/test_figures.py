@@ -13,13 +13,15 @@ from torch import Tensor
 from sagan.errors import UserError
 from sagan.networks import Generator, NetworkConfig
 from sagan.report.figures import (
-    attention_maps,
+    Panel,
+    attention_at,
     default_points,
     save_attention_figure,
     save_curves,
     save_grid,
     save_image,
 )
+from sagan.sampling import to_uint8
 from sagan_layers import SelfAttention2d
 
 CONFIG = NetworkConfig(
@@ -97,9 +99,9 @@ class TestAttentionMaps:
         self, generator: Generator
     ) -> None:
         latents, labels = torch.randn(3, 6), torch.tensor([0, 1, 2])
-        images, maps, resolution = attention_maps(generator, latents, labels, self.POINTS)
+        images, maps, resolution = attention_at(generator, latents, labels, self.POINTS)
         with torch.no_grad():
-            assert torch.equal(images, generator(latents, labels))
+            assert torch.equal(images, to_uint8(generator(latents, labels)))
         assert resolution == 16
         assert maps.shape == (3, 4, 8, 8)
         torch.testing.assert_close(maps.sum((2, 3)), torch.ones(3, 4))
@@ -114,7 +116,7 @@ class TestAttentionMaps:
         assert isinstance(layer, SelfAttention2d)
         with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])), torch.no_grad():
             generator(latents, labels)
-        _, maps, _ = attention_maps(generator, latents, labels, self.POINTS)
+        _, maps, _ = attention_at(generator, latents, labels, self.POINTS)
         with torch.no_grad():
             expected = layer.attention_weights(seen[0], [(0, 0), (15, 15), (8, 2), (8, 2)])
         assert torch.equal(maps, expected)
@@ -122,14 +124,14 @@ class TestAttentionMaps:
 
     def test_the_generator_is_left_as_it_was(self, generator: Generator) -> None:
         before = {name: value.clone() for name, value in generator.state_dict().items()}
-        attention_maps(generator, torch.randn(1, 6), torch.tensor([0]), self.POINTS)
+        attention_at(generator, torch.randn(1, 6), torch.tensor([0]), self.POINTS)
         assert all(value.equal(before[name]) for name, value in generator.state_dict().items())
         assert not any(module._forward_pre_hooks for module in generator.modules())
 
     @pytest.mark.parametrize("point", [(32, 0), (0, 32), (-1, 0), (5, 400)])
     def test_points_outside_the_image_are_refused(self, generator: Generator, point: tuple[int, int]) -> None:
         with pytest.raises(UserError, match=f"rows and columns from 0 to 31, got {point[0]},{point[1]}"):
-            attention_maps(generator, torch.randn(1, 6), torch.tensor([0]), [(0, 0), point])
+            attention_at(generator, torch.randn(1, 6), torch.tensor([0]), [(0, 0), point])
 
     @pytest.mark.parametrize(
         "config",
@@ -147,7 +149,7 @@ class TestAttentionMaps:
     )
     def test_a_generator_without_attention_is_refused(self, config: NetworkConfig) -> None:
         with pytest.raises(UserError, match="expected a generator with attention, found none"):
-            attention_maps(Generator(config).eval(), torch.randn(1, 128), None, [(0, 0)])
+            attention_at(Generator(config), torch.randn(1, 128), torch.tensor([0]), [(0, 0)])
 
     @pytest.mark.parametrize("resolution", [32, 64, 128, 256])
     def test_default_points_are_five_inside_the_image_with_the_centre_first(self, resolution: int) -> None:
@@ -196,7 +198,7 @@ class TestPlots:
     def test_curves_have_a_panel_for_each_group(self, tmp_path: Path, panels: int) -> None:
         curves = {"D": ([1, 2, 3], [0.5, 0.4, 0.3]), "G": ([1, 3], [1.0, 2.0])}
         path = tmp_path / "new" / "curves.png"
-        save_curves(path, [(f"panel {n}", curves) for n in range(panels)], title="t")
+        save_curves(path, [Panel(f"panel {n}", curves) for n in range(panels)], title="t")
         height, width = read(path).shape[1:]
         assert abs(height - (2.3 * panels + 0.4) * 130) <= 1
         assert width == 975
@@ -204,10 +206,10 @@ class TestPlots:
     def test_curves_of_other_values_give_another_picture(self, tmp_path: Path) -> None:
         pictures = []
         for values in ([1.0, 2.0, 3.0], [3.0, 1.0, 2.0]):
-            save_curves(tmp_path / "curves.png", [("loss", {"D": ([1, 2, 3], values)})])
+            save_curves(tmp_path / "curves.png", [Panel("loss", {"D": ([1, 2, 3], values)})])
             pictures.append(read(tmp_path / "curves.png"))
         assert (pictures[0] != pictures[1]).sum() > 100
 
     def test_a_panel_without_values_is_drawn_empty(self, tmp_path: Path) -> None:
-        save_curves(tmp_path / "curves.png", [("share", {"share": ([], [])})])
+        save_curves(tmp_path / "curves.png", [Panel("share", {"share": ([], [])})])
         assert read(tmp_path / "curves.png").size(2) == 975

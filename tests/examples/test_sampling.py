@@ -35,9 +35,9 @@ def trained(trained_run: Path) -> TrainedGenerator:
 
 
 def made(trained: TrainedGenerator, count: int, **settings: Any) -> dict[int, tuple[Tensor, int]]:
-    settings = {"seed": 0, "batch_size": 4, **settings}
+    settings = {"seed": 0, "batch_size": 4, "labels_in_use": trained.labels_in_use, **settings}
     found: dict[int, tuple[Tensor, int]] = {}
-    for numbers, images, labels in numbered_samples(trained, count, **settings):
+    for numbers, images, labels in numbered_samples(trained.generator, count, **settings):
         assert len(numbers) == len(images) == len(labels)
         for number, image, label in zip(numbers, images, labels.tolist(), strict=True):
             assert number not in found
@@ -118,7 +118,7 @@ class TestNumberedSamples:
         self, trained: TrainedGenerator, processes: int
     ) -> None:
         alone = made(trained, 13)
-        shared = [made(trained, 13, rank=rank, num_processes=processes) for rank in range(processes)]
+        shared = [made(trained, 13, rank=rank, world_size=processes) for rank in range(processes)]
         assert sum(map(len, shared)) == 13
         for part in shared:
             assert_same_samples(part, alone)

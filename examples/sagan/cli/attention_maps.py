@@ -8,8 +8,8 @@ from pathlib import Path
 from sagan.cli.parsing import check_positive
 from sagan.distributed import pick_device
 from sagan.errors import UserError
-from sagan.report.figures import attention_maps, default_points, save_attention_figure
-from sagan.sampling import Weights, load_generator, sample_inputs, to_uint8
+from sagan.report.figures import default_points, draw_attention
+from sagan.sampling import Weights, load_generator, sample_inputs
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,13 @@ class AttentionMaps:
 def run(command: AttentionMaps) -> int:
     """Run ``attention-maps`` and return the exit code."""
     check_positive(command, "count")
-    device = pick_device(command.device)
-    trained = load_generator(command.source, device, weights=command.weights)
+    trained = load_generator(command.source, pick_device(command.device), weights=command.weights)
     network = trained.config.network
     points = [_point(text) for text in command.points] or default_points(network.resolution)
     chosen = trained.chosen_labels(command.classes)
     latents, labels = sample_inputs(range(command.count), network, command.seed, chosen)
-    images, maps, resolution = attention_maps(
-        trained.generator,
-        latents.to(device),
-        labels.to(device) if network.num_classes else None,
-        points,
-    )
     names = [trained.class_name(int(label)) or "" for label in labels]
-    title = f"Where the marked points look (G's attention at {resolution}x{resolution})"
-    save_attention_figure(command.out, to_uint8(images), maps, points, names=names, title=title)
+    draw_attention(command.out, trained.generator, latents, labels, points, names=names)
     print(
         f"{command.count} images with {len(points)} maps each written to {command.out} ({trained.description})"
     )

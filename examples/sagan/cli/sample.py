@@ -66,12 +66,12 @@ def run(command: Sample) -> int:
     claim_folder(command.out, trained, count=command.count, seed=command.seed, classes=labels_in_use.tolist())
     written = 0
     for numbers, images, labels in numbered_samples(
-        trained,
+        trained.generator,
         command.count,
         seed=command.seed,
         batch_size=command.batch_size,
         rank=command.process,
-        num_processes=command.num_processes,
+        world_size=command.num_processes,
         labels_in_use=labels_in_use,
     ):
         for number, image, label in zip(numbers, images, labels, strict=True):
@@ -98,7 +98,7 @@ def _sample_grid(command: Sample, trained: TrainedGenerator, labels_in_use: torc
     # Whole rounds through the classes, so that each row gets as many as it has columns.
     per_class = -(-rows // len(labels_in_use)) * command.columns
     for _, images, labels in numbered_samples(
-        trained,
+        trained.generator,
         per_class * len(labels_in_use),
         seed=command.seed,
         batch_size=command.batch_size,

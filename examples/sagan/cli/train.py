@@ -136,16 +136,9 @@ def describe_config(config: RunConfig) -> str:
     """Return the resolved configuration, a line for each value, those marked that differ from the recipe's."""
     changed = differences(RECIPES[config.recipe](), config)
     lines = [f"Recipe {config.recipe}; * marks what differs from it"]
-
-    def add(values: dict[str, object], prefix: str) -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                add(value, f"{prefix}{name}.")
-            elif name != "recipe":
-                mark = "*" if prefix + name in changed else " "
-                lines.append(f"{mark} {prefix + name:<32} {value}")
-
-    add(config.to_dict(), "")
+    for name, value in config.by_name().items():
+        if name != "recipe":
+            lines.append(f"{'*' if name in changed else ' '} {name:<32} {value}")
     if config.network.num_classes is not None:
         with torch.device("meta"):
             counts = [count_parameters(kind(config.network)) for kind in (Generator, Discriminator)]

@@ -15,8 +15,8 @@ from torch import Tensor
 from sagan.data import open_dataset
 from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
 from sagan.recipes import RunConfig
-from sagan.report.figures import attention_maps, default_points, save_attention_figure, save_curves, save_grid
-from sagan.sampling import generate, load_generator, numbered_samples, sample_inputs, to_uint8
+from sagan.report.figures import Panel, default_points, draw_attention, save_curves, save_grid
+from sagan.sampling import generate, load_generator, numbered_samples, sample_inputs
 from sagan.train.checkpoint import checkpoints_in
 from sagan.train.logs import read_metrics, series
 from sagan.train.loop import TrainingResult, train
@@ -124,10 +124,12 @@ def draw_curves(out: Path) -> None:
     save_curves(
         out / "curves.png",
         [
-            ("loss", {"D": series(metrics, "d_loss"), "G": series(metrics, "g_loss")}),
-            ("attention's gamma", {name[6:].replace("_", " at "): series(metrics, name) for name in gammas}),
-            ("share with right label", {"share": series(quality, "share")}),
-            ("Frechet distance", {"distance": series(quality, "frechet")}),
+            Panel("loss", {"D": series(metrics, "d_loss"), "G": series(metrics, "g_loss")}),
+            Panel(
+                "attention's gamma", {name[6:].replace("_", " at "): series(metrics, name) for name in gammas}
+            ),
+            Panel("share with right label", {"share": series(quality, "share")}),
+            Panel("Frechet distance", {"distance": series(quality, "frechet")}),
         ],
         title="SAGAN learns the digits",
     )
@@ -152,7 +154,15 @@ def _judge_samples(result: TrainingResult, judge: Judge, real: Tensor) -> tuple[
     """Return the verdict on fresh samples, and ten of each digit."""
     config = result.trainer.config
     trained = load_generator(result.checkpoint, torch.device("cpu"))
-    blocks = list(numbered_samples(trained, VERDICT_SAMPLES, seed=config.seed + 1, batch_size=100))
+    blocks = list(
+        numbered_samples(
+            trained.generator,
+            VERDICT_SAMPLES,
+            seed=config.seed + 1,
+            batch_size=100,
+            labels_in_use=trained.labels_in_use,
+        )
+    )
     images = torch.cat([block[1] for block in blocks])
     labels = torch.cat([block[2] for block in blocks])
     right = agreement(judge, images, labels).double()
@@ -172,11 +182,8 @@ def _draw_attention(result: TrainingResult, path: Path) -> None:
     trained = load_generator(result.checkpoint, torch.device("cpu"))
     network = trained.config.network
     latents, labels = sample_inputs(range(10), network, trained.config.seed + 1)
-    points = default_points(network.resolution)
-    images, maps, resolution = attention_maps(trained.generator, latents, labels, points)
     names = [trained.class_names[int(label)] for label in labels]
-    title = f"Where the marked points look (G's attention at {resolution}x{resolution})"
-    save_attention_figure(path, to_uint8(images), maps, points, names=names, title=title)
+    draw_attention(path, trained.generator, latents, labels, default_points(network.resolution), names=names)
 
 
 def _what_was_written(out: Path) -> str:

@@ -1,4 +1,4 @@
-"""A run on one page: curves, pictures, and what happened, as a PNG and as an HTML file that needs no other."""
+"""A run's curves as a PNG, and a report as one HTML file with the pictures inside."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import base64
 import html
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sagan.errors import UserError
-from sagan.report.figures import save_curves
+from sagan.io import atomic_write_text
+from sagan.report.figures import Curve, Panel, save_curves
 from sagan.train.checkpoint import checkpoints_in
 from sagan.train.logs import read_metrics, series
 
-Curve = tuple[Sequence[float], Sequence[float]]
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
@@ -27,18 +27,16 @@ figcaption { color: #555; font-size: .85rem; } details { margin: .5rem 0; } code
 
 
 def draw_run(out: Path, path: Path) -> Path:
-    """Draw a run's curves: losses, logits, gamma, sigma, speed, and scores where it was evaluated.
+    """Draw the curves of a run: losses, logits, gamma, sigma, speed, and scores if it was evaluated.
 
     Args:
         out: the run's folder.
-        path: the PNG to write.
+        path: the PNG.
 
     Raises:
         UserError: if there are no metrics.
     """
-    rows = read_metrics(out)
-    if not rows:
-        raise UserError(f"expected metrics of a run in {out}, found none yet")
+    rows = _metrics(out)
     panels = _panels(rows)
     if not panels:
         raise UserError(f"expected metrics of a run in {out}, found none with a number yet")
@@ -46,42 +44,45 @@ def draw_run(out: Path, path: Path) -> Path:
     return path
 
 
-def _panels(rows: list[dict[str, Any]]) -> list[tuple[str, Mapping[str, Curve]]]:
+def _metrics(out: Path) -> list[dict[str, Any]]:
+    rows = read_metrics(out)
+    if not rows:
+        raise UserError(f"expected metrics of a run in {out}, found none yet")
+    return rows
+
+
+def _panels(rows: list[dict[str, Any]]) -> list[Panel]:
     names = list(dict.fromkeys(name for row in rows for name in row))
-
-    def curves(**wanted: str) -> dict[str, Curve]:
-        found = {label: series(rows, name) for label, name in wanted.items()}
-        return {label: curve for label, curve in found.items() if curve[0]}
-
-    gammas = {
-        name.removeprefix("gamma_").replace("_", " at "): name for name in names if name.startswith("gamma_")
+    gammas = [name for name in names if name.startswith("gamma_")]
+    curves: dict[str, dict[str, Curve]] = {
+        "loss": {"D": series(rows, "d_loss"), "G": series(rows, "g_loss")},
+        "mean logit of D": {"real": series(rows, "real_logits"), "generated": series(rows, "fake_logits")},
+        "attention's gamma": {name[6:].replace("_", " at "): series(rows, name) for name in gammas},
+        "largest sigma": {network.upper(): _largest_sigma(rows, network) for network in "gd"},
+        "images a second": {"speed": series(rows, "images_per_s")},
+        "share of time waiting for data": {"share": series(rows, "data_wait_share")},
     }
-    panels: list[tuple[str, Mapping[str, Curve]]] = [
-        ("loss", curves(D="d_loss", G="g_loss")),
-        ("mean logit of D", curves(real="real_logits", generated="fake_logits")),
-        ("attention's gamma", curves(**gammas)),
-        (
-            "largest sigma",
-            {short.upper(): curve for short in "gd" if (curve := _largest_sigma(rows, short))[0]},
-        ),
-        ("images a second", curves(speed="images_per_s")),
-        ("share of time waiting for data", curves(share="data_wait_share")),
+    for name in _scores(rows):
+        # Broken at hyphens, to fit beside the panel.
+        curves[textwrap.fill(name.removeprefix("evaluation/"), 20)] = {"score": series(rows, name)}
+    panels = [
+        Panel(label, {name: curve for name, curve in found.items() if curve[0]})
+        for label, found in curves.items()
     ]
-    scores = [name for name in names if name.startswith("evaluation/")]
-    panels += [(_short_lines(name.removeprefix("evaluation/")), curves(score=name)) for name in scores]
-    return [(label, found) for label, found in panels if found]
+    return [panel for panel in panels if panel.curves]
 
 
-def _short_lines(name: str) -> str:
-    """Break the name of a figure at hyphens, to fit beside a panel."""
-    return textwrap.fill(name, 20)
+def _scores(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith("evaluation/")))
 
 
-def _largest_sigma(rows: list[dict[str, Any]], short: str) -> Curve:
+def _largest_sigma(rows: list[dict[str, Any]], network: str) -> Curve:
     found = [
         (float(row["iteration"]), max(values))
         for row in rows
-        if (values := [value for name, value in row.items() if name.startswith(f"sigma_{short}.") and value])
+        if (
+            values := [value for name, value in row.items() if name.startswith(f"sigma_{network}.") and value]
+        )
     ]
     return [iteration for iteration, _ in found], [value for _, value in found]
 
@@ -97,12 +98,10 @@ def write_report(out: Path, path: Path | None = None) -> Path:
         The path of the file.
 
     Raises:
-        UserError: if it is not the folder of a run.
+        UserError: if this is not the folder of a run.
     """
     path = path or out / "report.html"
-    rows = read_metrics(out)
-    if not rows:
-        raise UserError(f"expected metrics of a run in {out}, found none yet")
+    rows = _metrics(out)
     config = json.loads((out / "config.json").read_text())
     curves = draw_run(out, out / "curves.png")
     parts = [
@@ -123,37 +122,32 @@ def write_report(out: Path, path: Path | None = None) -> Path:
         f"<title>{html.escape(out.name)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    atomic_write_text(path, text)
     return path
 
 
 def _summary(out: Path, config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     last = next((row for row in reversed(rows) if "d_loss" in row), rows[-1])
     speeds = sorted(series(rows, "images_per_s")[1])
-    kept = [path.name for path in checkpoints_in(out / "checkpoints")]
-    facts: list[tuple[str, str]] = [
-        ("iterations", f"{rows[-1]['iteration']:,} of {config['iterations']:,}"),
-        ("batch", f"{config['batch_size']}, {config['network']['resolution']} pixels"),
-        ("classes", str(config["network"]["num_classes"])),
-        ("losses", f"D {_number(last.get('d_loss'))}, G {_number(last.get('g_loss'))}"),
-        ("images a second", f"{speeds[len(speeds) // 2]:.1f} (median)" if speeds else "not logged"),
-        (
-            "checkpoints",
-            ", ".join(kept) + (" and best.pt" if (out / "checkpoints" / "best.pt").exists() else ""),
-        ),
-    ]
-    problems = sum(row.get("skipped_updates", 0) for row in rows)
-    facts.append(("updates left out", f"{problems}"))
-    facts += [
-        ("alarm", f"iteration {row['iteration']:,}: {row['alarm']}") for row in rows if row.get("alarm")
-    ]
-    return _table([[name, value] for name, value in facts])
+    saved = ", ".join(path.name for path in checkpoints_in(out / "checkpoints"))
+    best = " and best.pt" if (out / "checkpoints" / "best.pt").exists() else ""
+    alarms = [f"iteration {row['iteration']:,}: {row['alarm']}" for row in rows if row.get("alarm")]
+    return _table(
+        [
+            ("iterations", f"{rows[-1]['iteration']:,} of {config['iterations']:,}"),
+            ("batch", f"{config['batch_size']}, {config['network']['resolution']} pixels"),
+            ("classes", str(config["network"]["num_classes"])),
+            ("losses", f"D {_number(last.get('d_loss'))}, G {_number(last.get('g_loss'))}"),
+            ("images a second", f"{speeds[len(speeds) // 2]:.1f} (median)" if speeds else "not logged"),
+            ("checkpoints", saved + best),
+            ("skipped updates", str(sum(row.get("skipped_updates", 0) for row in rows))),
+            *(("alarm", alarm) for alarm in alarms),
+        ]
+    )
 
 
 def _evaluations(rows: list[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row if name.startswith("evaluation/")))
+    names = _scores(rows)
     found = [row for row in rows if any(name in row for name in names)]
     if not found:
         return "<p>This run was not evaluated in training.</p>"
@@ -189,7 +183,7 @@ def _picture(path: Path, caption: str) -> str:
 
 
 def _few(paths: Sequence[Path]) -> list[Path]:
-    """The first, one from the middle, and the last."""
+    """Return the first, the middle and the last."""
     return list(dict.fromkeys([paths[0], paths[len(paths) // 2], paths[-1]])) if paths else []
 
 

@@ -21,8 +21,8 @@ from sagan.distributed import World, check_agreement, pick_device
 from sagan.errors import UserError
 from sagan.io import locked
 from sagan.recipes import RunConfig, config_from_dict, differences
-from sagan.report.figures import attention_maps, default_points, save_attention_figure, save_grid
-from sagan.sampling import generate, sample_inputs, to_uint8
+from sagan.report.figures import default_points, draw_attention, save_grid
+from sagan.sampling import generate, sample_inputs
 from sagan.train.checkpoint import (
     BEST,
     CheckpointError,
@@ -414,25 +414,13 @@ class _Writer:
         if not any(isinstance(layer, SelfAttention2d) for layer in generator.modules()):
             return
         chosen = torch.linspace(0, len(self._labels) - 1, min(_ATTENTION_IMAGES, len(self._labels))).long()
-        latents, labels = (
-            tensor[chosen].to(self._trainer.device) for tensor in (self._latents, self._labels)
-        )
-        points = default_points(self._config.network.resolution)
-        was_training = generator.training
-        generator.eval()
-        try:
-            images, maps, resolution = attention_maps(
-                generator, latents, labels if self._config.network.head_classes else None, points
-            )
-        finally:
-            generator.train(was_training)
-        save_attention_figure(
+        draw_attention(
             path,
-            to_uint8(images),
-            maps,
-            points,
+            generator,
+            self._latents[chosen],
+            self._labels[chosen],
+            default_points(self._config.network.resolution),
             names=names and [names[int(index)] for index in chosen],
-            title=f"Where the marked points look (G's attention at {resolution}x{resolution})",
         )
 
     def write_checkpoint(self, alarm: CollapseAlarm) -> None:
