@@ -7,7 +7,6 @@ Generated images of ImageNet's sizes; see benchmarks/README.md.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -15,26 +14,25 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import PIL
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import harness
-from sagan.data import ImageFolderDataset, PackedDataset, make_loader, scan_image_tree, verify
-from sagan.data.packed import content_checksum, file_entry, image_header
+from sagan.data import ImageDataset, ImageFolderDataset, PackedDataset, make_loader, scan_image_tree, verify
+from sagan.data.packed_format import content_checksum, file_entry, image_header
 from sagan.data.prefetch import usable_cpus
 from sagan.prepare import Prepared, SourceOptions, list_source, prepare
 from sagan.prepare.synthetic import SyntheticSet, write_layout
@@ -42,6 +40,7 @@ from sagan.prepare.synthetic import SyntheticSet, write_layout
 BATCH = 256
 PREPARE, READ, READ_COLD = "prepare", "random batches, warm", "random batches, cold"
 Pixels = npt.NDArray[np.uint8]
+Turn = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class Scale:
     Attributes:
         resolution: side of the prepared images.
         images: what is generated.
-        copies: how many times each prepared image stands in the set that is read.
+        copies: how many times the set that is read repeats each prepared image.
         rounds: turns of each contender.
-        prepare_rounds: likewise where a set is prepared, whose times scatter more.
+        prepare_rounds: turns where a set is prepared, whose times scatter more.
         batches: batches of one turn of a loader that decodes; fast readers take ten times as many.
     """
 
@@ -75,9 +74,6 @@ QUICK = Scale(
 )
 
 
-# --- preparing --------------------------------------------------------------------------------------------
-
-
 def pillow_alone(path: Path, resolution: int) -> Pixels:
     """Decode, crop and resize one file, and nothing else."""
     with Image.open(path) as image:
@@ -89,13 +85,13 @@ def pillow_alone(path: Path, resolution: int) -> Pixels:
 
 
 def decode_all(task: tuple[Sequence[Path], int]) -> float:
-    """Run Pillow over some files; return something of every image, so that none is left out."""
+    """Run Pillow over some files; return a sum over all images, so that none can be skipped."""
     paths, resolution = task
     return sum(float(pillow_alone(path, resolution)[0, 0, 0]) for path in paths)
 
 
 def time_pillow(paths: Sequence[Path], resolution: int, workers: int) -> float:
-    """Return the seconds that Pillow alone takes on that many processes, which have begun before."""
+    """Return the seconds that Pillow alone takes on that many processes, which run already."""
     tasks = [(paths[start : start + 32], resolution) for start in range(0, len(paths), 32)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         list(pool.map(decode_all, tasks[:workers]))
@@ -127,25 +123,17 @@ def measure_prepare(root: Path, scale: Scale, results: harness.Results) -> Path:
         decoding[f"ours: {layout}"].append(made[layout].packed / made[layout].seconds)
         return seconds
 
-    def layout_turn(layout: str) -> Callable[[], float]:
-        return lambda: turn(layout)
-
-    contenders: dict[str, Callable[[], float]] = {
+    contenders: dict[str, Turn] = {
         "Pillow alone": lambda: time_pillow(shuffled, scale.resolution, workers),
-        **{f"ours: {layout}": layout_turn(layout) for layout in sources},
+        **{f"ours: {layout}": partial(turn, layout) for layout in sources},
     }
-    identity = {
-        "suite": PREPARE,
-        "case": f"{len(paths)} files to {scale.resolution} pixels, {workers} processes",
-    }
-    rows = alternate(
-        contenders, dict.fromkeys(contenders, len(paths)), scale.prepare_rounds, identity, "Pillow alone"
-    )
-    for row in rows:
-        if rates := decoding.get(row["contender"]):
-            row["decoding_images_per_s"] = statistics.median(rates[1:])
+    case = f"{len(paths)} files to {scale.resolution} pixels, {workers} processes"
+    images = dict.fromkeys(contenders, len(paths))
+    record = alternate(PREPARE, case, contenders, images, scale.prepare_rounds)
+    for name, rates in decoding.items():
+        record["contenders"][name]["decoding_images_per_s"] = statistics.median(rates[1:])
     check_prepared(made, paths, scale.resolution)
-    results.add(rows)
+    results.add(record)
     return made["folder"].manifest.folder
 
 
@@ -163,11 +151,8 @@ def check_prepared(made: Mapping[str, Prepared], paths: Sequence[Path], resoluti
             raise harness.WrongResultError(f"image {row} is not what Pillow makes of {paths[row].name}")
 
 
-# --- reading ----------------------------------------------------------------------------------------------
-
-
 def enlarged(folder: Path, copies: int, out: Path) -> Path:
-    """Write a prepared set in which each image of another stands several times, too large for a CPU's cache."""
+    """Write a prepared set that repeats each image of another, too large for a CPU's cache."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     images = np.load(folder / "images.npy", mmap_mode="r")
     out.mkdir()
@@ -234,7 +219,7 @@ def drop_from_cache(path: Path) -> None:
 
 
 def measure_warm(root: Path, packed: Path, scale: Scale, results: harness.Results) -> None:
-    """Measure random batches from a prepared set in the system's cache, and from JPEG files through two loaders."""
+    """Measure random batches of a prepared set in the system's cache, and of JPEG files through two loaders."""
     tree_root = root / "folder" / "train"
     dataset = PackedDataset(packed)
     check_readers(dataset, tree_root, scale)
@@ -244,12 +229,9 @@ def measure_warm(root: Path, packed: Path, scale: Scale, results: harness.Result
     array = np.load(packed / "images.npy", mmap_mode="r")
     decoder = ImageFolderDataset(scan_image_tree(tree_root), scale.resolution, cache_mib=0)
 
-    def our_loader(
-        of: PackedDataset | ImageFolderDataset, num_workers: int, batches: int
-    ) -> Callable[[], float]:
-        return lambda: time_stream(
-            make_loader(of, batch_size=BATCH, seed=0, num_workers=num_workers), batches
-        )
+    def our_loader(dataset: ImageDataset, num_workers: int, batches: int) -> float:
+        loader = make_loader(dataset, batch_size=BATCH, seed=0, num_workers=num_workers)
+        return time_stream(loader, batches)
 
     def plain() -> float:
         plain_set = PlainImageFolder(tree_root, scale.resolution)
@@ -257,26 +239,22 @@ def measure_warm(root: Path, packed: Path, scale: Scale, results: harness.Result
         loader = DataLoader(plain_set, BATCH, sampler=indices, num_workers=workers)
         return time_stream(iter(loader), scale.batches)
 
-    contenders = {
-        "plain ImageFolder loader": (plain, scale.batches),
-        "ours: JPEG loader": (our_loader(decoder, workers, scale.batches), scale.batches),
-        "numpy memory map": (lambda: time_draws(array.__getitem__, draws), fast),
-        "ours: packed, fetch": (lambda: time_draws(dataset.fetch, draws), fast),
-        "ours: packed, loader": (our_loader(dataset, 0, fast), fast),
-        "ours: packed, loader of 1 process": (our_loader(dataset, 1, fast), fast),
+    contenders: dict[str, Turn] = {
+        "plain ImageFolder loader": plain,
+        "ours: JPEG loader": partial(our_loader, decoder, workers, scale.batches),
+        "numpy memory map": partial(time_draws, array.__getitem__, draws),
+        "ours: packed, fetch": partial(time_draws, dataset.fetch, draws),
+        "ours: packed, loader": partial(our_loader, dataset, 0, fast),
+        "ours: packed, loader of 1 process": partial(our_loader, dataset, 1, fast),
     }
-    rows = alternate(
-        {name: run for name, (run, _) in contenders.items()},
-        {name: count * BATCH for name, (_, count) in contenders.items()},
-        scale.rounds,
-        {"suite": READ, "case": describe(dataset)},
-        "plain ImageFolder loader",
-    )
-    results.add(rows)
+    images = {
+        name: (scale.batches if "JPEG" in name or "plain" in name else fast) * BATCH for name in contenders
+    }
+    results.add(alternate(READ, describe(dataset), contenders, images, scale.rounds))
 
 
 def measure_cold(packed: Path, scale: Scale, results: harness.Results) -> None:
-    """Measure random batches from a prepared set that the system has forgotten; nothing may have it mapped."""
+    """Measure random batches of a prepared set that the system's cache does not hold; nothing may have it mapped."""
     if not hasattr(os, "posix_fadvise"):
         return
     case = describe(PackedDataset(packed))
@@ -291,9 +269,9 @@ def measure_cold(packed: Path, scale: Scale, results: harness.Results) -> None:
         drop_from_cache(packed / "images.npy")
         return time_draws(np.load(packed / "images.npy", mmap_mode="r").__getitem__, draws)
 
-    runs = {"numpy memory map": memory_map, "ours: packed, fetch": ours}
-    identity = {"suite": READ_COLD, "case": case}
-    results.add(alternate(runs, dict.fromkeys(runs, draws.size), scale.rounds, identity, "numpy memory map"))
+    contenders = {"numpy memory map": memory_map, "ours: packed, fetch": ours}
+    images = dict.fromkeys(contenders, draws.size)
+    results.add(alternate(READ_COLD, case, contenders, images, scale.rounds))
 
 
 def time_draws(read: Callable[[Any], object], draws: npt.NDArray[np.int64]) -> float:
@@ -325,130 +303,33 @@ def check_readers(dataset: PackedDataset, tree_root: Path, scale: Scale) -> None
             raise harness.WrongResultError(f"the plain loader's image {index} differs")
 
 
-# --- both -------------------------------------------------------------------------------------------------
-
-
 def alternate(
-    contenders: Mapping[str, Callable[[], float]],
-    images: Mapping[str, int],
-    rounds: int,
-    identity: Mapping[str, str],
-    baseline: str,
-) -> list[harness.Row]:
-    """Run the contenders in turn, after one turn that does not count; return a row of rates for each.
+    suite: str, case: str, contenders: Mapping[str, Turn], images: Mapping[str, int], rounds: int
+) -> harness.Row:
+    """Run the contenders in turn, after one turn that does not count; return the record of the case.
 
     Args:
-        contenders: each returns the seconds of one turn.
+        suite: the table.
+        case: the table's line.
+        contenders: each returns the seconds of one turn; the first one is the baseline.
         images: how many images a turn of each is.
         rounds: turns that count.
-        identity: suite and case.
-        baseline: the contender that ratios are taken to.
     """
     names = list(contenders)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds + 1):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            taken = contenders[name]()
-            if turn:
-                seconds[name].append(taken)
-    rows: list[harness.Row] = []
-    for name in names:
-        times_ms = [1e3 * value * BATCH / images[name] for value in seconds[name]]
-        timing = harness.Timing(times_ms)
-        rows.append(
-            {
-                **identity,
-                "contender": name,
-                "status": "ok",
-                "time_ms": timing.median_ms(),  # for 256 images
-                "time_quartiles_ms": list(timing.quartiles_ms()),
-                "images_per_s": 1e3 * BATCH / timing.median_ms(),
-                "images_per_s_quartiles": [1e3 * BATCH / each for each in reversed(timing.quartiles_ms())],
-                "samples": len(times_ms),
-            }
-        )
-    base = next(row["images_per_s"] for row in rows if row["contender"] == baseline)
-    for row in rows:
-        row["rate_ratio"] = row["images_per_s"] / base
-        row["time_ratio"] = 1 / row["rate_ratio"]
-        low, high = row["images_per_s_quartiles"]
-        print(
-            f"{row['suite']} | {row['contender']}: {row['images_per_s']:,.0f} img/s [{low:,.0f}, {high:,.0f}], "
-            f"{row['rate_ratio']:.2f} of {baseline}",
-            flush=True,
-        )
-    return rows
-
-
-def markdown(data: harness.Row) -> str:
-    """Return the rates as Markdown, a table a suite."""
-    found = data["environment"]
-    lines = [
-        f"{found['cpu']}, {found['cores_used']} cores; torch {found['torch']}, Pillow {found['pillow']}, "
-        f"Python {found['python']}, commit {str(found['commit'])[:12]}{' (dirty)' if found['dirty'] else ''}, "
-        f"{found['date']}.",
-        "",
-    ]
-    for suite in dict.fromkeys(row["suite"] for row in data["rows"]):
-        rows = [row for row in data["rows"] if row["suite"] == suite]
-        lines += [f"## {suite}", "", f"{rows[0]['case']}.", ""]
-        lines += ["| contender | images/s | quartiles | of the first |", "|---|---:|---:|---:|"]
-        for row in rows:
-            low, high = row["images_per_s_quartiles"]
-            decoding = row.get("decoding_images_per_s")
-            note = f" (while decoding {decoding:,.0f})" if decoding else ""
-            lines.append(
-                f"| {row['contender']} | {row['images_per_s']:,.0f}{note} | {low:,.0f} to {high:,.0f} "
-                f"| {row['rate_ratio']:.2f} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def plot(data: harness.Row, path: Path) -> Path | None:
-    """Draw the rates as bars; nothing, with a line that says so, where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("No plot: matplotlib is not installed (pip install matplotlib).")
-        return None
-    suites = list(dict.fromkeys(row["suite"] for row in data["rows"]))
-    counts = [sum(row["suite"] == suite for row in data["rows"]) for suite in suites]
-    figure = Figure(figsize=(9, 1.3 + 0.45 * sum(counts)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(suites), 1, height_ratios=counts, squeeze=False)[:, 0]
-    for panel, suite in zip(panels, suites, strict=True):
-        rows = [row for row in data["rows"] if row["suite"] == suite]
-        rates = [row["images_per_s"] for row in rows]
-        colours = ["C0" if row["contender"].startswith("ours") else "0.6" for row in rows]
-        bars = panel.barh([row["contender"] for row in rows], rates, color=colours)
-        panel.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
-        panel.invert_yaxis()
-        panel.set_title(suite, loc="left", fontsize=10)
-        panel.set_xscale("log" if suite == READ else "linear")
-        panel.set_xlim(right=max(rates) * (4 if suite == READ else 1.2))
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("images a second")
-    found = data["environment"]
-    figure.suptitle(f"{found['cpu']}, {found['cores_used']} cores", fontsize=10)
-    figure.savefig(path, dpi=120)
-    return path
+    times_s: dict[str, list[float]] = {name: [] for name in names}  # of BATCH images
+    for name in harness.in_turn(names, rounds + 1):
+        times_s[name].append(contenders[name]() * BATCH / images[name])
+    measurements = {name: harness.measurement(times[1:]) for name, times in times_s.items()}
+    rows = harness.timed_rows(measurements, names[0], BATCH)
+    return {"suite": suite, "case": case, "baseline": names[0], "contenders": rows}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write JSON, table and plot; return 1 if a result was wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_data", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--quick", action="store_true", help="few small images: is everything in order?")
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="data is read by the CPU")
-    parser.add_argument("--out", type=Path, default=harness.ROOT / "benchmarks" / "results" / "data_cpu.json")
-    parser.add_argument("--folder", type=Path, help="where to put some 2 GB of images while it runs")
+    """Measure and write everything; return 1 if a result was wrong."""
+    parser = harness.argument_parser("data", __doc__, cuda=False)
+    parser.add_argument("--folder", type=Path, help="where to put 2 GB of images while it runs")
     options = parser.parse_args(arguments)
-    results = harness.Results(options.out, options.device)
-    results.data["environment"]["pillow"] = PIL.__version__
+    results = harness.open_results(options)
     scale = QUICK if options.quick else Scale()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         root = Path(folder)
@@ -460,13 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except harness.WrongResultError as error:
             print(f"wrong: {error}")
             return 1
-    results.finish()
-    table = options.out.with_suffix(".md")
-    table.write_text(markdown(results.data), encoding="utf-8")
-    plot(results.data, options.out.with_name(f"{options.out.stem}_rates.png"))
-    print(f"Wrote {options.out} and {table.name}")
-    return 0
+    return results.finish()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

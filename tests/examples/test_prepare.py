@@ -111,9 +111,9 @@ class TestSources:
         source = made(layout) / (train if split == "train" else val)
         found = pack(source, tmp_path / "found", split=split, workers=2)
         assert found.manifest.checksum == expected.manifest.checksum
-        assert found.manifest.class_names == tuple(MADE.wnids)
+        assert found.manifest.class_names == MADE.wnids
         if (layout, split) != ("tars", "train"):  # a tar has no words
-            assert found.manifest.values["class_words"] == MADE.words
+            assert found.manifest.class_words == MADE.words
         files = [snapshot(each.manifest.folder) for each in (expected, found)]
         for name in ("images.npy", "labels.npy", "digests.npy", "names.txt"):
             assert files[0][name] == files[1][name]
@@ -165,14 +165,14 @@ class TestSources:
                 add_member(outer, f"{wnid}.tar", inner.getvalue())
             add_member(outer, "README", b"x")
         prepared = pack(tmp_path / "t.tar", tmp_path / "set")
-        assert prepared.manifest.class_names == WNIDS[:3]
-        assert prepared.manifest.values["images_per_class"] == [2, 0, 1]
+        assert prepared.manifest.class_names == list(WNIDS[:3])
+        assert prepared.manifest.images_per_class == [2, 0, 1]
         assert prepared.report["empty_classes"] == [WNIDS[1]]
         assert prepared.report["not_images"] == {".txt": 3, "no extension": 1}
 
     def test_any_folder_tree_is_a_source(self, tmp_path: Path) -> None:
         write_image_tree(tmp_path / "src", class_names=("zebra", "Ant"), images_per_class=2, sizes=[(30, 20)])
-        assert pack(tmp_path / "src", tmp_path / "set").manifest.class_names == ("Ant", "zebra")
+        assert pack(tmp_path / "src", tmp_path / "set").manifest.class_names == ["Ant", "zebra"]
 
 
 @has_pyarrow
@@ -196,8 +196,8 @@ class TestParquet:
         rows.append((f"{WNIDS[0]}_9_{WNIDS[0]}.JPEG", 0, jpeg_bytes(99)))
         write_shard(tmp_path / "a.parquet", rows, ["second", "first"])
         prepared = pack(tmp_path / "a.parquet", tmp_path / "set")
-        assert prepared.manifest.class_names == WNIDS[:2]
-        assert prepared.manifest.values["class_words"] == ["first", "second"]
+        assert prepared.manifest.class_names == list(WNIDS[:2])
+        assert prepared.manifest.class_words == ["first", "second"]
         assert prepared.report["name_of_another_class"] == [
             {"file": f"{WNIDS[1]}/{WNIDS[0]}_9.JPEG", "detail": f"named after {WNIDS[0]}"}
         ]
@@ -435,7 +435,7 @@ class TestBadFiles:
             f"{WNIDS[1]}/palette.JPEG": "holds PNG",
             f"{WNIDS[1]}/grey16.JPEG": "holds PNG",
         }
-        counts = prepared.manifest.values["counts"]
+        counts = prepared.manifest.counts
         assert counts["listed"] == counts["packed"] + counts["unreadable"] == report["listed"]
         assert (
             counts["packed"] == prepared.manifest.num_images == len(np.load(tmp_path / "set" / "labels.npy"))
@@ -893,7 +893,7 @@ class TestVerify:
         self, sound: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main("prepare", "--verify", sound) == 0
-        assert "Sound: every image" in capsys.readouterr().out
+        assert "Intact: all images" in capsys.readouterr().out
         flip(sound / "images.npy", 2000)
         assert main("prepare", "--verify", sound) == 1
         assert "1 of 24 images are damaged" in capsys.readouterr().out
@@ -1008,7 +1008,7 @@ class TestCommand:
         assert "10 of 10 images (100.0%)" in text
         assert "10 images listed = 10 packed + 0 unreadable" in text
         assert main("prepare", *options, "--out", tmp_path / "set") == 0
-        assert "is finished already" in capsys.readouterr().out
+        assert "is already complete" in capsys.readouterr().out
 
         train = ["train", "--data", tmp_path / "set", *self.SMALL, "--network.resolution", 32]
         for name, steps in (("whole", (3,)), ("parts", (2, 3))):
@@ -1087,7 +1087,7 @@ class TestCommand:
         monkeypatch.setattr(packing, "pack_part", stops)
         options = ["--source", made("folder"), "--out", tmp_path / "set", "--workers", 1]
         assert main("prepare", *options) == INTERRUPTED
-        assert "The same command goes on" in capsys.readouterr().out
+        assert "The same command resumes" in capsys.readouterr().out
 
 
 class TestSynthetic:

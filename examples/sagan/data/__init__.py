@@ -8,7 +8,8 @@ from sagan.data.folder import ImageFolderDataset
 from sagan.data.inspection import CheckMode, PreflightReport, UnreadableFile, preflight
 from sagan.data.loading import ResumableBatchSampler, horizontal_flips, make_loader
 from sagan.data.opening import check_dataset, open_dataset
-from sagan.data.packed import PackedDataset, PackedError, is_prepared, read_manifest, verify
+from sagan.data.packed import PackedDataset
+from sagan.data.packed_format import PackedError, read_manifest, verify
 from sagan.data.tree import IMAGE_EXTENSIONS, DatasetError, ImageTree, PathTable, scan_image_tree
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "check_dataset",
     "decode_image",
     "horizontal_flips",
-    "is_prepared",
     "make_loader",
     "open_dataset",
     "prefetch_to_device",

@@ -16,10 +16,10 @@ from sagan.io import atomic_write_text
 
 @dataclass(frozen=True)
 class DatasetCheck:
-    """What a check of a data set found.
+    """The result of `ImageDataset.check`.
 
     Attributes:
-        text: for people.
+        text: what to print.
         unreadable: files that cannot be used, as `ImageDataset.without` takes them.
         report_name: name of the file that holds the whole report in a run's folder.
         report: its text.
@@ -43,11 +43,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
         num_classes: number of classes.
         labels: int64 [N], the label of each index.
         resolution: side of the images in pixels, R.
-        resample: filter that resized them.
+        resample: filter of the resize.
         draft: whether JPEG files may be decoded at a fraction of their size.
-        split: the part of its source that the set is, or "all"; None if it does not say.
+        split: "train", "val" or the like, "all" if the source has no parts; None if it is not known.
         failures: files found unreadable so far, in this process.
-        prefetched_batches: how many batches are worth fetching ahead on a thread where no worker processes do.
+        prefetched_batches: how many batches are worth fetching ahead on a thread if there are no worker processes.
     """
 
     class_names: tuple[str, ...]
@@ -78,13 +78,13 @@ class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Return text that changes when the list of images or of classes does.
+        """Return text that changes when an image or a class is added, removed or renamed.
 
-        A checkpoint that stores it can tell on resume whether a batch number still means the same images.
+        A checkpoint stores it, so that a resumed run can tell whether a batch number still means the same images.
         """
 
     def identity(self) -> str:
-        """Return text that changes when any pixel may have changed; features of the images are cached by it."""
+        """Return text that changes when any pixel may have changed; cached features are found by it."""
         return self.fingerprint()
 
     @abc.abstractmethod
@@ -108,11 +108,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
         return self
 
     def in_memory(self, cache_mib: float, *, progress: bool = False) -> ImageDataset:
-        """Return this set with its images decoded in memory, if decoding pays and they fit into ``cache_mib``."""
+        """Return this set with its images decoded in memory, if that saves work and they fit into `cache_mib`."""
         return self
 
     def for_evaluation(self) -> ImageDataset:
-        """Return the same images decoded in full, none of them kept in memory."""
+        """Return this set with its images decoded in full and not cached: an evaluation reads each image once."""
         return self
 
     def __len__(self) -> int:

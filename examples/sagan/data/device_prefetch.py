@@ -1,4 +1,4 @@
-"""Batches brought to the device while the step before them runs."""
+"""Copies each batch to the GPU while the step before it runs: work for a CUDA stream, not for a thread."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Batch = tuple[Tensor, Tensor]
 
 
 def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield batches on the device; on CUDA each is copied, by a stream of its own, one step ahead.
+    """Yield batches on the device; on CUDA a separate stream copies each one step ahead.
 
     Args:
-        batches: on the CPU, in pinned memory for copies that do not make the host wait.
-        device: where they are wanted.
+        batches: on the CPU; in pinned memory the host does not wait for the copies.
+        device: target of the copies.
     """
     if device.type != "cuda":
         for pixels, labels in batches:

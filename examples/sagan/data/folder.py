@@ -1,4 +1,4 @@
-"""A folder of image files, a subfolder for each class, as a data set; kept decoded in memory where it fits."""
+"""A folder of image files, one subfolder for each class, as a data set; decoded images are cached if they fit."""
 
 from __future__ import annotations
 
@@ -34,14 +34,13 @@ def open_folder(path: Path, resolution: int, config: DataConfig) -> ImageFolderD
 class ImageFolderDataset(ImageDataset):
     """Images of a tree as uint8 tensors [3, R, R] with their labels.
 
-    If all decoded images together take at most `cache_mib`, they are decoded here, once, into one tensor, and
-    every fetch reads from it. Otherwise each fetch decodes its files.
+    If all decoded images together take at most `cache_mib`, they are decoded once, here, into one tensor. Otherwise
+    each fetch decodes its files.
 
-    A file that turns out unreadable does not stop training: its index serves the next readable image of the
-    same class (round to the class's start; if the class has none, the next readable image of any class, with
-    that image's own label). The choice depends on the files alone. Each such file is logged once as a
-    warning, and listed in `failures`; DataLoader workers log and list in their own process. With
-    `tree.without(report.unreadable_paths)` from a full preflight there are none.
+    An unreadable file does not stop training: its index serves the next readable image of the same class (wrapping
+    around; if the class has none, the next readable image of any class, with that image's label). The choice
+    depends on the files alone. Each such file is logged once as a warning and listed in `failures`; DataLoader
+    workers log and list in their own process. After `without(unreadable)` of a full check there are none.
     """
 
     def __init__(
@@ -52,22 +51,20 @@ class ImageFolderDataset(ImageDataset):
         resample: str = "bilinear",
         draft: bool = False,
         cache_mib: float = 2048,
-        threads: int | None = None,
         progress: bool = False,
     ) -> None:
         """Decode the images if they fit into `cache_mib`.
 
         Args:
-            tree: the images to serve.
+            tree: the images.
             resolution: side of the images in pixels, R.
             resample: see `decode_image`.
             draft: see `decode_image`.
-            cache_mib: most memory for decoded images, in MiB; 0 keeps none.
-            threads: threads that fill the cache; None takes one for each CPU.
-            progress: draw a progress bar while the cache is filled.
+            cache_mib: most memory for decoded images, in MiB; 0 caches none.
+            progress: draw a progress bar while decoding.
 
         Raises:
-            ValueError: an option is not one that is served.
+            ValueError: an option is not supported.
             DatasetError: there is no image, or none that can be read.
         """
         check_decode_options(resolution, resample)
@@ -79,29 +76,23 @@ class ImageFolderDataset(ImageDataset):
                 "Likely fix: read the preflight report, which lists each unreadable file with its reason."
             )
         self.tree = tree
+        self.split = tree.split
         self.class_names = tree.class_names
         self.num_classes = tree.num_classes
         self.labels = torch.from_numpy(tree.labels.copy())
         self.resolution = resolution
         self.resample = resample
         self.draft = draft
-        self.split = tree.split
         self.failures = []
         self._failed: set[int] = set()
         self._cache: Tensor | None = None
-        # The index whose image is served for each index: its own, unless that file failed.
+        # The index whose image each index serves: itself, unless its file is unreadable.
         self._served = torch.arange(len(tree.paths))
-        if self.cache_mib_needed <= cache_mib:
-            self._fill_cache(threads, progress)
-
-    @property
-    def cache_mib_needed(self) -> float:
-        """Memory that all images take when decoded, in MiB."""
-        return len(self) * 3 * self.resolution**2 / 2**20
+        if len(self) * 3 * resolution**2 <= cache_mib * 2**20:
+            self._fill_cache(progress)
 
     @property
     def cached(self) -> bool:
-        """Whether every image is in memory."""
         return self._cache is not None
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -119,11 +110,10 @@ class ImageFolderDataset(ImageDataset):
         return images, self.labels[sources]
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the tree; see `ImageTree.fingerprint`."""
         return self.tree.fingerprint()
 
     def identity(self) -> str:
-        """Return 64 hex digits of the files' names, sizes and times of change, and of the filter."""
+        """Return 64 hex digits of the files' names, sizes and modification times, and of the filter."""
         digest = hashlib.sha256(f"{self.fingerprint()} {self.resample}\n".encode())
         for path in self.tree.paths:
             facts = path.stat()
@@ -133,48 +123,33 @@ class ImageFolderDataset(ImageDataset):
     def check(
         self, mode: CheckMode, *, report_folder: Path | None = None, progress: bool = False
     ) -> DatasetCheck:
-        """Look at every file; see `preflight`."""
         report = preflight(
             self.tree, resolution=self.resolution, mode=mode, resample=self.resample, progress=progress
         )
         return DatasetCheck(
-            text=report.format(saved_as=None if report_folder is None else report_folder / _REPORT),
+            text=report.format(saved_as=report_folder and report_folder / _REPORT),
             unreadable=[file.path for file in report.unreadable],
             report_name=_REPORT,
             report=report.to_json(),
         )
 
     def without(self, unreadable: Sequence[str]) -> ImageFolderDataset:
-        """Return this set without some of its files; see `ImageDataset.without`."""
-        return self._with(self.tree.without(self.tree.root / name for name in unreadable))
-
-    def in_memory(self, cache_mib: float, *, progress: bool = False) -> ImageFolderDataset:
-        """Return this set with all images decoded in memory, if they fit."""
-        return self._with(cache_mib=cache_mib, progress=progress)
-
-    def for_evaluation(self) -> ImageFolderDataset:
-        """Return the same files decoded in full, none of them kept in memory."""
-        return self._with(draft=False)
-
-    def _with(
-        self,
-        tree: ImageTree | None = None,
-        *,
-        draft: bool | None = None,
-        cache_mib: float = 0,
-        progress: bool = False,
-    ) -> ImageFolderDataset:
+        tree = self.tree.without(self.tree.root / name for name in unreadable)
         return ImageFolderDataset(
-            tree or self.tree,
-            self.resolution,
-            resample=self.resample,
-            draft=self.draft if draft is None else draft,
-            cache_mib=cache_mib,
-            progress=progress,
+            tree, self.resolution, resample=self.resample, draft=self.draft, cache_mib=0
         )
 
+    def in_memory(self, cache_mib: float, *, progress: bool = False) -> ImageFolderDataset:
+        return ImageFolderDataset(
+            self.tree, self.resolution, resample=self.resample, draft=self.draft, cache_mib=cache_mib,
+            progress=progress,
+        )  # fmt: skip
+
+    def for_evaluation(self) -> ImageFolderDataset:
+        return ImageFolderDataset(self.tree, self.resolution, resample=self.resample, cache_mib=0)
+
     def _decode_into(self, pixels: npt.NDArray[np.uint8], index: int) -> int:
-        """Write the image that `index` serves, and return the index it is of."""
+        """Write the image that `index` serves, and return the index of its file."""
         source = index
         while True:
             if source not in self._failed:
@@ -186,10 +161,8 @@ class ImageFolderDataset(ImageDataset):
             source = self._next_readable(index)
 
     def _read(self, index: int) -> npt.NDArray[np.uint8]:
-        pixels, _ = read_pixels(
-            self.tree.paths[index], self.resolution, resample=self.resample, draft=self.draft
-        )
-        return pixels
+        path = self.tree.paths[index]
+        return read_pixels(path, self.resolution, resample=self.resample, draft=self.draft)[0]
 
     def _next_readable(self, index: int) -> int:
         """Return the first index after `index` not known to fail, in its class if there is one."""
@@ -209,7 +182,7 @@ class ImageFolderDataset(ImageDataset):
         self.failures.append(UnreadableFile(self.tree.paths.relative(index), error.reason))
         logger.warning("%s; the next image of its class takes its place", error)
 
-    def _fill_cache(self, threads: int | None, progress: bool) -> None:
+    def _fill_cache(self, progress: bool) -> None:
         cache = torch.empty((len(self), 3, self.resolution, self.resolution), dtype=torch.uint8)
         pixels = cache.numpy()
 
@@ -222,9 +195,7 @@ class ImageFolderDataset(ImageDataset):
                     errors.append((index, error))
             return errors
 
-        for errors in map_ranges(
-            decode, len(self), threads=threads, progress=progress, description="decoding images"
-        ):
+        for errors in map_ranges(decode, len(self), progress=progress, description="decoding images"):
             for index, error in errors:
                 self._record_failure(index, error)
         for index in sorted(self._failed):

@@ -1,4 +1,4 @@
-"""Look at every file before the first training step, and report in plain words what is there."""
+"""Checks every file of a folder before the first training step, and reports in plain words what is there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Literal, get_args
@@ -18,10 +18,10 @@ from sagan.data.tree import ImageTree
 CheckMode = Literal["full", "headers", "auto", "off"]
 
 AUTO_DECODES_UP_TO = 100_000
-CLASSES_WITH_A_BAR_EACH = 20
-BAR_WIDTH = 40
+_CLASSES_WITH_A_BAR_EACH = 20
+_BAR_WIDTH = 40
 
-WHAT_WAS_DONE = {
+_WHAT_WAS_DONE = {
     "full": "every image decoded",
     "headers": "every image opened, none decoded, so a damaged one may still turn up in training",
     "off": "no image opened, so sizes, colour modes and damage are not known",
@@ -36,7 +36,7 @@ class UnreadableFile:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class PreflightReport:
     """What a tree of images holds.
 
@@ -48,16 +48,15 @@ class PreflightReport:
         mode: what was done: `"full"`, `"headers"` or `"off"`.
         resolution: training resolution in pixels.
         num_files: files below `root`.
+        skipped: files that are not images, by extension or reason; see `ImageTree.skipped`.
+        skipped_examples: up to 20 of them.
         num_readable: images that training can use (in mode "off": all with an image's extension).
         images_per_class: readable images by class name, in the order of the labels.
         empty_classes: class folders without a file that has an image's extension. They keep their labels.
         lost_classes: class folders whose images are all unreadable. They keep their labels.
-        unreadable: files that training has to leave out.
-        skipped: files that are not images, by extension or reason; see `ImageTree.skipped`.
-        skipped_examples: up to 20 of them.
-        width_range: least and greatest width of the readable images in pixels, as displayed; None in mode
-            "off".
-        height_range: likewise.
+        unreadable: files that training cannot use.
+        width_range: smallest and largest width of the readable images as displayed, in pixels; None in mode "off".
+        height_range: the same for the height.
         modes: readable images by Pillow's mode.
         converted: images by the conversion to RGB they need: greyscale, 16-bit, CMYK, palette, alpha. One
             image may count under several.
@@ -70,20 +69,20 @@ class PreflightReport:
     mode: str
     resolution: int
     num_files: int
-    num_readable: int
-    images_per_class: Mapping[str, int]
-    empty_classes: tuple[str, ...]
-    lost_classes: tuple[str, ...]
-    unreadable: tuple[UnreadableFile, ...]
     skipped: Mapping[str, int]
-    skipped_examples: tuple[str, ...]
-    width_range: tuple[int, int] | None
-    height_range: tuple[int, int] | None
-    modes: Mapping[str, int]
-    converted: Mapping[str, int]
-    exif_rotated: int
-    below_resolution: int
-    seconds: float
+    skipped_examples: Sequence[str]
+    num_readable: int = 0
+    images_per_class: Mapping[str, int] = field(default_factory=dict)
+    empty_classes: Sequence[str] = ()
+    lost_classes: Sequence[str] = ()
+    unreadable: list[UnreadableFile] = field(default_factory=list)
+    width_range: tuple[int, int] | None = None
+    height_range: tuple[int, int] | None = None
+    modes: Counter[str] = field(default_factory=Counter)
+    converted: Counter[str] = field(default_factory=Counter)
+    exif_rotated: int = 0
+    below_resolution: int = 0
+    seconds: float = 0.0
 
     @property
     def num_classes(self) -> int:
@@ -94,6 +93,15 @@ class PreflightReport:
     def unreadable_paths(self) -> list[Path]:
         """Paths to leave out, as `ImageTree.without` takes them."""
         return [self.root / file.path for file in self.unreadable]
+
+    def add(self, facts: ImageFacts) -> None:
+        """Count a readable image."""
+        self.width_range = widen(self.width_range, facts.width)
+        self.height_range = widen(self.height_range, facts.height)
+        self.modes[facts.mode] += 1
+        self.converted.update(facts.conversions())
+        self.exif_rotated += facts.is_rotated
+        self.below_resolution += min(facts.width, facts.height) < self.resolution
 
     def format(self, *, max_listed: int = 20, saved_as: Path | None = None) -> str:
         """Return the report as text for people.
@@ -107,7 +115,7 @@ class PreflightReport:
         readable = "images" if self.mode == "off" else "readable images"
         lines = [
             f"Images in {self.root}",
-            f"  checked            {self.mode}: {WHAT_WAS_DONE[self.mode]} ({self.seconds:.1f} s)",
+            f"  checked            {self.mode}: {_WHAT_WAS_DONE[self.mode]} ({self.seconds:.1f} s)",
             f"  files              {self.num_files:,} = {self.num_readable:,} {readable}"
             f" + {len(self.unreadable):,} unreadable + {num_skipped:,} not images",
             f"  classes            {self.num_classes:,}",
@@ -129,7 +137,7 @@ class PreflightReport:
         if self.lost_classes:
             lines += ["", _classes_without_images(self.lost_classes, "hold unreadable files only")]
         if self.unreadable:
-            lines += ["", f"{len(self.unreadable):,} unreadable, left out of training:"]
+            lines += ["", f"{len(self.unreadable):,} unreadable, not used in training:"]
             lines += [f"  {printable(f.path)}: {printable(f.reason)}" for f in self.unreadable[:max_listed]]
             left = len(self.unreadable) - max_listed
             if left > 0:
@@ -143,8 +151,9 @@ class PreflightReport:
         """Return the whole report as JSON; nothing is shortened."""
         counts = list(self.images_per_class.values())
         values = {
-            **asdict(self),
+            **vars(self),
             "root": str(self.root),
+            "unreadable": [vars(file) for file in self.unreadable],
             "num_classes": self.num_classes,
             "num_unreadable": len(self.unreadable),
             "num_skipped": sum(self.skipped.values()),
@@ -162,13 +171,11 @@ def preflight(
     resolution: int,
     mode: CheckMode = "auto",
     resample: str = "bilinear",
-    threads: int | None = None,
     progress: bool = False,
 ) -> PreflightReport:
-    """Look at every image of a tree and report what training will meet.
+    """Look at every image of a tree and report what training will find.
 
-    No file stops it: each that cannot be used is listed with its reason. Train on
-    `tree.without(report.unreadable_paths)`.
+    A bad file does not stop it but is listed with its reason. Train on `tree.without(report.unreadable_paths)`.
 
     Args:
         tree: the images.
@@ -176,11 +183,10 @@ def preflight(
         mode: `"full"` decodes every file as training will, `"headers"` opens every file, `"off"` opens none,
             `"auto"` is "full" up to 100,000 files and "headers" above.
         resample: see `decode_image`.
-        threads: threads that read; None takes one for each CPU.
         progress: draw a progress bar.
 
     Raises:
-        ValueError: an option is not one that is served.
+        ValueError: an option is not supported.
     """
     check_decode_options(resolution, resample)
     if mode not in get_args(CheckMode):
@@ -199,77 +205,44 @@ def preflight(
             return error.reason
 
     start = time.perf_counter()
-    tally = _Tally(resolution)
-    kept = tree
+    report = PreflightReport(tree.root, mode, resolution, tree.num_files, tree.skipped, tree.skipped_examples)
+    readable = tree
     if mode != "off":
         results = map_ranges(
             lambda indices: [(index, look(index)) for index in indices],
             len(tree.paths),
-            threads=threads,
             progress=progress,
             description=f"preflight ({mode})",
         )
         for chunk in results:
-            for index, fact in chunk:
-                if isinstance(fact, str):
-                    tally.unreadable.append(UnreadableFile(tree.paths.relative(index), fact))
+            for index, found in chunk:
+                if isinstance(found, str):
+                    report.unreadable.append(UnreadableFile(tree.paths.relative(index), found))
                 else:
-                    tally.add(fact)
-        kept = tree.without(tree.root / file.path for file in tally.unreadable)
-    before, after = tree.images_per_class().tolist(), kept.images_per_class().tolist()
-    return PreflightReport(
-        root=tree.root,
-        mode=mode,
-        resolution=resolution,
-        num_files=tree.num_files,
-        num_readable=len(kept.paths),
-        images_per_class=dict(zip(tree.class_names, after, strict=True)),
-        empty_classes=tuple(name for name, count in zip(tree.class_names, before, strict=True) if count == 0),
-        lost_classes=tuple(
-            name for name, b, a in zip(tree.class_names, before, after, strict=True) if b and not a
-        ),
-        unreadable=tuple(tally.unreadable),
-        skipped=tree.skipped,
-        skipped_examples=tree.skipped_examples,
-        width_range=tally.width_range,
-        height_range=tally.height_range,
-        modes=dict(tally.modes),
-        converted=dict(tally.converted),
-        exif_rotated=tally.exif_rotated,
-        below_resolution=tally.below_resolution,
-        seconds=time.perf_counter() - start,
-    )
-
-
-@dataclass
-class _Tally:
-    resolution: int
-    unreadable: list[UnreadableFile] = field(default_factory=list)
-    width_range: tuple[int, int] | None = None
-    height_range: tuple[int, int] | None = None
-    modes: Counter[str] = field(default_factory=Counter)
-    converted: Counter[str] = field(default_factory=Counter)
-    exif_rotated: int = 0
-    below_resolution: int = 0
-
-    def add(self, facts: ImageFacts) -> None:
-        self.width_range = widen(self.width_range, facts.width)
-        self.height_range = widen(self.height_range, facts.height)
-        self.modes[facts.mode] += 1
-        self.converted.update(facts.conversions())
-        self.exif_rotated += facts.is_rotated
-        self.below_resolution += min(facts.width, facts.height) < self.resolution
+                    report.add(found)
+        readable = tree.without(report.unreadable_paths)
+    listed, left = tree.images_per_class().tolist(), readable.images_per_class().tolist()
+    report.num_readable = len(readable.paths)
+    report.images_per_class = dict(zip(tree.class_names, left, strict=True))
+    report.empty_classes = [name for name, count in zip(tree.class_names, listed, strict=True) if count == 0]
+    report.lost_classes = [
+        name
+        for name, count in report.images_per_class.items()
+        if count == 0 and name not in report.empty_classes
+    ]
+    report.seconds = time.perf_counter() - start
+    return report
 
 
 def widen(span: tuple[int, int] | None, value: int) -> tuple[int, int]:
-    """Return the least range that holds a range (or nothing) and a value."""
+    """Return the smallest range that holds a range (or nothing) and a value."""
     return (value, value) if span is None else (min(span[0], value), max(span[1], value))
 
 
 def _histogram(images_per_class: Mapping[str, int]) -> list[str]:
     """Return a bar for each class, or for many classes a bar for each range of counts."""
     largest = max(images_per_class.values())
-    if len(images_per_class) <= CLASSES_WITH_A_BAR_EACH:
+    if len(images_per_class) <= _CLASSES_WITH_A_BAR_EACH:
         width = max(len(printable(name)) for name in images_per_class)
         return ["images of each class:"] + [
             f"  {printable(name):<{width}} {count:>9,} {_bar(count, largest)}"
@@ -291,7 +264,7 @@ def _histogram(images_per_class: Mapping[str, int]) -> list[str]:
 
 
 def _bar(count: int, largest: int) -> str:
-    return "#" * -(-count * BAR_WIDTH // max(largest, 1))
+    return "#" * -(-count * _BAR_WIDTH // max(largest, 1))
 
 
 def _classes_without_images(names: Sequence[str], what: str) -> str:

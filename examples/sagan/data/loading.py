@@ -1,4 +1,4 @@
-"""An endless, resumable stream of batches: the order is a pure function of (seed, epoch, position)."""
+"""An endless, resumable stream of batches; their order depends on (seed, epoch, position) alone."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class IndexBatch:
-    """One rank's share of a batch: dataset indices and the epoch each belongs to, int64 [N] both."""
+    """One rank's share of a batch: dataset indices and the epoch of each, both int64 [N]."""
 
     indices: Indices
     epochs: Indices
 
 
 class ResumableBatchSampler(Sampler[list[int]]):
-    """Endless batches of indices, of which batch k is the same wherever the stream is started.
+    """Endless batches of indices; batch k is the same wherever the stream starts.
 
     Each epoch visits the images in a permutation drawn from (seed, epoch). The global batch k is split into
-    `num_replicas` equal parts that follow each other, so 1, 2 or 4 processes see the same images in the same
-    steps.
+    `num_replicas` equal consecutive parts, so 1, 2 or 4 processes see the same images in the same steps.
     """
 
     def __init__(
@@ -54,9 +53,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
             batch_size: images in a global batch, over all replicas.
             seed: 0 or more.
             start_batch: number of the first batch, for resuming.
-            drop_last: leave out the images of an epoch that do not fill a batch. If False, a batch runs on
-                into the next epoch, as it also does when there are fewer images than `batch_size`. All
-                batches are full.
+            drop_last: drop the images at the end of an epoch that do not fill a batch. If False, or if there are
+                fewer images than `batch_size`, a batch continues into the next epoch. All batches are full.
             rank: this process, 0 to num_replicas - 1.
             num_replicas: number of processes.
 
@@ -93,11 +91,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
             yield batch.indices.tolist()
 
     def batches(self) -> Iterator[IndexBatch]:
-        """Yield this rank's part of batch start_batch, start_batch + 1, and so on without end."""
-        number = self.start_batch
-        while True:
-            yield self.batch_at(number)
-            number += 1
+        """Return this rank's part of batch start_batch, start_batch + 1, and so on without end."""
+        return map(self.batch_at, itertools.count(self.start_batch))
 
     def batch_at(self, number: int) -> IndexBatch:
         """Return this rank's part of global batch `number`, N = batch_size / num_replicas indices."""
@@ -121,16 +116,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
 
 
 def horizontal_flips(seed: int, epochs: Indices, indices: Indices) -> npt.NDArray[np.bool_]:
-    """Return whether each image is mirrored: a fair coin that depends on (seed, epoch, index) alone.
-
-    Args:
-        seed: 0 or more.
-        epochs: int64 [N].
-        indices: int64 [N].
-
-    Returns:
-        bool [N].
-    """
+    """Return whether each image is mirrored, bool [N]: a fair coin that depends on (seed, epoch, index) alone."""
     mixed = np.full(len(indices), seed, dtype=np.uint64)
     for part in (epochs, indices):
         mixed = splitmix64(mixed ^ part.astype(np.uint64))
@@ -149,27 +135,25 @@ def make_loader(
     rank: int = 0,
     num_replicas: int = 1,
     pin_memory: bool = False,
-    prefetch_factor: int = 2,
     multiprocessing_context: str | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return an endless iterator over batches that neither reads nor moves torch's global random state.
+    """Return an endless iterator over batches that neither reads nor changes torch's global random state.
 
-    Worker processes start at once and live until the iterator is deleted, epochs do not restart them. A
-    dataset that is cached in memory needs none; one that asks for it is read ahead on a thread.
+    Worker processes start at once and live until the iterator is deleted; epochs do not restart them. A data set that
+    is cached needs none. Without workers, `ImageDataset.prefetched_batches` are fetched ahead on a thread.
 
     Args:
         dataset: the images.
         batch_size: images in a global batch; this process gets batch_size / num_replicas of them.
-        seed: of the order and the flips.
+        seed: seed of the order and the flips.
         start_batch: number of the first batch; a resumed run passes the number of batches it has consumed.
         num_workers: processes that decode; 0 decodes in the caller.
         horizontal_flip: mirror each image with probability 1/2, decided by (seed, epoch, index).
         drop_last: see `ResumableBatchSampler`.
         rank: this process.
         num_replicas: number of processes that train together.
-        pin_memory: copy batches to pinned memory, so that they reach a GPU asynchronously; without an
-            accelerator there is nothing to pin for, and it is left out.
-        prefetch_factor: batches that each worker prepares ahead.
+        pin_memory: copy batches to pinned memory, so that copies to a GPU are asynchronous; ignored without an
+            accelerator.
         multiprocessing_context: `"fork"`, `"spawn"` or `"forkserver"`; None takes Python's default.
 
     Returns:
@@ -185,14 +169,13 @@ def make_loader(
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
         _Batches(dataset, seed, horizontal_flip),
         batch_size=None,
-        sampler=_KeysOf(sampler),
+        sampler=sampler.batches(),
         num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory and torch.accelerator.is_available(),
         generator=torch.Generator().manual_seed(seed),
-        prefetch_factor=prefetch_factor if num_workers else None,
         multiprocessing_context=multiprocessing_context if num_workers else None,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_ignore_signals,
     )
     if num_workers == 0 and dataset.prefetched_batches:
         batches = iter(loader)
@@ -200,24 +183,14 @@ def make_loader(
     return iter(loader)
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ignore what a terminal or a scheduler sends to all processes: the trainer's last step needs its batches."""
+def _ignore_signals(worker: int) -> None:
+    """Ignore the signals that a terminal or scheduler sends to all processes: the trainer finishes its step first."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-class _KeysOf(Sampler[IndexBatch]):
-    """Hands whole batches with their epochs to the DataLoader."""
-
-    def __init__(self, sampler: ResumableBatchSampler) -> None:
-        self._sampler = sampler
-
-    def __iter__(self) -> Iterator[IndexBatch]:
-        return self._sampler.batches()
-
-
 class _Batches(Dataset[tuple[Tensor, Tensor]]):
-    """A dataset whose key is a batch of indices, fetched at once rather than image by image."""
+    """A data set whose key is a batch of indices, fetched at once rather than image by image."""
 
     def __init__(self, dataset: ImageDataset, seed: int, horizontal_flip: bool) -> None:
         self._dataset = dataset
@@ -232,5 +205,5 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
         return images, labels
 
 
-def _unchanged(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:  # a lambda could not be sent to spawned workers
     return batch

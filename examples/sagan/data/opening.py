@@ -10,7 +10,8 @@ from sagan.data.config import DataConfig
 from sagan.data.dataset import DatasetCheck, ImageDataset
 from sagan.data.folder import open_folder
 from sagan.data.inspection import CheckMode
-from sagan.data.packed import is_prepared, open_packed
+from sagan.data.packed import open_packed
+from sagan.data.packed_format import is_prepared
 from sagan.distributed import World
 
 # How to recognise a data set at a path, and how to open it. A new kind of data set is a new file and a line here.

@@ -42,9 +42,9 @@ def map_ranges(
     function: Callable[[range], Result],
     count: int,
     *,
-    threads: int | None,
     progress: bool,
     description: str,
+    threads: int | None = None,
     chunk: int = 64,
 ) -> Iterator[Result]:
     """Yield ``function(range)`` for consecutive ranges of ``chunk`` items that cover 0 to count - 1, in order.
@@ -52,16 +52,11 @@ def map_ranges(
     Args:
         function: called on a thread.
         count: number of items.
-        threads: None takes one for each usable CPU. Files on a network may want more.
         progress: draw a bar.
         description: the bar's label.
+        threads: None takes one for each usable CPU.
         chunk: items in a range; the last range may be shorter.
-
-    Raises:
-        ValueError: `threads` is below 1.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"expected threads of at least 1 or None, got {threads}")
     threads = threads or usable_cpus()
     ranges = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
     with tqdm(total=count, desc=description, unit="img", disable=not progress) as bar:

@@ -8,7 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 import sagan_layers
 from sagan.data.decoding import check_decode_options
 from sagan.data.inspection import printable
-from sagan.data.packed import (
+from sagan.data.packed_format import (
     DIGESTS,
     FORMAT,
     IMAGES,
@@ -125,7 +125,7 @@ def prepare(
         packed, reused, seconds = work.pack()
         manifest, report = work.finish(plan)
         staging.publish()
-    return Prepared(Manifest(out, manifest), report, packed, reused, seconds, time.perf_counter() - started)
+    return Prepared(manifest, report, packed, reused, seconds, time.perf_counter() - started)
 
 
 def _plan(listing: Listing, resolution: int, resample: str, part_size: int) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _already_there(staging: Staging, plan: dict[str, Any]) -> Manifest | None:
     out = staging.out
     if is_prepared(out):
         manifest = read_manifest(out)
-        _refuse_differences(manifest.values["source"]["plan"], plan, f"the prepared set in {out}", out)
+        _refuse_differences(manifest.source["plan"], plan, f"the prepared set in {out}", out)
         staging.remove_leftovers()
         return manifest
     check_is_new(out)
@@ -278,7 +278,7 @@ class _Work:
             progress=self.progress,
         )
 
-    def finish(self, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def finish(self, plan: dict[str, Any]) -> tuple[Manifest, dict[str, Any]]:
         """Leave out what could not be read, and write everything beside the array; return manifest and report."""
         listing, staging = self.listing, self.staging
         digests = self._digests()
@@ -308,10 +308,9 @@ class _Work:
         }
         for name, data in files.items():
             write_durably(staging.set / name, data)
-        manifest = self._manifest(plan, report, labels, digests)
-        manifest["files"] = {name: file_entry(data) for name, data in files.items()}
-        write_durably(staging.set / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-        return manifest, report
+        manifest = self._manifest(plan, report, labels, digests, files)
+        write_durably(staging.set / MANIFEST, manifest.to_json().encode())
+        return replace(manifest, folder=staging.out), report
 
     def _kept(self) -> Indices:
         lost = [
@@ -325,39 +324,39 @@ class _Work:
         report: dict[str, Any],
         labels: npt.NDArray[np.int64],
         digests: npt.NDArray[np.uint8],
-    ) -> dict[str, Any]:
+        files: Mapping[str, bytes],
+    ) -> Manifest:
         listing = self.listing
-        counted = np.bincount(labels, minlength=len(listing.class_names)).tolist()
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "source": {"kind": listing.kind, "path": printable(listing.path), "plan": plan},
-            "resolution": self.resolution,
-            "filter": self.resample,
-            "crop": CROP,
-            "decoding": DECODING,
-            "layout": f"{IMAGES}: uint8 [image, channel, row, column]",
-            "num_images": len(labels),
-            "num_classes": len(listing.class_names),
-            "counts": {
+        return Manifest(
+            folder=self.staging.set,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            source={"kind": listing.kind, "path": printable(listing.path), "plan": plan},
+            resolution=self.resolution,
+            filter=self.resample,
+            crop=CROP,
+            decoding=DECODING,
+            layout=f"{IMAGES}: uint8 [image, channel, row, column]",
+            num_images=len(labels),
+            num_classes=len(listing.class_names),
+            class_names=list(listing.class_names),
+            class_words=None if listing.class_words is None else list(listing.class_words),
+            images_per_class=np.bincount(labels, minlength=len(listing.class_names)).tolist(),
+            counts={
                 "listed": len(listing),
                 "packed": len(labels),
                 "unreadable": len(report["unreadable"]),
                 "not_images": sum(listing.skipped.values()),
             },
-            "checksum": content_checksum(self.resolution, listing.class_names, labels, digests),
-            "versions": {
+            checksum=content_checksum(self.resolution, listing.class_names, labels, digests),
+            files={name: file_entry(data) for name, data in files.items()},
+            versions={
                 "sagan_layers": sagan_layers.__version__,
                 "python": platform.python_version(),
                 "numpy": np.__version__,
                 "pillow": PIL.__version__,
-                "libjpeg": features.version("jpg"),
+                "libjpeg": features.version("jpg") or "",
             },
-            "class_names": list(listing.class_names),
-            "class_words": None if listing.class_words is None else list(listing.class_words),
-            "images_per_class": counted,
-        }
+        )
 
 
 def _npy(array: npt.NDArray[Any]) -> bytes:

@@ -11,7 +11,7 @@ import numpy as np
 
 from sagan.data.decoding import ImageFacts, ImageReadError, pillow_warnings, read_pixels
 from sagan.data.inspection import widen
-from sagan.data.packed import DIGEST_BYTES, HEADER_BYTES, digest
+from sagan.data.packed_format import DIGEST_BYTES, HEADER_BYTES, digest
 from sagan.prepare.listing import Indices, Reader
 
 UNREADABLE, ROTATED, ENLARGED, MISNAMED_FORMAT = "unreadable", "rotated by EXIF", "enlarged", "format"

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from sagan.data.packed import HEADER_BYTES, IMAGES, PARTIAL, image_header
+from sagan.data.packed_format import HEADER_BYTES, IMAGES, PARTIAL, image_header
 from sagan.errors import UserError
 from sagan.io import locked
 from sagan.prepare.listing import Indices
