@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from feature_modules import SmallNetwork
 from torch import Tensor, nn
 
 from sagan.errors import UserError
@@ -28,21 +30,6 @@ CPU = torch.device("cpu")
 def images_of(count: int, resolution: int = 32, seed: int = 0) -> Tensor:
     draws = torch.Generator().manual_seed(seed)
     return torch.randint(256, (count, 3, resolution, resolution), generator=draws, dtype=torch.uint8)
-
-
-class Small(nn.Module):
-    """Features and logits of a random convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        draws = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(6, 3, 5, 5, generator=draws) / 8)
-        self.head = nn.Parameter(torch.randn(4, 6, generator=draws))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.nn.functional.conv2d(images.float() / 127.5 - 1, self.weight, stride=2)
-        features = x.relu().mean((2, 3))
-        return features, features @ self.head.T
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +99,7 @@ class TestInception:
         for one, other in zip(found, expected, strict=True):
             assert (one - other).abs().max() < 1e-4 * other.abs().max()
 
-    def test_logits_leave_the_bias_out(self, inception_file: Path) -> None:
+    def test_logits_have_no_bias(self, inception_file: Path) -> None:
         network = load_inception(inception_file)
         with torch.no_grad():
             features, logits = network(images_of(2))
@@ -128,7 +115,7 @@ class TestInception:
         for one, other in zip(found, expected, strict=True):
             assert (one - other).abs().max() < 1e-4 * other.abs().max()
 
-    def test_other_weights_than_the_published_are_not_called_by_its_name(self, inception_file: Path) -> None:
+    def test_other_weights_than_the_published_ones_get_another_name(self, inception_file: Path) -> None:
         network = tensorflow_inception(inception_file, CPU, resolution=32)
         assert network.digest == file_sha256(inception_file)
         assert network.name == f"inception-{network.digest[:8]}"
@@ -138,7 +125,7 @@ class TestInception:
         with pytest.raises(UserError, match=r"pt_inception-2015-12-05-6726825d\.pth .* found no file at"):
             load_inception(tmp_path / "absent.pth")
 
-    def test_files_of_more_than_tensors_are_not_unpickled(self, tmp_path: Path) -> None:
+    def test_a_pickle_of_more_than_tensors_is_not_loaded(self, tmp_path: Path) -> None:
         path = tmp_path / "evil.pth"
         witness = tmp_path / "ran"
         path.write_bytes(pickle.dumps(_Evil(str(witness))))
@@ -177,7 +164,7 @@ class _Evil:
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("program") / "small.pt2"
     exported = torch.export.export(
-        Small(), (images_of(4),), dynamic_shapes={"images": {0: torch.export.Dim("count")}}
+        SmallNetwork(), (images_of(4),), dynamic_shapes={"images": {0: torch.export.Dim("count")}}
     )
     torch.export.save(exported, path)
     return path
@@ -188,12 +175,12 @@ class TestExportedNetwork:
         network = exported_network(program, CPU, sha256=file_sha256(program), resolution=32)
         features, logits = network(images_of(19))
         with torch.no_grad():
-            expected = Small()(images_of(19))
+            expected = SmallNetwork()(images_of(19))
         torch.testing.assert_close((features, logits), expected, rtol=1e-5, atol=1e-6)
         assert network.name == f"small-{file_sha256(program)[:8]}"
 
     @pytest.mark.parametrize("sha256", [None, "0" * 64])
-    def test_is_not_looked_at_before_its_hash_is_given(self, tmp_path: Path, sha256: str | None) -> None:
+    def test_is_not_opened_without_its_hash(self, tmp_path: Path, sha256: str | None) -> None:
         path = tmp_path / "any.pt2"
         path.write_bytes(b"anything")
         expected = hashlib.sha256(b"anything").hexdigest()
@@ -213,22 +200,34 @@ class TestExportedNetwork:
             exported_network(program, CPU, sha256=file_sha256(program), resolution=64)
 
 
-class TestFeatureNetwork:
-    def test_outputs_of_another_shape_are_refused(self) -> None:
-        for module, found in ((nn.Identity(), r"\[2, 3, 8, 8\]"), (_Words(), "str")):
-            with pytest.raises(UserError, match=rf"expected features \[2, d\] for 2 images, got {found}"):
-                FeatureNetwork(module, name="x", digest="0", resize="", device=CPU, resolution=8)
+class Returns(nn.Module):
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
 
-    def test_a_network_that_answers_nan_is_refused(self) -> None:
-        with pytest.raises(UserError, match="expected finite features, got a NaN or an infinity"):
-            FeatureNetwork(_Nan(), name="x", digest="0", resize="", device=CPU, resolution=8)
+    def forward(self, images: Tensor) -> object:
+        return self.function(images)
+
+
+class TestFeatureNetwork:
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
+            (lambda images: images, r"expected features \[2, d\] for 2 images, got \[2, 3, 8, 8\]"),
+            (lambda _: "words", r"expected features \[2, d\] for 2 images, got str"),
+            (lambda images: images.flatten(1) * torch.nan, "expected finite features, got a NaN or an infi"),
+        ],
+    )
+    def test_other_outputs_are_refused(self, function: Callable[[Tensor], object], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            FeatureNetwork(Returns(function), name="x", digest="0", resize="", device=CPU, resolution=8)
 
     def test_without_logits_there_are_none(self) -> None:
         network = proxy_network(CPU, resolution=32)
         features, logits = network(images_of(9))
         assert (features.shape, logits.shape) == ((9, 536), (9, 0))
 
-    def test_settings_of_tf32_are_as_before_afterwards(self) -> None:
+    def test_tf32_is_off_inside_and_restored_after(self) -> None:
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = True
         try:
@@ -240,26 +239,16 @@ class TestFeatureNetwork:
 
 
 class TestProxy:
-    def test_is_the_same_everywhere_and_says_that_it_is_one(self) -> None:
+    def test_is_the_same_everywhere_and_marked_as_proxy(self) -> None:
         network = proxy_network(CPU, resolution=32)
         assert network.proxy
         assert network.digest.startswith("ca9843cab9ab7096")
         assert proxy_network(CPU, resolution=128).digest == network.digest
 
-    def test_tells_noise_from_flat_images_more_than_two_noises(self) -> None:
+    def test_separates_noise_from_flat_images_more_than_from_other_noise(self) -> None:
         network = proxy_network(CPU, resolution=32)
         noise, other, flat = (
             network(each)[0].mean(0)
             for each in (images_of(20), images_of(20, seed=1), images_of(20) // 8 + 112)
         )
         assert (noise - flat).norm() > 10 * (noise - other).norm()
-
-
-class _Nan(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1).float() * float("nan")
-
-
-class _Words(nn.Module):
-    def forward(self, images: Tensor) -> str:
-        return "words"

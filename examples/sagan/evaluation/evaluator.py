@@ -104,7 +104,11 @@ class Evaluator:
             UserError: if resolutions differ, or there are too few samples or real images for a metric.
         """
         start = time.perf_counter()
-        self._check_resolution(generator)
+        resolution = generator.config.resolution
+        if (found := self.real_images.dataset.resolution) != resolution:
+            raise UserError(
+                f"real images: expected images of {resolution} pixels as the generator's, got {found}"
+            )
         classes, skipped_classes = self._intra_fid_classes(generator, labels_in_use)
         generated = _GeneratedFeatures(self.config, self.network)
         with deterministic_float32():
@@ -134,13 +138,6 @@ class Evaluator:
             samples_checksum=measured["checksum"],
             seconds=time.perf_counter() - start,
         )
-
-    def _check_resolution(self, generator: Generator) -> None:
-        expected, found = generator.config.resolution, self.real_images.dataset.resolution
-        if found != expected:
-            raise UserError(
-                f"real images: expected images of {expected} pixels as the generator's, got {found}"
-            )
 
     def _intra_fid_classes(self, generator: Generator, labels_in_use: Tensor) -> tuple[list[int], list[int]]:
         """Return the classes to compute intra-FID over, and those to skip for lack of real images.

@@ -52,31 +52,29 @@ def extract_features(
     rank 0 sees the same bits for any number of processes.
 
     Args:
-        blocks: this rank's images, those of blocks rank, rank + world_size, ...: uint8 [n, 3, R, R].
-        count: images in all blocks of all ranks.
+        blocks: the images of this rank's blocks, rank, rank + world_size, ...: uint8 [n, 3, R, R].
+        count: images in the blocks of all ranks.
         block_size: images in a block; the last may have fewer.
         network: the feature network.
         world: this process.
         description: label of a progress bar; None for none.
     """
-    num_blocks = -(-count // block_size)
     hidden = description is None or not world.is_main
     # disable=None shows the bar on a terminal only.
     with tqdm(
         total=count, desc=description, unit="img", disable=hidden or None, dynamic_ncols=True
     ) as progress:
-        for first in range(0, num_blocks, world.world_size):
+        for round_start in range(0, count, block_size * world.world_size):
             outputs = torch.zeros(block_size, network.num_features + network.num_logits)
             digests = torch.zeros(block_size, 32, dtype=torch.uint8)
-            if first + world.rank < num_blocks:
-                images = next(blocks)
+            if (images := next(blocks, None)) is not None:
                 outputs[: len(images)] = torch.cat(network(images), 1)
                 for row, image in enumerate(images.numpy()):
                     digest = bytearray(hashlib.sha256(image.tobytes()).digest())
                     digests[row] = torch.frombuffer(digest, dtype=torch.uint8)
             gathered = zip(world.gather(outputs), world.gather(digests), strict=True)
             for start, (all_outputs, all_digests) in zip(
-                range(first * block_size, count, block_size), gathered, strict=False
+                range(round_start, count, block_size), gathered, strict=False
             ):
                 stop = min(start + block_size, count)
                 features, logits = all_outputs[: stop - start].tensor_split([network.num_features], 1)

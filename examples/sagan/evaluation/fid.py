@@ -24,7 +24,7 @@ def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covar
 
 
 def frechet_distance_of_moments(a: Moments, b: Moments) -> float:
-    """Return the Frechet distance between two Gaussians with these moments."""
+    """Return the Frechet distance between Gaussians with these moments."""
     return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sagan.errors import UserError
-from sagan.train.checkpoint import load_plain
+from sagan.io import load_plain
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256_START = "6726825d"

@@ -21,12 +21,6 @@ def periodic_evaluation(
 
     All processes call this together, and then what it returns. Features of the real images are computed here, or read
     from the cache. Each evaluation is written to the run's folder "evaluation".
-
-    Args:
-        run: the run.
-        dataset: its training images.
-        world: this process.
-        network: the feature network.
     """
     config = run.evaluation
     if config.data is None and config.split in (None, run.images.split):

@@ -104,14 +104,11 @@ def load_or_compute_real_features(
     Args:
         dataset: the images.
         network: the feature network.
-        world: this process.
+        world: this process; only rank 0 gets the features.
         cache: the cache's folder.
         block_size: images at a time in each process.
         all_features: save the features of all images too, for the distances of single classes.
         progress: show a progress bar.
-
-    Returns:
-        The facts, and on rank 0 the features.
 
     Raises:
         RealFeaturesError: if the cache holds others under the name of these images and this network.
@@ -129,7 +126,29 @@ def load_or_compute_real_features(
     folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     facts = world.run_on_main(lambda: _cached_facts(folder, key, all_features))
     if facts is None:
-        facts = _compute(dataset, network, world, folder, key, block_size, all_features, progress)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        accumulator = _Accumulator(network, len(dataset), partial, all_features) if world.is_main else None
+
+        def save() -> dict[str, Any]:
+            assert accumulator is not None
+            return accumulator.save(folder, key, replaced)
+
+        try:
+            for block in extract_features(
+                dataset_blocks(dataset, block_size, world),
+                len(dataset),
+                block_size,
+                network,
+                world,
+                description="features of the real images" if progress else None,
+            ):
+                assert accumulator is not None  # blocks come on rank 0 only
+                accumulator.add(block)
+            failures = torch.tensor([len(dataset.failures)])
+            replaced = sum(int(each) for each in world.gather(failures))
+            facts = world.run_on_main(save)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # renamed by now, unless something failed
     real_facts = RealFacts(**facts)
     features: RealFeatures | None = None
 
@@ -181,45 +200,6 @@ def _read(folder: Path, facts: RealFacts, labels: Tensor, all_features: bool) ->
     return RealFeatures(Moments(facts.count, mean, products), sample, labels, features)
 
 
-def _compute(
-    dataset: ImageDataset,
-    network: FeatureNetwork,
-    world: World,
-    folder: Path,
-    key: dict[str, Any],
-    block_size: int,
-    all_features: bool,
-    progress: bool,
-) -> dict[str, Any]:
-    """Extract and save the features with all processes, and return the facts."""
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    try:
-        accumulator = _Accumulator(network, len(dataset), partial, all_features) if world.is_main else None
-        blocks = extract_features(
-            dataset_blocks(dataset, block_size, world),
-            len(dataset),
-            block_size,
-            network,
-            world,
-            description="features of the real images" if progress else None,
-        )
-        for block in blocks:
-            assert accumulator is not None
-            accumulator.add(block)
-        failures = torch.tensor([len(dataset.failures)])
-        replaced = sum(int(each) for each in world.gather(failures))
-
-        def save() -> dict[str, Any]:
-            assert accumulator is not None
-            if replaced:
-                logger.warning("%d real images are unreadable; the next of its class replaces each", replaced)
-            return accumulator.save(folder, key, replaced)
-
-        return world.run_on_main(save)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # renamed by now, unless something failed
-
-
 class _Accumulator:
     """Gathers and saves what evaluations need of the real images' features, on rank 0."""
 
@@ -254,6 +234,8 @@ class _Accumulator:
 
     def save(self, folder: Path, key: dict[str, Any], replaced: int) -> dict[str, Any]:
         """Write everything to the partial folder, rename it to ``folder``, and return the facts."""
+        if replaced:
+            logger.warning("%d real images are unreadable; the next of its class replaces each", replaced)
         one, other = self._halves
         enough = self._count >= 2 * SPLITS
         facts = RealFacts(

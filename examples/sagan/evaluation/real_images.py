@@ -29,14 +29,8 @@ def open_real_images(
 ) -> RealImages:
     """Return the images that a configuration names, by default those that a run was trained on.
 
-    They are checked as training checks them, and decoded in full whatever training did. All processes call this
-    together.
-
-    Args:
-        config: says where the images are.
-        run: decides resolution and filter, and what the configuration leaves open.
-        class_names: the run's, by label.
-        world: this process.
+    They are checked as training checks them, and decoded in full whatever training did. The run decides resolution,
+    filter and check. All processes call this together.
 
     Raises:
         UserError: if there is no such folder or set, or its classes differ and intra-FID is asked for.

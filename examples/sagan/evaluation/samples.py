@@ -20,17 +20,7 @@ _STANDING_START = 2**40
 def generated_blocks(
     generator: Generator, config: EvaluationConfig, world: World, labels_in_use: Tensor
 ) -> Iterator[Tensor]:
-    """Return the images of blocks rank, rank + world_size, ...; G itself does not change.
-
-    Args:
-        generator: G.
-        config: number, seed and truncation of the samples, and which batch-norm statistics to use.
-        world: this process.
-        labels_in_use: classes to cycle through.
-
-    Shape:
-        - Output: uint8 [n, 3, R, R] each.
-    """
+    """Return the images of blocks rank, rank + world_size, ..., uint8 [n, 3, R, R] each; G itself does not change."""
     blocks = numbered_samples(
         _with_batch_norm_statistics(generator, config, world, labels_in_use),
         config.num_samples,
