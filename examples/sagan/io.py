@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, digests of what they hold, and locks."""
+"""Files that appear whole or not at all, digests of their contents, safe loading, and locks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
@@ -82,6 +82,25 @@ def module_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def load_plain(path: Path) -> Any:
+    """Return what ``torch.save`` wrote, on the CPU; no code in the file is run.
+
+    Raises:
+        UserError: if it cannot be read, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(first_line(error)) from error
+    except Exception as error:  # of many types; torch's message advises to unpickle the file all the same
+        raise UserError("it holds more than tensors and plain values, or is no file of torch.save") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 @contextlib.contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
     """Hold a lock file for a ``with`` block; the system releases it when the process ends, however it ends.
@@ -91,17 +110,18 @@ def locked(path: Path, message: str) -> Iterator[None]:
     Raises:
         UserError: with ``message``, if another process holds the lock.
     """
-    lock = FileLock(path, timeout=0, thread_local=False)
+    # No fallback to a file that merely exists: such a lock would outlive a process that is killed.
+    lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as error:
         raise UserError(message) from error
     except (NotImplementedError, OSError):
-        yield
-        return
+        pass
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows removes no open file
-            path.unlink(missing_ok=True)
-        lock.release()
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                path.unlink(missing_ok=True)
+            lock.release()

@@ -5,7 +5,7 @@ So a resumed run draws what an uninterrupted one would, on any number of process
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 Words = npt.NDArray[np.uint64]
-_Bits = TypeVar("_Bits", int, Words)
 _MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15
 
@@ -28,10 +27,11 @@ def mixed_seed(*numbers: int) -> int:
 
 def splitmix64(states: Words) -> Words:
     """Return the SplitMix64 output for each state: a bijection of 64-bit integers whose bits look random."""
-    return _scramble(states + np.uint64(_GOLDEN_RATIO), second_shift=27)
+    scrambled: Words = _scramble(states + np.uint64(_GOLDEN_RATIO), second_shift=27)
+    return scrambled
 
 
-def _scramble(bits: _Bits, second_shift: int) -> _Bits:
+def _scramble(bits: Any, second_shift: int) -> Any:  # an int or Words
     # Two shifts are in use. Another one would change the noise or the flips of runs that exist.
     bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     bits = ((bits ^ (bits >> second_shift)) * 0x94D049BB133111EB) & _MASK

@@ -1,4 +1,4 @@
-"""The subcommand ``train``: its options, and what it does."""
+"""The subcommand ``train``."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ from sagan.networks import Discriminator, Generator, count_parameters
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, differences
 from sagan.train.allocator import keep_freed_memory
 from sagan.train.checkpoint import checkpoints_in
-from sagan.train.loop import check_images, check_start, check_unused, save_config, train
+from sagan.train.loop import train
+from sagan.train.output import save_config
+from sagan.train.resume import check_images, check_start, check_unused
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train on a set that ``prepare`` made, or on a folder of images: DATA/train/<class>/*.JPEG.
+    """Train on a prepared set, or on a folder of images: DATA/train/<class>/*.JPEG.
 
-    Starts from a recipe, changed by the options given. The images are checked before the first step. Stopped by
-    Ctrl-C it saves a checkpoint; --resume goes on from there. Started by torchrun, its processes train as one.
+    A recipe gives the defaults of all other options. All images are checked before the first iteration. Ctrl-C saves a
+    checkpoint, and --resume continues from it. With torchrun, all processes train one run.
 
     Attributes:
         run: the run.
-        resume: go on with the run in --out.
-        auto_resume: go on with the run in --out if there is one, else start it; what torchrun's restarts do.
-        accept_changes: resume although the configuration or the images have changed.
-        dry_run: print and save the resolved configuration, and stop.
+        resume: resume the run in --out.
+        auto_resume: resume the run in --out if there is one, else start it, as restarts by torchrun do.
+        accept_changes: resume even if the configuration or the images have changed.
+        dry_run: print and save the resolved configuration, then stop.
     """
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -46,7 +48,7 @@ class Train:
 
 
 def from_recipe(arguments: Sequence[str]) -> Train:
-    """Return the options of ``train`` as the recipe that the arguments name sets them."""
+    """Return the defaults of ``train`` for the recipe in the arguments."""
     name = DEFAULT_RECIPE
     for number, argument in enumerate(arguments):
         if argument == "--recipe" and number + 1 < len(arguments):
@@ -62,7 +64,7 @@ def run(command: Train) -> int:
     """Run ``train`` and return the exit code."""
     config = command.run
     if config.data is None and not command.dry_run:
-        raise UserError("data: expected --data with the folder that holds the images, got none")
+        raise UserError("data: expected --data with a prepared set or a folder of images, got none")
     with init_world(config.device) as world:
         if world.device.type == "cpu":
             keep_freed_memory()
@@ -81,19 +83,19 @@ def _train(command: Train, world: World) -> int:
     has_run = bool(checkpoints_in(config.out / "checkpoints"))
     if command.dry_run:
         if has_run:
-            say(f"\nNot saved: {config.out} holds a run already. Dry run: stopping here.")
+            say(f"\nNot saved: {config.out} already holds a run. Dry run: stopping here.")
         elif world.is_main:
             say(f"\nSaved as {save_config(config)}. Dry run: stopping here.")
         return 0
     assert dataset is not None
     say()
-    # A restart by torchrun is of a run that has begun, whatever the command says.
+    # torchrun restarts the same command after a failure: the run has begun, even without --resume.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     resume = command.resume or (has_run and (command.auto_resume or restarted))
     found = check_start(config, resume=resume, accept_changes=command.accept_changes)
     if not (resume or command.auto_resume or restarted):
         check_unused(config.out)
-    network = None  # a file that is missing or another's is refused before anything takes time
+    network = None  # loaded early: a missing or wrong file fails before the images are read
     if config.evaluation.every:
         network = load_feature_network(config.evaluation, world.device, resolution=config.network.resolution)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -116,11 +118,11 @@ def _train(command: Train, world: World) -> int:
     )
     if result.collapsed:
         say(
-            f"Stopped at iteration {result.iteration} by a sign of collapse (above), saved as {result.checkpoint}"
+            f"Stopped at iteration {result.iteration} by a sign of collapse (see above); saved {result.checkpoint}"
         )
         return COLLAPSED
     if result.interrupted:
-        say(f"Stopped at iteration {result.iteration}; go on with the same command and --resume.")
+        say(f"Stopped at iteration {result.iteration}; resume with the same command and --resume.")
         return INTERRUPTED
     say(
         f"Done: {result.iteration} iterations. Checkpoint {result.checkpoint}, grids in {config.out / 'samples'}."
@@ -129,11 +131,11 @@ def _train(command: Train, world: World) -> int:
 
 
 def _say_nothing(*_: object) -> None:
-    """What processes other than the first say."""
+    """Print nothing, in all processes but the first."""
 
 
 def describe_config(config: RunConfig) -> str:
-    """Return the resolved configuration, a line for each value, those marked that differ from the recipe's."""
+    """Return the resolved configuration, one value per line, with marks where it differs from the recipe."""
     changed = differences(RECIPES[config.recipe](), config)
     lines = [f"Recipe {config.recipe}; * marks what differs from it"]
     for name, value in config.by_name().items():

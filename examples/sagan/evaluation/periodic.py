@@ -10,7 +10,8 @@ from sagan.evaluation.feature_networks import FeatureNetwork
 from sagan.evaluation.real_images import open_real_images, training_images
 from sagan.networks import Generator
 from sagan.recipes import RunConfig
-from sagan.train.loop import Evaluate, Score
+from sagan.train.loop import Evaluate
+from sagan.train.output import Score
 from sagan.train.update import Trainer
 
 

@@ -1,19 +1,18 @@
-"""Checkpoints: written whole or not at all, read without running anything from them."""
+"""Checkpoints: what they hold, written whole or not at all, read without running anything from them."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
+from torch import Tensor
 
 from sagan.errors import UserError
-from sagan.io import file_sha256
+from sagan.io import atomic_write, atomic_write_text, file_sha256, first_line, load_plain
 
 FORMAT = "sagan-layers trainer"
 VERSION = 2
@@ -22,90 +21,110 @@ _NAME = re.compile(r"iteration_(\d{9})\.pt")
 
 logger = logging.getLogger(__name__)
 
+StateDict = dict[str, Any]
+
+
+class TrainerState(TypedDict):
+    """What :class:`sagan.train.update.Trainer` restores. Values are tensors, plain values, lists and dictionaries."""
+
+    config: dict[str, Any]  # RunConfig.to_dict()
+    iteration: int  # iterations done
+    batches_drawn: int  # parts of batches taken from the loader
+    generator: StateDict
+    discriminator: StateDict
+    average: StateDict | None  # torch's AveragedModel of G; None without a moving average
+    g_optimizer: StateDict
+    d_optimizer: StateDict
+    scaler: StateDict  # of gradients; empty except in fp16
+    torch_rng: Tensor  # torch's generator on the CPU, the same on every rank
+    cuda_rng: Tensor | None  # and on the run's GPU, if it has one
+    means: StateDict  # sums and counts of measurements since the last log, of rank 0
+    means_of_processes: list[StateDict]  # the same of every rank, as numbers
+    guard: dict[str, int]  # iterations in a row with a skipped update, and the first of them
+    skipped: int  # updates skipped since the last log
+    labels_in_use: Tensor  # int64 [K], classes with images
+
+
+class RunState(TrainerState):
+    """Everything that a checkpoint holds, besides its format and version."""
+
+    fingerprint: str  # of the images
+    class_names: list[str]  # by label
+    best_score: float | None  # score of best.pt; less is better
+    best_score_of: str  # kind of that score
+    alarm: dict[str, Any]  # what the collapse alarm has seen
+
+
+# What runs had before these keys were added to version 2.
+_ADDED_KEYS: dict[str, Any] = {
+    "cuda_rng": None,
+    "means_of_processes": [],
+    "guard": {"in_a_row": 0, "since": -1},
+    "skipped": 0,
+}
+
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used, in plain words."""
+    """A checkpoint cannot be used."""
 
 
-def save_checkpoint(folder: Path, contents: dict[str, Any], *, iteration: int, keep: int) -> Path:
-    """Write a checkpoint and delete all but it and the ``keep - 1`` before it.
+def save_checkpoint(folder: Path, state: RunState, *, keep: int) -> Path:
+    """Write a checkpoint, and delete all but it and the ``keep - 1`` before it.
 
-    The file appears under its name only once it is complete and on the disk. Its SHA-256 lies beside it.
+    The file gets its name once it is complete and on the disk. Its SHA-256 digest is stored beside it.
 
     Args:
-        folder: where checkpoints are; made if missing.
-        contents: tensors, numbers, strings, and lists and dictionaries of them.
-        iteration: gives the file its name.
-        keep: how many to keep, this one included.
+        folder: folder of the checkpoints; created if missing.
+        state: what to save; its iteration names the file.
+        keep: how many checkpoints to keep, this one included.
 
     Returns:
         The path of the file.
+
+    Raises:
+        CheckpointError: if it cannot be written, for example because the disk is full.
     """
-    path = folder / f"iteration_{iteration:09d}.pt"
-    _write(path, contents)
+    path = folder / f"iteration_{state['iteration']:09d}.pt"
+    _write(path, state)
     for old in [each for each in checkpoints_in(folder) if each.name <= path.name][:-keep]:
         old.unlink()
         _digest_path(old).unlink(missing_ok=True)
     return path
 
 
-def save_best(folder: Path, contents: dict[str, Any]) -> Path:
-    """Write the checkpoint with the best score so far, in place of the one before; it is never deleted."""
+def save_best(folder: Path, state: RunState) -> Path:
+    """Write the checkpoint with the best score so far in place of the one before. It is never deleted."""
     path = folder / BEST
-    _write(path, contents)
+    _write(path, state)
     return path
 
 
-def _write(path: Path, contents: dict[str, Any]) -> None:
+def _write(path: Path, state: RunState) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
+    digest = _digest_path(path)
     try:
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **contents}, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        with atomic_write(path) as file:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+            # After a crash the new file may lack a digest; it must never lie beside the old file's.
+            digest.unlink(missing_ok=True)
+        atomic_write_text(digest, file_sha256(path) + "\n")
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         free = shutil.disk_usage(path.parent).free
         raise CheckpointError(
-            f"{path} could not be written ({_first_line(error)}; {free / 1e6:,.1f} MB are free there); "
+            f"{path} could not be written ({first_line(error)}; {free / 1e6:,.1f} MB are free there); "
             "the checkpoints before it are whole"
         ) from error
-    digest = _digest_path(path)
-    partial_digest = digest.with_suffix(".partial-sha256")
-    with partial_digest.open("w") as text:
-        text.write(file_sha256(temporary) + "\n")
-        text.flush()
-        os.fsync(text.fileno())
-    # A crash between the two leaves a checkpoint beside a digest of another one: it must not count as damaged.
-    digest.unlink(missing_ok=True)
-    temporary.replace(path)
-    partial_digest.replace(digest)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's new names on the disk; where folders cannot be opened (Windows), nothing is needed."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in a folder, the oldest first."""
+    """Return the complete checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that ``path`` means: itself, or the latest of the run in that folder.
+    """Return the checkpoint at ``path``: itself, or the latest of the run in that folder.
 
     Raises:
         CheckpointError: if there is none.
@@ -114,10 +133,9 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def set_aside_later(path: Path) -> list[Path]:
-    """Rename the checkpoints that are later than this one, and return their new paths.
+    """Rename the checkpoints later than this one, and return their new paths.
 
-    A run that goes on from here has passed them over, because they are damaged: they must not count among those that
-    are kept.
+    They are damaged, else the run would resume from them. So they must not count among those to keep.
     """
     found = []
     for later in checkpoints_in(path.parent):
@@ -127,8 +145,8 @@ def set_aside_later(path: Path) -> list[Path]:
     return found
 
 
-def load_latest(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the latest checkpoint that can be read, and its contents; the ones passed over are logged.
+def load_latest(path: Path) -> tuple[Path, RunState]:
+    """Return the latest readable checkpoint and its contents. Unreadable ones are logged.
 
     Args:
         path: a checkpoint, or the folder of a run.
@@ -139,21 +157,21 @@ def load_latest(path: Path) -> tuple[Path, dict[str, Any]]:
     problems: list[str] = []
     for candidate in reversed(_candidates(path)):
         try:
-            contents = load_checkpoint(candidate)
+            state = load_checkpoint(candidate)
         except CheckpointError as error:
             problems.append(str(error))
         else:
             for problem in problems:
-                logger.warning("%s; going on from %s, which is older", problem, candidate.name)
-            return candidate, contents
+                logger.warning("%s; resuming from %s, which is older", problem, candidate.name)
+            return candidate, state
     raise CheckpointError("; ".join(problems))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path) -> RunState:
     """Return the contents of a checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: if the file is torn or changed, not one of this trainer's, or of another version.
+        CheckpointError: if the file is damaged, from another program, or of another version.
     """
     digest = _digest_path(path)
     if digest.is_file() and digest.read_text().strip() != file_sha256(path):
@@ -162,27 +180,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         contents = load_plain(path)
     except UserError as error:
         raise CheckpointError(f"{path} is not a readable checkpoint ({error})") from error
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+    if not isinstance(contents, dict) or contents.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this trainer")
-    if contents.get("version") != VERSION:
+    version = contents.pop("version", None)
+    if version != VERSION:
+        raise CheckpointError(f"{path} is of version {version}; this trainer reads version {VERSION}")
+    state = {**_ADDED_KEYS, **contents}
+    if missing := RunState.__required_keys__ - state.keys():
         raise CheckpointError(
-            f"{path} is of version {contents.get('version')}; this trainer reads version {VERSION}"
+            f"{path} is not a checkpoint of this trainer: it lacks {', '.join(sorted(missing))}"
         )
-    return contents
-
-
-def load_plain(path: Path) -> Any:
-    """Return what ``torch.save`` wrote, on the CPU; nothing in the file is run.
-
-    Raises:
-        UserError: the reason, if it cannot be read, or holds more than tensors and plain values.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(_first_line(error)) from error
-    except Exception as error:  # of many kinds; torch's words advise to unpickle the file all the same
-        raise UserError("it holds more than tensors and plain values, or is no file of torch.save") from error
+    return cast(RunState, state)
 
 
 def _candidates(path: Path) -> list[Path]:
@@ -198,7 +206,3 @@ def _candidates(path: Path) -> list[Path]:
 
 def _digest_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,27 +1,35 @@
-"""What watches a run: numbers that are not finite, and the signs of a collapse."""
+"""Updates with a NaN or an infinity are skipped, and end a run that may not go on without them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sagan.errors import UserError
 from sagan.recipes import HealthConfig
+
+_NAMED_PARAMETERS = 5
+
+
+class TrainingError(UserError):
+    """Training cannot continue."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Updates that were left out because a loss or a gradient was not finite.
+    """Updates skipped because a loss or a gradient was not finite.
 
     Attributes:
-        count: how many, since this was last asked.
-        first_iteration: the iteration of the first of them.
-        in_a_row: how many iterations with one there were in a row, up to now.
-        since: the first iteration of that row.
+        count: number of updates since the last question.
+        first_iteration: iteration of the first of them.
+        in_a_row: number of consecutive iterations with a skipped update, up to now.
+        since: first of those iterations.
     """
 
     count: int
@@ -31,13 +39,15 @@ class Skipped:
 
 
 class FiniteGuard:
-    """Leaves out updates whose loss or gradients hold a NaN or an infinity, without making the host wait.
+    """Skips updates whose loss or gradients hold a NaN or an infinity.
 
-    The optimizer's fused kernel reads a flag on the device and changes nothing where it is set: neither weights
-    nor moments. :meth:`skipped` tells afterwards; it waits for the device, so ask when the log is written.
+    The decision is made on the device: a host that looked at each gradient norm would wait for the GPU twice an
+    iteration, and the GPU would then wait for the host. Instead the optimizer's fused kernel reads a flag, and changes
+    neither weights nor moments where it is set. :meth:`skipped` reports afterwards. It waits for the device, so call
+    it when a log is due.
 
     Args:
-        device: of the networks.
+        device: device of the networks.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,12 +60,12 @@ class FiniteGuard:
 
     @contextlib.contextmanager
     def iteration(self, number: int, moving: Sequence[Tensor]) -> Iterator[None]:
-        """Enclose an iteration's updates.
+        """Enclose the updates of an iteration.
 
         Args:
-            number: of the iteration.
-            moving: buffers that forward passes move, such as running statistics; they are put back if the
-                iteration has an update that was left out.
+            number: number of the iteration.
+            moving: buffers that forward passes change, such as running statistics. They are restored if the iteration
+                has a skipped update.
         """
         self._iteration = number
         self._found = torch.zeros_like(self._found)
@@ -68,12 +78,12 @@ class FiniteGuard:
             tensor.copy_(torch.where(found, old, tensor))
 
     def step(self, optimizer: torch.optim.Optimizer, network: nn.Module, loss: Tensor) -> None:
-        """Apply the gradients of a network, unless one of them or their loss is not finite.
+        """Apply a network's gradients, unless one of them or their loss is not finite.
 
         Args:
-            optimizer: a fused one.
-            network: whose gradients it applies.
-            loss: that they are of; a hinge loss of NaN has gradients of 0.
+            optimizer: a fused optimizer.
+            network: the network that it updates.
+            loss: the loss; when the hinge loss is NaN, its gradients are 0 and so finite.
         """
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
         found = (torch.nn.utils.get_total_norm(gradients) + loss.detach()).isfinite().logical_not()
@@ -87,7 +97,7 @@ class FiniteGuard:
             del optimizer.found_inf  # type: ignore[attr-defined]
 
     def skipped(self) -> Skipped | None:
-        """Return what was left out since this was last called, None if nothing was."""
+        """Return what was skipped since the last call, None if nothing was."""
         count = int(self._count)
         if count == 0:
             return None
@@ -96,11 +106,11 @@ class FiniteGuard:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from, once :meth:`skipped` has been called."""
+        """Return what a resumed run needs; call :meth:`skipped` first."""
         return {"in_a_row": int(self._in_a_row), "since": int(self._since)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state that :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self._in_a_row.fill_(state["in_a_row"])
         self._since.fill_(state["since"])
 
@@ -115,104 +125,52 @@ def parameters_not_finite(network: nn.Module) -> list[str]:
     ]
 
 
-@dataclass
-class CollapseAlarm:
-    """Looks for the signs of a collapse in what is logged anyway.
-
-    Attributes:
-        config: what counts as a sign.
-        saturated_logs: logs in a row in which D's loss was next to nothing.
-        diversity_was_enough: whether the samples have ever differed as they should; before, G has not begun.
-        rising: evaluations in a row, each worse than the one before.
-        last_score: of the last evaluation.
-        last_score_of: what that is a score of.
-        raised: the signs that have been told already.
-    """
-
-    config: HealthConfig
-    saturated_logs: int = 0
-    diversity_was_enough: bool = False
-    rising: int = 0
-    last_score: float | None = None
-    last_score_of: str = ""
-    raised: list[str] = field(default_factory=list)
-
-    def see_losses(self, d_loss: float) -> str | None:
-        """Take in the mean loss of D since the last log; return what is alarming, if it is and is new."""
-        self.saturated_logs = self.saturated_logs + 1 if d_loss < self.config.saturated_d_loss else 0
-        return self._raise(
-            "saturated",
-            self.saturated_logs >= self.config.saturated_logs,
-            f"D's loss was below {self.config.saturated_d_loss} in {self.saturated_logs} logs in a row: D tells "
-            "every image, and G learns nothing from it",
-        )
-
-    def see_diversity(self, diversity: float) -> str | None:
-        """Take in how much samples differ, as a share of what real images do."""
-        if diversity >= 2 * self.config.least_diversity:
-            self.diversity_was_enough = True
-        return self._raise(
-            "diversity",
-            self.diversity_was_enough and diversity < self.config.least_diversity,
-            f"samples of one class differ {diversity:.1%} as much as real images do, below "
-            f"{self.config.least_diversity:.1%}: modes are lost",
-        )
-
-    def see_score(self, score: float, of: str = "") -> str | None:
-        """Take in the score of an evaluation, of which less is better.
-
-        Args:
-            score: the number.
-            of: what it is; after one of another kind counting starts anew.
-        """
-        if of != self.last_score_of:
-            self.rising, self.last_score, self.last_score_of = 0, None, of
-        worse = self.last_score is not None and score > self.last_score
-        self.rising = self.rising + 1 if worse else 0
-        self.last_score = score
-        return self._raise(
-            "rising",
-            self.rising >= self.config.rising_evaluations,
-            f"the score has become worse in {self.rising} evaluations in a row, now {score:.4g}",
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from."""
-        return {
-            "saturated_logs": self.saturated_logs,
-            "diversity_was_enough": self.diversity_was_enough,
-            "rising": self.rising,
-            "last_score": self.last_score,
-            "last_score_of": self.last_score_of,
-            "raised": list(self.raised),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state that :meth:`state_dict` returned."""
-        for name, value in state.items():
-            setattr(self, name, list(value) if isinstance(value, list) else value)
-
-    def _raise(self, sign: str, is_there: bool, text: str) -> str | None:
-        """Return the text when a sign has just appeared; it may appear again after it has gone."""
-        was_there = sign in self.raised
-        if is_there and not was_there:
-            self.raised.append(sign)
-            return text
-        if was_there and not is_there:
-            self.raised.remove(sign)
-        return None
-
-
-def diversity(images: Tensor, labels: Tensor) -> float:
-    """Return how much images of one class differ: the standard deviation over them, averaged over pixels and classes.
+def check_finite(guard: FiniteGuard, health: HealthConfig, networks: Mapping[str, nn.Module]) -> int:
+    """Return how many updates were skipped since the last call, or stop the run; waits for the device.
 
     Args:
-        images: uint8 [N, 3, R, R].
-        labels: int64 [N]; classes with one image are left out.
+        guard: the run's guard.
+        health: says whether updates may be skipped, and how many in a row.
+        networks: networks whose parameters the message names, by name.
+
+    Raises:
+        TrainingError: with what is known of the cause.
     """
-    spreads = [
-        images[labels == label].float().std(0).mean()
-        for label in torch.unique(labels)
-        if int((labels == label).sum()) > 1
-    ]
-    return float(torch.stack(spreads).mean()) if spreads else 0.0
+    skipped = guard.skipped()
+    if skipped is None:
+        return 0
+    if health.on_nonfinite == "skip" and skipped.in_a_row <= health.most_skipped:
+        return skipped.count
+    if health.on_nonfinite == "skip":
+        what = f"in {skipped.in_a_row} iterations in a row, the first {skipped.since + 1}"
+        remedy = "--health.most-skipped allows more"
+    else:
+        what = f"in {skipped.count} updates, the first in iteration {skipped.first_iteration + 1}"
+        remedy = "--health.on-nonfinite skip continues without such updates"
+    found = []
+    for name, network in networks.items():
+        if names := parameters_not_finite(network):
+            others = " and others" if len(names) > _NAMED_PARAMETERS else ""
+            found.append(f"{name}: {', '.join(names[:_NAMED_PARAMETERS])}{others}")
+    where = f" ({'; '.join(found)})" if found else ""
+    raise TrainingError(
+        f"losses or gradients not finite {what}{where}. No such update was applied, "
+        "and the last checkpoint was saved before. Lower learning rates or --precision fp32 usually help; "
+        f"{remedy}"
+    )
+
+
+def check_losses_finite(row: Mapping[str, Any]) -> None:
+    """Stop a run whose losses were not finite in any iteration since the last log.
+
+    That happens in fp16, whose gradient scaler skips updates without the guard.
+
+    Raises:
+        TrainingError: naming the losses.
+    """
+    lost = [name for name in ("d_loss", "g_loss") if not math.isfinite(row[name])]
+    if lost:
+        raise TrainingError(
+            f"{' and '.join(lost)} not finite in any iteration since the last log, at iteration {row['iteration']}; "
+            "the last checkpoint was saved before"
+        )

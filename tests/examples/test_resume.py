@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 from test_training import Batches, assert_same_run, changed, make_trainer, metrics_of
-from torch import Tensor
 
 from sagan.errors import UserError
 from sagan.io import locked
 from sagan.recipes import RunConfig
 from sagan.train.checkpoint import BEST, CheckpointError, checkpoints_in, load_checkpoint, set_aside_later
-from sagan.train.loop import Score, TrainingError, TrainingResult, check_unused
+from sagan.train.guard import TrainingError
+from sagan.train.loop import TrainingResult
+from sagan.train.output import Score
+from sagan.train.resume import check_unused
 from sagan.train.update import Trainer
 
 Train = Callable[..., TrainingResult]
@@ -140,15 +143,18 @@ class TestFolders:
         assert run_training(changed(tiny_config, out=out)).iteration == 2  # a lock is gone with its process
         assert not (out / ".lock").exists()
 
-    def test_a_lock_without_a_lock_service_is_none(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.skipif(sys.platform == "win32", reason="flock")
+    @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+    def test_without_a_lock_service_there_is_no_lock(
+        self, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fails(descriptor: int) -> None:
-            raise OSError(37, "No locks available")
+        def fails(descriptor: int, operation: int) -> None:
+            raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr("sagan.io._lock", fails)
-        with locked(tmp_path / "lock", "held"):
-            pass
+        monkeypatch.setattr("fcntl.flock", fails)
+        for _ in range(2):
+            with locked(tmp_path / "lock", "held"):
+                pass
 
     def test_what_a_run_left_before_its_first_checkpoint_is_not_overwritten(self, tmp_path: Path) -> None:
         check_unused(tmp_path / "new")
@@ -168,14 +174,15 @@ class TestSkippedUpdates:
     @staticmethod
     def poisoned(monkeypatch: pytest.MonkeyPatch, iterations: set[int]) -> None:
         """Put a NaN into G's gradient in these iterations."""
-        original = Trainer._apply
+        original = Trainer.update_generator
 
-        def apply(self: Trainer, optimizer: Any, network: Any, losses: list[Tensor]) -> None:
-            if network is self.generator and self.iteration in iterations:
-                next(network.parameters()).grad.fill_(float("nan"))
-            original(self, optimizer, network, losses)
+        def update(self: Trainer, update: int = 1) -> None:
+            poison = float("nan") if self.iteration in iterations else 1.0
+            handle = next(self.generator.parameters()).register_hook(lambda gradient: gradient * poison)
+            original(self, update)
+            handle.remove()
 
-        monkeypatch.setattr(Trainer, "_apply", apply)
+        monkeypatch.setattr(Trainer, "update_generator", update)
 
     def test_their_number_survives_a_resumption(
         self, tiny_config: RunConfig, run_training: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -253,7 +260,7 @@ class TestAcceptedChanges:
     ) -> None:
         run_training(changed(tiny_config, out=tmp_path / "run"))
         wider = changed(tiny_config, out=tmp_path / "run", network__base_width=4)
-        with pytest.raises(CheckpointError, match="holds networks that are not of this configuration"):
+        with pytest.raises(CheckpointError, match="holds networks that do not fit this configuration"):
             run_training(wider, resume=True, accept_changes=True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sagan.train import allocator as memory
+from sagan.train import allocator
 
 # Faults while 64 MiB are allocated, written and freed ten times, after a first time.
 SCRIPT = """
@@ -25,7 +25,7 @@ for _ in range(10):
     torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-EXAMPLES = Path(memory.__file__).parent.parent
+EXAMPLES = Path(allocator.__file__).parents[2]
 
 
 def faults(*arguments: str) -> int:
@@ -46,4 +46,4 @@ def test_freed_memory_is_taken_again_with_fewer_faults() -> None:
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert memory.keep_freed_memory() is False
+    assert allocator.keep_freed_memory() is False

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from sagan.recipes import HealthConfig
-from sagan.train.guard import CollapseAlarm, FiniteGuard, Skipped, diversity, parameters_not_finite
+from sagan.train.collapse import CollapseAlarm, diversity
+from sagan.train.guard import FiniteGuard, Skipped, parameters_not_finite
 
 CPU = torch.device("cpu")
 LOSS = torch.tensor(1.0)
