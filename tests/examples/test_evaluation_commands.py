@@ -20,7 +20,8 @@ from sagan.report.page import draw_run, write_report
 from sagan.train.checkpoint import load_checkpoint
 from sagan.train.collapse import CollapseAlarm
 from sagan.train.logs import read_metrics, series
-from sagan.train.loop import Score, TrainingResult
+from sagan.train.loop import TrainingResult
+from sagan.train.output import Score
 from sagan.train.update import Trainer
 
 SMALL = [
@@ -103,15 +104,9 @@ class TestEvaluate:
         ],
     )
     def test_what_cannot_be_evaluated_is_refused_in_plain_words(
-        self,
-        trained_run: Path,
-        tmp_path: Path,
-        options: tuple[str, ...],
-        message: str,
-        capsys: pytest.CaptureFixture[str],
+        self, trained_run: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        arguments = ("--source", trained_run, "--device", "cpu", "--cache", tmp_path, *options)
-        assert main("evaluate", *arguments) == 1
+        assert main("evaluate", "--source", trained_run, "--device", "cpu", *options) == 1
         assert message in capsys.readouterr().err
 
     def test_other_classes_than_the_runs_are_refused_for_intra_fid(

@@ -23,6 +23,7 @@ WEIGHTS_SHA256_START = "6726825d"
 NUM_FEATURES = 2048
 NUM_LOGITS = 1008
 INPUT_SIZE = 299
+_EPS = 0.001
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,6 @@ class InceptionV3(nn.Module):
         features = x.mean((2, 3))
         return features, F.linear(features, self.fc.weight)
 
-    @torch.no_grad()
-    def fold_batch_norm(self) -> InceptionV3:
-        """Fold batch norm into the convolutions before it, in place, and return this network."""
-        for layer in self.modules():
-            if isinstance(layer, _ConvNorm):
-                layer.fold_batch_norm()
-        return self
-
 
 class _ConvNorm(nn.Module):
     """Convolution, batch norm, ReLU."""
@@ -109,22 +102,19 @@ class _ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        self.bn: nn.Module = nn.BatchNorm2d(outputs, eps=0.001)
+        self.bn: nn.Module = nn.BatchNorm2d(outputs, eps=_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.bn(self.conv(x)).relu_()
         return y
 
+    @torch.no_grad()
     def fold_batch_norm(self) -> None:
-        norm = self.bn
-        if not isinstance(norm, nn.BatchNorm2d):
-            return
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        bias = norm.bias.double() - norm.running_mean.double() * gain
-        weight = self.conv.weight.double() * gain.view(-1, 1, 1, 1)
-        self.conv.weight.copy_(weight)
+        """Fold batch norm into the convolution, in place."""
+        norm = {name: tensor.double() for name, tensor in self.bn.state_dict().items()}
+        gain = norm["weight"] / (norm["running_var"] + _EPS).sqrt()
+        bias = norm["bias"] - norm["running_mean"] * gain
+        self.conv.weight.copy_(self.conv.weight.double() * gain.view(-1, 1, 1, 1))
         self.conv.bias = nn.Parameter(bias.to(self.conv.weight))
         self.bn = nn.Identity()
 
@@ -279,5 +269,8 @@ def load_inception(path: Path) -> InceptionV3:
             f"inception weights: {path} is not TensorFlow's Inception-v3 of 2015-12-05 ({WEIGHTS_FILE}): "
             f"{' '.join(differences)}"
         ) from error
-    network.eval().requires_grad_(False).fold_batch_norm()
+    network.eval().requires_grad_(False)
+    for layer in network.modules():
+        if isinstance(layer, _ConvNorm):
+            layer.fold_batch_norm()
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
