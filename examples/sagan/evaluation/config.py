@@ -63,7 +63,7 @@ class EvaluationConfig:
                 object.__setattr__(self, name, Path(getattr(self, name)))  # JSON holds strings
         if len(set(self.metrics)) != len(self.metrics) or set(self.metrics) - set(METRICS):
             raise UserError(
-                f"metrics: expected different ones of {', '.join(METRICS)}; got {list(self.metrics)}"
+                f"metrics: expected some of {', '.join(METRICS)}, each once; got {list(self.metrics)}"
             )
         if self.num_samples < 2 * SPLITS:
             raise UserError(f"count: expected at least {2 * SPLITS}, got {self.count}")

@@ -58,24 +58,24 @@ class Evaluator:
         network: FeatureNetwork | None = None,
         progress: bool = False,
     ) -> None:
-        self.config = config
-        self.real_images = real_images
+        self._config = config
         self._metrics = config.chosen_metrics
+        self._real_images = real_images
         self._world = world
         self._progress = progress
         self._cache = config.cache or default_cache()
         dataset = real_images.dataset
         if len(dataset) <= NEIGHBOURS:
             raise UserError(f"real images: expected more than {NEIGHBOURS}, got {len(dataset)}")
-        self.network = network or load_feature_network(config, world.device, resolution=dataset.resolution)
-        if "is" in self._metrics and not self.network.num_logits:
+        self._network = network or load_feature_network(config, world.device, resolution=dataset.resolution)
+        if "is" in self._metrics and not self._network.num_logits:
             raise UserError(
-                f"metrics: the network {self.network.name} has no logits, so there is no 'is' with it"
+                f"metrics: the network {self._network.name} has no logits, so there is no 'is' with it"
             )
         with deterministic_float32():
             self.real_facts, self._real = load_or_compute_real_features(
                 dataset,
-                self.network,
+                self._network,
                 world,
                 self._cache,
                 block_size=config.block_size,
@@ -87,7 +87,7 @@ class Evaluator:
         """Return where the features of the real images are, and the real images' scores, for a terminal."""
         facts = self.real_facts
         verb = "read from" if facts.from_cache else "saved in"
-        scores = results.describe_real_images(facts, self.real_images.split, proxy=self.network.proxy)
+        scores = results.describe_real_images(facts, self._real_images.split, proxy=self._network.proxy)
         return f"Features of {facts.count:,} real images {verb} {self._cache}\n{scores}"
 
     def evaluate(
@@ -105,26 +105,26 @@ class Evaluator:
         """
         start = time.perf_counter()
         resolution = generator.config.resolution
-        if (found := self.real_images.dataset.resolution) != resolution:
+        if (found := self._real_images.dataset.resolution) != resolution:
             raise UserError(
                 f"real images: expected images of {resolution} pixels as the generator's, got {found}"
             )
         classes, skipped_classes = self._intra_fid_classes(generator, labels_in_use)
-        generated = _GeneratedFeatures(self.config, self.network)
+        generated = _GeneratedFeatures(self._config, self._network)
         with deterministic_float32():
             blocks = extract_features(
-                generated_blocks(generator, self.config, self._world, labels_in_use),
-                self.config.num_samples,
-                self.config.block_size,
-                self.network,
+                generated_blocks(generator, self._config, self._world, labels_in_use),
+                self._config.num_samples,
+                self._config.block_size,
+                self._network,
                 self._world,
                 description="generated images" if self._progress else None,
             )
-            for block in blocks:  # on rank 0
+            for block in blocks:  # rank 0 receives all of them, the others none
                 generated.add(block)
             measured = self._world.run_on_main(lambda: self._measure(generated, labels_in_use, classes))
         protocol = self._protocol(len(labels_in_use), weights)
-        names = self.real_images.dataset.class_names
+        names = self._real_images.dataset.class_names
         by_class = {names[label]: value for label, value in zip(classes, measured["by_class"], strict=True)}
         return Evaluation(
             figures=tuple(
@@ -149,12 +149,12 @@ class Evaluator:
             return [], []
         if not generator.config.num_classes:
             raise UserError("metrics: expected a run with classes for intra-fid, this one is unconditional")
-        if self.config.num_samples < 2 * len(labels_in_use):
+        if self._config.num_samples < 2 * len(labels_in_use):
             raise UserError(
                 f"count: expected at least 2 samples of each of {len(labels_in_use)} classes for intra-fid, "
-                f"got {self.config.num_samples} in all"
+                f"got {self._config.num_samples} in all"
             )
-        dataset = self.real_images.dataset
+        dataset = self._real_images.dataset
         counts = torch.bincount(dataset.labels, minlength=len(dataset.class_names))
         classes = [label for label in labels_in_use.tolist() if counts[label] >= 2]
         if not classes:
@@ -165,22 +165,21 @@ class Evaluator:
         self, generated: _GeneratedFeatures, labels_in_use: Tensor, classes: Sequence[int]
     ) -> dict[str, Any]:
         """Return the figures as (metric, value, deviation), the FID of each class, and the samples' checksum."""
-        real, device = self._real, self.network.float64_device
+        real, device = self._real, self._network.float64_device
         assert real is not None  # on rank 0
         figures: list[tuple[str, float, float | None]] = []
         by_class: list[float] = []
         for metric in self._metrics:
             if metric == "fid":
                 assert generated.moments is not None
-                figures.append(
-                    ("fid", frechet_distance_of_moments(real.moments.to(device), generated.moments), None)
-                )
+                fid = frechet_distance_of_moments(real.moments.to(device), generated.moments)
+                figures.append(("fid", fid, None))
             elif metric == "is":
                 assert generated.inception_score is not None
                 figures.append(("is", *generated.inception_score.result()))
             elif metric == "kid":
-                distance = kernel_inception_distance(real.sample.to(device), generated.features.to(device))
-                figures.append(("kid", *distance))
+                kid = kernel_inception_distance(real.sample.to(device), generated.features.to(device))
+                figures.append(("kid", *kid))
             elif metric == "intra-fid":
                 places = {label: place for place, label in enumerate(labels_in_use.tolist())}
                 by_class = [
@@ -200,17 +199,17 @@ class Evaluator:
         return {"figures": figures, "by_class": by_class, "checksum": generated.checksum.hexdigest()}
 
     def _protocol(self, num_classes: int, weights: str) -> Protocol:
-        config = self.config
+        config = self._config
         return Protocol(
-            network=self.network.name,
-            network_sha256=self.network.digest,
-            resize=self.network.resize,
+            network=self._network.name,
+            network_sha256=self._network.digest,
+            resize=self._network.resize,
             precision="float32",
-            proxy=self.network.proxy,
-            real_split=self.real_images.split,
+            proxy=self._network.proxy,
+            real_split=self._real_images.split,
             real_count=self.real_facts.count,
             real_checksum=self.real_facts.checksum,
-            real_resolution=self.real_images.dataset.resolution,
+            real_resolution=self._real_images.dataset.resolution,
             sample_count=config.num_samples,
             sample_seed=config.sample_seed,
             sample_classes=num_classes,

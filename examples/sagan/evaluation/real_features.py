@@ -127,13 +127,10 @@ def load_or_compute_real_features(
     facts = world.run_on_main(lambda: _cached_facts(folder, key, all_features))
     if facts is None:
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        accumulator = _Accumulator(network, len(dataset), partial, all_features) if world.is_main else None
-
-        def save() -> dict[str, Any]:
-            assert accumulator is not None
-            return accumulator.save(folder, key, replaced)
-
         try:
+            accumulator = _Accumulator(
+                network, len(dataset), partial, all_features=all_features and world.is_main
+            )
             for block in extract_features(
                 dataset_blocks(dataset, block_size, world),
                 len(dataset),
@@ -142,11 +139,10 @@ def load_or_compute_real_features(
                 world,
                 description="features of the real images" if progress else None,
             ):
-                assert accumulator is not None  # blocks come on rank 0 only
-                accumulator.add(block)
+                accumulator.add(block)  # rank 0 receives all of them, the others none
             failures = torch.tensor([len(dataset.failures)])
             replaced = sum(int(each) for each in world.gather(failures))
-            facts = world.run_on_main(save)
+            facts = world.run_on_main(lambda: accumulator.save(folder, key, replaced))
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # renamed by now, unless something failed
     real_facts = RealFacts(**facts)
@@ -201,9 +197,9 @@ def _read(folder: Path, facts: RealFacts, labels: Tensor, all_features: bool) ->
 
 
 class _Accumulator:
-    """Gathers and saves what evaluations need of the real images' features, on rank 0."""
+    """Gathers what evaluations need of the real images' features, and saves it on rank 0."""
 
-    def __init__(self, network: FeatureNetwork, count: int, partial: Path, all_features: bool) -> None:
+    def __init__(self, network: FeatureNetwork, count: int, partial: Path, *, all_features: bool) -> None:
         self._count = count
         self._partial = partial
         # A random order, the same every time: it decides the halves, the splits and the sample.
@@ -214,8 +210,8 @@ class _Accumulator:
         self._score = InceptionScore(network.num_logits, device=device) if network.num_logits else None
         self._checksum = hashlib.sha256()
         self._features: np.memmap[Any, np.dtype[np.float32]] | None = None
-        partial.mkdir(parents=True, exist_ok=True)
         if all_features:
+            partial.mkdir(parents=True, exist_ok=True)
             self._features = np.lib.format.open_memmap(
                 partial / _FEATURES, "w+", np.float32, (count, network.num_features)
             )
@@ -247,12 +243,12 @@ class _Accumulator:
             from_cache=False,
         )
         one.merge(other)
-        moments, sample = one.to(torch.device("cpu")), self._sample
+        self._partial.mkdir(parents=True, exist_ok=True)
         np.savez(
             self._partial / _STATISTICS,
-            mean=moments.mean.numpy(),
-            products=moments.products.numpy(),
-            sample=sample.numpy(),
+            mean=one.mean.numpy(force=True),
+            products=one.products.numpy(force=True),
+            sample=self._sample.numpy(),
         )
         files = [_STATISTICS]
         if self._features is not None:
