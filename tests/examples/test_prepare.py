@@ -213,7 +213,7 @@ class TestParquet:
         rows = [(f"{n}.jpg", n % 2, jpeg_bytes(n)) for n in range(10)]
         write_shard(tmp_path / "a.parquet", rows, ["a", "b"], row_group_size=3)
         listing = list_source(str(tmp_path / "a.parquet"), SourceOptions())
-        parts = listing.store.parts(4)
+        parts = listing.files.parts(4)
         assert [len(part) for part in parts] == [6, 4]
         assert sorted(np.concatenate(parts).tolist()) == list(range(10))
 
@@ -466,7 +466,7 @@ class TestBadFiles:
         dies_after: int,
     ) -> None:
         expected = pack(messy.root, tmp_path / "expected").manifest
-        monkeypatch.setattr(staging, "MOVED_BYTES", moved_bytes)
+        monkeypatch.setattr(staging, "_MOVED_BYTES", moved_bytes)
         left = [dies_after]
         write_all = staging.write_all
 
@@ -758,7 +758,7 @@ class TestSpaceAndPlaces:
         place.begin({}, 64, 128)
         place.array.write_bytes(bytes(128 + 64 * 3 * 128**2))
         os.sync()
-        usage = shutil.disk_usage(tmp_path)._replace(free=staging.SPARE_BYTES + 64 * 256)
+        usage = shutil.disk_usage(tmp_path)._replace(free=staging._SPARE_BYTES + 64 * 256)
         monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
         place.check_space(64, 128)
 
@@ -775,7 +775,7 @@ class TestSpaceAndPlaces:
 
         finish_parts = staging.Staging.finish_parts
         with monkeypatch.context() as patch:
-            patch.setattr(packing, "MARK_EVERY_S", 0)
+            patch.setattr(packing, "_MARK_EVERY_S", 0)
             patch.setattr(staging.Staging, "finish_parts", full)
             with pytest.raises(OSError, match="No space left"):
                 pack(made("folder"), tmp_path / "set")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sagan.data.config import DataConfig
 from sagan.data.dataset import DatasetCheck, ImageDataset
@@ -47,7 +48,7 @@ def check_dataset(
         report_folder: where the caller will save the report.
     """
 
-    def look() -> dict[str, object]:
+    def look() -> dict[str, Any]:
         check = dataset.check(mode, report_folder=report_folder, progress=True)
         print(check.text + "\n")
         return asdict(check)

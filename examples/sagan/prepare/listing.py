@@ -1,4 +1,4 @@
-"""What every kind of source comes to: a list of images in the order of the prepared set, and where their bytes are."""
+"""What every kind of source becomes: a list of images in the order of the prepared set, and where their bytes are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -21,37 +21,31 @@ WNID = re.compile(r"n\d{8}")
 _WNID_IN_FILE_NAME = re.compile(r"(n\d{8})_\d+\.")
 
 
-class Reader(abc.ABC):
-    """Reads the files of one part, in a worker process: small, and can be pickled."""
+class ImageFiles(abc.ABC):
+    """The encoded files of a list of images. It can be pickled, to be read in a worker process."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
     @abc.abstractmethod
     def __iter__(self) -> Iterator[bytes | str]:
         """Yield each file's bytes, or the reason why there are none.
 
         Raises:
-            UserError: the source is not what was listed any more.
+            UserError: the source has changed since it was listed.
         """
 
-
-class Store(abc.ABC):
-    """Where the bytes of a list of images are."""
-
     @abc.abstractmethod
+    def select(self, indices: Indices) -> ImageFiles:
+        """Return some of the files, in this order."""
+
     def parts(self, size: int) -> list[Indices]:
-        """Return all indices in parts of about `size` that are cheap to read in their order."""
+        """Return all indices in parts of about ``size`` that are cheap to read in their order."""
+        return [np.arange(start, min(start + size, len(self))) for start in range(0, len(self), size)]
 
     @abc.abstractmethod
-    def reader(self, indices: Indices) -> Reader:
-        """Return what reads these files in this order."""
-
     def identity(self) -> bytes:
-        """Return what, beside names and labels, changes when the source does."""
-        return b""
-
-
-def consecutive_parts(count: int, size: int) -> list[Indices]:
-    """Return 0 to count - 1 in parts of `size`."""
-    return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+        """Return what changes with the source beside names and labels, such as the sizes of files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,23 +56,23 @@ class Listing:
         kind: "class tars", "flat images", "folder" or "parquet".
         path: what the user named.
         class_names: names by label; WNIDs in sorted order where the source has them.
-        class_words: human names by label, where they are known.
         names: "class/file" of each image, the same for the same image from any source.
         labels: int64 [N], not decreasing.
-        store: where the bytes are.
+        files: the encoded images.
+        class_words: human names by label, where they are known.
         skipped: files that are not images, counted by kind.
         skipped_examples: some of them.
-        remarks: what a user should know of how the source was read.
+        remarks: what a user should know about how the source was read.
     """
 
     kind: str
     path: str
     class_names: tuple[str, ...]
-    class_words: tuple[str, ...] | None
     names: PathTable
     labels: npt.NDArray[np.int64]
-    store: Store
-    skipped: Mapping[str, int]
+    files: ImageFiles
+    class_words: tuple[str, ...] | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
     skipped_examples: Sequence[str] = ()
     remarks: Sequence[str] = ()
 
@@ -92,7 +86,7 @@ class Listing:
         for name in (*self.class_names, "", *map(self.names.relative, range(len(self)))):
             total.update(os.fsencode(name) + b"\0")
         total.update(self.labels.astype("<i8").tobytes())
-        total.update(self.store.identity())
+        total.update(self.files.identity())
         return total.hexdigest()
 
     def misnamed(self) -> list[tuple[int, str]]:
@@ -105,7 +99,7 @@ class Listing:
         return found
 
     def describe(self) -> str:
-        """Return a line for people."""
+        """Return what to print."""
         lines = [f"{self.kind}: {len(self):,} images in {len(self.class_names):,} classes, {self.path}"]
         return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
 

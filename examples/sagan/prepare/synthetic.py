@@ -1,8 +1,7 @@
-"""Generated images in ImageNet's own layouts, to try preparation and training without ImageNet.
+"""Generates images in ImageNet's own layouts, to try `prepare` and training without ImageNet.
 
-The sizes, the bytes per pixel and the archives are those of ILSVRC2012; what is in the pictures is a coloured
-shape on a textured ground, which its class decides. Image i of a class depends on (seed, class, i) alone, so
-the layouts hold the same files.
+Sizes, bytes per pixel and archives are those of ILSVRC2012. The class decides the coloured shape and its textured
+ground. Image i of a class depends on (seed, class, i) alone, so all layouts hold the same files.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, starmap
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,9 +21,10 @@ from PIL import Image
 
 from sagan.data.prefetch import usable_cpus
 from sagan.errors import UserError
-from sagan.prepare.pool import run_in_order
+from sagan.prepare.pool import run_tasks
 
-_WORTH_PROCESSES = 200
+_WORTH_PROCESSES = 200  # images that are worth starting processes for
+_IN_MEMORY = 1024  # images that are encoded before they are written
 Layout = Literal["folder", "tars", "parquet"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 # Width, height and share, roughly as in ILSVRC2012.
@@ -44,13 +43,13 @@ NATURAL_SIZES = (
 
 @dataclass(frozen=True)
 class SyntheticSet:
-    """What to generate: classes x images of each, for training, and the same for validation.
+    """What to generate.
 
     Attributes:
         classes: number of classes.
         images: training images of each class.
         val_images: validation images of each class.
-        seed: of all images.
+        seed: seed of all images.
         scale: factor on the natural sizes; small for tests.
     """
 
@@ -96,23 +95,20 @@ class SyntheticSet:
         )
 
     def _encoded(self, items: Sequence[tuple[str, int, int]]) -> Iterator[tuple[str, int, bytes]]:
-        tasks = [(self.seed, label, number, self.scale) for _, label, number in items]
-        if len(items) < _WORTH_PROCESSES:
-            files: Iterator[bytes] = starmap(synthetic_jpeg, tasks)
-        else:
-            workers = usable_cpus()
-            chunks = [tasks[start : start + 32] for start in range(0, len(tasks), 32)]
-            files = chain.from_iterable(run_in_order(_jpegs, chunks, workers))
-        for (name, label, _), data in zip(items, files, strict=True):
-            yield name, label, data
+        for start in range(0, len(items), _IN_MEMORY):
+            chunk = items[start : start + _IN_MEMORY]
+            tasks = [(self.seed, label, number, self.scale) for _, label, number in chunk]
+            files = dict(run_tasks(_jpeg, tasks, usable_cpus() if len(tasks) >= _WORTH_PROCESSES else 1))
+            for (name, label, _), task in zip(chunk, tasks, strict=True):
+                yield name, label, files[task]
 
 
-def _jpegs(tasks: Sequence[tuple[int, int, int, float]]) -> list[bytes]:
-    return [synthetic_jpeg(*task) for task in tasks]
+def _jpeg(task: tuple[int, int, int, float]) -> bytes:
+    return synthetic_jpeg(*task)
 
 
 def synthetic_jpeg(seed: int, label: int, number: int, scale: float = 1.0) -> bytes:
-    """Return one JPEG file: a shape and colours that the label decides, places and texture that chance does."""
+    """Return one JPEG file: the label decides shape and colours, chance decides position and texture."""
     rng = np.random.default_rng([seed, label, number])
     shares = np.array([share for _, _, share in NATURAL_SIZES])
     width, height, _ = NATURAL_SIZES[rng.choice(len(NATURAL_SIZES), p=shares / shares.sum())]
