@@ -1,7 +1,4 @@
-"""Several processes that train or evaluate as one: who this one is, and what they tell each other.
-
-``torchrun`` starts them and sets RANK, WORLD_SIZE, LOCAL_RANK and the address of the first. Without it there is one.
-"""
+"""Processes that train or evaluate together. ``torchrun`` starts them; without it there is one."""
 
 from __future__ import annotations
 
@@ -30,10 +27,10 @@ class World:
     """This process among those that work together.
 
     Attributes:
-        rank: its number, from 0; 0 writes files and talks.
-        world_size: how many there are.
-        device: where its networks are.
-        control: the group for messages between hosts, on the CPU whatever the networks are on.
+        rank: its number; rank 0 writes files and prints.
+        world_size: number of processes.
+        device: its device.
+        control: group for messages between hosts, always on the CPU.
     """
 
     rank: int
@@ -43,45 +40,46 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes files and talks."""
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def shard(self, whole: Tensor, part: int, parts: int) -> Tensor:
-        """Return what this process takes of part ``part`` of a global batch, [N, ...] -> [N / parts / count, ...]."""
+        """Return this rank's shard of a part of a global batch, [N, ...] -> [N / parts / world_size, ...]."""
         size = len(whole) // (parts * self.world_size)
         start = (part * self.world_size + self.rank) * size
         return whole[start : start + size]
 
     def run_on_main(self, work: Callable[[], T]) -> T:
-        """Do something in the first process alone, and return its result in all; it must be what JSON can hold.
+        """Return the result of a function that runs on rank 0 only; JSON must be able to hold it.
 
         Raises:
-            UserError: whatever the first process raised; the others raise :class:`ReportedByMainError`.
+            UserError: if rank 0 raised it or an OSError; the other ranks raise :class:`ReportedByMainError`.
         """
         if self.world_size == 1:
             return work()
         failed: UserError | OSError | None = None
-        answer = ""
+        message: list[str] = [""]
         if self.is_main:
             try:
-                answer = json.dumps({"result": work()})
+                message = [json.dumps({"result": work()})]
             except (UserError, OSError) as error:
-                failed, answer = error, json.dumps({"error": str(error)})
-        told = json.loads(self.broadcast_from_main(answer))
+                failed, message = error, [json.dumps({"error": str(error)})]
+        dist.broadcast_object_list(message, src=0, group=self.control)
         if failed is not None:
             raise failed
-        if "error" in told:
-            raise ReportedByMainError(told["error"])
-        result: T = told["result"]
+        answer = json.loads(message[0])
+        if "error" in answer:
+            raise ReportedByMainError(answer["error"])
+        result: T = answer["result"]
         return result
 
     def barrier(self) -> None:
-        """Return when all processes have come here."""
+        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier(group=self.control)
 
     def max_over_ranks(self, number: int) -> int:
-        """Return the largest of all processes' numbers; no process waits for its GPU."""
+        """Return the largest of all ranks' numbers, without waiting for a GPU."""
         if self.world_size == 1:
             return number
         numbers = torch.tensor([number])
@@ -89,7 +87,7 @@ class World:
         return int(numbers.item())
 
     def mean_over_ranks(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Return the means over all processes of numbers of the same names."""
+        """Return the mean over all ranks of each number."""
         if self.world_size == 1:
             return dict(numbers)
         values = torch.tensor(list(numbers.values()), dtype=torch.float64)
@@ -97,7 +95,7 @@ class World:
         return dict(zip(numbers, (values / self.world_size).tolist(), strict=True))
 
     def average_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace floating-point tensors by their mean over the processes, in one message for each dtype."""
+        """Replace floating-point tensors by their mean over the ranks, with one message for each dtype."""
         if self.world_size == 1:
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -111,7 +109,7 @@ class World:
                 tensor.detach().copy_(part.view(tensor.shape))
 
     def gather_texts(self, text: str) -> list[str]:
-        """Return every process's text, by rank."""
+        """Return all ranks' texts, by rank."""
         if self.world_size == 1:
             return [text]
         texts: list[str | None] = [None] * self.world_size
@@ -119,10 +117,10 @@ class World:
         return [str(each) for each in texts]
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Return all processes' tensors by rank, in the first process; none in the others.
+        """Return all ranks' tensors by rank, on rank 0; an empty list elsewhere.
 
         Args:
-            tensor: on the CPU, of one shape in all processes.
+            tensor: on the CPU, with the same shape on all ranks.
         """
         if self.world_size == 1:
             return [tensor]
@@ -132,7 +130,7 @@ class World:
 
     @contextlib.contextmanager
     def single_rank_group(self) -> Iterator[dist.ProcessGroup | None]:
-        """Yield a group of this process alone, for what would otherwise gather over all of them."""
+        """Yield a group of this process only, for code that gathers over a group."""
         if self.world_size == 1:
             yield None
             return
@@ -142,31 +140,23 @@ class World:
         finally:
             dist.destroy_process_group(group)
 
-    def broadcast_from_main(self, text: str) -> str:
-        """Return the text of process 0."""
-        if self.world_size == 1:
-            return text
-        texts = [text]
-        dist.broadcast_object_list(texts, src=0, group=self.control)
-        return texts[0]
-
 
 class ReportedByMainError(UserError):
-    """What the first process says already."""
+    """An error that rank 0 reports; the other ranks stay silent."""
 
 
 class ProcessesDisagreeError(UserError):
-    """World that should hold the same numbers do not."""
+    """The ranks should hold the same numbers, but do not."""
 
 
 @contextlib.contextmanager
 def init_world(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[World]:
-    """Join the other processes for a ``with`` block, as ``torchrun`` says; alone without it.
+    """Join the processes that ``torchrun`` started for a ``with`` block.
 
     Args:
-        device_name: "auto", "cpu" or "cuda"; each process takes the GPU of its LOCAL_RANK. A device with a number
-            ("cuda:1") is for a process alone.
-        timeout_minutes: after how long of waiting for another process this one gives up.
+        device_name: "auto", "cpu" or "cuda"; each process takes the GPU of its LOCAL_RANK. A device with a number, such
+            as "cuda:1", is for one process.
+        timeout_minutes: how long to wait for another process.
 
     Raises:
         UserError: if the environment is incomplete, or there are fewer GPUs than processes.
@@ -180,7 +170,7 @@ def init_world(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[W
     ]
     if missing:
         raise UserError(f"WORLD_SIZE is {count} but {', '.join(missing)} not set; start with torchrun")
-    device = _own_device(device_name, int(os.environ["LOCAL_RANK"]))
+    device = _local_device(device_name, int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
@@ -196,7 +186,7 @@ def pick_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is the first GPU, or the CPU without one.
 
     Raises:
-        UserError: if there is no such device here.
+        UserError: if there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -209,7 +199,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _own_device(name: str, local_rank: int) -> torch.device:
+def _local_device(name: str, local_rank: int) -> torch.device:
     device = pick_device(name)
     if device.type != "cuda":
         return device
@@ -226,7 +216,7 @@ def _own_device(name: str, local_rank: int) -> torch.device:
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """Return the running means and variances of a network, those that move in training."""
+    """Return the running means and variances of a network."""
     return [
         buffer
         for name, buffer in network.named_buffers()
@@ -235,43 +225,37 @@ def running_statistics(network: nn.Module) -> list[Tensor]:
 
 
 def check_agreement(world: World, networks: Mapping[str, nn.Module]) -> None:
-    """Check that weights, spectral-norm vectors and running statistics are the same bits in all processes.
+    """Check that weights, spectral-norm vectors and running statistics have the same bits on all ranks.
 
     Args:
         world: this process.
-        networks: by the names to call them in a message.
+        networks: networks by the names that the message uses.
 
     Raises:
-        ProcessesDisagreeError: naming the processes and what differs; in all processes alike.
+        ProcessesDisagreeError: on all ranks, naming the ranks and what differs.
     """
     if world.world_size == 1:
         return
-    digests = {
-        f"{name}'s {kind}": _digest(tensors)
-        for name, network in networks.items()
-        for kind, tensors in (
-            ("weights", list(network.parameters())),
-            ("spectral-norm vectors", _vectors(network)),
-            ("running statistics", running_statistics(network)),
+    digests = {}
+    for name, network in networks.items():
+        layers = [layer for layer in network.modules() if isinstance(layer, SpectralNormLayer)]
+        digests[f"{name}'s weights"] = _digest(network.parameters())
+        digests[f"{name}'s spectral-norm vectors"] = _digest(
+            vector for layer in layers for vector in (layer.weight_u, layer.weight_v)
         )
-    }
+        digests[f"{name}'s running statistics"] = _digest(running_statistics(network))
     found = [text.split() for text in world.gather_texts(" ".join(digests.values()))]
     different = [
         f"{what} of process {rank}"
         for index, what in enumerate(digests)
-        for rank, theirs in enumerate(found)
-        if theirs[index] != found[0][index]
+        for rank, digests_of_rank in enumerate(found)
+        if digests_of_rank[index] != found[0][index]
     ]
     if different:
         raise ProcessesDisagreeError(
             f"expected the same numbers in all {world.world_size} processes, but these differ from process 0: "
             + "; ".join(different)
         )
-
-
-def _vectors(network: nn.Module) -> list[Tensor]:
-    layers = [layer for layer in network.modules() if isinstance(layer, SpectralNormLayer)]
-    return [vector for layer in layers for vector in (layer.weight_u, layer.weight_v)]
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

@@ -120,7 +120,7 @@ def work(world: World) -> dict[str, Any]:
         "disagreement": disagreement(world),
         "largest": world.max_over_ranks(10 * world.rank),
         "texts": world.gather_texts(f"text {world.rank}"),
-        "first": world.broadcast_from_main(f"text {world.rank}"),
+        "first": world.run_on_main(lambda: f"text {world.rank}"),
     }
 
 
@@ -207,7 +207,7 @@ def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> No
     with init_world("cpu") as world:
         assert (world.rank, world.world_size, world.is_main, world.max_over_ranks(3)) == (0, 1, True, 3)
         assert (
-            world.broadcast_from_main("a"),
+            world.run_on_main(lambda: "a"),
             world.gather_texts("a"),
             world.mean_over_ranks({"x": 2.0}),
         ) == ("a", ["a"], {"x": 2.0})

@@ -69,17 +69,9 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(folder: Path, state: RunState, *, keep: int) -> Path:
-    """Write a checkpoint, and delete all but it and the ``keep - 1`` before it.
+    """Write a checkpoint, delete all but it and the ``keep - 1`` before it, and return its path.
 
     The file gets its name once it is complete and on the disk. Its SHA-256 digest is stored beside it.
-
-    Args:
-        folder: folder of the checkpoints; created if missing.
-        state: what to save; its iteration names the file.
-        keep: how many checkpoints to keep, this one included.
-
-    Returns:
-        The path of the file.
 
     Raises:
         CheckpointError: if it cannot be written, for example because the disk is full.
@@ -137,19 +129,14 @@ def set_aside_later(path: Path) -> list[Path]:
 
     They are damaged, else the run would resume from them. So they must not count among those to keep.
     """
-    found = []
-    for later in checkpoints_in(path.parent):
-        if later.name > path.name:
-            found.append(later.replace(later.with_suffix(".pt.damaged")))
-            _digest_path(later).unlink(missing_ok=True)
-    return found
+    later = [each for each in checkpoints_in(path.parent) if each.name > path.name]
+    for each in later:
+        _digest_path(each).unlink(missing_ok=True)
+    return [each.replace(each.with_suffix(".pt.damaged")) for each in later]
 
 
 def load_latest(path: Path) -> tuple[Path, RunState]:
-    """Return the latest readable checkpoint and its contents. Unreadable ones are logged.
-
-    Args:
-        path: a checkpoint, or the folder of a run.
+    """Return the latest readable checkpoint of a run's folder, and its contents. Unreadable ones are logged.
 
     Raises:
         CheckpointError: if there is none, or none that can be read.

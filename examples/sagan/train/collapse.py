@@ -55,12 +55,7 @@ class CollapseAlarm:
         )
 
     def see_score(self, score: float, of: str = "") -> str | None:
-        """Check the score of an evaluation; less is better.
-
-        Args:
-            score: the score.
-            of: its kind; counting restarts when it changes.
-        """
+        """Check the score of an evaluation; less is better. Counting restarts when its kind changes."""
         if of != self.last_score_of:
             self.rising, self.last_score, self.last_score_of = 0, None, of
         worse = self.last_score is not None and score > self.last_score

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sagan.errors import UserError
 from sagan.recipes import HealthConfig
 
-_NAMED_PARAMETERS = 5
+_MAX_NAMED = 5
 
 
 class TrainingError(UserError):
@@ -45,9 +45,6 @@ class FiniteGuard:
     iteration, and the GPU would then wait for the host. Instead the optimizer's fused kernel reads a flag, and changes
     neither weights nor moments where it is set. :meth:`skipped` reports afterwards. It waits for the device, so call
     it when a log is due.
-
-    Args:
-        device: device of the networks.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -60,12 +57,9 @@ class FiniteGuard:
 
     @contextlib.contextmanager
     def iteration(self, number: int, moving: Sequence[Tensor]) -> Iterator[None]:
-        """Enclose the updates of an iteration.
+        """Enclose the updates of iteration ``number``.
 
-        Args:
-            number: number of the iteration.
-            moving: buffers that forward passes change, such as running statistics. They are restored if the iteration
-                has a skipped update.
+        Buffers that forward passes move, such as running statistics, are restored if it has a skipped update.
         """
         self._iteration = number
         self._found = torch.zeros_like(self._found)
@@ -78,13 +72,8 @@ class FiniteGuard:
             tensor.copy_(torch.where(found, old, tensor))
 
     def step(self, optimizer: torch.optim.Optimizer, network: nn.Module, loss: Tensor) -> None:
-        """Apply a network's gradients, unless one of them or their loss is not finite.
-
-        Args:
-            optimizer: a fused optimizer.
-            network: the network that it updates.
-            loss: the loss; when the hinge loss is NaN, its gradients are 0 and so finite.
-        """
+        """Apply a network's gradients with a fused optimizer, unless one of them or the loss is not finite."""
+        # The loss counts as well: when a hinge loss is NaN, its gradients are 0.
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
         found = (torch.nn.utils.get_total_norm(gradients) + loss.detach()).isfinite().logical_not()
         self._first = torch.where(found & (self._count == 0), self._iteration, self._first)
@@ -126,15 +115,10 @@ def parameters_not_finite(network: nn.Module) -> list[str]:
 
 
 def check_finite(guard: FiniteGuard, health: HealthConfig, networks: Mapping[str, nn.Module]) -> int:
-    """Return how many updates were skipped since the last call, or stop the run; waits for the device.
-
-    Args:
-        guard: the run's guard.
-        health: says whether updates may be skipped, and how many in a row.
-        networks: networks whose parameters the message names, by name.
+    """Return how many updates were skipped since the last call. Waits for the device.
 
     Raises:
-        TrainingError: with what is known of the cause.
+        TrainingError: if the run may not skip them, or has skipped too many, naming the networks' parameters.
     """
     skipped = guard.skipped()
     if skipped is None:
@@ -150,8 +134,8 @@ def check_finite(guard: FiniteGuard, health: HealthConfig, networks: Mapping[str
     found = []
     for name, network in networks.items():
         if names := parameters_not_finite(network):
-            others = " and others" if len(names) > _NAMED_PARAMETERS else ""
-            found.append(f"{name}: {', '.join(names[:_NAMED_PARAMETERS])}{others}")
+            others = " and others" if len(names) > _MAX_NAMED else ""
+            found.append(f"{name}: {', '.join(names[:_MAX_NAMED])}{others}")
     where = f" ({'; '.join(found)})" if found else ""
     raise TrainingError(
         f"losses or gradients not finite {what}{where}. No such update was applied, "
@@ -161,12 +145,9 @@ def check_finite(guard: FiniteGuard, health: HealthConfig, networks: Mapping[str
 
 
 def check_losses_finite(row: Mapping[str, Any]) -> None:
-    """Stop a run whose losses were not finite in any iteration since the last log.
+    """Raise :class:`TrainingError` if a loss was not finite in any iteration since the last log.
 
-    That happens in fp16, whose gradient scaler skips updates without the guard.
-
-    Raises:
-        TrainingError: naming the losses.
+    That happens in fp16, where the gradient scaler skips updates without the guard.
     """
     lost = [name for name in ("d_loss", "g_loss") if not math.isfinite(row[name])]
     if lost:

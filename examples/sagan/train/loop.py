@@ -37,22 +37,13 @@ class Stop(IntEnum):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The result of :func:`train`.
-
-    Attributes:
-        out: the run's folder.
-        checkpoint: the last checkpoint.
-        iteration: iterations done.
-        interrupted: whether a signal stopped the run before its end.
-        collapsed: whether a sign of collapse stopped it.
-        trainer: the networks, in memory.
-    """
+    """The result of :func:`train`."""
 
     out: Path
-    checkpoint: Path
-    iteration: int
-    interrupted: bool
-    collapsed: bool
+    checkpoint: Path  # the last one
+    iteration: int  # iterations done
+    interrupted: bool  # by a signal, before the end
+    collapsed: bool  # stopped by a sign of collapse
     trainer: Trainer
 
 
@@ -100,7 +91,7 @@ def train(
 
         trainer = Trainer(config, torch.unique(dataset.labels), world)
         alarm = CollapseAlarm(config.health)
-        output = RunOutput(config, dataset, fingerprint, trainer, alarm)
+        output = RunOutput(trainer, alarm, dataset, fingerprint)
         if saved is not None:
             output.restore(saved)
         if world.is_main:

@@ -66,7 +66,7 @@ LOSSES: dict[LossName, Losses] = {
 def logits_in_one_batch(
     discriminator: Discriminator, real: Tensor, fake: Tensor, real_labels: Labels, fake_labels: Labels
 ) -> dict[str, Tensor]:
-    """Return "real_logits" and "fake_logits" from one call of D, so that its spectral norm moves once for both."""
+    """Return "real_logits" and "fake_logits" from one call of D, which is faster than two."""
     labels = None if real_labels is None or fake_labels is None else torch.cat([real_labels, fake_labels])
     logits = discriminator(torch.cat([real, fake]), labels)
     real_logits, fake_logits = torch.split(logits, [len(real), len(fake)])

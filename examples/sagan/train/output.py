@@ -48,32 +48,25 @@ class Score:
 
 
 class RunOutput:
-    """Writes the files of a run, from rank 0, and restores a run from its checkpoint.
+    """Writes the files of a run, on rank 0, and restores the run from its checkpoint.
 
     Attributes:
-        checkpoint: the last checkpoint written, or the one that the run resumed from.
-        best_score: score of best.pt.
-        best_score_of: kind of that score.
+        checkpoint: the last checkpoint, or the one that the run resumed from.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        dataset: ImageDataset,
-        fingerprint: str,
-        trainer: Trainer,
-        alarm: CollapseAlarm,
+        self, trainer: Trainer, alarm: CollapseAlarm, dataset: ImageDataset, fingerprint: str
     ) -> None:
-        self._config = config
-        self._class_names = list(dataset.class_names)
-        self._fingerprint = fingerprint
+        self._config = trainer.config
         self._trainer = trainer
         self._alarm = alarm
-        self._latents, self._labels = _grid_inputs(config, trainer.labels_in_use)
+        self._class_names = list(dataset.class_names)
+        self._fingerprint = fingerprint
+        self._latents, self._labels = _grid_inputs(trainer.config, trainer.labels_in_use)
         self._real_diversity = _real_diversity(dataset, self._labels)
         self.checkpoint: Path | None = None
-        self.best_score: float | None = None
-        self.best_score_of = ""
+        self._best_score: float | None = None
+        self._best_score_of = ""
 
     def state(self) -> RunState:
         """Return what to save."""
@@ -81,8 +74,8 @@ class RunOutput:
             **self._trainer.state_dict(),
             "fingerprint": self._fingerprint,
             "class_names": self._class_names,
-            "best_score": self.best_score,
-            "best_score_of": self.best_score_of,
+            "best_score": self._best_score,
+            "best_score_of": self._best_score_of,
             "alarm": self._alarm.state_dict(),
         }
 
@@ -101,7 +94,7 @@ class RunOutput:
             ) from error
         self._alarm.load_state_dict(state["alarm"])
         self.checkpoint = path
-        self.best_score, self.best_score_of = state["best_score"], state["best_score_of"]
+        self._best_score, self._best_score_of = state["best_score"], state["best_score_of"]
 
     def begin(self) -> None:
         """Save the configuration, and set aside what an earlier part of the run wrote after its last checkpoint."""
@@ -128,43 +121,37 @@ class RunOutput:
         save_grid(
             config.out / "samples" / file, images, columns=columns, row_names=names and names[::columns]
         )
-        self._save_attention(config.out / "attention" / file, names)
+        if any(isinstance(layer, SelfAttention2d) for layer in trainer.generator.modules()):
+            count = len(self._labels)
+            chosen = torch.linspace(0, count - 1, min(_ATTENTION_IMAGES, count)).long()
+            draw_attention(
+                config.out / "attention" / file,
+                trainer.sampling_generator,
+                self._latents[chosen],
+                self._labels[chosen],
+                default_points(config.network.resolution),
+                names=names and [names[int(index)] for index in chosen],
+            )
         if observe is not None:
             observe(trainer)
         return diversity(images, self._labels) / max(self._real_diversity, 1e-6)
 
-    def _save_attention(self, path: Path, names: list[str] | None) -> None:
-        generator = self._trainer.sampling_generator
-        if not any(isinstance(layer, SelfAttention2d) for layer in generator.modules()):
-            return
-        chosen = torch.linspace(0, len(self._labels) - 1, min(_ATTENTION_IMAGES, len(self._labels))).long()
-        draw_attention(
-            path,
-            generator,
-            self._latents[chosen],
-            self._labels[chosen],
-            default_points(self._config.network.resolution),
-            names=names and [names[int(index)] for index in chosen],
-        )
-
     def save_checkpoint(self) -> None:
         """Save a checkpoint of this iteration; all ranks call this."""
-        world = self._trainer.world
         self._trainer.share_means()
-        if world.is_main:
-            folder = self._config.out / "checkpoints"
-            self.checkpoint = save_checkpoint(folder, self.state(), keep=self._config.output.keep_checkpoints)
-        self.checkpoint = Path(world.broadcast_from_main(str(self.checkpoint)))
+        folder, keep = self._config.out / "checkpoints", self._config.output.keep_checkpoints
+        path = self._trainer.world.run_on_main(lambda: str(save_checkpoint(folder, self.state(), keep=keep)))
+        self.checkpoint = Path(path)
 
     def keep_best(self, score: Score) -> None:
         """Replace best.pt if this score is better than its, or of another kind; all ranks call this."""
         self._trainer.share_means()
-        best_score = self.best_score if score.of == self.best_score_of else None
+        best_score = self._best_score if score.of == self._best_score_of else None
         if not self._trainer.world.is_main or not math.isfinite(score.value):
             return
         if best_score is not None and score.value >= best_score:
             return
-        self.best_score, self.best_score_of = score.value, score.of
+        self._best_score, self._best_score_of = score.value, score.of
         folder = self._config.out / "checkpoints"
         if not _is_as_good(folder / BEST, score):
             save_best(folder, self.state())

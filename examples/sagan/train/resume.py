@@ -22,14 +22,9 @@ Saved = tuple[Path, RunState]
 def check_start(config: RunConfig, *, resume: bool, accept_changes: bool = False) -> Saved | None:
     """Return the checkpoint to resume from and its contents, or None for a new run. Needs no images.
 
-    Args:
-        config: the whole run.
-        resume: whether to resume the run in ``config.out``.
-        accept_changes: whether the configuration may differ from the checkpoint's.
-
     Raises:
-        CheckpointError: if ``resume`` is False and the folder holds a run, or if it is True and there is no run, or one
-            with another configuration.
+        CheckpointError: if ``config.out`` holds a run and ``resume`` is False, or if it holds none to resume, or one
+            with another configuration, unless changes are accepted.
     """
     if not resume:
         if checkpoints_in(config.out / "checkpoints"):
@@ -50,21 +45,13 @@ def check_start(config: RunConfig, *, resume: bool, accept_changes: bool = False
 
 
 def check_images(saved: Saved | None, fingerprint: str, *, accept_changes: bool = False) -> None:
-    """Check that the checkpoint to resume from, if there is one, is of a run with these images.
-
-    Raises:
-        CheckpointError: if it is not, unless changes are accepted.
-    """
+    """Raise :class:`CheckpointError` if the run to resume was made with other images, unless that is accepted."""
     if saved is not None and saved[1]["fingerprint"] != fingerprint and not accept_changes:
         raise CheckpointError(f"the run of {saved[0]} was made with other images than those found now")
 
 
 def check_unused(out: Path) -> None:
-    """Check that a folder without a checkpoint holds nothing of a run that has started.
-
-    Raises:
-        CheckpointError: if it does.
-    """
+    """Raise :class:`CheckpointError` if a folder without a checkpoint holds files of a run that has started."""
     metrics = out / METRICS
     if (out / "checkpoints" / BEST).exists() or (metrics.is_file() and metrics.stat().st_size):
         raise CheckpointError(

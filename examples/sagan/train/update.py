@@ -77,8 +77,8 @@ class GeneratorObjective(nn.Module):
 class Trainer:
     """Both networks, their optimizers, the average of G, and one iteration of training.
 
-    Every process holds the same networks. A global batch is cut into ``accumulation`` parts and each part into
-    one shard for each rank. Noise is drawn for the whole batch, so the number of ranks does not change it.
+    Every process holds the same networks. A global batch is cut into ``accumulation`` parts, to save memory, and each
+    part into one shard for each rank. Noise is drawn for the whole batch, so neither number changes it.
 
     Args:
         config: the whole run, with ``network.num_classes`` set.
@@ -120,10 +120,9 @@ class Trainer:
         self.d_optimizer = _adam(self.discriminator, config.optimizer.d_lr, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
         self.labels_in_use = labels_in_use
-        networks = self.generator, self.discriminator
-        losses = LOSSES[config.loss]
-        self._d_objective = self._wrap(DiscriminatorObjective(*networks, losses.discriminator))
-        self._g_objective = self._wrap(GeneratorObjective(*networks, losses.generator))
+        d_loss, g_loss = LOSSES[config.loss]
+        self._d_objective = self._wrap(DiscriminatorObjective(self.generator, self.discriminator, d_loss))
+        self._g_objective = self._wrap(GeneratorObjective(self.generator, self.discriminator, g_loss))
 
     @property
     def sampling_generator(self) -> nn.Module:
@@ -174,7 +173,13 @@ class Trainer:
 
     def _backward(self, objective: nn.Module, name: str, part: int, *arguments: Tensor | None) -> Tensor:
         """Add a part's gradients to those of the parts before it; return its loss."""
-        with self._autocast(), self._reduced_with_last_part(objective, part):
+        dtype = self._autocast_dtype
+        # DDP averages gradients over the ranks as they arrive: needed once an update, with its last part.
+        waits = isinstance(objective, DistributedDataParallel) and part + 1 < self.config.accumulation
+        with (
+            torch.autocast(self.device.type, dtype, enabled=dtype is not None),
+            objective.no_sync() if waits else contextlib.nullcontext(),  # type: ignore[operator]
+        ):
             loss, measurements = objective(*arguments)
             self.scaler.scale(loss / self.config.accumulation).backward()
         self.means.add({name: loss, **measurements})
@@ -203,23 +208,21 @@ class Trainer:
     def _no_recompiles(self) -> contextlib.AbstractContextManager[object]:
         """Once both objectives are compiled, having to compile again is an error."""
         self._steps += 1
-        if not self.config.step.compile or self._steps <= _WARM_UP_STEPS:
-            return contextlib.nullcontext()
-        stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("fail_on_recompile")
-        return stance
+        done = self.config.step.compile and self._steps > _WARM_UP_STEPS
+        return torch.compiler.set_stance("fail_on_recompile") if done else contextlib.nullcontext()
 
     def _noise(self, update: int, part: int) -> tuple[Tensor, Tensor | None]:
         """Return this rank's shard of the latents and labels of a part of an update's generated batch."""
-        latents, labels = training_noise(
-            self.config.seed,
+        config = self.config
+        whole_batch = training_noise(
+            config.seed,
             self.iteration,
             update,
-            count=self.config.batch_size,
-            latent_dim=self.config.network.latent_dim,
+            count=config.batch_size,
+            latent_dim=config.network.latent_dim,
             labels_in_use=self.labels_in_use,
         )
-        parts = self.config.accumulation
-        latents, labels = (self.world.shard(whole, part, parts) for whole in (latents, labels))
+        latents, labels = (self.world.shard(whole, part, config.accumulation) for whole in whole_batch)
         return self._to_device(latents), self._labels(labels)
 
     def _labels(self, labels: Tensor) -> Tensor | None:
@@ -243,28 +246,12 @@ class Trainer:
             **_KEEP_BUFFERS,
         )
 
-    def _reduced_with_last_part(
-        self, objective: nn.Module, part: int
-    ) -> contextlib.AbstractContextManager[None]:
-        """Average gradients over the ranks once an update, with its last part."""
-        if isinstance(objective, DistributedDataParallel) and part + 1 < self.config.accumulation:
-            return objective.no_sync()
-        return contextlib.nullcontext()
-
     @property
     def _autocast_dtype(self) -> torch.dtype | None:
         return _AUTOCAST_DTYPES.get(self.config.precision)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        dtype = self._autocast_dtype
-        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
-
     def check_finite(self) -> None:
-        """Count the updates skipped because of a NaN or an infinity, or stop the run; waits for the device.
-
-        Raises:
-            TrainingError: if the run may not skip them, or has skipped too many.
-        """
+        """Count the updates skipped because of a NaN or an infinity, or stop the run. Waits for the device."""
         self.skipped += check_finite(self.guard, self.config.health, self.networks)
 
     def share_means(self) -> None:
