@@ -157,7 +157,7 @@ def table(evaluation: Evaluation, subject: Subject) -> str:
     if facts.replaced:
         lines.append(f"  {facts.replaced} unreadable real images, each replaced by the next of its class")
     if protocol.proxy:
-        lines.append("  PROXY figures: compare checkpoints on this machine, not published FIDs, with them")
+        lines.append("  PROXY figures: for comparing checkpoints on this machine, not with published FIDs")
     lines.append(f"  protocol {protocol.identity}, {evaluation.seconds:.0f} s")
     return "\n".join(lines)
 
