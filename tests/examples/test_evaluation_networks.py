@@ -72,7 +72,7 @@ class TestTensorFlowResize:
         assert resize_like_tensorflow(row, 4)[0, 0, 0].tolist() == [0, 2, 4, 6]
         assert resize_like_tensorflow(row, 5)[0, 0, 0].tolist() == pytest.approx([0, 1.6, 3.2, 4.8, 6.4])
 
-    def test_the_same_size_is_left_alone(self) -> None:
+    def test_the_same_size_does_not_change(self) -> None:
         x = torch.rand(1, 3, 5, 5)
         assert resize_like_tensorflow(x, 5) is x
 

@@ -135,14 +135,8 @@ def exported_network(
     """Return a network that ``torch.export.save`` wrote, if the user gives the file's SHA-256.
 
     An exported program is code: PyTorch evaluates expressions in it while loading it. So the file is not parsed before
-    its SHA-256 matches, and pickles in it may hold tensors only.
-
-    Args:
-        path: the .pt2 file. The program takes uint8 images [N, 3, R, R] for any N, and returns features [N, d] or
-            (features, logits).
-        device: where it runs.
-        sha256: of the file, in hex.
-        resolution: R.
+    its SHA-256 matches, and pickles in it may hold tensors only. The program takes uint8 images [N, 3, R, R] for any N,
+    and returns features [N, d], or features and logits.
 
     Raises:
         UserError: if there is no such file, its SHA-256 differs or is not given, or it cannot be loaded.

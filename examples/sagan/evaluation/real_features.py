@@ -99,16 +99,8 @@ def load_or_compute_real_features(
 ) -> tuple[RealFacts, RealFeatures | None]:
     """Return the features of these images by this network from the cache, or compute and save them.
 
-    All processes call this together, and share the work.
-
-    Args:
-        dataset: the images.
-        network: the feature network.
-        world: this process; only rank 0 gets the features.
-        cache: the cache's folder.
-        block_size: images at a time in each process.
-        all_features: save the features of all images too, for the distances of single classes.
-        progress: show a progress bar.
+    All processes call this together, and share the work; only rank 0 gets the features. ``all_features`` asks for the
+    features of every image too, for the distances of single classes.
 
     Raises:
         RealFeaturesError: if the cache holds others under the name of these images and this network.

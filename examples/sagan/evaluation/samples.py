@@ -44,7 +44,7 @@ def _with_batch_norm_statistics(
     """
     if config.bn_statistics == "running":
         return generator
-    # Built anew: a deep copy would keep G's process group and gather over all processes.
+    # Not a deep copy, which would keep G's process group and gather over all processes.
     with torch.random.fork_rng(devices=[]):
         replica = Generator(generator.config)
     replica.to(next(generator.parameters())).load_state_dict(generator.state_dict())
