@@ -1,4 +1,4 @@
-"""Train a Self-Attention GAN on ImageNet, or any folder of images; sample from it; look at its attention."""
+"""Train a Self-Attention GAN on ImageNet or any folder of images, sample from it, and draw its attention."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ SAGAN on ImageNet with sagan-layers.
   python examples/imagenet_sagan.py COMMAND [options]      (COMMAND --help lists its options)
 
   demo             learn handwritten digits: minutes on a CPU, nothing to download. Start here.
-  prepare          pack ImageNet (its archives, a folder tree, parquet shards) into one array, once
+  prepare          pack ImageNet (archives, folder tree or parquet shards) into one array, once
   train            train on a prepared set, or a folder of images: DATA/train/<class>/*.JPEG
   sample           images from a trained run: a labelled grid, or a folder for each class
   evaluate         FID, Inception Score, KID, intra-FID, precision and recall of a trained run
-  attention-maps   where chosen points of generated images look
-  plot             a run's curves, also while it trains
-  report           a run on one HTML page, with its pictures
+  attention-maps   attention maps of chosen points of generated images
+  plot             curves of a run, also while it trains
+  report           one HTML page about a run, with its pictures
   compare          several runs: figures over the iterations, and a table of the best of each
-  make-images      generated images in ImageNet's layouts, to try the others without ImageNet
+  make-images      synthetic images in ImageNet's layouts, to try the other commands without ImageNet
 
 Start:
   python examples/imagenet_sagan.py demo
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if name in COMMANDS:
             kind, run = COMMANDS[name]
-            # The recipe sets what the other options of "train" change.
+            # The recipe gives the defaults of the other options.
             default = train.from_recipe(options) if name == "train" else None
             return run(parse(kind, name, options, default))
         print(f"Unknown command {name!r}.\n\n{OVERVIEW}", file=sys.stderr)
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     except (UserError, OSError) as error:
         print(f"imagenet_sagan.py {name}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before or after the loop, which saves a checkpoint itself
+    except KeyboardInterrupt:  # outside the training loop, which saves a checkpoint
         print(f"imagenet_sagan.py {name}: interrupted", file=sys.stderr)
         return 130
     return 2

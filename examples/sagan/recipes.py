@@ -16,6 +16,7 @@ from sagan.data import DataConfig
 from sagan.errors import UserError, check_at_least, check_choices
 from sagan.evaluation.config import TrainingEvaluationConfig
 from sagan.networks import Mixer, NetworkConfig
+from sagan.train.losses import LossName
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -164,7 +165,7 @@ class RunConfig:
     batch_size: int = 256
     accumulation: int = 1
     d_steps: int = 1
-    loss: Literal["hinge", "softplus"] = "hinge"
+    loss: LossName = "hinge"
     d_vectors_move_in_g_step: bool = False
     ema_decay: float = 0.0
     ema_start: int = 0

@@ -17,6 +17,7 @@ import pytest
 import torch
 from image_trees import WNIDS, count_files, jpeg_bytes, write_image_tree, write_messy_tree
 from PIL import Image
+from test_training import assert_same_run, metrics_of
 from torch import Tensor
 
 import imagenet_sagan
@@ -94,6 +95,18 @@ def one_line(text: str) -> str:
     return " ".join(text.replace("│", " ").split())
 
 
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``refused(*arguments)``: run a command that fails with exit code 1, and return its message."""
+
+    def run_and_read(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main(*arguments) == 1
+        return capsys.readouterr().err
+
+    return run_and_read
+
+
 class TestEntry:
     def test_without_arguments_it_says_what_it_can_do_and_how_to_start(self) -> None:
         code, out, err = run()
@@ -155,10 +168,9 @@ class TestEntry:
         for option in options:
             assert option in out
 
-    def test_an_unknown_recipe_fails_with_the_list(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_an_unknown_recipe_fails_with_the_list(self, refused: Callable[..., str]) -> None:
         for arguments in (["--recipe", "bset_known"], ["--recipe=bset_known"]):
-            assert main("train", *arguments) == 1
-            err = capsys.readouterr().err
+            err = refused("train", *arguments)
             assert "recipe: expected one of best_known, paper, " in err
             assert "got 'bset_known'" in err
 
@@ -261,18 +273,8 @@ class TestTrain:
     def test_a_messy_tree_is_trained_on_and_every_defect_is_reported(self, tmp_path: Path) -> None:
         tree = write_messy_tree(tmp_path / "data" / "train")
         out = tmp_path / "run"
-        code, text, err = run(
-            "train",
-            "--data",
-            tmp_path / "data",
-            "--out",
-            out,
-            *SMALL,
-            "--iterations",
-            2,
-            "--images.cache-mib",
-            0,
-        )
+        options = ("--data", tmp_path / "data", "--out", out, "--iterations", 2, "--images.cache-mib", 0)
+        code, text, err = run("train", *SMALL, *options)
         assert code == 0, err
         assert "Traceback" not in err
         report = json.loads((out / "preflight.json").read_text())
@@ -299,18 +301,12 @@ class TestTrain:
         assert state["config"]["network"]["num_classes"] == 12
         assert state["labels_in_use"].tolist() == list(range(10))
         assert state["class_names"] == list(tree.class_names)
-        assert {path.name for path in out.iterdir()} == {
-            "config.json",
-            "preflight.json",
-            "metrics.jsonl",
-            "samples",
-            "attention",
-            "checkpoints",
-        }
+        written = {"config.json", "preflight.json", "metrics.jsonl", "samples", "attention", "checkpoints"}
+        assert {path.name for path in out.iterdir()} == written
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_stopped_by_a_signal_to_all_its_processes_it_goes_on_as_if_never_stopped(
-        self, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    def test_stopped_by_a_signal_to_all_its_processes_it_resumes_as_if_never_stopped(
+        self, number: int, tmp_path: Path
     ) -> None:
         data = write_image_tree(
             tmp_path / "data", class_names=WNIDS[:2], images_per_class=8, sizes=[(700, 600)]
@@ -327,27 +323,17 @@ class TestTrain:
         os.killpg(process.pid, number)
         rest, err = process.communicate(timeout=60)
         assert process.returncode == INTERRUPTED, err
-        assert "go on with the same command and --resume" in rest
+        assert "resume with the same command and --resume" in rest
         assert "Traceback" not in err
         reached = load_checkpoint(find_checkpoint(tmp_path / "parts"))["iteration"]
         assert f"Stopped at iteration {reached};" in rest
         end = ["--iterations", reached + 2]
         assert main(*options, "--out", tmp_path / "parts", *end, "--resume") == 0
         assert main(*options, "--out", tmp_path / "whole", *end) == 0
-        states = [load_checkpoint(find_checkpoint(tmp_path / name)) for name in ("parts", "whole")]
-        for name in ("generator", "discriminator", "average", "g_optimizer", "d_optimizer", "means"):
-            assert_equal(states[0][name], states[1][name])
-        assert states[0]["batches_drawn"] == states[1]["batches_drawn"] == 4 * (reached + 2)
-        metrics = [self.metrics(tmp_path / name) for name in ("parts", "whole")]
-        assert metrics[0] == metrics[1]
-        assert [row["iteration"] for row in metrics[0]] == list(range(1, reached + 3))
-        capsys.readouterr()
-
-    @staticmethod
-    def metrics(out: Path) -> list[dict[str, float]]:
-        timings = ("images_per_s", "data_wait_share", "seconds_left")
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in row.items() if name not in timings} for row in rows]
+        assert_same_run(tmp_path / "parts", tmp_path / "whole")
+        assert load_checkpoint(find_checkpoint(tmp_path / "parts"))["batches_drawn"] == 4 * (reached + 2)
+        rows = metrics_of(tmp_path / "parts")
+        assert [row["iteration"] for row in rows] == list(range(1, reached + 3))
 
     def test_wrong_data_ends_with_a_plain_message_and_exit_code_1(self, tmp_path: Path) -> None:
         code, out, err = run("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
@@ -359,60 +345,38 @@ class TestTrain:
         assert not (tmp_path / "run").exists()
 
     def test_missing_data_flat_folders_and_single_classes_are_explained(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, tmp_path: Path, refused: Callable[..., str]
     ) -> None:
-        assert main("train", "--out", tmp_path / "run") == 1
-        assert "expected --data with the folder that holds the images" in capsys.readouterr().err
+        message = refused("train", "--out", tmp_path / "run")
+        assert "expected --data with a prepared set or a folder of images" in message
         flat, single = tmp_path / "flat", tmp_path / "single"
         (single / "cat").mkdir(parents=True)
         flat.mkdir()
         for folder in (flat, single / "cat"):
             (folder / "0.jpg").write_bytes(jpeg_bytes())
         for data, message in ((flat, "no class folders"), (single, "only one class folder")):
-            assert main("train", "--data", data, "--out", tmp_path / "run") == 1
-            assert message in capsys.readouterr().err
+            assert message in refused("train", "--data", data, "--out", tmp_path / "run")
 
     def test_another_number_of_classes_than_the_datas_is_refused(
-        self, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, image_folder: Path, tmp_path: Path, refused: Callable[..., str]
     ) -> None:
         arguments = ["train", "--data", image_folder, "--out", tmp_path / "run", *SMALL]
-        assert main(*arguments, "--network.num-classes", 4) == 1
-        assert "the data has 3 classes, got 4" in capsys.readouterr().err
+        assert "the data has 3 classes, got 4" in refused(*arguments, "--network.num-classes", 4)
         assert main(*arguments, "--network.num-classes", 0, "--dry-run") == 0
         assert json.loads((tmp_path / "run" / "config.json").read_text())["network"]["num_classes"] == 0
 
     def test_a_run_that_is_there_is_neither_overwritten_nor_resumed_otherwise(
-        self, trained_run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, trained_run: Path, image_folder: Path, tmp_path: Path, refused: Callable[..., str]
     ) -> None:
         out = tmp_path / "run"
         shutil.copytree(trained_run, out)
         arguments = ["train", "--data", image_folder, "--out", out, *SMALL]
         before = find_checkpoint(out).read_bytes()
-        assert main(*arguments) == 1
-        assert "holds a run already; go on with it by --resume" in capsys.readouterr().err
-        assert main(*arguments, "--resume") == 1
-        err = capsys.readouterr().err
+        assert "holds a run already; use --resume" in refused(*arguments)
+        err = refused(*arguments, "--resume")
         assert "made with another configuration" in err
         assert "network.base_width was 2, now 1" in err
-        assert main(*arguments[:3], "--out", tmp_path / "nothing", *SMALL, "--resume") == 1
-        assert "expected a checkpoint or the folder of a run" in capsys.readouterr().err
         assert find_checkpoint(out).read_bytes() == before
-
-
-def assert_equal(one: object, other: object) -> None:
-    assert type(one) is type(other)
-    if isinstance(one, Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert list(one) == list(other)
-        for name in one:
-            assert_equal(one[name], other[name])
-    elif isinstance(one, list):
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
-            assert_equal(left, right)
-    else:
-        assert one == other
 
 
 class TestSample:
@@ -422,7 +386,7 @@ class TestSample:
         return images_below(out)
 
     def test_two_sets_never_mix_in_a_folder(
-        self, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, trained_run: Path, tmp_path: Path, refused: Callable[..., str]
     ) -> None:
         out = tmp_path / "out"
         options = ["sample", "--source", trained_run, "--out", out, "--layout", "folders", "--count", 4]
@@ -431,20 +395,13 @@ class TestSample:
         (out / WNIDS[1] / "000001.png").unlink()  # as after a kill
         assert main(*options) == 0
         assert files_below(out) == files
-        for other, name in (
-            (["--seed", 1], "seed"),
-            (["--weights", "raw"], "weights"),
-            (["--count", 3], "count"),
-        ):
-            capsys.readouterr()
-            assert main(*options, *other) == 1
-            assert f"holds other samples, with another value of {name};" in capsys.readouterr().err
+        for name, value in (("seed", 1), ("weights", "raw"), ("count", 3)):
+            err = refused(*options, f"--{name}", value)
+            assert f"holds other samples, with another value of {name};" in err
         (out / "samples.json").write_text("[]")
-        assert main(*options) == 1
+        assert "holds other samples" in refused(*options)
         (out / "samples.json").unlink()
-        capsys.readouterr()
-        assert main(*options) == 1
-        assert "out: expected a folder that is not there yet or empty, got" in capsys.readouterr().err
+        assert "out: expected a folder that is not there yet or empty, got" in refused(*options)
         (out / "samples.json").write_bytes(files["samples.json"])
         assert files_below(out) == files
 
@@ -459,48 +416,30 @@ class TestSample:
             for number, image in zip(numbers, images, strict=True):
                 assert torch.equal(read(tmp_path / "out" / names[number]), image)
 
-    @pytest.mark.parametrize("processes", [2, 3])
-    def test_any_number_of_processes_writes_the_same_files(
-        self, trained_run: Path, tmp_path: Path, processes: int
-    ) -> None:
+    def test_any_number_of_processes_writes_the_same_files(self, trained_run: Path, tmp_path: Path) -> None:
         alone = self.folders(trained_run, tmp_path / "alone", "--count", 8)
         assert self.folders(trained_run, tmp_path / "fewer", "--count", 4) == {
             name: content for name, content in alone.items() if int(name[-10:-4]) < 4
         }
-        for process in range(processes):
-            options = ["--count", 8, "--process", process, "--num-processes", processes]
+        for process in range(3):
+            options = ["--count", 8, "--process", process, "--num-processes", 3]
             shared = self.folders(trained_run, tmp_path / "shared", *options)
-            assert len(shared) < 8 or process == processes - 1
+            assert len(shared) < 8 or process == 2
         assert shared == alone
 
-    def test_processes_started_by_torchrun_share_the_work(self, trained_run: Path, tmp_path: Path) -> None:
-        options = ["--layout", "folders", "--batch-size", 3, "--count", 8]
-        processes = [
-            start(
-                *("sample", "--source", trained_run, "--out", tmp_path / "shared", *options),
-                RANK=str(rank),
-                WORLD_SIZE="2",
-            )
-            for rank in range(2)
-        ]
+        arguments = ["sample", "--source", trained_run, "--out", tmp_path / "torchrun", "--layout", "folders"]
+        arguments += ["--batch-size", 3, "--count", 8]
+        processes = [start(*arguments, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
         results = [process.communicate(timeout=120) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], results
         assert [out.split()[0] for out, _ in results] == ["5", "3"]
-        assert images_below(tmp_path / "shared") == self.folders(
-            trained_run, tmp_path / "alone", "--count", 8
-        )
+        assert images_below(tmp_path / "torchrun") == alone
 
     def test_seeds_and_weights_make_other_images(self, trained_run: Path, tmp_path: Path) -> None:
-        variants = [
-            self.folders(trained_run, tmp_path / name, "--count", 3, *options)
-            for name, options in (
-                ("plain", []),
-                ("seed", ["--seed", 1]),
-                ("raw", ["--weights", "raw"]),
-                ("ema", ["--weights", "ema"]),
-            )
-        ]
-        plain, seeded, raw, averaged = variants
+        plain, averaged, raw, seeded = (
+            self.folders(trained_run, tmp_path / str(value), "--count", 3, option, value)
+            for option, value in (("--seed", 0), ("--weights", "ema"), ("--weights", "raw"), ("--seed", 1))
+        )
         assert averaged == plain
         for other in (seeded, raw):
             assert set(other) == set(plain)
@@ -510,12 +449,8 @@ class TestSample:
         by_name = self.folders(trained_run, tmp_path / "name", "--count", 4, "--classes", WNIDS[2], WNIDS[0])
         by_number = self.folders(trained_run, tmp_path / "number", "--count", 4, "--classes", 2, 0)
         assert by_name == by_number
-        assert sorted(by_name) == [
-            f"{WNIDS[0]}/000001.png",
-            f"{WNIDS[0]}/000003.png",
-            f"{WNIDS[2]}/000000.png",
-            f"{WNIDS[2]}/000002.png",
-        ]
+        labels = {1: 0, 3: 0, 0: 2, 2: 2}
+        assert sorted(by_name) == [f"{WNIDS[label]}/{number:06d}.png" for number, label in labels.items()]
 
     def test_a_grid_has_a_row_for_each_class_in_order(
         self, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -537,67 +472,33 @@ class TestSample:
 
     @pytest.mark.parametrize(
         ("classes", "count", "rows"),
-        [([1], 4, [1, 1]), ([2, 0], 6, [2, 2, 0]), ([], 2, [0]), ([], 8, [0, 0, 1, 1])],
+        [
+            ([1], 4, [1, 1]),
+            ([2, 0], 6, [2, 2, 0]),
+            ([0, 1, 2], 2, [0, 1, 2]),
+            ([], 2, [0]),
+            ([], 8, [0, 0, 1, 1]),
+        ],
     )
     def test_a_grid_shares_its_rows_among_the_classes(
-        self,
-        classes: list[int],
-        count: int,
-        rows: list[int],
-        trained_run: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        self, classes: list[int], count: int, rows: list[int], trained_run: Path, tmp_path: Path, monkeypatch
     ) -> None:
         drawn: list[tuple[int, Sequence[str]]] = []
-        monkeypatch.setattr(
-            sample,
-            "save_grid",
-            lambda path, images, *, columns, row_names: drawn.append((len(images), row_names)),
-        )
+
+        def record(path: Path, images: Tensor, *, columns: int, row_names: Sequence[str]) -> None:
+            drawn.append((len(images), row_names))
+
+        monkeypatch.setattr(sample, "save_grid", record)
         options = ["--columns", 2, "--count", count, *(["--classes", *classes] if classes else [])]
         assert main("sample", "--source", trained_run, "--out", tmp_path, *options) == 0
-        assert drawn == [(count, [WNIDS[label] for label in rows])]
+        assert drawn == [(2 * len(rows), [WNIDS[label] for label in rows])]
 
     def test_a_grid_goes_into_a_folder_as_grid_png(self, trained_run: Path, tmp_path: Path) -> None:
         assert main("sample", "--source", trained_run, "--out", tmp_path / "new", "--count", 3) == 0
         assert list(files_below(tmp_path / "new")) == ["grid.png"]
 
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            (["--count", 0], "count: expected at least 1, got 0"),
-            (["--batch-size", 0], "batch_size: expected at least 1, got 0"),
-            (["--columns", 0], "columns: expected at least 1, got 0"),
-            (["--num-processes", 0], "num_processes: expected at least 1, got 0"),
-            (
-                ["--process", 2, "--num-processes", 2, "--layout", "folders"],
-                "process: expected from 0 to 1, got 2",
-            ),
-            (["--num-processes", 2], "layout: expected 'folders' with several processes, got 'grid'"),
-            (["--out", "grid.JPG"], "out: expected a PNG or a folder, got grid.JPG"),
-            (
-                ["--classes", "tench"],
-                "classes: expected a class's name or a label from 0 to 2, got 'tench'",
-            ),
-            (["--classes", 3], "classes: expected a class's name or a label from 0 to 2, got '3'"),
-            (["--device", "gpu"], "device: expected auto, cpu or cuda[:index], got 'gpu'"),
-        ],
-    )
-    def test_wrong_options_end_with_a_plain_message(
-        self,
-        options: Sequence[object],
-        message: str,
-        trained_run: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        assert main("sample", "--source", trained_run, "--out", tmp_path / "out", *options) == 1
-        captured = capsys.readouterr()
-        assert (captured.out, captured.err) == ("", f"imagenet_sagan.py sample: {message}\n")
-        assert not (tmp_path / "out").exists()
-
     def test_a_source_without_a_run_ends_with_a_plain_message(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, tmp_path: Path, refused: Callable[..., str]
     ) -> None:
         (tmp_path / "torn.pt").write_bytes(b"torn")
         for source, message in (
@@ -605,8 +506,50 @@ class TestSample:
             (tmp_path, "found a run's folder without checkpoints"),
             (tmp_path / "torn.pt", "is not a readable checkpoint"),
         ):
-            assert main("sample", "--source", source, "--out", tmp_path / "out") == 1
-            assert message in capsys.readouterr().err
+            assert message in refused("sample", "--source", source, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("sample", ["--count", 0], "count: expected at least 1, got 0"),
+        ("sample", ["--batch-size", 0], "batch_size: expected at least 1, got 0"),
+        ("sample", ["--columns", 0], "columns: expected at least 1, got 0"),
+        ("sample", ["--num-processes", 0], "num_processes: expected at least 1, got 0"),
+        ("sample", ["--process", 2, "--num-processes", 2], "process: expected from 0 to 1, got 2"),
+        ("sample", ["--num-processes", 2], "layout: expected 'folders' with several processes, got 'grid'"),
+        ("sample", ["--out", "grid.JPG"], "out: expected a PNG or a folder, got grid.JPG"),
+        (
+            "sample",
+            ["--classes", "tench"],
+            "classes: expected a class's name or a label from 0 to 2, got 'tench'",
+        ),
+        ("sample", ["--classes", 3], "classes: expected a class's name or a label from 0 to 2, got '3'"),
+        ("sample", ["--device", "gpu"], "device: expected auto, cpu or cuda[:index], got 'gpu'"),
+        ("attention-maps", ["--count", 0], "count: expected at least 1, got 0"),
+        ("attention-maps", ["--points", "5"], "points: expected ROW,COLUMN such as 16,20, got '5'"),
+        ("attention-maps", ["--points", "5,6,7"], "points: expected ROW,COLUMN such as 16,20, got '5,6,7'"),
+        ("attention-maps", ["--points", "a,b"], "points: expected ROW,COLUMN such as 16,20, got 'a,b'"),
+        ("attention-maps", ["--points", "5,32"], "points: expected rows and columns from 0 to 31, got 5,32"),
+        (
+            "attention-maps",
+            ["--classes", "tench"],
+            "classes: expected a class's name or a label from 0 to 2, got 'tench'",
+        ),
+    ],
+)
+def test_wrong_options_end_with_a_plain_message(
+    command: str,
+    options: Sequence[object],
+    message: str,
+    trained_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(command, "--source", trained_run, "--out", tmp_path / "out", *options) == 1
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"imagenet_sagan.py {command}: {message}\n")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
@@ -637,78 +580,39 @@ class TestUnconditional:
         assert read(out).size(1) == 260
 
     def test_classes_are_refused(
-        self, unconditional_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, unconditional_run: Path, tmp_path: Path, refused: Callable[..., str]
     ) -> None:
-        assert main("sample", "--source", unconditional_run, "--out", tmp_path, "--classes", 0) == 1
-        assert "classes: expected none, the run is unconditional" in capsys.readouterr().err
+        message = refused("sample", "--source", unconditional_run, "--out", tmp_path, "--classes", 0)
+        assert "classes: expected none, the run is unconditional" in message
 
 
-class TestAttentionMaps:
-    def test_figure_has_the_chosen_images_and_points(
-        self,
-        trained_run: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        drawn: list[tuple[Tensor, Sequence[tuple[int, int]], Sequence[str], str]] = []
-        save = figures.save_attention_figure
+def test_attention_figure_has_the_chosen_images_and_points_or_the_default_ones(
+    trained_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[tuple[Tensor, Sequence[tuple[int, int]], Sequence[str], str]] = []
+    save = figures.save_attention_figure
 
-        def recording(path, images, maps, points, *, names, title) -> None:
-            drawn.append((maps, points, names, title))
-            save(path, images, maps, points, names=names, title=title)
+    def recording(path, images, maps, points, *, names, title) -> None:
+        drawn.append((maps, points, names, title))
+        save(path, images, maps, points, names=names, title=title)
 
-        monkeypatch.setattr(figures, "save_attention_figure", recording)
-        out = tmp_path / "new" / "maps.png"
-        options = ["--count", 2, "--points", "0,0", "31,5", "--classes", WNIDS[1]]
-        assert main("attention-maps", "--source", trained_run, "--out", out, *options) == 0
-        assert "2 images with 2 maps each written" in capsys.readouterr().out
-        maps, points, names, title = drawn[0]
-        assert points == [(0, 0), (31, 5)]
-        assert names == [WNIDS[1]] * 2
-        assert "16x16" in title
-        torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 2))
-        assert read(out).size(1) == round((1.5 * 2 + 0.5) * 130)
-
-    def test_default_points_are_used_without_any(
-        self, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        drawn: list[object] = []
-        monkeypatch.setattr(
-            figures,
-            "save_attention_figure",
-            lambda path, images, maps, points, **_: drawn.append(points),
-        )
-        options = ["--out", tmp_path / "maps.png", "--count", 1]
-        assert main("attention-maps", "--source", trained_run, *options) == 0
-        assert drawn == [default_points(32)]
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            (["--count", 0], "count: expected at least 1, got 0"),
-            (["--points", "5"], "points: expected ROW,COLUMN such as 16,20, got '5'"),
-            (["--points", "5,6,7"], "points: expected ROW,COLUMN such as 16,20, got '5,6,7'"),
-            (["--points", "a,b"], "points: expected ROW,COLUMN such as 16,20, got 'a,b'"),
-            (["--points", "5,32"], "points: expected rows and columns from 0 to 31, got 5,32"),
-            (
-                ["--classes", "tench"],
-                "classes: expected a class's name or a label from 0 to 2, got 'tench'",
-            ),
-        ],
-    )
-    def test_wrong_options_end_with_a_plain_message(
-        self,
-        options: Sequence[object],
-        message: str,
-        trained_run: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        out = tmp_path / "maps.png"
-        assert main("attention-maps", "--source", trained_run, "--out", out, *options) == 1
-        assert capsys.readouterr().err == f"imagenet_sagan.py attention-maps: {message}\n"
-        assert not out.exists()
+    monkeypatch.setattr(figures, "save_attention_figure", recording)
+    out = tmp_path / "new" / "maps.png"
+    options = ["attention-maps", "--source", trained_run, "--out", out]
+    chosen = ["--count", 2, "--points", "0,0", "31,5", "--classes", WNIDS[1]]
+    assert main(*options, *chosen) == 0
+    assert "2 images with 2 maps each written" in capsys.readouterr().out
+    maps, points, names, title = drawn[0]
+    assert points == [(0, 0), (31, 5)]
+    assert names == [WNIDS[1]] * 2
+    assert "16x16" in title
+    torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 2))
+    assert read(out).size(1) == round((1.5 * 2 + 0.5) * 130)
+    assert main(*options, "--count", 1) == 0
+    assert drawn[1][1] == default_points(32)
 
 
 class TestDemo:
@@ -737,7 +641,7 @@ class TestDemo:
 
 
 class TestChecksBeforeTheImages:
-    """What needs no images is refused before the preflight, which takes long on ImageNet and writes a report."""
+    """Errors that do not depend on images come before the check of the images, which takes long on ImageNet."""
 
     @pytest.fixture(autouse=True)
     def _no_preflight(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -755,14 +659,15 @@ class TestChecksBeforeTheImages:
     )
     def test_a_new_run(
         self,
-        image_folder: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
         options: tuple[str, ...],
         message: str,
+        image_folder: Path,
+        tmp_path: Path,
+        refused: Callable[..., str],
     ) -> None:
-        assert main("train", "--data", image_folder, "--out", tmp_path / "new", *options) == 1
-        assert message in one_line(capsys.readouterr().err)
+        assert message in one_line(
+            refused("train", "--data", image_folder, "--out", tmp_path / "new", *options)
+        )
         assert not (tmp_path / "new").exists()
 
     @pytest.mark.parametrize(
@@ -771,33 +676,12 @@ class TestChecksBeforeTheImages:
     )
     def test_a_folder_with_a_run(
         self,
-        trained_run: Path,
-        image_folder: Path,
-        capsys: pytest.CaptureFixture[str],
         options: tuple[str, ...],
         message: str,
+        trained_run: Path,
+        image_folder: Path,
+        refused: Callable[..., str],
     ) -> None:
         before = files_below(trained_run)
-        assert main("train", "--data", image_folder, "--out", trained_run, *options) == 1
-        assert message in one_line(capsys.readouterr().err)
+        assert message in one_line(refused("train", "--data", image_folder, "--out", trained_run, *options))
         assert files_below(trained_run) == before
-
-
-def test_a_grid_has_a_row_for_each_class_asked_for(trained_run: Path, tmp_path: Path) -> None:
-    path = tmp_path / "grid.png"
-    main(
-        "sample",
-        "--source",
-        trained_run,
-        "--out",
-        path,
-        "--count",
-        "2",
-        "--columns",
-        "2",
-        "--classes",
-        0,
-        1,
-        2,
-    )
-    assert read(path).shape[1] == 3 * (32 + 2) + 2

@@ -1,4 +1,4 @@
-"""Runs side by side: what may be compared, what is told apart, and what is refused."""
+"""Comparison of runs: what is compared, what is kept apart, and what is refused."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ def cells(table: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def text_of(written: list[Path]) -> str:
+    return written[0].read_text()
+
+
 class TestTable:
     def test_the_best_of_each_run_stands_beside_what_was_published(self, tmp_path: Path) -> None:
         one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", "best_known")
@@ -58,59 +62,48 @@ class TestTable:
         write_evaluation(two, 100, fid=13.25)
         table, plot = compare_runs([one, two], tmp_path / "out")
         text = table.read_text()
-        assert cells(text, "one") == [
-            "one",
-            "paper",
-            "1,000,000",
-            "19.5 at 200 [18.28]",
-            "51 at 200 [51.43]",
-        ]
+        assert cells(text, "one") == ["one", "paper", "1,000,000", "19.5 at 200 [18.28]", "51 at 200 [51.43]"]
         assert cells(text, "two")[3:] == ["13.25 at 100 [12.83]", "not measured"]
         pixels = np.asarray(Image.open(plot).convert("RGB"))
         assert min(pixels.shape[:2]) > 300
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 
-    def test_figures_of_two_protocols_are_told_apart(self, tmp_path: Path) -> None:
+    def test_figures_of_two_protocols_are_kept_apart(self, tmp_path: Path) -> None:
         one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
         write_evaluation(one, 100, "aaaaaaaaaaaa", fid=20.0)
         write_evaluation(two, 100, "bbbbbbbbbbbb", fid=10.0)
-        text = compare_runs([one, two], tmp_path / "out")[0].read_text()
-        assert "fid: 2 protocols, in columns of their own" in text
+        text = text_of(compare_runs([one, two], tmp_path / "out"))
+        assert "fid: 2 protocols, in separate columns" in text
         assert cells(text, "one")[3:] == ["20 at 100 [18.28]", "not measured"]
         assert cells(text, "two")[3:] == ["not measured", "10 at 100 [18.28]"]
 
-    def test_proxy_figures_stand_beside_nothing_published(self, tmp_path: Path) -> None:
-        run = write_run(tmp_path / "alone")
-        write_evaluation(run, 100, proxy=True, fid=3.0)
-        text = compare_runs([run], tmp_path / "out")[0].read_text()
-        assert cells(text, "alone")[3] == "3 at 100"
-        assert "they are no FIDs" in text
-
-    def test_other_resolutions_stand_beside_nothing_published(self, tmp_path: Path) -> None:
-        network = replace(RECIPES["paper"]().network, resolution=64)
+    @pytest.mark.parametrize(("resolution", "proxy"), [(128, True), (64, False)])
+    def test_proxy_figures_and_other_resolutions_are_not_compared_with_publications(
+        self, resolution: int, proxy: bool, tmp_path: Path
+    ) -> None:
+        network = replace(RECIPES["paper"]().network, resolution=resolution)
         run = write_run(tmp_path / "alone", network=network)
-        write_evaluation(run, 100, fid=3.0)
-        assert cells(compare_runs([run], tmp_path / "out")[0].read_text(), "alone")[3] == "3 at 100"
+        write_evaluation(run, 100, proxy=proxy, fid=3.0)
+        text = text_of(compare_runs([run], tmp_path / "out"))
+        assert cells(text, "alone")[3] == "3 at 100"
+        assert ("they are not FIDs" in text) == proxy
 
-    def test_what_differs_from_the_recipe_is_told_and_what_does_not_matter_is_not(
+    def test_differences_from_the_recipe_that_matter_and_missing_evaluations_are_named(
         self, tmp_path: Path
     ) -> None:
-        run = write_run(tmp_path / "run", seed=7, data=tmp_path, device="cuda")
-        write_evaluation(run, 100, fid=3.0)
-        text = compare_runs([run], tmp_path / "out")[0].read_text()
-        assert "- **run**: recipe paper with seed 7\n" in text
-
-    def test_a_run_that_was_not_evaluated_is_named(self, tmp_path: Path) -> None:
-        one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+        one = write_run(tmp_path / "one", seed=7, data=tmp_path, device="cuda")
         write_evaluation(one, 100, fid=3.0)
-        assert "**two was not evaluated.**" in compare_runs([one, two], tmp_path / "out")[0].read_text()
+        text = text_of(compare_runs([one, write_run(tmp_path / "two")], tmp_path / "out"))
+        assert "- **one**: recipe paper with seed 7\n- **two**: recipe paper without changes\n" in text
+        assert "**two was not evaluated.**" in text
+        assert "one was not evaluated" not in text
 
     def test_runs_of_table_1_are_arranged_as_in_the_paper(self, tmp_path: Path) -> None:
         runs = []
         for i, recipe in enumerate(("sn_on_gd_ttur", "attention_32", "residual_8")):
             runs.append(write_run(tmp_path / recipe, recipe))
             write_evaluation(runs[-1], 100, **{"fid": 20.0 + i, "is": 40.0 + i})
-        text = compare_runs(runs, tmp_path / "out")[0].read_text()
+        text = text_of(compare_runs(runs, tmp_path / "out"))
         row = cells(text, f"FID ({FID})")
         assert len(row) == 1 + len(TABLE_1)
         assert row[1] == "20 / 22.96"

@@ -189,6 +189,17 @@ class TestGeneratorAgainstTheReleasedCode:
         assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
         assert np.abs(g_arrays["y_eval"] - g_arrays["y_train"]).max() > 0.01  # the two are told apart
 
+    def test_first_linear_layer_goes_from_height_width_channels_to_channels_height_width(
+        self, generator: Generator, g_arrays: Arrays
+    ) -> None:
+        matrix = g_arrays["before/model/g_snh0/Matrix"]
+        bias, u = g_arrays["before/model/g_snh0/bias"], g_arrays["before/model/g_snh0/u"]
+        for channel, row, column in ((0, 0, 0), (0, 0, 1), (1, 0, 0), (31, 3, 2), (7, 2, 0)):
+            theirs, ours = (row * 4 + column) * 32 + channel, (channel * 4 + row) * 4 + column
+            assert np.array_equal(generator.linear.weight[ours].detach().numpy(), matrix[:, theirs])
+            assert generator.linear.bias[ours].item() == bias[theirs]
+            assert generator.linear.weight_u[ours].item() == u[0, theirs]
+
 
 class TestDiscriminatorAgainstTheReleasedCode:
     def test_logits_losses_and_every_gradient(self, discriminator: Discriminator, d_arrays: Arrays) -> None:
@@ -259,8 +270,8 @@ def random_network(kind: type, config: NetworkConfig, seed: int) -> nn.Module:
     return network
 
 
+@pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
 class TestLoaders:
-    @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
     @pytest.mark.parametrize("places", [(), (16,), (8, 16)])
     def test_every_variable_reaches_its_place_at_any_number_of_attentions(
         self, kind, export, loader, places
@@ -269,9 +280,7 @@ class TestLoaders:
         source, target = random_network(kind, config, 1), random_network(kind, config, 2)
         loader(target, export(source))
         for name, value in source.state_dict().items():
-            if "num_batches_tracked" in name:
-                continue
-            if name.endswith("weight_v"):  # TensorFlow has none
+            if name.endswith(("num_batches_tracked", "weight_v")):  # TensorFlow has none
                 continue
             assert torch.equal(target.state_dict()[name], value), name
         assert target.eval()(*self.inputs(kind)).equal(source.eval()(*self.inputs(kind)))
@@ -282,18 +291,6 @@ class TestLoaders:
         shape = (5,) if kind is Generator else (3, 32, 32)
         return torch.randn(2, *shape), torch.tensor([0, 2])
 
-    def test_first_linear_layer_goes_from_height_width_channels_to_channels_height_width(
-        self, generator: Generator, g_arrays: Arrays
-    ) -> None:
-        matrix = g_arrays["before/model/g_snh0/Matrix"]
-        bias, u = g_arrays["before/model/g_snh0/bias"], g_arrays["before/model/g_snh0/u"]
-        for channel, row, column in ((0, 0, 0), (0, 0, 1), (1, 0, 0), (31, 3, 2), (7, 2, 0)):
-            theirs, ours = (row * 4 + column) * 32 + channel, (channel * 4 + row) * 4 + column
-            assert np.array_equal(generator.linear.weight[ours].detach().numpy(), matrix[:, theirs])
-            assert generator.linear.bias[ours].item() == bias[theirs]
-            assert generator.linear.weight_u[ours].item() == u[0, theirs]
-
-    @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
     def test_right_vectors_are_set_to_fit(self, kind, export, loader) -> None:
         target = kind(TINY)
         loader(target, export(random_network(kind, TINY, 1)))
@@ -302,7 +299,6 @@ class TestLoaders:
                 fitting = nn.functional.normalize(layer.weight.detach().flatten(1).T @ layer.weight_u, dim=0)
                 torch.testing.assert_close(layer.weight_v, fitting, rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
     def test_missing_left_over_and_misshapen_variables_are_all_named_and_nothing_is_loaded(
         self, kind, export, loader
     ) -> None:
@@ -321,20 +317,18 @@ class TestLoaders:
         assert f"of the wrong shape: {names[1]} (expected [" in message
         assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
-    @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
-    def test_variables_of_another_number_of_classes_are_refused(self, kind, export, loader) -> None:
-        variables = export(random_network(kind, replace(TINY, num_classes=4), 1))
-        with pytest.raises(ValueError, match=r"expected \[3, \d+\], got \[4, \d+\]"):
-            loader(kind(TINY), variables)
-
-    @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
-    def test_attention_in_fewer_places_than_the_variables_have_is_refused(self, kind, export, loader) -> None:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"num_classes": 4}, r"expected \[4, \d+\], got \[3, \d+\]"),
+            ({"g_attention": (8,), "d_attention": (16,)}, r"left over: model/[gd]_non_local_1/"),
+        ],
+    )
+    def test_variables_of_other_networks_are_refused(self, kind, export, loader, changes, message) -> None:
         variables = export(random_network(kind, TINY, 1))
-        smaller = kind(replace(TINY, g_attention=(8,), d_attention=(16,)))
-        with pytest.raises(ValueError, match=r"left over: model/[gd]_non_local_1/"):
-            loader(smaller, variables)
+        with pytest.raises(ValueError, match=message):
+            loader(kind(replace(TINY, **changes)), variables)
 
-    @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
     def test_only_variables_below_the_scope_are_looked_at(self, kind, export, loader) -> None:
         source, target = random_network(kind, TINY, 1), random_network(kind, TINY, 2)
         moved = {name.replace("model/", "ema/net/", 1): value for name, value in export(source).items()}

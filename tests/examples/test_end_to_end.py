@@ -1,4 +1,4 @@
-"""Every subcommand after the other, as a user would run them, on a generated set in ImageNet's own layout."""
+"""All subcommands in turn, as a user would run them, on a synthetic set in ImageNet's layout."""
 
 from __future__ import annotations
 
@@ -73,27 +73,15 @@ def test_from_the_archives_to_a_comparison(
         assert np.isfinite(losses).all()
 
     measure = ("--source", tmp_path / "a", "--proxy", "--count", 24, "--cache", tmp_path / "cache")
-    main(
-        "evaluate",
-        *measure,
-        "--metrics",
-        "fid",
-        "kid",
-        "pr",
-        "--out",
-        tmp_path / "figures",
-        "--device",
-        "cpu",
-    )
+    device = ("--device", "cpu")
+    main("evaluate", *measure, "--metrics", "fid", "kid", "pr", "--out", tmp_path / "figures", *device)
     (written,) = (tmp_path / "figures").glob("*.json")
     figures = json.loads(written.read_text())["figures"]
     assert len(figures) == 4
     assert all(math.isfinite(figure["value"]) for figure in figures.values())
 
-    main(
-        "sample", "--source", tmp_path / "a", "--out", tmp_path / "grid.png", "--count", 20, "--device", "cpu"
-    )
-    main("attention-maps", "--source", tmp_path / "a", "--out", tmp_path / "maps.png", "--device", "cpu")
+    main("sample", "--source", tmp_path / "a", "--out", tmp_path / "grid.png", "--count", 20, *device)
+    main("attention-maps", "--source", tmp_path / "a", "--out", tmp_path / "maps.png", *device)
     main("plot", "--source", tmp_path / "a")
     main("report", "--source", tmp_path / "a")
     main("compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "comparison")

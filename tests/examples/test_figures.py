@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,15 +44,12 @@ def random_images(count: int, height: int = 32, width: int = 32) -> Tensor:
 
 class TestImagesAndGrids:
     def test_an_image_is_written_pixel_for_pixel_into_a_new_folder(self, tmp_path: Path) -> None:
-        (image,) = random_images(1, 20, 30)
-        save_image(tmp_path / "a" / "b" / "image.png", image)
-        assert torch.equal(read(tmp_path / "a" / "b" / "image.png"), image)
-        assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["image.png"]
-
-    def test_channels_last_images_are_written_alike(self, tmp_path: Path) -> None:
-        images = random_images(2).contiguous(memory_format=torch.channels_last)
-        save_image(tmp_path / "image.png", images[1])
-        assert torch.equal(read(tmp_path / "image.png"), images[1])
+        images = random_images(2, 20, 30)
+        folder = tmp_path / "a" / "b"
+        for image in (images[0], images.contiguous(memory_format=torch.channels_last)[1]):
+            save_image(folder / "image.png", image)
+            assert torch.equal(read(folder / "image.png"), image)
+        assert [path.name for path in folder.iterdir()] == ["image.png"]
 
     @pytest.mark.parametrize(("count", "columns"), [(6, 3), (5, 3), (1, 4)])
     def test_a_grid_goes_row_by_row(self, tmp_path: Path, count: int, columns: int) -> None:
@@ -99,6 +98,7 @@ class TestAttentionMaps:
         self, generator: Generator
     ) -> None:
         latents, labels = torch.randn(3, 6), torch.tensor([0, 1, 2])
+        before = {name: value.clone() for name, value in generator.state_dict().items()}
         images, maps, resolution = attention_at(generator, latents, labels, self.POINTS)
         with torch.no_grad():
             assert torch.equal(images, to_uint8(generator(latents, labels)))
@@ -106,6 +106,7 @@ class TestAttentionMaps:
         assert maps.shape == (3, 4, 8, 8)
         torch.testing.assert_close(maps.sum((2, 3)), torch.ones(3, 4))
         assert (maps >= 0).all()
+        assert all(value.equal(before[name]) for name, value in generator.state_dict().items())
 
     def test_maps_are_the_layers_own_weights_at_the_points_scaled_to_its_feature_map(
         self, generator: Generator
@@ -122,34 +123,17 @@ class TestAttentionMaps:
         assert torch.equal(maps, expected)
         assert not torch.equal(maps[:, 0], maps[:, 1])  # other points look elsewhere
 
-    def test_the_generator_is_left_as_it_was(self, generator: Generator) -> None:
-        before = {name: value.clone() for name, value in generator.state_dict().items()}
-        attention_at(generator, torch.randn(1, 6), torch.tensor([0]), self.POINTS)
-        assert all(value.equal(before[name]) for name, value in generator.state_dict().items())
-        assert not any(module._forward_pre_hooks for module in generator.modules())
-
     @pytest.mark.parametrize("point", [(32, 0), (0, 32), (-1, 0), (5, 400)])
     def test_points_outside_the_image_are_refused(self, generator: Generator, point: tuple[int, int]) -> None:
         with pytest.raises(UserError, match=f"rows and columns from 0 to 31, got {point[0]},{point[1]}"):
             attention_at(generator, torch.randn(1, 6), torch.tensor([0]), [(0, 0), point])
 
-    @pytest.mark.parametrize(
-        "config",
-        [
-            NetworkConfig(resolution=32, base_width=2, num_classes=0, g_attention=(), d_attention=()),
-            NetworkConfig(
-                resolution=32,
-                base_width=2,
-                num_classes=0,
-                g_attention=(16,),
-                d_attention=(),
-                mixer="residual",
-            ),
-        ],
-    )
-    def test_a_generator_without_attention_is_refused(self, config: NetworkConfig) -> None:
+    @pytest.mark.parametrize("changes", [{"g_attention": ()}, {"mixer": "residual"}])
+    def test_a_generator_without_attention_is_refused(self, changes: Any) -> None:
         with pytest.raises(UserError, match="expected a generator with attention, found none"):
-            attention_at(Generator(config), torch.randn(1, 128), torch.tensor([0]), [(0, 0)])
+            attention_at(
+                Generator(replace(CONFIG, **changes)), torch.randn(1, 6), torch.tensor([0]), [(0, 0)]
+            )
 
     @pytest.mark.parametrize("resolution", [32, 64, 128, 256])
     def test_default_points_are_five_inside_the_image_with_the_centre_first(self, resolution: int) -> None:
@@ -163,7 +147,6 @@ class TestPlots:
     def test_attention_figure_has_a_row_for_each_image_and_a_column_for_each_point(
         self, tmp_path: Path
     ) -> None:
-        sizes = {}
         for count, points in ((1, 1), (3, 1), (1, 4)):
             maps = torch.rand(count, points, 8, 8)
             places = [(4 * n, 2 * n) for n in range(points)]
@@ -172,9 +155,6 @@ class TestPlots:
             height, width = read(path).shape[1:]
             assert height == round((1.5 * count + 0.5) * 130)
             assert abs(width - (1.5 * (points + 1) + 0.6) * 130) <= 1
-            sizes[count, points] = height, width
-        assert sizes[3, 1][0] > sizes[1, 1][0]
-        assert sizes[1, 4][1] > sizes[1, 1][1]
 
     def test_attention_figure_draws_the_map_of_each_point(self, tmp_path: Path) -> None:
         images = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
@@ -195,8 +175,10 @@ class TestPlots:
         assert read(tmp_path / "figure.png").size(2) > 2000
 
     @pytest.mark.parametrize("panels", [1, 3])
-    def test_curves_have_a_panel_for_each_group(self, tmp_path: Path, panels: int) -> None:
-        curves = {"D": ([1, 2, 3], [0.5, 0.4, 0.3]), "G": ([1, 3], [1.0, 2.0])}
+    def test_curves_have_a_panel_for_each_group_even_without_values(
+        self, tmp_path: Path, panels: int
+    ) -> None:
+        curves = {"D": ([1, 2, 3], [0.5, 0.4, 0.3]), "G": ([1, 3], [1.0, 2.0]), "none": ([], [])}
         path = tmp_path / "new" / "curves.png"
         save_curves(path, [Panel(f"panel {n}", curves) for n in range(panels)], title="t")
         height, width = read(path).shape[1:]
@@ -209,7 +191,3 @@ class TestPlots:
             save_curves(tmp_path / "curves.png", [Panel("loss", {"D": ([1, 2, 3], values)})])
             pictures.append(read(tmp_path / "curves.png"))
         assert (pictures[0] != pictures[1]).sum() > 100
-
-    def test_a_panel_without_values_is_drawn_empty(self, tmp_path: Path) -> None:
-        save_curves(tmp_path / "curves.png", [Panel("share", {"share": ([], [])})])
-        assert read(tmp_path / "curves.png").size(2) == 975

@@ -11,7 +11,6 @@ import pytest
 
 from sagan.data import DataConfig
 from sagan.errors import UserError
-from sagan.networks import NetworkConfig
 from sagan.recipes import (
     DEFAULT_RECIPE,
     RECIPES,
@@ -76,25 +75,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "sn_on_gd": {**NO_ATTENTION, "optimizer.d_lr": 1e-4},
     "sn_on_gd_ttur": NO_ATTENTION,
     **{
-        f"{mixer}_{size}": {
-            "network.mixer": mixer,
-            "network.g_attention": [size],
-            "network.d_attention": [size],
-        }
+        f"{mixer}_{n}": {"network.mixer": mixer, "network.g_attention": [n], "network.d_attention": [n]}
         for mixer in ("attention", "residual")
-        for size in (8, 16, 32, 64)
+        for n in (8, 16, 32, 64)
     },
 }
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            result.update(flat(value, f"{prefix}{name}."))
-        else:
-            result[prefix + name] = value
-    return result
 
 
 class TestRecipes:
@@ -104,7 +89,7 @@ class TestRecipes:
 
     @pytest.mark.parametrize("name", list(PUBLISHED))
     def test_values_are_the_published_ones(self, name: str) -> None:
-        values = flat(RECIPES[name]().to_dict())
+        values = RECIPES[name]().by_name()
         expected = {**PAPER, **PUBLISHED[name]}
         assert {key: values[key] for key in expected} == expected
         unnamed = {
@@ -113,13 +98,7 @@ class TestRecipes:
             if key not in expected
             and not key.startswith(("images.", "output.", "health.", "step.", "evaluation."))
         }
-        assert unnamed == {
-            "recipe": name,
-            "data": None,
-            "out": "runs/sagan",
-            "device": "auto",
-            "seed": 0,
-        }
+        assert unnamed == {"recipe": name, "data": None, "out": "runs/sagan", "device": "auto", "seed": 0}
 
     def test_table_1_at_32_is_the_paper_but_for_its_name(self) -> None:
         found = differences(RECIPES["paper"](), RECIPES["attention_32"]())
@@ -143,12 +122,8 @@ class TestRunConfig:
     @EVERY_RECIPE
     def test_round_trip_through_json(self, name: str) -> None:
         config = replace(RECIPES[name](), data=Path("some/where"))
-        again = config_from_dict(json.loads(json.dumps(config.to_dict())))
-        assert again == config
-        assert asdict(again) == asdict(config)
-
-    def test_a_missing_data_folder_survives_the_round_trip(self) -> None:
-        assert config_from_dict(RunConfig(recipe="paper").to_dict()).data is None
+        assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert config_from_dict(RECIPES[name]().to_dict()).data is None
 
     @pytest.mark.parametrize("group", [None, "network", "optimizer", "images", "output"])
     def test_unknown_and_missing_fields_are_refused_by_name(self, group: str | None) -> None:
@@ -168,14 +143,11 @@ class TestRunConfig:
         with pytest.raises(UserError, match="resolution"):
             config_from_dict(values)
 
-    @pytest.mark.parametrize(
-        "config",
-        [RunConfig(recipe="paper"), NetworkConfig(), OptimizerConfig(), DataConfig(), OutputConfig()],
-    )
-    def test_configurations_are_frozen(self, config: Any) -> None:
-        name = next(iter(asdict(config)))
-        with pytest.raises(FrozenInstanceError):
-            setattr(config, name, 1)
+    def test_configurations_are_frozen(self) -> None:
+        run = RunConfig(recipe="paper")
+        for config in (run, run.network, run.optimizer, run.images, run.step, run.health, run.output):
+            with pytest.raises(FrozenInstanceError):
+                setattr(config, next(iter(asdict(config))), 1)
 
     def test_differences_name_fields_by_their_dotted_path_with_both_values(self) -> None:
         one = RECIPES["paper"]()

@@ -52,7 +52,7 @@ def assert_same_samples(some: dict[int, tuple[Tensor, int]], others: dict[int, t
 
 
 class TestInputs:
-    def test_a_sample_depends_on_seed_and_number_alone(self) -> None:
+    def test_a_sample_depends_only_on_seed_and_number(self) -> None:
         latents, labels = sample_inputs(range(10), NETWORK, 5)
         for number in (0, 3, 9):
             alone, label = sample_inputs([number], NETWORK, 5)
@@ -76,11 +76,6 @@ class TestInputs:
         correlations = torch.corrcoef(latents).fill_diagonal_(0)
         assert correlations.abs().max() < 0.7  # 80,000 pairs at a deviation of 1/8
         assert correlations.std().item() == pytest.approx(1 / 8, rel=0.1)
-
-    def test_seed_and_number_do_not_stand_in_for_each_other(self) -> None:
-        latents = [sample_inputs([number], NETWORK, seed)[0] for seed, number in ((0, 1), (1, 0), (1, 1))]
-        assert not torch.equal(latents[0], latents[1])
-        assert not torch.equal(latents[0], latents[2])
 
     def test_classes_are_gone_through_in_turn(self) -> None:
         _, labels = sample_inputs(range(5), NETWORK, 0, torch.tensor([2, 0]))
@@ -145,11 +140,6 @@ class TestNumberedSamples:
             expected = to_uint8(trained.generator(latents, labels))
         assert torch.equal(torch.stack([image for image, _ in made(trained, 4).values()]), expected)
 
-    def test_the_generator_is_not_changed(self, trained: TrainedGenerator) -> None:
-        before = {name: value.clone() for name, value in trained.generator.state_dict().items()}
-        made(trained, 6)
-        assert all(value.equal(before[name]) for name, value in trained.generator.state_dict().items())
-
 
 class TestGenerate:
     @pytest.mark.parametrize("training", [True, False])
@@ -187,29 +177,25 @@ class TestGenerate:
 
 
 class TestLoading:
-    def test_what_a_run_knows_of_itself_is_loaded(self, trained_run: Path, trained: TrainedGenerator) -> None:
+    def test_what_a_checkpoint_says_is_loaded(self, trained_run: Path, trained: TrainedGenerator) -> None:
         assert trained.iteration == 4
         assert trained.class_names == ["n01440764", "n01443537", "n01484850"]
         assert trained.labels_in_use.tolist() == [0, 1, 2]
         assert trained.config.out == trained_run
         assert not trained.generator.training
+        from_file = load_generator(find_checkpoint(trained_run), CPU)
+        assert_state_equal(from_file.generator, trained.generator)
 
     def test_average_and_raw_weights_are_told_apart(self, trained_run: Path) -> None:
         state = load_checkpoint(find_checkpoint(trained_run))
         name = "blocks.0.conv1.weight"
-        loaded = {
-            weights: load_generator(trained_run, CPU, weights=weights) for weights in ("auto", "ema", "raw")
-        }
-        weights = {key: each.generator.get_parameter(name) for key, each in loaded.items()}
-        assert torch.equal(weights["ema"], state["average"][f"module.{name}"])
-        assert torch.equal(weights["auto"], weights["ema"])
-        assert torch.equal(weights["raw"], state["generator"][name])
-        assert not torch.equal(weights["raw"], weights["ema"])
-        assert {key: each.averaged for key, each in loaded.items()} == {
-            "auto": True,
-            "ema": True,
-            "raw": False,
-        }
+        auto, ema, raw = (load_generator(trained_run, CPU, weights=kind) for kind in ("auto", "ema", "raw"))
+        weights = [each.generator.get_parameter(name) for each in (auto, ema, raw)]
+        assert torch.equal(weights[0], weights[1])
+        assert torch.equal(weights[1], state["average"][f"module.{name}"])
+        assert torch.equal(weights[2], state["generator"][name])
+        assert not torch.equal(weights[2], weights[1])
+        assert [each.averaged for each in (auto, ema, raw)] == [True, True, False]
 
     def test_without_an_average_raw_weights_are_taken_and_ema_is_refused(
         self, tiny_config: RunConfig, run_training: Callable[..., TrainingResult], tmp_path: Path
@@ -220,9 +206,6 @@ class TestLoading:
         assert_state_equal(loaded.generator, run.trainer.generator)
         with pytest.raises(UserError, match="expected a run with a moving average for 'ema'"):
             load_generator(run.out, CPU, weights="ema")
-
-    def test_a_checkpoint_file_is_accepted(self, trained_run: Path, trained: TrainedGenerator) -> None:
-        assert_state_equal(load_generator(find_checkpoint(trained_run), CPU).generator, trained.generator)
 
     def test_a_folder_without_checkpoints_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="without checkpoints"):

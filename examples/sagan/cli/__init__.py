@@ -1,1 +1,1 @@
-"""One module for each subcommand of the trainer."""
+"""The subcommands of the trainer, one module each."""

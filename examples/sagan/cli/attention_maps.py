@@ -1,29 +1,28 @@
-"""The subcommand ``attention-maps``: its options, and what it does."""
+"""The subcommand ``attention-maps``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from sagan.cli.parsing import check_positive
 from sagan.distributed import pick_device
-from sagan.errors import UserError
+from sagan.errors import UserError, check_at_least
 from sagan.report.figures import default_points, draw_attention
 from sagan.sampling import Weights, load_generator, sample_inputs
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Draw where chosen points of generated images look (figure 5 of the paper).
+    """Draw the attention maps of chosen points of generated images (figure 5 of the paper).
 
     Attributes:
         source: folder of a run, or a checkpoint.
         out: the PNG.
         count: number of images.
         points: query points as ROW,COLUMN in pixels of the image; by default the centre and four others.
-        classes: labels (numbers from 0) or names of the classes to go through; by default all.
-        seed: of the set of samples.
-        weights: moving average ("ema"), the weights themselves ("raw"), or the average if there is one.
+        classes: labels (numbers from 0) or names of the classes to cycle through; by default all.
+        seed: seed of the set of samples.
+        weights: moving average ("ema"), current weights ("raw"), or the average if there is one ("auto").
         device: "auto", "cpu", "cuda", ...
     """
 
@@ -39,7 +38,7 @@ class AttentionMaps:
 
 def run(command: AttentionMaps) -> int:
     """Run ``attention-maps`` and return the exit code."""
-    check_positive(command, "count")
+    check_at_least(command, 1, "count")
     trained = load_generator(command.source, pick_device(command.device), weights=command.weights)
     network = trained.config.network
     points = [_point(text) for text in command.points] or default_points(network.resolution)

@@ -1,4 +1,4 @@
-"""The subcommand ``compare``: its options, and what it does."""
+"""The subcommand ``compare``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sagan.report.comparison import compare_runs
 
 @dataclass(frozen=True)
 class Compare:
-    """Draw figures of several runs over the iterations, and a table of the best of each.
+    """Compare runs: plots of their figures over the iterations, and a table of the best of each run.
 
-    Takes what `evaluate` and `train --evaluation.every` wrote into the runs' folders. Figures of different protocols
-    get panels and columns of their own.
+    Reads what `evaluate` and `train --evaluation.every` wrote into the folders of the runs. Figures of different
+    protocols get separate panels and columns.
 
     Attributes:
-        runs: folders of runs.
+        runs: folders of the runs.
         out: folder for comparison.md and comparison.png.
     """
 
@@ -30,7 +30,7 @@ class Compare:
 def run(command: Compare) -> int:
     """Run ``compare`` and return the exit code."""
     if not command.runs:
-        raise UserError("runs: expected the folders of one or more, got none")
+        raise UserError("runs: expected the folders of one or more runs, got none")
     written = compare_runs(command.runs, command.out)
     print(written[0].read_text(encoding="utf-8"))
     print(f"Written: {', '.join(map(str, written))}")

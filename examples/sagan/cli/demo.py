@@ -1,4 +1,4 @@
-"""The subcommand ``demo``: its options, and what it does."""
+"""The subcommand ``demo``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Demo:
 
     Attributes:
         out: folder to write to.
-        iterations: how long to train.
-        seed: of everything random.
+        iterations: number of updates of G.
+        seed: seed of all random numbers of the run.
     """
 
     out: Path = Path("runs/demo")
@@ -32,6 +32,6 @@ def run(command: Demo) -> int:
     keep_freed_memory()
     result, verdict = run_demo(config)
     if verdict is None:
-        print(f"Stopped at iteration {result.iteration}; the same command goes on from there.")
+        print(f"Stopped at iteration {result.iteration}; the same command resumes it.")
         return INTERRUPTED
     return 0

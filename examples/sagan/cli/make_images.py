@@ -1,4 +1,4 @@
-"""The subcommand ``make-images``: its options, and what it does."""
+"""The subcommand ``make-images``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sagan.prepare.synthetic import Layout, SyntheticSet, write_layout
 
 @dataclass(frozen=True)
 class MakeImages:
-    """Generate images in ImageNet's own layouts, to try ``prepare`` and ``train`` without ImageNet.
+    """Generate synthetic images in ImageNet's layouts, to try ``prepare`` and ``train`` without ImageNet.
 
     Attributes:
-        out: folder to write to, not there yet or empty.
+        out: new or empty folder to write to.
         layout: "folder" (train/ and val/ with class folders), "tars" (ILSVRC2012_img_train.tar, ..._val.tar and the
             development kit) or "parquet" (shards as on the Hugging Face hub).
         images: what to generate.

@@ -1,4 +1,4 @@
-"""The subcommand ``plot``: its options, and what it does."""
+"""The subcommand ``plot``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sagan.report.page import draw_run
 
 @dataclass(frozen=True)
 class Plot:
-    """Draw the curves of a run, finished or not: losses, logits, gamma, sigma, speed, scores.
+    """Draw the curves of a run, also while it trains: losses, logits, gamma, sigma, speed, scores.
 
     Attributes:
         source: folder of a run.

@@ -1,4 +1,4 @@
-"""The subcommand ``prepare``: its options, and what it does."""
+"""The subcommand ``prepare``."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sagan.cli.parsing import INTERRUPTED, check_positive
+from sagan.cli.parsing import INTERRUPTED
 from sagan.data import read_manifest, verify
 from sagan.data.prefetch import usable_cpus
-from sagan.errors import UserError
+from sagan.errors import UserError, check_at_least
 from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Pack images into one array that training reads fast: once, before training.
+    """Pack images into one array that training reads fast. Run this once, before training.
 
-    Sources: ILSVRC2012_img_train.tar (nothing is unpacked), a folder of its class archives, ILSVRC2012_img_val.tar or a
-    folder of its images with their ground truth, a folder with a folder of images for each class, parquet shards
-    of the Hugging Face hub. Stopped or killed, the same command goes on where it was.
+    Sources: ILSVRC2012_img_train.tar (without unpacking it), a folder of its class archives, ILSVRC2012_img_val.tar or
+    a folder of its images with their ground truth, a folder with one subfolder of images for each class, and parquet
+    shards of the Hugging Face hub. After an interruption the same command resumes.
 
     Attributes:
         source: file, folder, or pattern of parquet files.
-        out: the folder to make; it appears when it is whole.
+        out: folder to create; it appears once it is complete.
         resolution: side of the images in pixels.
         resample: filter of the antialiased resize: bilinear, bicubic, lanczos or box.
-        kind: what the source is: auto, class-tars, flat, folder or parquet.
-        split: the part to take, where the source has several.
-        ground_truth: classes of images without class folders: LOC_val_solution.csv, a text file with a WNID a line,
-            or ILSVRC's development kit (folder or .tar.gz); by default looked for beside the source.
-        synsets: what the development kit's numbers mean, if meta.mat does not lie beside them.
-        words: human names of the classes: LOC_synset_mapping.txt or the like; by default looked for beside the source.
+        kind: kind of source: auto, class-tars, flat, folder or parquet.
+        split: the split to pack, if the source has several.
+        ground_truth: classes of images without class folders: LOC_val_solution.csv, a text file with one WNID per line,
+            or ILSVRC's development kit (folder or .tar.gz); by default searched next to the source.
+        synsets: meaning of the development kit's numbers, if meta.mat is not next to them.
+        words: human-readable class names such as LOC_synset_mapping.txt; by default searched next to the source.
         workers: processes that decode; by default one for each CPU.
-        part_size: images that a process takes at a time: a killed run redoes those under way; by default a 64th of
-            all, from 16 to 1024.
-        verify: check this finished set instead, and say what is wrong with it.
+        part_size: images that a process packs at a time, and that an interruption loses; by default a 64th of all, from
+            16 to 1024.
+        verify: check this finished set instead, and report what is wrong.
     """
 
     source: str | None = None
@@ -61,7 +61,7 @@ def run(command: Prepare) -> int:
             raise UserError(f"{name}: expected --{name}, got none (or --verify DIR)")
     assert command.source is not None
     assert command.out is not None
-    check_positive(command, "resolution", "workers", "part_size")
+    check_at_least(command, 1, "resolution", "workers", "part_size")
     options = SourceOptions(
         kind=command.kind,
         split=command.split,
@@ -83,18 +83,18 @@ def run(command: Prepare) -> int:
             progress=True,
         )
     except KeyboardInterrupt:
-        print("\nStopped; what is finished is kept. The same command goes on from there.")
+        print("\nStopped; finished parts stay. The same command resumes.")
         return INTERRUPTED
     if not prepared.report:
-        print(f"{command.out} is finished already; --verify checks it.")
+        print(f"{command.out} is already complete; --verify checks it.")
         return 0
     if prepared.reused:
-        print(f"{prepared.reused:,} images were finished before and have been checked.")
+        print(f"{prepared.reused:,} images were already packed and have been checked.")
     print(f"\n{format_report(prepared.report)}\n\n{prepared.manifest.describe()}")
     if prepared.packed:
         rate = prepared.packed / prepared.seconds
         print(
-            f"  {prepared.packed:,} images read at {rate:,.0f} a second; {prepared.total_seconds:.1f} s in all"
+            f"  {prepared.packed:,} images read at {rate:,.0f} a second; {prepared.total_seconds:.1f} s in total"
         )
     return 0
 
@@ -102,8 +102,8 @@ def run(command: Prepare) -> int:
 def _verify(folder: Path) -> int:
     wrong = verify(folder, progress=True)
     if wrong:
-        print(f"{folder} is not sound:")
+        print(f"{folder} is damaged:")
         print("\n".join(f"  {problem}" for problem in wrong))
         return 1
-    print(f"{read_manifest(folder).describe()}\nSound: every image and file is as it was written.")
+    print(f"{read_manifest(folder).describe()}\nIntact: all images and files are as they were written.")
     return 0

@@ -1,4 +1,4 @@
-"""The subcommand ``report``: its options, and what it does."""
+"""The subcommand ``report``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sagan.report.page import write_report
 
 @dataclass(frozen=True)
 class Report:
-    """Write one HTML page about a run, with its curves and pictures inside.
+    """Write a report on a run: one HTML page that contains its curves and pictures.
 
     Attributes:
         source: folder of a run.

@@ -1,4 +1,4 @@
-"""The subcommand ``sample``: its options, and what it does."""
+"""The subcommand ``sample``."""
 
 from __future__ import annotations
 
@@ -10,34 +10,32 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from sagan.cli.parsing import check_positive
 from sagan.distributed import pick_device
-from sagan.errors import UserError
+from sagan.errors import UserError, check_at_least
 from sagan.report.figures import save_grid, save_image
 from sagan.sampling import TrainedGenerator, Weights, claim_folder, load_generator, numbered_samples
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Generate images from a trained run: one labelled grid, or a PNG for each in a folder of its class.
+    """Generate images from a trained run: one labelled grid, or a PNG for each image in a folder for its class.
 
-    Sample i depends on the seed and i alone. Several processes share the work when started by torchrun, or with
-    --process and --num-processes, and write the images that one would. Folders are never mixed with other samples.
+    Sample i depends only on the seed and i. Processes share the work with torchrun, or with --process and
+    --num-processes, and write the same images as one process. Samples never go into a folder that holds others.
 
     Attributes:
         source: folder of a run, or a checkpoint.
-        out: where to: for a grid the PNG (or a folder to put grid.png into), else the folder.
+        out: the PNG of a grid (or a folder for grid.png), or the folder of the folders.
         layout: "grid" or "folders".
-        count: number of images; for a grid rounded up to whole rows, one for each
-            of --classes at least.
+        count: number of images; a grid rounds up to whole rows and has at least one row for each of --classes.
         classes: labels (numbers from 0) or names of the classes; by default all, and for a grid ten of them.
-        seed: of the set of samples.
-        weights: moving average ("ema"), the weights themselves ("raw"), or the average if there is one.
+        seed: seed of the set of samples.
+        weights: moving average ("ema"), current weights ("raw"), or the average if there is one ("auto").
         batch_size: images at a time.
         columns: images in a row of the grid.
         device: "auto", "cpu", "cuda", ...
         process: number of this process, from 0.
-        num_processes: how many share the work.
+        num_processes: number of processes that share the work.
     """
 
     source: Path
@@ -56,7 +54,7 @@ class Sample:
 
 def run(command: Sample) -> int:
     """Run ``sample`` and return the exit code."""
-    check_positive(command, "count", "batch_size", "columns", "num_processes")
+    check_at_least(command, 1, "count", "batch_size", "columns", "num_processes")
     if not 0 <= command.process < command.num_processes:
         raise UserError(f"process: expected from 0 to {command.num_processes - 1}, got {command.process}")
     trained = load_generator(command.source, pick_device(command.device), weights=command.weights)
@@ -93,9 +91,8 @@ def _sample_grid(command: Sample, trained: TrainedGenerator, labels_in_use: torc
     if conditional and not command.classes and len(labels_in_use) > rows:
         places = torch.linspace(0, len(labels_in_use) - 1, rows).round().long()
         labels_in_use = labels_in_use[places]
-    wanted = rows * command.columns
     found: dict[int, list[torch.Tensor]] = {}
-    # Whole rounds through the classes, so that each row gets as many as it has columns.
+    # Samples cycle through the classes; whole cycles fill every row.
     per_class = -(-rows // len(labels_in_use)) * command.columns
     for _, images, labels in numbered_samples(
         trained.generator,
@@ -106,7 +103,7 @@ def _sample_grid(command: Sample, trained: TrainedGenerator, labels_in_use: torc
     ):
         for image, label in zip(images, labels.tolist(), strict=True):
             found.setdefault(label, []).append(image)
-    ordered = [image for label in labels_in_use.tolist() for image in found[label]][:wanted]
+    ordered = [image for label in labels_in_use.tolist() for image in found[label]][: rows * command.columns]
     row_labels = [label for label in labels_in_use.tolist() for _ in range(per_class // command.columns)]
     names = [trained.class_name(label) or "" for label in row_labels[:rows]] if conditional else None
     path = command.out if suffix == ".png" else command.out / "grid.png"

@@ -1,4 +1,4 @@
-"""The demo's data and judge: scikit-learn's handwritten digits, and a small classifier of them."""
+"""The demo's data, scikit-learn's handwritten digits, and its judge, a small classifier of digits."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from sagan.evaluation.fid import frechet_distance_of_features
+
 RESOLUTION = 32
 
 
 def write_digits(root: Path) -> Path:
-    """Write the 1,797 digits, enlarged from 8 to 32 pixels, as an ImageFolder tree of PNGs: root/train/<digit>/.
+    """Write the 1,797 digits, enlarged from 8 to 32 pixels, as PNGs in root/train/<digit>/, and return ``root``.
 
-    Files that are there already stay.
-
-    Returns:
-        ``root``.
+    Existing files stay.
     """
     digits = load_digits()
     for number, (values, label) in enumerate(zip(digits.images, digits.target, strict=True)):
@@ -76,30 +75,28 @@ class DigitClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained classifier and what is known of the real digits.
+    """A trained classifier, and the features of the real digits.
 
     Attributes:
         classifier: in evaluation mode.
-        accuracy: on the real digits it was not trained on.
-        mean: of the features of all real digits, [64], float64.
-        covariance: likewise, [64, 64].
+        accuracy: on the real digits that were not used for training.
+        real_features: of all real digits, [N, 64].
     """
 
     classifier: DigitClassifier
     accuracy: float
-    mean: Tensor
-    covariance: Tensor
+    real_features: Tensor
 
 
 def train_judge(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 12) -> Judge:
     """Train the classifier on four fifths of the real digits and test it on the rest.
 
-    It has its own random numbers: training a GAN before or after is not disturbed.
+    The global random state does not change.
 
     Args:
         images: uint8 [N, 3, 32, 32].
         labels: [N].
-        seed: of the split, the weights and the batches.
+        seed: seed of the split, the weights and the batches.
         epochs: passes over the training part.
     """
     with torch.random.fork_rng(devices=[]):
@@ -122,48 +119,24 @@ def train_judge(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 
     classifier.eval()
     with torch.no_grad():
         accuracy = (classifier(images[test]).argmax(1) == labels[test]).double().mean().item()
-        mean, covariance = _statistics(classifier.features(images))
-    return Judge(classifier, accuracy, mean, covariance)
+        return Judge(classifier, accuracy, classifier.features(images))
 
 
 @torch.no_grad()
 def agreement(judge: Judge, images: Tensor, labels: Tensor) -> Tensor:
-    """Return, for each image, whether the judge gives it its label: bool [N]."""
+    """Return bool [N]: whether the judge predicts the label of each image."""
     agrees: Tensor = judge.classifier(images).argmax(1) == labels
     return agrees
 
 
 @torch.no_grad()
 def frechet_to_real(judge: Judge, images: Tensor) -> float:
-    """Return the Frechet distance between Gaussian fits of the features of images and of all real digits."""
-    mean, covariance = _statistics(judge.classifier.features(images))
-    return frechet_distance(mean, covariance, judge.mean, judge.covariance)
-
-
-def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
-    r"""Return :math:`\|m_a - m_b\|^2 + \mathrm{tr}(C_a + C_b - 2 (C_a C_b)^{1/2})`.
-
-    The trace of the root is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is
-    symmetric.
-
-    Args:
-        mean_a, mean_b: [d], float64.
-        covariance_a, covariance_b: [d, d], float64.
-    """
-    values, vectors = torch.linalg.eigh(covariance_a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp_min(0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
-    return max(0.0, float(distance))
-
-
-def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    features = features.double()
-    return features.mean(0), torch.cov(features.T)
+    """Return the Frechet distance between the judge's features of these images and of all real digits."""
+    return frechet_distance_of_features(judge.classifier.features(images), judge.real_features)
 
 
 def _shifted(images: Tensor) -> Tensor:
-    """Shift each image by up to two pixels, so that the judge does not insist on exact places."""
+    """Shift each image by up to two pixels, so that the judge tolerates shifts."""
     padded = F.pad(images, (2, 2, 2, 2))
     shifts = torch.randint(5, (len(images), 2)).tolist()
     return torch.stack(

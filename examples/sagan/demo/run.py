@@ -1,4 +1,4 @@
-"""The demo: a class-conditional SAGAN learns the handwritten digits, and a classifier says how well."""
+"""The demo: a class-conditional SAGAN learns handwritten digits, and a classifier judges the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sagan.data import open_dataset
 from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
 from sagan.recipes import RunConfig
 from sagan.report.figures import Panel, default_points, draw_attention, save_curves, save_grid
-from sagan.sampling import generate, load_generator, numbered_samples, sample_inputs
+from sagan.sampling import TrainedGenerator, generate, load_generator, numbered_samples, sample_inputs
 from sagan.train.checkpoint import checkpoints_in
 from sagan.train.logs import read_metrics, series
 from sagan.train.loop import TrainingResult, train
@@ -29,14 +29,14 @@ TARGET_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says of the generated digits.
+    """The judge's results for the generated digits.
 
     Attributes:
-        share: of the generated digits that carry their label in the judge's eyes.
+        share: share of generated digits that the judge reads as their label.
         share_by_class: the same for each digit.
-        frechet: distance of the generated digits' features to those of all real ones.
+        frechet: Frechet distance between the features of generated and of all real digits.
         frechet_real: the same distance for a random half of the real digits: what a perfect G would reach.
-        judge_accuracy: on real digits that the judge has not seen.
+        judge_accuracy: on real digits that the judge was not trained on.
     """
 
     share: float
@@ -47,16 +47,16 @@ class Verdict:
 
 
 def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResult, Verdict | None]:
-    """Write the digits, train on them, judge the result and draw it, all below ``config.out``.
+    """Write the digits, train on them, judge the result and draw it, all in ``config.out``.
 
-    Called again it goes on where it was interrupted; a finished demo is judged and drawn anew without training.
+    A second call resumes an interrupted demo; it judges and draws a finished one again, without training.
 
     Args:
-        config: the run; ``data`` and ``network.num_classes`` are set here.
+        config: the run; this sets ``data`` and ``network.num_classes``.
         progress: show the training's progress.
 
     Returns:
-        The training's result, and the verdict; None if training was interrupted.
+        The training's result and the verdict, which is None if training was interrupted.
     """
     start = time.perf_counter()
     out = config.out
@@ -76,22 +76,23 @@ def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResul
     print(f"3/4  Training SAGAN for {config.iterations} iterations of {config.batch_size} images")
     resume = bool(checkpoints_in(out / "checkpoints"))
     if resume:
-        print(f"     {out} holds this run already: going on with it. Delete the folder to start anew.")
+        print(f"     {out} already holds this run: resuming. Delete the folder to start again.")
     result = train(
         config,
         dataset,
         fingerprint=dataset.fingerprint(),
         resume=resume,
         progress=progress,
-        observe=_quality_curve(judge, out / "quality.jsonl"),
+        observe=quality_curve(judge, out / "quality.jsonl"),
     )
     if result.interrupted:
         return result, None
     print("4/4  Judging the result")
-    verdict, samples = _judge_samples(result, judge, images)
+    trained = load_generator(result.checkpoint, torch.device("cpu"))
+    verdict, samples = _judge_samples(trained, judge, images)
     (out / "verdict.json").write_text(json.dumps(vars(verdict), indent=2) + "\n")
     save_grid(out / "samples.png", samples, columns=10, row_names=dataset.class_names)
-    _draw_attention(result, out / "attention_maps.png")
+    _draw_attention(trained, out / "attention_maps.png")
     draw_curves(out)
     print(_indented(describe(verdict)))
     print(_indented(_what_was_written(out)))
@@ -104,14 +105,12 @@ def describe(verdict: Verdict) -> str:
     """Return the verdict in plain words."""
     passed = "reached" if verdict.share >= TARGET_SHARE else "NOT reached"
     classes = "  ".join(f"{digit}: {share:.0%}" for digit, share in enumerate(verdict.share_by_class))
-    return "\n".join(
-        [
-            f"VERDICT: {verdict.share:.1%} of {VERDICT_SAMPLES} generated digits carry their label "
-            f"(goal {TARGET_SHARE:.0%}: {passed}).",
-            f"By digit: {classes}",
-            f"Frechet distance to the real digits in the judge's features: {verdict.frechet:.2f} "
-            f"(a random half of the real ones: {verdict.frechet_real:.2f}).",
-        ]
+    return (
+        f"VERDICT: the judge reads {verdict.share:.1%} of {VERDICT_SAMPLES} generated digits as their label "
+        f"(goal {TARGET_SHARE:.0%}: {passed}).\n"
+        f"By digit: {classes}\n"
+        f"Frechet distance to the real digits in the judge's features: {verdict.frechet:.2f} "
+        f"(a random half of the real digits: {verdict.frechet_real:.2f})."
     )
 
 
@@ -119,7 +118,6 @@ def draw_curves(out: Path) -> None:
     """Draw metrics.jsonl and quality.jsonl of a demo's folder into curves.png."""
     metrics = read_metrics(out)
     quality = _read_rows(out / "quality.jsonl")
-
     gammas = [name for name in metrics[0] if name.startswith("gamma")]
     save_curves(
         out / "curves.png",
@@ -135,7 +133,9 @@ def draw_curves(out: Path) -> None:
     )
 
 
-def _quality_curve(judge: Judge, path: Path) -> Callable[[Trainer], None]:
+def quality_curve(judge: Judge, path: Path) -> Callable[[Trainer], None]:
+    """Return a function that judges the current G and adds a row to a JSON-lines file."""
+
     def observe(trainer: Trainer) -> None:
         latents, labels = sample_inputs(range(CURVE_SAMPLES), trainer.config.network, trainer.config.seed)
         images = generate(trainer.sampling_generator, latents, labels, batch_size=100)
@@ -144,21 +144,20 @@ def _quality_curve(judge: Judge, path: Path) -> Callable[[Trainer], None]:
             "share": agreement(judge, images, labels).double().mean().item(),
             "frechet": frechet_to_real(judge, images),
         }
+        # A resumed run repeats the iterations since its checkpoint.
         earlier = [old for old in _read_rows(path) if old["iteration"] < trainer.iteration]
         path.write_text("".join(json.dumps(each) + "\n" for each in [*earlier, row]))
 
     return observe
 
 
-def _judge_samples(result: TrainingResult, judge: Judge, real: Tensor) -> tuple[Verdict, Tensor]:
-    """Return the verdict on fresh samples, and ten of each digit."""
-    config = result.trainer.config
-    trained = load_generator(result.checkpoint, torch.device("cpu"))
+def _judge_samples(trained: TrainedGenerator, judge: Judge, real: Tensor) -> tuple[Verdict, Tensor]:
+    """Return the verdict on new samples, and ten of each digit."""
     blocks = list(
         numbered_samples(
             trained.generator,
             VERDICT_SAMPLES,
-            seed=config.seed + 1,
+            seed=trained.config.seed + 1,
             batch_size=100,
             labels_in_use=trained.labels_in_use,
         )
@@ -178,8 +177,7 @@ def _judge_samples(result: TrainingResult, judge: Judge, real: Tensor) -> tuple[
     return verdict, by_class
 
 
-def _draw_attention(result: TrainingResult, path: Path) -> None:
-    trained = load_generator(result.checkpoint, torch.device("cpu"))
+def _draw_attention(trained: TrainedGenerator, path: Path) -> None:
     network = trained.config.network
     latents, labels = sample_inputs(range(10), network, trained.config.seed + 1)
     names = [trained.class_names[int(label)] for label in labels]
@@ -190,12 +188,12 @@ def _what_was_written(out: Path) -> str:
     return f"""
 Written to {out}:
   samples.png         ten generated digits of each class
-  samples/            the same latents through the run;  attention/  where G's attention looked
-  attention_maps.png  where query points look
+  samples/            samples during training, always of the same latents;  attention/  the same for attention
+  attention_maps.png  attention of chosen points
   curves.png          losses, gamma, share with the right label, Frechet distance
   verdict.json        the figures above
-  metrics.jsonl       every logged number;  config.json  the whole configuration
-  checkpoints/        weights and everything to resume from
+  metrics.jsonl       all logged numbers;  config.json  the whole configuration
+  checkpoints/        weights and everything else needed to resume
 
 Next:
   python examples/imagenet_sagan.py sample --source {out} --out samples
@@ -203,7 +201,7 @@ Next:
 
 To train on ImageNet, or on any folder with a folder of images for each class:
   python examples/imagenet_sagan.py train --data /path/to/imagenet --out runs/imagenet
-where /path/to/imagenet/train/n01440764/*.JPEG and so on. It checks the images before the first step.
+with images in /path/to/imagenet/train/n01440764/*.JPEG and so on. It checks all images first.
 """
 
 

@@ -1,4 +1,4 @@
-"""Runs side by side: figure 3 of the paper (figures over the iterations) and table 1 (the best of each run)."""
+"""Comparison of runs: figures over the iterations (figure 3 of the paper) and the best of each run (table 1)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,22 @@ from typing import Any
 
 from sagan.errors import UserError
 from sagan.evaluation.protocol import FIGURES, LOWER
+from sagan.io import atomic_write_text
 from sagan.recipes import PUBLISHED, RECIPES, RunConfig, config_from_dict, differences
-from sagan.report.figures import Panel, save_comparison
+from sagan.report.figures import Curve, Panel, save_comparison
 
-# What says nothing of how good a run becomes.
-_UNTOLD = ("out", "data", "device", "output.", "health.", "evaluation.", "images.check", "images.workers")
-# Table 1 of the paper: its columns by recipe.
+# Settings that do not change the quality of a run.
+_NOT_COMPARED = (
+    "out",
+    "data",
+    "device",
+    "output.",
+    "health.",
+    "evaluation.",
+    "images.check",
+    "images.workers",
+)
+# The columns of the paper's table 1, by recipe.
 TABLE_1 = (
     "sn_on_gd_ttur",
     *(f"{mixer}_{size}" for mixer in ("attention", "residual") for size in (8, 16, 32, 64)),
@@ -25,13 +35,13 @@ TABLE_1 = (
 
 @dataclass(frozen=True)
 class Kind:
-    """Figures that may be compared: of one name, and of one protocol.
+    """A kind of figure: figures of the same name and protocol may be compared.
 
     Attributes:
         metric: fid, is, kid, intra-fid, precision or recall.
         name: such as fid50k-train-tfinception.
         protocol: the protocol's identity.
-        proxy: whether it only stands in for the Inception network's.
+        proxy: whether the proxy network stands in for Inception.
     """
 
     metric: str
@@ -42,12 +52,12 @@ class Kind:
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A run and what was measured of it.
+    """A run and its figures.
 
     Attributes:
-        label: what tells it from the others.
-        config: of the run.
-        figures: by kind, the values by iteration.
+        label: name that differs from those of the other runs.
+        config: configuration of the run.
+        figures: for each kind, the values by iteration.
     """
 
     label: str
@@ -55,7 +65,7 @@ class MeasuredRun:
     figures: dict[Kind, dict[int, float]]
 
     def best(self, kind: Kind) -> tuple[int, float] | None:
-        """Return the iteration with the best value, and the value; None if it was not measured."""
+        """Return the iteration with the best value, and the value; None without a finite value."""
         values = {at: value for at, value in self.figures.get(kind, {}).items() if math.isfinite(value)}
         if not values:
             return None
@@ -64,13 +74,13 @@ class MeasuredRun:
 
 
 def read_runs(folders: Sequence[Path]) -> list[MeasuredRun]:
-    """Read the configuration of runs, and the evaluations in their folders.
+    """Read the configurations and evaluations of runs.
 
     Args:
-        folders: of the runs, each with a different path.
+        folders: folders of different runs.
 
     Raises:
-        UserError: if one is not the folder of a run, is given twice, or holds a broken evaluation.
+        UserError: if one is not the folder of a run, occurs twice, or holds an invalid evaluation.
     """
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) != len(resolved):
@@ -104,59 +114,54 @@ def _figures_of(file: Path) -> list[tuple[Kind, float, int]]:
             for name, figure in values["figures"].items()
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"expected an evaluation in {file}, could not read it: {error!r}") from None
+        raise UserError(f"expected an evaluation in {file}, got an invalid one: {error!r}") from None
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write comparison.md and, if anything was measured, comparison.png.
+    """Write comparison.md and comparison.png, and return their paths.
 
     Args:
-        folders: of the runs.
+        folders: folders of the runs.
         out: folder to write to.
 
-    Returns:
-        The files written.
-
     Raises:
-        UserError: as :func:`read_runs`, or if nothing was measured of any run.
+        UserError: as :func:`read_runs`, or if no run was evaluated.
     """
     runs = read_runs(folders)
     kinds = _kinds(runs)
     if not kinds:
-        raise UserError("runs: none was evaluated; `evaluate` or `train --evaluation.every` does that")
+        raise UserError("runs: none was evaluated; use `evaluate` or `train --evaluation.every`")
     out.mkdir(parents=True, exist_ok=True)
     table, plot = out / "comparison.md", out / "comparison.png"
-    table.write_text(_markdown(runs, kinds), encoding="utf-8")
+    atomic_write_text(table, _markdown(runs, kinds))
     save_comparison(plot, [_panel(kind, runs) for kind in kinds])
     return [table, plot]
 
 
 def _kinds(runs: Sequence[MeasuredRun]) -> list[Kind]:
-    """Return the kinds of figures there are: FID and IS first, then those that most runs have."""
-    found = list(dict.fromkeys(kind for run in runs for kind in run.figures))
+    """Return the kinds of figures by metric (FID first), and within one those that most runs have first."""
     order = list(FIGURES)
     return sorted(
-        found,
+        dict.fromkeys(kind for run in runs for kind in run.figures),
         key=lambda kind: (order.index(kind.metric), -sum(kind in run.figures for run in runs), kind.name),
     )
 
 
 def _panel(kind: Kind, runs: Sequence[MeasuredRun]) -> Panel:
-    curves = {
-        run.label: ([float(iteration) for iteration in sorted(values)], [values[i] for i in sorted(values)])
-        for run in runs
-        if (values := run.figures.get(kind))
-    }
+    curves: dict[str, Curve] = {}
     published = {}
     for run in runs:
-        if run.label in curves and (value := _published(run, kind)) is not None:
-            published[run.label] = value
+        if values := run.figures.get(kind):
+            iterations = sorted(values)
+            curves[run.label] = iterations, [values[iteration] for iteration in iterations]
+            if (value := _published(run, kind)) is not None:
+                published[run.label] = value
     better = "less" if FIGURES[kind.metric][0] == LOWER else "more"
     return Panel(f"{kind.name}\n(protocol {kind.protocol}, {better} is better)", curves, published)
 
 
 def _published(run: MeasuredRun, kind: Kind) -> float | None:
-    """Return what was published for the run's recipe, if the figure can stand beside it."""
+    """Return the published value for the run's recipe, if there is a comparable one."""
     result = PUBLISHED.get(run.config.recipe)
     if result is None or kind.proxy or run.config.network.resolution != 128:
         return None
@@ -167,10 +172,10 @@ def _markdown(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> str:
     parts = [
         "# Comparison",
         "",
-        "The best of each run, and the iteration it is of. In brackets what was published for the recipe, of "
-        "ImageNet at 128 pixels; protocols of publications differ from these in what they do not tell.",
+        "The best value of each run, and its iteration. Brackets hold the value published for the recipe on "
+        "ImageNet at 128 pixels; publications do not give their whole protocol, so theirs may differ.",
         "",
-        _row(["run", "recipe", "iterations", *(_title(kind) for kind in kinds)]),
+        _row(["run", "recipe", "iterations", *(f"{kind.name} ({kind.protocol})" for kind in kinds)]),
         _row(["---"] * 3 + ["---:"] * len(kinds)),
     ]
     for run in runs:
@@ -181,10 +186,6 @@ def _markdown(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> str:
     if rows := _table_1(runs, kinds):
         parts += ["", "## Table 1 of the paper", "", "Measured / published.", "", *rows]
     return "\n".join([*parts, ""])
-
-
-def _title(kind: Kind) -> str:
-    return f"{kind.name} ({kind.protocol})"
 
 
 def _cell(run: MeasuredRun, kind: Kind) -> str:
@@ -203,32 +204,31 @@ def _warnings(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> list[str]:
         several = [kind for kind in kinds if kind.metric == metric]
         if len(several) > 1:
             lines.append(
-                f"**{metric}: {len(several)} protocols, in columns of their own. Do not compare one with another.**\n"
+                f"**{metric}: {len(several)} protocols, in separate columns. Do not compare one with another.**\n"
             )
     if any(kind.proxy for kind in kinds):
-        lines.append("**Proxy figures are for telling runs on one machine apart; they are no FIDs.**\n")
+        lines.append("**Proxy figures only compare runs on one machine; they are not FIDs.**\n")
     return lines
 
 
 def _changes(config: RunConfig) -> str:
-    """Return in words how a run differs from its recipe."""
+    """Return how a run differs from its recipe."""
     if config.recipe not in RECIPES:
-        return f"recipe {config.recipe} is not known"
+        return f"unknown recipe {config.recipe}"
     recipe = RECIPES[config.recipe]()
     changed = {
         name: value
         for name, (_, value) in differences(recipe, config).items()
-        if not name.startswith(_UNTOLD)
+        if not name.startswith(_NOT_COMPARED)
         and not (name == "network.num_classes" and recipe.network.num_classes is None)
     }
     if not changed:
-        return f"recipe {config.recipe} as it is"
-    told = ", ".join(f"{name} {value}" for name, value in changed.items())
-    return f"recipe {config.recipe} with {told}"
+        return f"recipe {config.recipe} without changes"
+    return f"recipe {config.recipe} with {', '.join(f'{name} {value}' for name, value in changed.items())}"
 
 
 def _table_1(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> list[str]:
-    """Return the paper's table of one run for each recipe of it, for the first kind of FID and of IS."""
+    """Return the paper's table 1 with one run for each recipe, for the first kind of FID and of IS."""
     by_recipe = {run.config.recipe: run for run in runs if run.config.recipe in TABLE_1}
     if len(by_recipe) < 2:
         return []
