@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from several_processes import results_by_rank
+from test_losses import hinge_with_r1
 from torch import Tensor
 
 from sagan.data import ResumableBatchSampler
@@ -24,6 +26,7 @@ from sagan.distributed import (
 from sagan.errors import UserError
 from sagan.networks import NetworkConfig
 from sagan.recipes import RunConfig, StepConfig
+from sagan.train.losses import LOSSES, Losses, negative_logits
 from sagan.train.update import Trainer
 
 pytestmark = pytest.mark.skipif(
@@ -32,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 
 COUNTS = (2, 4)
 BATCH = 8
-CASES = ("plain", "accumulated", "steps", "own statistics")
+CASES = ("plain", "accumulated", "steps", "gradient penalty", "separate statistics")
 
 
 def config_of(case: str) -> RunConfig:
@@ -53,7 +56,7 @@ def config_of(case: str) -> RunConfig:
             d_attention=(8,),
             bn_momentum=0.1,
         ),
-        step=StepConfig(sync_batch_norm=case != "own statistics"),
+        step=StepConfig(sync_batch_norm=case != "separate statistics"),
     )
 
 
@@ -76,7 +79,9 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
 def train(case: str, world: World) -> dict[str, Tensor]:
     """Two iterations in float64; gradients of both networks after the first, and everything after the second."""
     config = config_of(case)
-    trainer = Trainer(config, torch.arange(3), world)
+    losses = {"hinge": Losses(hinge_with_r1, negative_logits)} if case == "gradient penalty" else {}
+    with mock.patch.dict(LOSSES, losses):
+        trainer = Trainer(config, torch.arange(3), world)
     with torch.no_grad():  # at 0 the mixers are the identity
         for network in (trainer.generator, trainer.discriminator):
             for mixer in network.mixers.values():
@@ -137,7 +142,7 @@ def double_precision() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize("case", [case for case in CASES if case != "own statistics"])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "separate statistics"])
 def test_gradients_and_weights_are_those_of_one_process(ranks: list[dict[str, Any]], case: str) -> None:
     alone = train(case, World(0, 1, torch.device("cpu")))
     assert sum(name.startswith("D gradient") for name in alone) > 20
@@ -161,7 +166,7 @@ def test_all_processes_hold_the_same_bits(ranks: list[dict[str, Any]], case: str
 def test_without_synchronised_batch_norm_the_gradients_are_others(ranks: list[dict[str, Any]]) -> None:
     runs = ranks[0]["runs"]
     name = "G gradient linear.weight"
-    assert not torch.allclose(runs["own statistics"][name], runs["plain"][name], rtol=1e-3)
+    assert not torch.allclose(runs["separate statistics"][name], runs["plain"][name], rtol=1e-3)
 
 
 def test_a_difference_is_an_error_that_names_the_process(ranks: list[dict[str, Any]]) -> None:
