@@ -35,7 +35,7 @@ from sagan.data import ImageDataset, ImageFolderDataset, PackedDataset, make_loa
 from sagan.data.packed_format import content_checksum, file_entry, image_header
 from sagan.data.prefetch import usable_cpus
 from sagan.prepare import Prepared, SourceOptions, list_source, prepare
-from sagan.prepare.synthetic import SyntheticSet, write_layout
+from sagan.prepare.synthetic import Layout, SyntheticSet, write_layout
 
 BATCH = 256
 PREPARE, READ, READ_COLD = "prepare", "random batches, warm", "random batches, cold"
@@ -103,17 +103,20 @@ def time_pillow(paths: Sequence[Path], resolution: int, workers: int) -> float:
 def measure_prepare(root: Path, scale: Scale, results: harness.Results) -> Path:
     """Measure preparing from each layout against Pillow alone; return one of the prepared sets."""
     workers = usable_cpus()
-    sources = {"folder": root / "folder" / "train", "tars": root / "tars" / "ILSVRC2012_img_train.tar"}
+    sources: dict[Layout, Path] = {
+        "folder": root / "folder" / "train",
+        "tars": root / "tars" / "ILSVRC2012_img_train.tar",
+    }
     if importlib.util.find_spec("pyarrow"):
         sources["parquet"] = root / "parquet"
     for layout in sources:
         write_layout(root / layout, layout, scale.images)
     paths = list(scan_image_tree(sources["folder"]).paths)
     shuffled = [paths[place] for place in np.random.default_rng(0).permutation(len(paths))]
-    made: dict[str, Prepared] = {}
+    made: dict[Layout, Prepared] = {}
     decoding: dict[str, list[float]] = {f"ours: {layout}": [] for layout in sources}
 
-    def turn(layout: str) -> float:
+    def turn(layout: Layout) -> float:
         out = root / f"{layout}-prepared"
         shutil.rmtree(out, ignore_errors=True)
         start = time.perf_counter()
@@ -137,7 +140,7 @@ def measure_prepare(root: Path, scale: Scale, results: harness.Results) -> Path:
     return made["folder"].manifest.folder
 
 
-def check_prepared(made: Mapping[str, Prepared], paths: Sequence[Path], resolution: int) -> None:
+def check_prepared(made: Mapping[Layout, Prepared], paths: Sequence[Path], resolution: int) -> None:
     """Check that every set is sound and holds what Pillow alone makes of the files."""
     checksums = {each.manifest.checksum for each in made.values()}
     if len(checksums) != 1:

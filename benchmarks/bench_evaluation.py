@@ -8,9 +8,7 @@ See benchmarks/README.md.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -26,9 +24,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from benchmarks import harness
-
-sys.path.insert(0, str(harness.ROOT / "examples"))
-
 from sagan.data import open_dataset
 from sagan.distributed import World
 from sagan.evaluation.config import EvaluationConfig
@@ -52,7 +47,7 @@ class Scale:
         width: features of a sample.
         samples: in each set, for the agreement on the same features.
         classes: of the intra-FID.
-        reals: of each class, in turn, with how many of the classes are measured.
+        reals: pairs of real images in a class, and how many of the classes are measured.
         direct: classes that the direct form is timed on.
         images: in each set, end to end.
     """
@@ -77,20 +72,13 @@ def features_of(seed: int, count: int, width: int) -> Tensor:
     return (torch.randn(count, width, generator=draws) * scale + 0.4).abs()
 
 
-def row(suite: str, case: str, contender: str, **values: float | None) -> harness.Row:
-    """Return a row, printed."""
-    shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items() if value is not None)
-    print(f"{suite} | {case} | {contender}: {shown}", flush=True)
-    return {"suite": suite, "case": case, "contender": contender, **values}
-
-
-def compared(suite: str, case: str, ours: float, others: dict[str, Callable[[], float]]) -> list[harness.Row]:
-    """Return rows of our value and of each other implementation's, with the relative difference."""
-    rows = [row(suite, case, "ours", value=ours)]
+def compared(suite: str, case: str, ours: float, others: dict[str, Callable[[], float]]) -> harness.Row:
+    """Return a record of our value and of each other implementation's, with the relative difference."""
+    rows: dict[str, harness.Row] = {"ours": {"status": "ok", "value": ours}}
     for name, compute in others.items():
         value = compute()
-        rows.append(row(suite, case, name, value=value, difference=abs(ours - value) / abs(value)))
-    return rows
+        rows[name] = {"status": "ok", "value": value, "difference": abs(ours - value) / abs(value)}
+    return {"suite": suite, "case": case, "baseline": "ours", "contenders": rows}
 
 
 class Unchanged(nn.Module):
@@ -168,7 +156,7 @@ def measure_intra_fid(scale: Scale, results: harness.Results) -> None:
             seconds.append(time.perf_counter() - start)
         case = f"{scale.classes:,} classes, {GENERATED} samples against {reals:,} reals of {scale.width} features"
         mean = statistics.fmean(distances)
-        rows = [row("intra-FID", case, "ours", value=mean, **_times(seconds, scale))]
+        rows: dict[str, harness.Row] = {"ours": {"status": "ok", "value": mean, **_times(seconds, scale)}}
         for name, root in (
             ("direct, eigenvalues", _trace_by_eigenvalues),
             ("direct, scipy sqrtm", _trace_by_scipy),
@@ -182,16 +170,8 @@ def measure_intra_fid(scale: Scale, results: harness.Results) -> None:
                 value -= 2 * root(cov_a @ cov_b)
                 taken.append(time.perf_counter() - start)
                 differences.append(abs(value - distances[label]) / value)
-            rows.append(
-                row(
-                    "intra-FID",
-                    case,
-                    name,
-                    difference=max(differences),
-                    **_times(taken, scale),
-                )
-            )
-        results.add(rows)
+            rows[name] = {"status": "ok", "difference": max(differences), **_times(taken, scale)}
+        results.add({"suite": "intra-FID", "case": case, "baseline": "ours", "contenders": rows})
 
 
 def _times(seconds: Sequence[float], scale: Scale) -> dict[str, float]:
@@ -273,27 +253,21 @@ def measure_end_to_end(scale: Scale, weights: Path, results: harness.Results) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_evaluation", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few small sets: is everything in order?")
+    """Measure and write everything."""
+    parser = harness.argument_parser("evaluation", __doc__, cuda=False)
     parser.add_argument(
         "--inception-weights", type=Path, help="compare end to end with torch-fidelity instead"
     )
-    parser.add_argument(
-        "--out", type=Path, default=harness.ROOT / "benchmarks" / "results" / "evaluation_cpu.json"
-    )
     options = parser.parse_args(arguments)
-    results = harness.Results(options.out, "cpu")
+    results = harness.open_results(options)
     scale = QUICK if options.quick else Scale()
     if options.inception_weights is not None:
         measure_end_to_end(scale, options.inception_weights, results)
     else:
         measure_agreement(scale, results)
         measure_intra_fid(scale, results)
-    results.finish()
-    print(f"Wrote {options.out}")
-    return 0
+    return results.finish()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

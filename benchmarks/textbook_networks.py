@@ -12,104 +12,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.baselines import (
+    TextbookAttention,
+    TextbookConditionalNorm,
+    TextbookNormalized,
+    copied,
+    import_peer,
+)
 from benchmarks.harness import Refused
-from benchmarks.peer import import_peer
-from sagan.networks import Discriminator, Generator, NetworkConfig, UpBlock
-from sagan_layers import ConditionalBatchNorm2d, SelfAttention2d
-
-__all__ = [
-    "Discriminator",
-    "Generator",
-    "NetworkConfig",
-    "TextbookDiscriminator",
-    "TextbookGenerator",
-    "TextbookNormalized",
-    "peer_networks",
-]
+from sagan.networks import Discriminator, Generator, UpBlock
+from sagan_layers import SelfAttention2d, SpectralNormLayer
 
 
-class TextbookNormalized(nn.Module):
-    """A convolution, linear layer or embedding whose weight is normalised as BigGAN-PyTorch does it."""
-
-    weight_u: Tensor
-
-    def __init__(self, ours: nn.Module) -> None:
-        super().__init__()
-        layer = cast(Any, ours)
-        self.weight = _copy(layer.weight)
-        bias = getattr(layer, "bias", None)
-        self.bias = None if bias is None else _copy(bias)
-        self.padding: tuple[int, int] | None = layer.padding if isinstance(ours, nn.Conv2d) else None
-        self.is_embedding = isinstance(ours, nn.Embedding)
-        self.eps: float = layer.eps
-        self.register_buffer("weight_u", layer.weight_u.clone().unsqueeze(0))
-
-    def normalized(self) -> Tensor:
-        """Return the weight over its spectral norm; in training u moves."""
-        matrix = self.weight.view(self.weight.size(0), -1)
-        with torch.no_grad():
-            v = F.normalize(self.weight_u @ matrix, eps=self.eps)
-            u = F.normalize(v @ matrix.t(), eps=self.eps)
-            if self.training:
-                self.weight_u.copy_(u)
-        normalized: Tensor = self.weight / (v @ matrix.t() @ u.t()).squeeze()
-        return normalized
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer."""
-        if self.is_embedding:
-            return F.embedding(x, self.normalized())
-        if self.padding is not None:
-            return F.conv2d(x, self.normalized(), self.bias, padding=self.padding)
-        return F.linear(x, self.normalized(), self.bias)
+def _normalized(ours: nn.Module) -> TextbookNormalized:
+    assert isinstance(ours, SpectralNormLayer)
+    return TextbookNormalized(ours, ours.weight_u, ours.eps)
 
 
-class TextbookConditionalNorm(nn.Module):
-    """Batch norm without affine, then gain and bias of the label."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, ours: ConditionalBatchNorm2d) -> None:
-        super().__init__()
-        assert ours.weight is not None
-        assert ours.bias is not None
-        self.gain, self.bias = _copy(ours.weight), _copy(ours.bias)
-        self.eps = ours.eps
-        self.register_buffer("running_mean", torch.zeros(ours.num_features))
-        self.register_buffer("running_var", torch.ones(ours.num_features))
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Return the normalised x, scaled and shifted."""
-        if self.gain.dim() == 1:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.gain, self.bias, self.training, eps=self.eps
-            )
-        x = F.batch_norm(x, self.running_mean, self.running_var, training=self.training, eps=self.eps)
-        gain, bias = F.embedding(labels, self.gain), F.embedding(labels, self.bias)
-        return x * gain[..., None, None] + bias[..., None, None]
-
-
-class TextbookAttention(nn.Module):
-    """BigGAN-PyTorch's form of SAGAN's attention."""
-
-    def __init__(self, ours: SelfAttention2d) -> None:
-        super().__init__()
-        self.theta, self.phi, self.g, self.o = (
-            TextbookNormalized(layer) for layer in (ours.query, ours.key, ours.value, ours.out)
-        )
-        self.gamma = _copy(ours.gamma)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x plus gamma times the attention over its positions."""
-        N, _, H, W = x.shape
-        theta = self.theta(x).flatten(2)  # [N, E, L]
-        phi = F.max_pool2d(self.phi(x), 2).flatten(2)  # [N, E, S]
-        g = F.max_pool2d(self.g(x), 2).flatten(2)  # [N, Ev, S]
-        beta = F.softmax(torch.bmm(theta.transpose(1, 2), phi), -1)
-        gathered = torch.bmm(g, beta.transpose(1, 2)).reshape(N, -1, H, W)
-        y: Tensor = self.gamma * self.o(gathered) + x
-        return y
+def _attention(mixers: nn.ModuleDict) -> nn.ModuleDict:
+    found = nn.ModuleDict()
+    for name, mixer in mixers.items():
+        ours = cast(SelfAttention2d, mixer)
+        theta, phi, g, o = map(_normalized, (ours.query, ours.key, ours.value, ours.out))
+        found[name] = TextbookAttention((theta, phi, g, o), copied(ours.gamma))
+    return found
 
 
 class TextbookUpBlock(nn.Module):
@@ -118,8 +44,8 @@ class TextbookUpBlock(nn.Module):
     def __init__(self, ours: UpBlock) -> None:
         super().__init__()
         self.norm1, self.norm2 = TextbookConditionalNorm(ours.norm1), TextbookConditionalNorm(ours.norm2)
-        self.conv1, self.conv2 = TextbookNormalized(ours.conv1), TextbookNormalized(ours.conv2)
-        self.shortcut = TextbookNormalized(ours.shortcut)
+        self.conv1, self.conv2 = _normalized(ours.conv1), _normalized(ours.conv2)
+        self.shortcut = _normalized(ours.shortcut)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, 2H, 2W]."""
@@ -135,11 +61,11 @@ class TextbookGenerator(nn.Module):
     def __init__(self, ours: Generator) -> None:
         super().__init__()
         self.first_shape = ours.first_shape
-        self.linear = TextbookNormalized(ours.linear)
+        self.linear = _normalized(ours.linear)
         self.blocks = nn.ModuleList(TextbookUpBlock(cast(UpBlock, block)) for block in ours.blocks)
-        self.attention = _textbook_attention(ours.mixers)
+        self.attention = _attention(ours.mixers)
         self.last_norm = TextbookConditionalNorm(ours.last_norm)
-        self.last_conv = TextbookNormalized(ours.last_conv)
+        self.last_conv = _normalized(ours.last_conv)
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
         """Return images."""
@@ -158,9 +84,9 @@ class TextbookDownBlock(nn.Module):
     def __init__(self, ours: nn.Module, place: str) -> None:
         super().__init__()
         self.place = place
-        self.conv1 = TextbookNormalized(cast(nn.Module, ours.conv1))
-        self.conv2 = TextbookNormalized(cast(nn.Module, ours.conv2))
-        self.shortcut = None if place == "last" else TextbookNormalized(cast(nn.Module, ours.shortcut))
+        self.conv1 = _normalized(cast(nn.Module, ours.conv1))
+        self.conv2 = _normalized(cast(nn.Module, ours.conv2))
+        self.shortcut = None if place == "last" else _normalized(cast(nn.Module, ours.shortcut))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H/2, W/2], or [N, C, H, W] in the last."""
@@ -186,10 +112,10 @@ class TextbookDiscriminator(nn.Module):
             TextbookDownBlock(block, "middle" if index else "first")
             for index, block in enumerate(ours.blocks)
         )
-        self.attention = _textbook_attention(ours.mixers)
+        self.attention = _attention(ours.mixers)
         self.last_block = TextbookDownBlock(ours.last_block, "last")
-        self.linear = TextbookNormalized(ours.head.linear)
-        self.embedding = TextbookNormalized(cast(nn.Module, ours.head.embedding))
+        self.linear = _normalized(ours.head.linear)
+        self.embedding = _normalized(cast(nn.Module, ours.head.embedding))
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return logits."""
@@ -201,16 +127,6 @@ class TextbookDiscriminator(nn.Module):
         pooled = torch.sum(F.relu(self.last_block(x)), [2, 3])
         logits: Tensor = self.linear(pooled) + torch.sum(self.embedding(labels) * pooled, 1, keepdim=True)
         return logits
-
-
-def _textbook_attention(mixers: nn.ModuleDict) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {name: TextbookAttention(cast(SelfAttention2d, mixer)) for name, mixer in mixers.items()}
-    )
-
-
-def _copy(parameter: Any) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().clone(memory_format=torch.contiguous_format))
 
 
 def peer_networks(
