@@ -27,6 +27,20 @@ from sagan.train.update import Trainer
 Train = Callable[..., TrainingResult]
 
 
+# Holds a lock with a forked worker, until its standard input ends.
+HOLD_LOCK = """
+import os, sys
+from pathlib import Path
+from sagan.io import locked
+
+with locked(Path(sys.argv[1]), "held"):
+    if os.fork() != 0:
+        print("held", flush=True)
+    sys.stdin.read()
+    os._exit(0)
+"""
+
+
 def scores(*values: float) -> Callable[[Trainer], Score]:
     """Return an evaluation that gives these in turn, and writes as one does."""
     left: Iterator[float] = iter(values)
@@ -119,15 +133,14 @@ class TestBest:
 
 
 class TestFolders:
-    def test_one_training_at_a_time_works_in_a_folder(
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_one_training_at_a_time_works_in_a_folder_and_a_killed_one_frees_it_although_its_workers_live(
         self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
     ) -> None:
         out = tmp_path / "run"
         out.mkdir()
-        script = "import sys; from pathlib import Path; from sagan.io import locked\n"
-        script += "with locked(Path(sys.argv[1]), 'held'): print('held', flush=True); sys.stdin.read()"
         other = subprocess.Popen(
-            [sys.executable, "-c", script, str(out / ".lock")],
+            [sys.executable, "-c", HOLD_LOCK, str(out / ".lock")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -137,10 +150,12 @@ class TestFolders:
             assert other.stdout.readline() == b"held\n"
             with pytest.raises(UserError, match="another training is at work in"):
                 run_training(changed(tiny_config, out=out))
+            other.kill()
+            other.wait()
+            assert run_training(changed(tiny_config, out=out)).iteration == 2
         finally:
             other.kill()
             other.communicate()
-        assert run_training(changed(tiny_config, out=out)).iteration == 2  # a lock is gone with its process
         assert not (out / ".lock").exists()
 
     @pytest.mark.skipif(sys.platform == "win32", reason="flock")
