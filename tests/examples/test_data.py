@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import multiprocessing
 import pickle
 import random
 import shutil
@@ -12,6 +13,7 @@ import tarfile
 import threading
 import time
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,6 +56,24 @@ def messy(tmp_path_factory: pytest.TempPathFactory) -> MessyTree:
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_image_tree(tmp_path_factory.mktemp("clean") / "tree", sizes=[(60, 45), (33, 47)])
+
+
+@pytest.fixture(scope="module")
+def dataset(clean: Path) -> ImageFolderDataset:
+    """Thirty images, decoded at each fetch."""
+    return ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=0)
+
+
+@pytest.fixture(scope="module")
+def cached(clean: Path) -> ImageFolderDataset:
+    """The same in memory."""
+    return ImageFolderDataset(scan_image_tree(clean), 8)
+
+
+def assert_same(some: Iterable[tuple], others: Iterable[tuple]) -> None:
+    """Assert that two streams of batches are the same."""
+    for batch, other in zip(some, others, strict=True):
+        assert all(map(torch.equal, batch, other))
 
 
 def small_tree(root: Path, class_names: tuple[str, ...] = ("cat", "dog"), images: int = 2) -> Path:
@@ -137,134 +157,51 @@ class TestLayout:
             tree.without([tmp_path / "cat" / "9.jpg"])
 
 
-def wrong_missing(root: Path) -> Path:
-    return root / "nowhere" / "deep"
-
-
-def wrong_file(root: Path) -> Path:
-    (root / "x.txt").write_text("x")
-    return root / "x.txt"
-
-
-def wrong_tar_itself(root: Path) -> Path:
-    tarfile.open(root / "ILSVRC2012_img_train.tar", "w").close()
-    return root / "ILSVRC2012_img_train.tar"
-
-
-def wrong_one_big_tar(root: Path) -> Path:
-    return wrong_tar_itself(root).parent
-
-
-def wrong_class_tars(root: Path) -> Path:
-    (root / "train").mkdir()
-    for name in WNIDS[:2]:
-        tarfile.open(root / "train" / f"{name}.tar", "w").close()
-    return root
-
-
-def wrong_partly_unpacked(root: Path) -> Path:
-    tarfile.open(root / f"{WNIDS[2]}.tar", "w").close()
-    return small_tree(root, WNIDS[:2])
-
-
-def wrong_tars_inside_classes(root: Path) -> Path:
-    for name in WNIDS[:2]:
-        (root / name).mkdir()
-        tarfile.open(root / name / "all.tar", "w").close()
-    return root
-
-
-def wrong_flat(root: Path) -> Path:
-    (root / "a.jpg").write_bytes(jpeg_bytes())
-    return root
-
-
-def wrong_flat_train(root: Path) -> Path:
-    (root / "train").mkdir()
-    wrong_flat(root / "train")
-    (root / "val").mkdir()
-    return root
-
-
-def wrong_flat_val(root: Path) -> Path:
-    (root / "val").mkdir()
-    (root / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(jpeg_bytes())
-    return root / "val"
-
-
-def wrong_one_class_of_many(root: Path) -> Path:
-    return small_tree(root) / "cat"
-
-
-def wrong_splits(root: Path) -> Path:
-    small_tree(root / "Train")
-    small_tree(root / "val")
-    return root
-
-
-def wrong_split_inside_split(root: Path) -> Path:
-    small_tree(root / "imagenet" / "train")
-    small_tree(root / "cifar" / "train")
-    return root
-
-
-def wrong_one_class(root: Path) -> Path:
-    return small_tree(root, ("cat",))
-
-
-def wrong_root_of_root(root: Path) -> Path:
-    small_tree(root / "imagenet" / "train")
-    (root / "imagenet" / "val").mkdir()
-    return root
-
-
-def wrong_too_deep(root: Path) -> Path:
-    small_tree(root / "train" / "animals", ("cat", "dog"))
-    small_tree(root / "train" / "vehicles", ("bus", "car"))
-    return root
-
-
-def wrong_no_images(root: Path) -> Path:
-    (root / "cat").mkdir()
-    (root / "dog").mkdir()
-    (root / "dog" / "x.gif").write_bytes(b"GIF89a")
-    return root
-
-
-def wrong_nothing(root: Path) -> Path:
-    return root
+CAT_AND_DOG = ("cat/0.jpg", "cat/1.jpg", "dog/0.jpg", "dog/1.jpg")
 
 
 @pytest.mark.parametrize(
-    ("build", "found", "fix"),
+    ("files", "given", "found", "fix"),
     [
-        (wrong_missing, "does not exist", "check the spelling"),
-        (wrong_file, "a file, not a folder", "folder of class folders"),
-        (wrong_tar_itself, "an archive file", "tar -xf"),
-        (wrong_one_big_tar, "1 archive (ILSVRC2012_img_train.tar) and no class folders", "tar -xf"),
-        (wrong_class_tars, "2 archives (n01440764.tar, n01443537.tar)", "tar -xf"),
-        (wrong_partly_unpacked, "1 class archive not unpacked yet (n01484850.tar)", "unpack them"),
-        (wrong_tars_inside_classes, "without any image; files: 2 .tar", "tar -xf"),
-        (wrong_flat, "1 image directly in the folder (a.jpg)", "named after its class"),
-        (wrong_flat_train, "1 image directly in the folder (a.jpg)", "named after its class"),
-        (wrong_flat_val, "1 image directly in the folder", "validation images come flat"),
-        (wrong_one_class_of_many, "2 images directly in the folder", "give the folder above it"),
-        (wrong_splits, "the folders Train, val, which are parts of a data set", "/Train"),
-        (wrong_split_inside_split, "one level too deep", "move the inner folders up"),
-        (wrong_one_class, "only one class folder, cat, with 2 images", "needs two classes"),
-        (wrong_root_of_root, "only one class folder, imagenet", "/imagenet as ROOT"),
-        (wrong_too_deep, "4 folders inside them that hold images (in animals: cat, dog)", "move the inner"),
-        (wrong_no_images, "2 folders (cat, dog) without any image; files: 1 .gif", ".jpg, .jpeg"),
-        (wrong_nothing, "an empty folder", "class folders"),
+        ((), "nowhere/deep", "does not exist", "check the spelling"),
+        (("x.txt",), "x.txt", "a file, not a folder", "folder of class folders"),
+        (("ILSVRC2012_img_train.tar",), "ILSVRC2012_img_train.tar", "an archive file", "tar -xf"),
+        (("ILSVRC2012_img_train.tar",), "", "1 archive (ILSVRC2012_img_train.tar) and no class folders", "tar -xf"),
+        (("train/n01440764.tar", "train/n01443537.tar"), "", "2 archives (n01440764.tar, n01443537.tar)", "tar -xf"),
+        (("n01440764/0.jpg", "n01443537/0.jpg", "n01484850.tar"), "",
+         "1 class archive not unpacked yet (n01484850.tar)", "unpack them"),
+        (("n01440764/all.tar", "n01443537/all.tar"), "", "without any image; files: 2 .tar", "tar -xf"),
+        (("a.jpg",), "", "1 image directly in the folder (a.jpg)", "named after its class"),
+        (("train/a.jpg", "val/"), "", "1 image directly in the folder (a.jpg)", "named after its class"),
+        (("val/ILSVRC2012_val_00000001.JPEG",), "val", "1 image directly in the folder", "validation images come flat"),
+        (CAT_AND_DOG, "cat", "2 images directly in the folder", "give the folder above it"),
+        (("Train/cat/0.jpg", "Train/dog/0.jpg", "val/cat/0.jpg"), "",
+         "the folders Train, val, which are parts of a data set", "/Train"),
+        (("imagenet/train/cat/0.jpg", "imagenet/train/dog/0.jpg", "cifar/train/cat/0.jpg", "cifar/train/dog/0.jpg"),
+         "", "one level too deep", "move the inner folders up"),
+        (("cat/0.jpg", "cat/1.jpg"), "", "only one class folder, cat, with 2 images", "needs two classes"),
+        (("imagenet/train/cat/0.jpg", "imagenet/train/dog/0.jpg", "imagenet/val/"), "",
+         "only one class folder, imagenet", "/imagenet as ROOT"),
+        (("train/animals/cat/0.jpg", "train/animals/dog/0.jpg", "train/vehicles/bus/0.jpg", "train/vehicles/car/0.jpg"),
+         "", "4 folders inside them that hold images (in animals: cat, dog)", "move the inner"),
+        (("cat/", "dog/x.gif"), "", "2 folders (cat, dog) without any image; files: 1 .gif", ".jpg, .jpeg"),
+        ((), "", "an empty folder", "class folders"),
     ],
 )  # fmt: skip
 def test_wrong_layout_says_what_was_found_what_was_expected_and_the_fix(
-    tmp_path: Path, build, found: str, fix: str
+    tmp_path: Path, files: tuple[str, ...], given: str, found: str, fix: str
 ) -> None:
     root = tmp_path / "alone" / "root"  # the search for the fix looks at the folders beside
     root.mkdir(parents=True)
+    for name in files:
+        folder = root / name if name.endswith("/") else (root / name).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".tar"):
+            tarfile.open(root / name, "w").close()
+        elif not name.endswith("/"):
+            (root / name).write_bytes(jpeg_bytes())
     with pytest.raises(DatasetError) as caught:
-        scan_image_tree(build(root))
+        scan_image_tree(root / given)
     message = str(caught.value)
     assert isinstance(caught.value, ValueError)
     told, expected_and_fix = message.split("Expected:")
@@ -688,24 +625,11 @@ class TestSampler:
             assert sorted(stream[start : start + 3]) == [0, 1, 2]
 
     def test_far_batch_draws_one_permutation_of_a_million(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        drawn: list[int] = []
-        permutation = ResumableBatchSampler._permutation
-
-        def spy(self: ResumableBatchSampler, epoch: int) -> np.ndarray:
-            drawn.append(epoch)
-            return permutation(self, epoch)
-
-        monkeypatch.setattr(ResumableBatchSampler, "_permutation", spy)
+        drawn: list[list[int]] = []
+        default_rng = np.random.default_rng
+        monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or default_rng(seed))
         take(ResumableBatchSampler(1_281_167, 256, 0, start_batch=1_000_000), 2)
-        assert drawn == [199, 199] or drawn == [200, 200]
-
-    def test_numpy_and_torch_states_do_not_matter(self) -> None:
-        torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002
-        first = take(ResumableBatchSampler(50, 5, 3), 4)
-        torch.manual_seed(1)
-        np.random.seed(1)  # noqa: NPY002
-        assert take(ResumableBatchSampler(50, 5, 3), 4) == first
+        assert drawn == [[0, 199]]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -736,11 +660,10 @@ class TestFlips:
         epochs, indices = np.divmod(np.arange(100_000), 1000)
         assert abs(horizontal_flips(0, epochs, indices).mean() - 0.5) < 0.01
 
-    def test_loader_mirrors_exactly_the_chosen_images(self, clean: Path) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
-        sampler = ResumableBatchSampler(len(dataset), 7, 5)
-        plain = take(make_loader(dataset, batch_size=7, seed=5), 9)
-        mirrored = take(make_loader(dataset, batch_size=7, seed=5, horizontal_flip=True), 9)
+    def test_loader_mirrors_exactly_the_chosen_images(self, cached: ImageFolderDataset) -> None:
+        sampler = ResumableBatchSampler(len(cached), 7, 5)
+        plain = take(make_loader(cached, batch_size=7, seed=5), 9)
+        mirrored = take(make_loader(cached, batch_size=7, seed=5, horizontal_flip=True), 9)
         seen = set()
         for number, ((before, labels), (after, same_labels)) in enumerate(zip(plain, mirrored, strict=True)):
             batch = sampler.batch_at(number)
@@ -753,36 +676,28 @@ class TestFlips:
 
 class TestLoader:
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_batches_are_those_of_the_sampler_and_resume(self, clean: Path, num_workers: int) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=0)
+    def test_batches_are_those_of_the_sampler_and_resume(
+        self, dataset: ImageFolderDataset, num_workers: int
+    ) -> None:
         options = {"batch_size": 8, "seed": 2, "horizontal_flip": True}
         whole = take(make_loader(dataset, num_workers=num_workers, **options), 6)
-        resumed = take(make_loader(dataset, start_batch=4, **options), 2)
         for number, indices in enumerate(take(ResumableBatchSampler(len(dataset), 8, 2), 6)):
             images, labels = whole[number]
             assert images.shape == (8, 3, 8, 8)
             assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
             assert labels.tolist() == dataset.labels[indices].tolist()
-        for a, b in zip(resumed, whole[4:], strict=True):
-            assert torch.equal(a[0], b[0])
-            assert torch.equal(a[1], b[1])
+        assert_same(take(make_loader(dataset, start_batch=4, **options), 2), whole[4:])
 
-    def test_ranks_together_get_the_batches_of_one_process(self, clean: Path) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
-        alone = take(make_loader(dataset, batch_size=8, seed=0, horizontal_flip=True), 5)
-        ranks = [
-            take(
-                make_loader(dataset, batch_size=8, seed=0, horizontal_flip=True, rank=rank, num_replicas=4), 5
-            )
-            for rank in range(4)
-        ]
-        for number, (images, labels) in enumerate(alone):
-            assert torch.equal(torch.cat([rank[number][0] for rank in ranks]), images)
-            assert torch.equal(torch.cat([rank[number][1] for rank in ranks]), labels)
+    def test_ranks_together_get_the_batches_of_one_process(self, cached: ImageFolderDataset) -> None:
+        options = {"batch_size": 8, "seed": 0, "horizontal_flip": True}
+        ranks = [take(make_loader(cached, rank=rank, num_replicas=4, **options), 5) for rank in range(4)]
+        together = [tuple(map(torch.cat, zip(*shares, strict=True))) for shares in zip(*ranks, strict=True)]
+        assert_same(together, take(make_loader(cached, **options), 5))
 
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_global_random_states_are_neither_read_nor_moved(self, clean: Path, num_workers: int) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=0)
+    def test_global_random_states_are_neither_read_nor_moved(
+        self, dataset: ImageFolderDataset, num_workers: int
+    ) -> None:
         streams = []
         for seed in (0, 1):
             torch.manual_seed(seed)
@@ -794,8 +709,7 @@ class TestLoader:
             assert torch.equal(torch.get_rng_state(), before[0])
             assert random.getstate() == before[1]
             assert (np.random.get_state()[1] == before[2]).all()  # noqa: NPY002
-        for a, b in zip(*streams, strict=True):
-            assert torch.equal(a[0], b[0])
+        assert_same(*streams)
 
     def test_file_damaged_after_a_headers_preflight_does_not_stop_the_workers(self, tmp_path: Path) -> None:
         root = with_truncated_images(small_tree(tmp_path), ("cat/0.jpg",))
@@ -808,24 +722,53 @@ class TestLoader:
             assert torch.equal(image, good)
         assert (labels == 0).sum() == 2
 
-    @pytest.mark.parametrize("cache_mib", [0, 2048])
-    def test_workers_may_be_spawned(self, clean: Path, cache_mib: int) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=cache_mib)
-        expected, _ = next(make_loader(dataset, batch_size=4, seed=0))
-        spawned = make_loader(dataset, batch_size=4, seed=0, num_workers=1, multiprocessing_context="spawn")
-        assert torch.equal(next(spawned)[0], expected)
+    @pytest.mark.parametrize("kind", ["dataset", "cached"])
+    def test_workers_may_be_spawned(self, request: pytest.FixtureRequest, kind: str) -> None:
+        options = {"dataset": request.getfixturevalue(kind), "batch_size": 4, "seed": 0}
+        spawned = make_loader(num_workers=1, multiprocessing_context="spawn", **options)
+        assert_same([next(spawned)], [next(make_loader(**options))])
 
-    def test_workers_end_with_the_iterator(self, clean: Path) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
-        loader = make_loader(dataset, batch_size=4, seed=0, num_workers=2)
+    def test_workers_end_with_the_iterator(self, cached: ImageFolderDataset) -> None:
+        before = set(multiprocessing.active_children())
+        loader = make_loader(cached, batch_size=4, seed=0, num_workers=2)
         next(loader)
-        workers = list(loader._workers)
+        workers = set(multiprocessing.active_children()) - before
+        assert len(workers) == 2
         del loader
         for worker in workers:
             worker.join(5)
             assert not worker.is_alive()
 
-    def test_pin_memory_without_an_accelerator_is_left_out_without_a_warning(self, clean: Path) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
-        images, _ = next(make_loader(dataset, batch_size=4, seed=0, pin_memory=True))
+    def test_pin_memory_without_an_accelerator_is_ignored_without_a_warning(
+        self, cached: ImageFolderDataset
+    ) -> None:
+        images, _ = next(make_loader(cached, batch_size=4, seed=0, pin_memory=True))
         assert images.is_pinned() == torch.accelerator.is_available()
+
+
+class TestOpening:
+    def test_a_folder_is_opened_checked_and_served_in_memory(self, messy: MessyTree) -> None:
+        config = DataConfig(resample="box", draft=True)
+        opened = open_dataset(messy.root, 16, config)
+        assert (opened.cached, opened.resample, opened.draft, opened.split) == (False, "box", True, "all")
+        checked = opened.without(opened.check("full").unreadable)
+        assert len(opened) - len(checked) == len(messy.unreadable)
+        in_memory, exact = checked.in_memory(2048), checked.for_evaluation()
+        assert (in_memory.cached, exact.cached, exact.draft) == (True, False, False)
+        assert not checked.in_memory(0).cached
+        assert_same([in_memory.fetch(range(9))], [checked.fetch(range(9))])
+        assert not torch.equal(exact.fetch(range(9))[0], checked.fetch(range(9))[0])
+        assert {each.fingerprint() for each in (checked, in_memory, exact)} == {checked.fingerprint()}
+        assert opened.fingerprint() != checked.fingerprint()
+
+    def test_identity_changes_with_a_file_and_the_filter_and_fingerprint_does_not(
+        self, tmp_path: Path
+    ) -> None:
+        root = small_tree(tmp_path / "train").parent
+        dataset = open_dataset(root, 8, DataConfig())
+        assert dataset.split == "train"
+        identities = {dataset.identity(), open_dataset(root, 8, DataConfig(resample="box")).identity()}
+        (root / "train" / "cat" / "0.jpg").write_bytes(jpeg_bytes(7))
+        changed = open_dataset(root, 8, DataConfig())
+        assert len({*identities, changed.identity()}) == 3
+        assert changed.fingerprint() == dataset.fingerprint()

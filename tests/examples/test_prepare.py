@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,10 @@ from sagan.prepare.synthetic import (
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+Made = Callable[[str], Path]
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
 MADE = SyntheticSet(classes=4, images=6, val_images=3, scale=0.12)
 has_pyarrow = pytest.mark.skipif(
     importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow (the extra parquet)"
@@ -63,7 +67,7 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """``made(layout)``: the folder of the same generated images in that layout."""
     root = tmp_path_factory.mktemp("made")
 
@@ -81,9 +85,15 @@ def messy(tmp_path_factory: pytest.TempPathFactory) -> MessyTree:
 
 
 @pytest.fixture
-def sound(made: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A prepared set of 24 images of 8x8."""
-    return pack(made("folder"), tmp_path / "set").manifest.folder
+def source(made: Made) -> Path:
+    """24 training images in four classes."""
+    return made("folder")
+
+
+@pytest.fixture
+def sound(source: Path, tmp_path: Path) -> Path:
+    """A prepared set of them, of 8x8."""
+    return pack(source, tmp_path / "set").manifest.folder
 
 
 def pack(source: Path, out: Path, **options: Any) -> Prepared:
@@ -97,6 +107,18 @@ def main(*arguments: object) -> int:
     return imagenet_sagan.main([str(argument) for argument in arguments])
 
 
+def write_class_tars(path: Path, classes: Iterable[tuple[str, dict[str, bytes]]]) -> Path:
+    """Write an archive of class archives, each with these files."""
+    with tarfile.open(path, "w") as outer:
+        for name, files in classes:
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as archive:
+                for each, data in files.items():
+                    add_member(archive, each, data)
+            add_member(outer, f"{name}.tar", inner.getvalue())
+    return path
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -105,7 +127,7 @@ class TestSources:
     @pytest.mark.parametrize(("layout", "train", "val"), LAYOUTS)
     @pytest.mark.parametrize("split", ["train", "val"])
     def test_the_same_images_give_the_same_set_from_every_source(
-        self, made: Callable[[str], Path], tmp_path: Path, layout: str, train: str, val: str, split: str
+        self, made: Made, tmp_path: Path, layout: str, train: str, val: str, split: str
     ) -> None:
         expected = pack(made("folder"), tmp_path / "expected", split=split)
         source = made(layout) / (train if split == "train" else val)
@@ -120,10 +142,10 @@ class TestSources:
         assert verify(tmp_path / "found") == []
 
     def test_pixels_and_labels_are_those_of_the_folder_tree_in_sorted_order(
-        self, made: Callable[[str], Path], tmp_path: Path
+        self, source: Path, tmp_path: Path
     ) -> None:
-        out = pack(made("folder"), tmp_path / "set", resample="lanczos").manifest.folder
-        tree = scan_image_tree(made("folder"))
+        out = pack(source, tmp_path / "set", resample="lanczos").manifest.folder
+        tree = scan_image_tree(source)
         images, labels = np.load(out / "images.npy", mmap_mode="r"), np.load(out / "labels.npy")
         assert (images.dtype, images.shape, labels.dtype) == (np.uint8, (24, 3, 8, 8), np.int64)
         assert labels.tolist() == tree.labels.tolist() == sorted(labels.tolist())
@@ -133,9 +155,7 @@ class TestSources:
         for pixels, path in zip(images, tree.paths, strict=True):
             np.testing.assert_array_equal(pixels, decode_image(path, 8, resample="lanczos"))
 
-    def test_a_folder_of_class_archives_is_read_without_unpacking(
-        self, made: Callable[[str], Path], tmp_path: Path
-    ) -> None:
+    def test_a_folder_of_class_archives_is_read_without_unpacking(self, made: Made, tmp_path: Path) -> None:
         with tarfile.open(made("tars") / "ILSVRC2012_img_train.tar") as archive:
             archive.extractall(tmp_path / "in" / "train", filter="data")
         listings = [list_source(str(tmp_path / "in" / name), SourceOptions()) for name in ("", "train")]
@@ -146,23 +166,19 @@ class TestSources:
         }
         assert sums == {pack(made("folder"), tmp_path / "set").manifest.checksum}
 
-    def test_the_downloads_folder_itself_is_a_source_of_both_splits(
-        self, made: Callable[[str], Path]
-    ) -> None:
+    def test_the_downloads_folder_itself_is_a_source_of_both_splits(self, made: Made) -> None:
         kinds = [
             list_source(str(made("tars")), SourceOptions(split=split)).kind for split in ("train", "val")
         ]
         assert kinds == ["class tars", "flat images"]
 
     def test_labels_follow_sorted_class_archives_and_empty_ones_keep_theirs(self, tmp_path: Path) -> None:
-        with tarfile.open(tmp_path / "t.tar", "w") as outer:
-            for wnid, images in ((WNIDS[2], 1), (WNIDS[0], 2), (WNIDS[1], 0)):
-                inner = io.BytesIO()
-                with tarfile.open(fileobj=inner, mode="w") as archive:
-                    for number in range(images):
-                        add_member(archive, f"{wnid}_{number}.JPEG", jpeg_bytes(number))
-                    add_member(archive, "notes.txt", b"x")
-                add_member(outer, f"{wnid}.tar", inner.getvalue())
+        sizes = ((WNIDS[2], 1), (WNIDS[0], 2), (WNIDS[1], 0))
+        classes = (
+            (wnid, {"notes.txt": b"x", **{f"{wnid}_{n}.JPEG": jpeg_bytes(n) for n in range(size)}})
+            for wnid, size in sizes
+        )
+        with tarfile.open(write_class_tars(tmp_path / "t.tar", classes), "a") as outer:
             add_member(outer, "README", b"x")
         prepared = pack(tmp_path / "t.tar", tmp_path / "set")
         assert prepared.manifest.class_names == list(WNIDS[:3])
@@ -243,7 +259,7 @@ class TestParquet:
             list_source(str(tmp_path / "t.parquet"), SourceOptions())
 
 
-def test_without_pyarrow_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyarrow_the_message_names_the_extra(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1")
@@ -255,7 +271,7 @@ class TestGroundTruth:
     """All forms name the same classes for the same validation images."""
 
     @pytest.fixture
-    def val(self, made: Callable[[str], Path], tmp_path: Path) -> Path:
+    def val(self, made: Made, tmp_path: Path) -> Path:
         """The validation archive alone in a folder."""
         shutil.copy(made("tars") / "ILSVRC2012_img_val.tar", tmp_path)
         return tmp_path / "ILSVRC2012_img_val.tar"
@@ -264,9 +280,7 @@ class TestGroundTruth:
         listing = list_source(str(val), SourceOptions(split="val", **options))
         return [listing.names.relative(index) for index in range(len(listing))]
 
-    def test_every_form_gives_the_same_classes(
-        self, made: Callable[[str], Path], val: Path, tmp_path: Path
-    ) -> None:
+    def test_every_form_gives_the_same_classes(self, made: Made, val: Path, tmp_path: Path) -> None:
         tree = scan_image_tree(made("folder"), split="val")
         expected = [tree.paths.relative(index) for index in range(len(tree.paths))]
         devkit = made("tars") / "ILSVRC2012_devkit_t12"
@@ -292,9 +306,7 @@ class TestGroundTruth:
         for synsets in (devkit / "data" / "meta.mat", tmp_path / "synsets.txt"):
             assert self.names(val, ground_truth=numbers, synsets=synsets) == expected
 
-    def test_it_is_found_beside_the_images_and_named(
-        self, made: Callable[[str], Path], tmp_path: Path
-    ) -> None:
+    def test_it_is_found_beside_the_images_and_named(self, made: Made, tmp_path: Path) -> None:
         with tarfile.open(made("tars") / "ILSVRC2012_img_val.tar") as archive:
             archive.extractall(tmp_path / "CLS-LOC" / "val", filter="data")
         shutil.copy(made("tars") / "LOC_val_solution.csv", tmp_path)
@@ -353,7 +365,7 @@ class TestGroundTruth:
             self.names(tmp_path / "v.tar", ground_truth=tmp_path / "gt.txt")
 
     def test_words_are_taken_from_the_file_named_and_must_cover_the_classes(
-        self, made: Callable[[str], Path], tmp_path: Path
+        self, made: Made, tmp_path: Path
     ) -> None:
         (tmp_path / "words.txt").write_text("".join(f"{wnid}\tword {wnid}\n" for wnid in MADE.wnids))
         options = SourceOptions(words=tmp_path / "words.txt")
@@ -374,9 +386,7 @@ class TestWrongSources:
         (tmp_path / "a.txt").touch()
         assert "parquet files only" in self.refused(tmp_path / "*.txt")
 
-    def test_compressed_truncated_and_foreign_archives(
-        self, made: Callable[[str], Path], tmp_path: Path
-    ) -> None:
+    def test_compressed_truncated_and_foreign_archives(self, made: Made, tmp_path: Path) -> None:
         archive = made("tars") / "ILSVRC2012_img_train.tar"
         with tarfile.open(tmp_path / "c.tar", "w:gz") as compressed:
             compressed.add(archive, archive.name)
@@ -404,10 +414,8 @@ class TestWrongSources:
         assert [listing.names.relative(n) for n in range(2)] == [f"{w}/{w}_1.JPEG" for w in WNIDS[:2]]
 
     def test_two_archives_of_a_class(self, tmp_path: Path) -> None:
-        with tarfile.open(tmp_path / "t.tar", "w") as outer:
-            for folder in ("a", "b"):
-                add_member(outer, f"{folder}/{WNIDS[0]}.tar", b"")
-        assert "got two of" in self.refused(tmp_path / "t.tar")
+        path = write_class_tars(tmp_path / "t.tar", [(f"{folder}/{WNIDS[0]}", {}) for folder in ("a", "b")])
+        assert "got two of" in self.refused(path)
 
     def test_wrong_folders_get_the_advice_of_the_folder_scan(self, tmp_path: Path) -> None:
         (tmp_path / "cat").mkdir()
@@ -461,12 +469,12 @@ class TestBadFiles:
         self,
         messy: MessyTree,
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        monkeypatch: Patch,
         moved_bytes: int,
         dies_after: int,
     ) -> None:
         expected = pack(messy.root, tmp_path / "expected").manifest
-        monkeypatch.setattr(staging, "_MOVED_BYTES", moved_bytes)
+        monkeypatch.setattr(staging, "MOVED_BYTES", moved_bytes)
         left = [dies_after]
         write_all = staging.write_all
 
@@ -526,14 +534,9 @@ class TestBadFiles:
 
     def test_bad_images_in_archives_are_listed_as_those_in_folders(self, tmp_path: Path) -> None:
         sound = jpeg_bytes(1, 300, 200)
-        with tarfile.open(tmp_path / "t.tar", "w") as outer:
-            for wnid, data in zip(WNIDS[:2], (sound[: len(sound) // 2], b"<html>"), strict=True):
-                inner = io.BytesIO()
-                with tarfile.open(fileobj=inner, mode="w") as archive:
-                    add_member(archive, f"{wnid}_0.JPEG", data)
-                    add_member(archive, f"{wnid}_1.JPEG", sound)
-                add_member(outer, f"{wnid}.tar", inner.getvalue())
-        report = pack(tmp_path / "t.tar", tmp_path / "set").report
+        bad = zip(WNIDS[:2], (sound[: len(sound) // 2], b"<html>"), strict=True)
+        classes = ((wnid, {f"{wnid}_0.JPEG": data, f"{wnid}_1.JPEG": sound}) for wnid, data in bad)
+        report = pack(write_class_tars(tmp_path / "t.tar", classes), tmp_path / "set").report
         assert [("truncated" in e["detail"], "text file" in e["detail"]) for e in report["unreadable"]] == [
             (True, False),
             (False, True),
@@ -547,38 +550,46 @@ class TestBadFiles:
             prepare(listing, tmp_path / "set", resolution=8, workers=1)
 
 
+@pytest.fixture
+def interrupted(source: Path, tmp_path: Path, monkeypatch: Patch) -> Path:
+    """The folder of a set whose making was interrupted after two parts of five images."""
+    pack_part = packing.pack_part
+    done: list[Part] = []
+
+    def stops(part: Part) -> PartResult:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(part)
+        return pack_part(part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "pack_part", stops)
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, tmp_path / "set")
+    return tmp_path / "set"
+
+
 class TestResume:
-    def test_killed_by_signal_9_it_goes_on_without_redoing_finished_parts(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_killed_by_signal_9_it_resumes_without_redoing_finished_parts(
+        self, tmp_path: Path, monkeypatch: Patch
     ) -> None:
-        source = write_image_tree(
-            tmp_path / "src", class_names=WNIDS[:3], images_per_class=1, sizes=[(1600, 1200)]
-        )
+        source = tmp_path / "src"
+        write_image_tree(source, class_names=WNIDS[:3], images_per_class=1, sizes=[(1600, 1200)])
         for path in list(source.rglob("*.JPEG")):  # enough for a few seconds
             for number in range(99):
                 shutil.copy(path, path.with_name(f"{path.parent.name}_9{number:02d}.JPEG"))
-        command = [
-            *(sys.executable, "-W", "error", str(ROOT / "examples" / "imagenet_sagan.py"), "prepare"),
-            *("--source", str(source), "--out", str(tmp_path / "set"), "--resolution", "8"),
-            *("--part-size", "3", "--workers", "2"),
-        ]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-            "OMP_NUM_THREADS": "1",
-        }
+        program = [sys.executable, "-W", "error", str(ROOT / "examples" / "imagenet_sagan.py"), "prepare"]
+        options = {"source": source, "out": tmp_path / "set", "resolution": 8, "part-size": 3, "workers": 2}
         process = subprocess.Popen(
-            command,
-            env=environment,
+            [*program, *(f"--{name}={value}" for name, value in options.items())],
+            env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
         markers = tmp_path / "set.partial" / "parts"
         deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if markers.is_dir() and len(list(markers.glob("*.json"))) >= 4:
-                break
+        while process.poll() is None and time.monotonic() < deadline and len([*markers.glob("*.json")]) < 4:
             time.sleep(0.005)
         process.kill()
         _, errors = process.communicate()
@@ -619,22 +630,6 @@ class TestResume:
         os.killpg(group, signal.SIGKILL)
         pytest.fail("worker processes outlived the process that was killed")
 
-    def interrupted(self, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, parts: int = 2) -> None:
-        """Leave a run that ended after some parts."""
-        pack_part = packing.pack_part
-        left = [parts]
-
-        def stops(part: Part) -> PartResult:
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return pack_part(part)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(packing, "pack_part", stops)
-            with pytest.raises(KeyboardInterrupt):
-                pack(source, out)
-
     @pytest.mark.parametrize(
         ("options", "difference"),
         [
@@ -644,78 +639,61 @@ class TestResume:
         ],
     )
     def test_other_options_are_refused_with_the_difference(
-        self,
-        made: Callable[[str], Path],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        options: dict[str, Any],
-        difference: str,
+        self, source: Path, interrupted: Path, options: dict[str, Any], difference: str
     ) -> None:
-        self.interrupted(made("folder"), tmp_path / "set", monkeypatch)
         with pytest.raises(UserError, match=difference):
-            pack(made("folder"), tmp_path / "set", **options)
-        assert pack(made("folder"), tmp_path / "set", workers=2).reused == 10
+            pack(source, interrupted, **options)
+        assert pack(source, interrupted, workers=2).reused == 10
 
     def test_another_list_of_files_or_another_pillow_is_refused(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, source: Path, interrupted: Path, tmp_path: Path, monkeypatch: Patch
     ) -> None:
-        source = shutil.copytree(made("folder"), tmp_path / "src")
-        self.interrupted(source, tmp_path / "set", monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(packing.PIL, "__version__", "0.1")
             with pytest.raises(UserError, match=r"now 0\.1"):
-                pack(source, tmp_path / "set")
-        next(source.rglob("*.JPEG")).unlink()
+                pack(source, interrupted)
+        fewer = shutil.copytree(source, tmp_path / "src")
+        next(fewer.rglob("*.JPEG")).unlink()
         with pytest.raises(UserError, match=r"images was 24, now 23; source_fingerprint was"):
-            pack(source, tmp_path / "set")
+            pack(fewer, interrupted)
 
-    def test_a_damaged_finished_part_is_found_and_done_again(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        expected = pack(made("folder"), tmp_path / "expected").manifest.checksum
-        self.interrupted(made("folder"), tmp_path / "set", monkeypatch)
-        flip(tmp_path / "set.partial" / "set" / "images.npy", 128 + 7 * 3 * 8 * 8)  # in the second part
-        prepared = pack(made("folder"), tmp_path / "set")
-        assert prepared.manifest.checksum == expected
+    def test_a_damaged_finished_part_is_found_and_done_again(self, source: Path, interrupted: Path) -> None:
+        flip(
+            interrupted.with_name("set.partial") / "set" / "images.npy", 128 + 7 * 3 * 8 * 8
+        )  # of the second part
+        prepared = pack(source, interrupted)
+        assert prepared.manifest.checksum == pack(source, interrupted.with_name("whole")).manifest.checksum
         assert (prepared.packed, prepared.reused) == (19, 5)
 
-    def test_a_torn_marker_is_a_part_that_is_not_finished(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.interrupted(made("folder"), tmp_path / "set", monkeypatch)
-        marker = tmp_path / "set.partial" / "parts" / "00001.json"
+    def test_a_torn_marker_is_a_part_that_is_not_finished(self, source: Path, interrupted: Path) -> None:
+        marker = interrupted.with_name("set.partial") / "parts" / "00001.json"
         marker.write_text(marker.read_text()[:40])
-        assert pack(made("folder"), tmp_path / "set").reused == 5
-        assert verify(tmp_path / "set") == []
+        assert pack(source, interrupted).reused == 5
+        assert verify(interrupted) == []
 
-    def test_killed_before_the_set_gets_its_name_it_goes_on(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_killed_before_the_set_gets_its_name_it_resumes(
+        self, source: Path, tmp_path: Path, monkeypatch: Patch
     ) -> None:
-        def stops(self: object) -> None:
-            raise KeyboardInterrupt
-
         with monkeypatch.context() as patch:
-            patch.setattr(staging.Staging, "publish", stops)
+            patch.setattr(staging.Staging, "publish", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                pack(made("folder"), tmp_path / "set")
+                pack(source, tmp_path / "set")
         assert not (tmp_path / "set").exists()
         with pytest.raises(PackedError, match="manifest"):
             PackedDataset(tmp_path / "set")
-        assert pack(made("folder"), tmp_path / "set").reused == 24
+        assert pack(source, tmp_path / "set").reused == 24
         assert verify(tmp_path / "set") == []
 
-    def test_a_finished_set_is_left_as_it_is_and_another_is_refused(
-        self, made: Callable[[str], Path], sound: Path
-    ) -> None:
+    def test_a_finished_set_is_left_as_it_is_and_another_is_refused(self, source: Path, sound: Path) -> None:
         before = snapshot(sound)
         (sound.parent / "set.partial").mkdir()  # as after a kill between the last two steps
-        assert pack(made("folder"), sound).packed == 0
+        assert pack(source, sound).packed == 0
         assert snapshot(sound) == before
         assert not (sound.parent / "set.partial").exists()
         with pytest.raises(UserError, match="resolution was 8, now 16"):
-            pack(made("folder"), sound, resolution=16)
+            pack(source, sound, resolution=16)
 
-    def test_two_at_once_on_one_folder_are_refused(self, made: Callable[[str], Path], tmp_path: Path) -> None:
+    def test_two_at_once_on_one_folder_are_refused(self, source: Path, tmp_path: Path) -> None:
         script = (
             "import sys; from pathlib import Path; from sagan.prepare.staging import Staging\n"
             "with Staging(Path(sys.argv[1])).locked():\n    print('held', flush=True); sys.stdin.read()\n"
@@ -724,98 +702,100 @@ class TestResume:
             [sys.executable, "-c", script, str(tmp_path / "set")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env=ENVIRONMENT,
         )
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match="another prepare is at work"):
-            pack(made("folder"), tmp_path / "set")
+            pack(source, tmp_path / "set")
         holder.communicate(b"")
-        assert pack(made("folder"), tmp_path / "set").packed == 24
+        assert pack(source, tmp_path / "set").packed == 24
 
 
 class TestSpaceAndPlaces:
+    @pytest.fixture
+    def set_free(self, tmp_path: Path, monkeypatch: Patch) -> Callable[[int], None]:
+        """``set_free(bytes)``: let the disk have this much space."""
+        usage = shutil.disk_usage(tmp_path)
+        return lambda size: monkeypatch.setattr(
+            staging.shutil, "disk_usage", lambda path: usage._replace(free=size)
+        )
+
     def test_a_disk_too_small_is_refused_with_the_numbers_before_anything_is_written(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, source: Path, tmp_path: Path, set_free: Callable[[int], None]
     ) -> None:
-        usage = shutil.disk_usage(tmp_path)._replace(free=10_000_000)
-        monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+        set_free(10_000_000)
         with pytest.raises(UserError, match=r"expected 0\.07 GB free for 24 images of 8x8 .* got 0\.01 GB"):
-            pack(made("folder"), tmp_path / "set")
+            pack(source, tmp_path / "set")
         assert list(tmp_path.iterdir()) == []
 
-    def test_the_whole_of_imagenet_needs_63_gb(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        usage = shutil.disk_usage(tmp_path)._replace(free=0)
-        monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+    def test_the_whole_of_imagenet_needs_63_gb(self, tmp_path: Path, set_free: Callable[[int], None]) -> None:
+        set_free(0)
         with pytest.raises(UserError, match=r"63\.\d\d GB free for 1,281,167 images of 128x128"):
             staging.Staging(tmp_path / "set").check_space(1_281_167, 128)
 
     def test_space_that_the_begun_set_takes_counts(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, set_free: Callable[[int], None]
     ) -> None:
         place = staging.Staging(tmp_path / "set")
         place.folder.mkdir()
         place.begin({}, 64, 128)
         place.array.write_bytes(bytes(128 + 64 * 3 * 128**2))
         os.sync()
-        usage = shutil.disk_usage(tmp_path)._replace(free=staging._SPARE_BYTES + 64 * 256)
-        monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+        set_free(staging.SPARE_BYTES + 64 * 256)
         place.check_space(64, 128)
 
     def test_a_disk_that_fills_up_all_the_same_ends_the_run_and_keeps_what_is_finished(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, source: Path, tmp_path: Path, monkeypatch: Patch
     ) -> None:
-        calls = [0]
+        calls: list[dict[int, PartResult]] = []
+        finish_parts = staging.Staging.finish_parts
 
-        def full(self: object, results: dict[int, PartResult]) -> None:
-            calls[0] += 1
-            if calls[0] >= 3:
+        def full(self: staging.Staging, results: dict[int, PartResult]) -> None:
+            calls.append(results)
+            if len(calls) >= 3:
                 raise OSError(28, "No space left on device")
             finish_parts(self, results)
 
-        finish_parts = staging.Staging.finish_parts
         with monkeypatch.context() as patch:
-            patch.setattr(packing, "_MARK_EVERY_S", 0)
+            patch.setattr(packing, "MARK_EVERY_S", 0)
             patch.setattr(staging.Staging, "finish_parts", full)
             with pytest.raises(OSError, match="No space left"):
-                pack(made("folder"), tmp_path / "set")
-        assert pack(made("folder"), tmp_path / "set").reused == 10
+                pack(source, tmp_path / "set")
+        assert pack(source, tmp_path / "set").reused == 10
 
-    def test_a_folder_with_other_things_is_not_touched(
-        self, made: Callable[[str], Path], tmp_path: Path
-    ) -> None:
+    def test_a_folder_with_other_things_is_not_touched(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "set").mkdir()
         (tmp_path / "set" / "thesis.txt").write_text("mine")
         with pytest.raises(UserError, match="not there yet or empty"):
-            pack(made("folder"), tmp_path / "set")
+            pack(source, tmp_path / "set")
         (tmp_path / "set" / "thesis.txt").unlink()
-        assert pack(made("folder"), tmp_path / "set").packed == 24
+        assert pack(source, tmp_path / "set").packed == 24
 
     def test_a_worker_that_is_killed_ends_the_run_with_a_hint(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, source: Path, tmp_path: Path, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(packing, "pack_part", dies)
         with pytest.raises(UserError, match="a worker process was killed"):
-            pack(made("folder"), tmp_path / "set", workers=2)
+            pack(source, tmp_path / "set", workers=2)
         monkeypatch.undo()
-        assert pack(made("folder"), tmp_path / "set").packed == 24
+        assert pack(source, tmp_path / "set").packed == 24
 
     @pytest.mark.parametrize("workers", [1, 3])
     def test_tasks_are_all_done_and_none_is_taken_long_before_its_turn(self, workers: int) -> None:
         taken: list[int] = []
-
-        def tasks() -> Any:
-            for number in range(40):
-                taken.append(number)
-                yield number
-
-        ahead, done = [], []
-        for task, result in pool.run_tasks(abs, tasks(), workers):
-            ahead.append(len(taken) - len(done))
+        tasks = (taken.append(number) or number for number in range(40))
+        waiting, done = [], []
+        for task, result in pool.run_tasks(abs, tasks, workers):
+            waiting.append(len(taken) - len(done))
             done.append(task)
             assert result == task
         assert sorted(done) == list(range(40))
-        assert max(ahead) <= 2 * workers + workers
+        assert max(waiting) <= 2 * workers + workers
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def dies(part: Part) -> PartResult:
@@ -889,9 +869,7 @@ class TestVerify:
             with pytest.raises(PackedError, match=message):
                 PackedDataset(sound)
 
-    def test_the_command_says_what_is_wrong_and_fails(
-        self, sound: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_command_says_what_is_wrong_and_fails(self, sound: Path, capsys: Capture) -> None:
         assert main("prepare", "--verify", sound) == 0
         assert "Intact: all images" in capsys.readouterr().out
         flip(sound / "images.npy", 2000)
@@ -901,7 +879,7 @@ class TestVerify:
 
 
 class TestManifest:
-    def test_it_says_what_was_made_from_what(self, made: Callable[[str], Path], sound: Path) -> None:
+    def test_it_says_what_was_made_from_what(self, made: Made, sound: Path) -> None:
         values = json.loads((sound / "manifest.json").read_text())
         assert (values["num_images"], values["num_classes"], values["images_per_class"]) == (24, 4, [6] * 4)
         assert (values["resolution"], values["filter"]) == (8, "bilinear")
@@ -915,7 +893,7 @@ class TestManifest:
         assert {"python", "numpy", "pillow", "libjpeg", "sagan_layers"} <= set(values["versions"])
 
     def test_the_checksum_changes_with_a_pixel_a_label_and_a_name(
-        self, made: Callable[[str], Path], tmp_path: Path, sound: Path
+        self, made: Made, tmp_path: Path, sound: Path
     ) -> None:
         sums = {PackedDataset(sound).fingerprint()}
         source = shutil.copytree(made("folder") / "train", tmp_path / "src")
@@ -931,8 +909,8 @@ class TestManifest:
 
 
 class TestPackedDataset:
-    def test_it_serves_what_the_folder_dataset_serves(self, made: Callable[[str], Path], sound: Path) -> None:
-        tree = scan_image_tree(made("folder"))
+    def test_it_serves_what_the_folder_dataset_serves(self, source: Path, sound: Path) -> None:
+        tree = scan_image_tree(source)
         dataset = PackedDataset(sound, 8)
         assert dataset.class_names == tree.class_names
         assert (dataset.num_classes, dataset.resolution, len(dataset), dataset.cached) == (4, 8, 24, True)
@@ -994,7 +972,7 @@ class TestCommand:
     )
 
     def test_from_generated_images_to_a_trained_run_and_its_resumption(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, tmp_path: Path, capsys: Capture
     ) -> None:
         made = ["--classes", 2, "--images", 5, "--val-images", 1, "--scale", 0.15]
         assert main("make-images", "--out", tmp_path / "src", *made) == 0
@@ -1033,9 +1011,9 @@ class TestCommand:
         assert (tmp_path / "whole" / "data_manifest.json").read_bytes() == manifest  # of the run still
 
     def test_training_refuses_another_resolution_and_a_damaged_set(
-        self, made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, source: Path, tmp_path: Path, capsys: Capture
     ) -> None:
-        pack(made("folder"), tmp_path / "set", resolution=32, resample="box")
+        pack(source, tmp_path / "set", resolution=32, resample="box")
         train = ["train", "--data", tmp_path / "set", "--out", tmp_path / "run", *self.SMALL]
         assert main(*train) == 1
         assert "expected images of 128x128 pixels, the set in" in capsys.readouterr().err
@@ -1059,7 +1037,7 @@ class TestCommand:
         ],
     )
     def test_wrong_options_end_with_a_plain_message(
-        self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+        self, arguments: list[str], message: str, capsys: Capture
     ) -> None:
         assert main("prepare", *arguments) == 1
         captured = capsys.readouterr()
@@ -1067,7 +1045,7 @@ class TestCommand:
         assert "Traceback" not in captured.err
 
     def test_workers_and_part_size_must_be_positive(
-        self, made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, made: Made, tmp_path: Path, capsys: Capture
     ) -> None:
         source = ["--source", made("folder"), "--out", tmp_path / "set"]
         for option in ("--workers", "--part-size"):
@@ -1076,15 +1054,12 @@ class TestCommand:
 
     def test_ctrl_c_keeps_what_is_finished_and_says_so(
         self,
-        made: Callable[[str], Path],
+        made: Made,
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
+        monkeypatch: Patch,
+        capsys: Capture,
     ) -> None:
-        def stops(part: Part) -> PartResult:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(packing, "pack_part", stops)
+        monkeypatch.setattr(packing, "pack_part", interrupt)
         options = ["--source", made("folder"), "--out", tmp_path / "set", "--workers", 1]
         assert main("prepare", *options) == INTERRUPTED
         assert "The same command resumes" in capsys.readouterr().out
@@ -1111,7 +1086,7 @@ class TestSynthetic:
         with pytest.raises(UserError, match="expected"):
             SyntheticSet(**wrong)
 
-    def test_a_listing_knows_its_source_apart(self, made: Callable[[str], Path], tmp_path: Path) -> None:
+    def test_a_listing_knows_its_source_apart(self, made: Made, tmp_path: Path) -> None:
         def fingerprint(root: Path) -> str:
             listing: Listing = list_source(str(root), SourceOptions())
             return listing.fingerprint
