@@ -290,12 +290,9 @@ class ResidualMixer(nn.Module):
 
 @torch.no_grad()
 def initialize(network: nn.Module, init: Init) -> None:
-    """Draw the weights of convolutions, linear layers and embeddings, and set biases to zero.
+    """Draw the weights of convolutions, linear layers and embeddings, and set their biases to zero.
 
-    Args:
-        network: whose layers to draw.
-        init: "xavier_uniform", "orthogonal", "normal" (standard deviation 0.02), or "default" for torch's defaults,
-            biases included.
+    "default" leaves weights and biases as torch draws them.
     """
     draw = _DRAW_WEIGHT[init]
     if draw is None:

@@ -6,6 +6,7 @@ line replace single fields. Published results are for ImageNet at 128 pixels.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
@@ -192,8 +193,8 @@ class RunConfig:
             raise UserError(f"ema_decay: expected from 0 to below 1, got {self.ema_decay}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested dictionaries of values that JSON can hold."""
-        values: dict[str, Any] = _plain(asdict(self))
+        """Return nested dictionaries of values that JSON can hold: lists for tuples, strings for paths."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         return values
 
     def by_name(self) -> dict[str, Any]:
@@ -340,6 +341,10 @@ class Published:
     inception_score: float | None = None
     intra_fid: float | None = None
 
+    def figure(self, metric: str) -> float | None:
+        """Return the figure of a metric by its name in evaluations; None if it was not published."""
+        return {"fid": self.fid, "is": self.inception_score, "intra-fid": self.intra_fid}.get(metric)
+
 
 # Zhang et al., tables 1 and 2; for best_known, mmgeneration's model page.
 PUBLISHED: dict[str, Published] = {
@@ -395,11 +400,3 @@ def _fields_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
             f"{kind.__name__}: unknown {sorted(set(values) - wanted)}, missing {sorted(wanted - set(values))}"
         )
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value

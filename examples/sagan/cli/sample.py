@@ -25,7 +25,7 @@ class Sample:
 
     Attributes:
         source: folder of a run, or a checkpoint.
-        out: the PNG of a grid (or a folder for grid.png), or the folder of the folders.
+        out: the PNG of a grid (or a folder for grid.png), or the folder for the class folders.
         layout: "grid" or "folders".
         count: number of images; a grid rounds up to whole rows and has at least one row for each of --classes.
         classes: labels (numbers from 0) or names of the classes; by default all, and for a grid ten of them.

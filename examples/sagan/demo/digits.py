@@ -91,13 +91,11 @@ class Judge:
 def train_judge(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 12) -> Judge:
     """Train the classifier on four fifths of the real digits and test it on the rest.
 
-    The global random state does not change.
+    The seed determines the split, the weights and the batches. The global random state does not change.
 
-    Args:
-        images: uint8 [N, 3, 32, 32].
-        labels: [N].
-        seed: seed of the split, the weights and the batches.
-        epochs: passes over the training part.
+    Shape:
+        - images: uint8 [N, 3, 32, 32].
+        - labels: [N].
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -12,7 +12,7 @@ from typing import Any
 from sagan.errors import UserError
 from sagan.evaluation.protocol import FIGURES, LOWER
 from sagan.io import atomic_write_text
-from sagan.recipes import PUBLISHED, RECIPES, RunConfig, config_from_dict, differences
+from sagan.recipes import PUBLISHED, RECIPES, Published, RunConfig, config_from_dict, differences
 from sagan.report.figures import Curve, Panel, save_comparison
 
 # Settings that do not change the quality of a run.
@@ -76,11 +76,8 @@ class MeasuredRun:
 def read_runs(folders: Sequence[Path]) -> list[MeasuredRun]:
     """Read the configurations and evaluations of runs.
 
-    Args:
-        folders: folders of different runs.
-
     Raises:
-        UserError: if one is not the folder of a run, occurs twice, or holds an invalid evaluation.
+        UserError: if a folder is not that of a run, occurs twice, or holds an invalid evaluation.
     """
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) != len(resolved):
@@ -105,12 +102,9 @@ def _figures_of(file: Path) -> list[tuple[Kind, float, int]]:
     try:
         values = json.loads(file.read_text())
         protocol = values["protocol"]
+        identity, proxy = protocol["identity"], protocol["proxy"]
         return [
-            (
-                Kind(figure["metric"], name, protocol["identity"], protocol["proxy"]),
-                float(figure["value"]),
-                int(values["iteration"]),
-            )
+            (Kind(figure["metric"], name, identity, proxy), float(figure["value"]), int(values["iteration"]))
             for name, figure in values["figures"].items()
         ]
     except (ValueError, KeyError, TypeError) as error:
@@ -118,11 +112,7 @@ def _figures_of(file: Path) -> list[tuple[Kind, float, int]]:
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write comparison.md and comparison.png, and return their paths.
-
-    Args:
-        folders: folders of the runs.
-        out: folder to write to.
+    """Write comparison.md and comparison.png to a folder and return their paths.
 
     Raises:
         UserError: as :func:`read_runs`, or if no run was evaluated.
@@ -162,10 +152,9 @@ def _panel(kind: Kind, runs: Sequence[MeasuredRun]) -> Panel:
 
 def _published(run: MeasuredRun, kind: Kind) -> float | None:
     """Return the published value for the run's recipe, if there is a comparable one."""
-    result = PUBLISHED.get(run.config.recipe)
-    if result is None or kind.proxy or run.config.network.resolution != 128:
+    if kind.proxy or run.config.network.resolution != 128:
         return None
-    return {"fid": result.fid, "is": result.inception_score, "intra-fid": result.intra_fid}.get(kind.metric)
+    return PUBLISHED.get(run.config.recipe, Published()).figure(kind.metric)
 
 
 def _markdown(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> str:
@@ -242,9 +231,7 @@ def _table_1(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> list[str]:
         for name in TABLE_1:
             run = by_recipe.get(name)
             best = run.best(kind) if run else None
-            result = PUBLISHED[name]
-            published = result.fid if metric == "fid" else result.inception_score
-            cells.append(f"{_number(best[1]) if best else '-'} / {published:g}")
+            cells.append(f"{_number(best[1]) if best else '-'} / {PUBLISHED[name].figure(metric):g}")
         lines.append(_row([f"{title} ({kind.name})", *cells]))
     return lines
 

@@ -32,15 +32,7 @@ def save_image(path: Path, image: Tensor) -> None:
 def save_grid(
     path: Path, images: Tensor, *, columns: int, row_names: Sequence[str] | None = None, gap: int = 2
 ) -> None:
-    """Write images as one PNG, row by row, with a name in front of each row.
-
-    Args:
-        path: the PNG.
-        images: uint8 [N, 3, H, W].
-        columns: images in a row.
-        row_names: one for each row, or None.
-        gap: pixels between images.
-    """
+    """Write uint8 images [N, 3, H, W] as one PNG, row by row, with a name in front of each row."""
     height, width = images.shape[2:]
     rows = -(-len(images) // columns)
     font = ImageFont.load_default(size=max(11, min(16, height // 2)))
@@ -137,7 +129,7 @@ def save_attention_figure(
     names: Sequence[str] | None = None,
     title: str = "",
 ) -> None:
-    """Write figure 5 of the paper: each image with its query points, and the map of each point.
+    """Write figure 5 of the paper: each image with its query points, and next to it the map of each point.
 
     Args:
         path: the PNG.

@@ -27,11 +27,7 @@ figcaption { color: #555; font-size: .85rem; } details { margin: .5rem 0; } code
 
 
 def draw_run(out: Path, path: Path) -> Path:
-    """Draw the curves of a run: losses, logits, gamma, sigma, speed, and scores if it was evaluated.
-
-    Args:
-        out: the run's folder.
-        path: the PNG.
+    """Draw the curves of the run in ``out``: losses, logits, gamma, sigma, speed, and scores if it was evaluated.
 
     Raises:
         UserError: if there are no metrics.
@@ -88,14 +84,9 @@ def _largest_sigma(rows: list[dict[str, Any]], network: str) -> Curve:
 
 
 def write_report(out: Path, path: Path | None = None) -> Path:
-    """Write one HTML file about a run, with its pictures inside.
+    """Write one HTML file about the run in ``out``, with its pictures inside, and return its path.
 
-    Args:
-        out: the run's folder.
-        path: the file; ``report.html`` in the folder by default.
-
-    Returns:
-        The path of the file.
+    The default path is ``report.html`` in the folder of the run.
 
     Raises:
         UserError: if this is not the folder of a run.
