@@ -91,9 +91,15 @@ def source(made: Made) -> Path:
 
 
 @pytest.fixture
-def sound(source: Path, tmp_path: Path) -> Path:
+def out(tmp_path: Path) -> Path:
+    """Where the set goes."""
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def sound(source: Path, out: Path) -> Path:
     """A prepared set of them, of 8x8."""
-    return pack(source, tmp_path / "set").manifest.folder
+    return pack(source, out).manifest.folder
 
 
 def pack(source: Path, out: Path, **options: Any) -> Prepared:
@@ -141,9 +147,7 @@ class TestSources:
             assert files[0][name] == files[1][name]
         assert verify(tmp_path / "found") == []
 
-    def test_pixels_and_labels_are_those_of_the_folder_tree_in_sorted_order(
-        self, source: Path, tmp_path: Path
-    ) -> None:
+    def test_pixels_and_labels_are_those_of_the_sorted_tree(self, source: Path, tmp_path: Path) -> None:
         out = pack(source, tmp_path / "set", resample="lanczos").manifest.folder
         tree = scan_image_tree(source)
         images, labels = np.load(out / "images.npy", mmap_mode="r"), np.load(out / "labels.npy")
@@ -194,7 +198,7 @@ class TestSources:
 @has_pyarrow
 class TestParquet:
     @pytest.mark.parametrize("named", [True, False])
-    def test_classes_without_wnids_keep_the_labels_and_names_of_the_metadata(
+    def test_classes_without_wnids_keep_the_metadatas_labels_and_names(
         self, tmp_path: Path, named: bool
     ) -> None:
         rows = [(f"{n}.jpg", n % 2, jpeg_bytes(n)) for n in range(4)]
@@ -340,9 +344,7 @@ class TestGroundTruth:
         with pytest.raises(DatasetError, match=message):
             self.names(val, ground_truth=tmp_path / name)
 
-    def test_a_sorted_list_of_synsets_is_refused_for_the_kits_numbers(
-        self, val: Path, tmp_path: Path
-    ) -> None:
+    def test_a_sorted_list_of_synsets_is_refused(self, val: Path, tmp_path: Path) -> None:
         (tmp_path / "gt.txt").write_text("1\n" * 12)
         (tmp_path / "synsets.txt").write_text("n01440764\nn01443537\n")
         with pytest.raises(DatasetError, match=r"are sorted.*another order"):
@@ -364,9 +366,7 @@ class TestGroundTruth:
         with pytest.raises(DatasetError, match="which is which cannot be known"):
             self.names(tmp_path / "v.tar", ground_truth=tmp_path / "gt.txt")
 
-    def test_words_are_taken_from_the_file_named_and_must_cover_the_classes(
-        self, made: Made, tmp_path: Path
-    ) -> None:
+    def test_words_of_a_named_file_must_cover_the_classes(self, made: Made, tmp_path: Path) -> None:
         (tmp_path / "words.txt").write_text("".join(f"{wnid}\tword {wnid}\n" for wnid in MADE.wnids))
         options = SourceOptions(words=tmp_path / "words.txt")
         assert list_source(str(made("folder")), options).class_words == tuple(f"word {w}" for w in MADE.wnids)
@@ -425,10 +425,10 @@ class TestWrongSources:
 class TestBadFiles:
     @pytest.mark.parametrize("workers", [1, 2])
     def test_every_defect_is_listed_and_the_counts_add_up(
-        self, messy: MessyTree, tmp_path: Path, workers: int
+        self, messy: MessyTree, out: Path, workers: int
     ) -> None:
-        prepared = pack(messy.root, tmp_path / "set", resolution=32, workers=workers, part_size=4)
-        report = json.loads((tmp_path / "set" / "report.json").read_text())
+        prepared = pack(messy.root, out, resolution=32, workers=workers, part_size=4)
+        report = json.loads((out / "report.json").read_text())
         assert report == json.loads(json.dumps(prepared.report))
         reasons = {each["file"]: each["detail"] for each in report["unreadable"]}
         assert set(reasons) == set(messy.unreadable)
@@ -445,15 +445,13 @@ class TestBadFiles:
         }
         counts = prepared.manifest.counts
         assert counts["listed"] == counts["packed"] + counts["unreadable"] == report["listed"]
-        assert (
-            counts["packed"] == prepared.manifest.num_images == len(np.load(tmp_path / "set" / "labels.npy"))
-        )
-        text = (tmp_path / "set" / "report.txt").read_text()
+        assert counts["packed"] == prepared.manifest.num_images == len(np.load(out / "labels.npy"))
+        text = (out / "report.txt").read_text()
         for path in (*messy.unreadable, f"{WNIDS[0]}/cmyk.JPEG", messy.empty_class):
             assert path in text
-        assert verify(tmp_path / "set") == []
+        assert verify(out) == []
 
-    def test_what_is_kept_moves_up_over_what_is_left_out(self, messy: MessyTree, tmp_path: Path) -> None:
+    def test_readable_images_move_up_over_unreadable_ones(self, messy: MessyTree, tmp_path: Path) -> None:
         out = pack(messy.root, tmp_path / "set").manifest.folder
         names = (out / "names.txt").read_text().splitlines()
         images = np.load(out / "images.npy")
@@ -465,13 +463,8 @@ class TestBadFiles:
     @pytest.mark.parametrize(
         ("moved_bytes", "dies_after"), [(1, 0), (1, 3), (384, 1), (384, 5), (2**20, 0), (2**20, 1)]
     )
-    def test_killed_while_moving_up_it_goes_on(
-        self,
-        messy: MessyTree,
-        tmp_path: Path,
-        monkeypatch: Patch,
-        moved_bytes: int,
-        dies_after: int,
+    def test_killed_while_moving_up_it_resumes(
+        self, messy: MessyTree, tmp_path: Path, monkeypatch: Patch, moved_bytes: int, dies_after: int
     ) -> None:
         expected = pack(messy.root, tmp_path / "expected").manifest
         monkeypatch.setattr(staging, "MOVED_BYTES", moved_bytes)
@@ -515,7 +508,7 @@ class TestBadFiles:
         with pytest.raises(UserError, match=r"none of 2 images .* can be read.*text file"):
             pack(tmp_path / "src", tmp_path / "set")
 
-    def test_mislabelled_files_are_listed_and_kept(self, tmp_path: Path) -> None:
+    def test_mislabelled_files_are_listed_and_packed(self, tmp_path: Path) -> None:
         root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=2, sizes=[(20, 20)])
         first, second = (root / name for name in WNIDS[:2])
         shutil.copy(first / f"{WNIDS[0]}_0.JPEG", second / f"{WNIDS[0]}_0.JPEG")
@@ -551,7 +544,7 @@ class TestBadFiles:
 
 
 @pytest.fixture
-def interrupted(source: Path, tmp_path: Path, monkeypatch: Patch) -> Path:
+def interrupted(source: Path, out: Path, monkeypatch: Patch) -> Path:
     """The folder of a set whose making was interrupted after two parts of five images."""
     pack_part = packing.pack_part
     done: list[Part] = []
@@ -565,12 +558,12 @@ def interrupted(source: Path, tmp_path: Path, monkeypatch: Patch) -> Path:
     with monkeypatch.context() as patch:
         patch.setattr(packing, "pack_part", stops)
         with pytest.raises(KeyboardInterrupt):
-            pack(source, tmp_path / "set")
-    return tmp_path / "set"
+            pack(source, out)
+    return out
 
 
 class TestResume:
-    def test_killed_by_signal_9_it_resumes_without_redoing_finished_parts(
+    def test_killed_it_resumes_without_redoing_finished_parts(
         self, tmp_path: Path, monkeypatch: Patch
     ) -> None:
         source = tmp_path / "src"
@@ -671,18 +664,18 @@ class TestResume:
         assert pack(source, interrupted).reused == 5
         assert verify(interrupted) == []
 
-    def test_killed_before_the_set_gets_its_name_it_resumes(
-        self, source: Path, tmp_path: Path, monkeypatch: Patch
+    def test_killed_before_the_set_is_published_it_resumes(
+        self, source: Path, out: Path, monkeypatch: Patch
     ) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(staging.Staging, "publish", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                pack(source, tmp_path / "set")
-        assert not (tmp_path / "set").exists()
+                pack(source, out)
+        assert not (out).exists()
         with pytest.raises(PackedError, match="manifest"):
-            PackedDataset(tmp_path / "set")
-        assert pack(source, tmp_path / "set").reused == 24
-        assert verify(tmp_path / "set") == []
+            PackedDataset(out)
+        assert pack(source, out).reused == 24
+        assert verify(out) == []
 
     def test_a_finished_set_is_left_as_it_is_and_another_is_refused(self, source: Path, sound: Path) -> None:
         before = snapshot(sound)
@@ -693,23 +686,10 @@ class TestResume:
         with pytest.raises(UserError, match="resolution was 8, now 16"):
             pack(source, sound, resolution=16)
 
-    def test_two_at_once_on_one_folder_are_refused(self, source: Path, tmp_path: Path) -> None:
-        script = (
-            "import sys; from pathlib import Path; from sagan.prepare.staging import Staging\n"
-            "with Staging(Path(sys.argv[1])).locked():\n    print('held', flush=True); sys.stdin.read()\n"
-        )
-        holder = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / "set")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=ENVIRONMENT,
-        )
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match="another prepare is at work"):
-            pack(source, tmp_path / "set")
-        holder.communicate(b"")
-        assert pack(source, tmp_path / "set").packed == 24
+    def test_two_at_once_on_one_folder_are_refused(self, source: Path, out: Path) -> None:
+        with staging.Staging(out).locked(), pytest.raises(UserError, match="another prepare is at work"):
+            pack(source, out)
+        assert pack(source, out).packed == 24
 
 
 class TestSpaceAndPlaces:
@@ -721,7 +701,7 @@ class TestSpaceAndPlaces:
             staging.shutil, "disk_usage", lambda path: usage._replace(free=size)
         )
 
-    def test_a_disk_too_small_is_refused_with_the_numbers_before_anything_is_written(
+    def test_a_disk_too_small_is_refused_before_anything_is_written(
         self, source: Path, tmp_path: Path, set_free: Callable[[int], None]
     ) -> None:
         set_free(10_000_000)
@@ -729,15 +709,13 @@ class TestSpaceAndPlaces:
             pack(source, tmp_path / "set")
         assert list(tmp_path.iterdir()) == []
 
-    def test_the_whole_of_imagenet_needs_63_gb(self, tmp_path: Path, set_free: Callable[[int], None]) -> None:
+    def test_the_whole_of_imagenet_needs_63_gb(self, out: Path, set_free: Callable[[int], None]) -> None:
         set_free(0)
         with pytest.raises(UserError, match=r"63\.\d\d GB free for 1,281,167 images of 128x128"):
-            staging.Staging(tmp_path / "set").check_space(1_281_167, 128)
+            staging.Staging(out).check_space(1_281_167, 128)
 
-    def test_space_that_the_begun_set_takes_counts(
-        self, tmp_path: Path, set_free: Callable[[int], None]
-    ) -> None:
-        place = staging.Staging(tmp_path / "set")
+    def test_space_that_the_begun_set_takes_counts(self, out: Path, set_free: Callable[[int], None]) -> None:
+        place = staging.Staging(out)
         place.folder.mkdir()
         place.begin({}, 64, 128)
         place.array.write_bytes(bytes(128 + 64 * 3 * 128**2))
@@ -745,8 +723,8 @@ class TestSpaceAndPlaces:
         set_free(staging.SPARE_BYTES + 64 * 256)
         place.check_space(64, 128)
 
-    def test_a_disk_that_fills_up_all_the_same_ends_the_run_and_keeps_what_is_finished(
-        self, source: Path, tmp_path: Path, monkeypatch: Patch
+    def test_a_disk_that_fills_up_keeps_finished_parts(
+        self, source: Path, out: Path, monkeypatch: Patch
     ) -> None:
         calls: list[dict[int, PartResult]] = []
         finish_parts = staging.Staging.finish_parts
@@ -761,25 +739,25 @@ class TestSpaceAndPlaces:
             patch.setattr(packing, "MARK_EVERY_S", 0)
             patch.setattr(staging.Staging, "finish_parts", full)
             with pytest.raises(OSError, match="No space left"):
-                pack(source, tmp_path / "set")
-        assert pack(source, tmp_path / "set").reused == 10
+                pack(source, out)
+        assert pack(source, out).reused == 10
 
-    def test_a_folder_with_other_things_is_not_touched(self, source: Path, tmp_path: Path) -> None:
-        (tmp_path / "set").mkdir()
-        (tmp_path / "set" / "thesis.txt").write_text("mine")
+    def test_a_folder_with_other_things_is_not_touched(self, source: Path, out: Path) -> None:
+        (out).mkdir()
+        (out / "thesis.txt").write_text("mine")
         with pytest.raises(UserError, match="not there yet or empty"):
-            pack(source, tmp_path / "set")
-        (tmp_path / "set" / "thesis.txt").unlink()
-        assert pack(source, tmp_path / "set").packed == 24
+            pack(source, out)
+        (out / "thesis.txt").unlink()
+        assert pack(source, out).packed == 24
 
-    def test_a_worker_that_is_killed_ends_the_run_with_a_hint(
-        self, source: Path, tmp_path: Path, monkeypatch: Patch
+    def test_a_killed_worker_ends_the_run_with_a_hint(
+        self, source: Path, out: Path, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(packing, "pack_part", dies)
         with pytest.raises(UserError, match="a worker process was killed"):
-            pack(source, tmp_path / "set", workers=2)
+            pack(source, out, workers=2)
         monkeypatch.undo()
-        assert pack(source, tmp_path / "set").packed == 24
+        assert pack(source, out).packed == 24
 
     @pytest.mark.parametrize("workers", [1, 3])
     def test_tasks_are_all_done_and_none_is_taken_long_before_its_turn(self, workers: int) -> None:
@@ -892,7 +870,7 @@ class TestManifest:
         assert re.fullmatch("sha256:[0-9a-f]{64}", values["checksum"])
         assert {"python", "numpy", "pillow", "libjpeg", "sagan_layers"} <= set(values["versions"])
 
-    def test_the_checksum_changes_with_a_pixel_a_label_and_a_name(
+    def test_the_checksum_changes_with_pixel_label_and_name(
         self, made: Made, tmp_path: Path, sound: Path
     ) -> None:
         sums = {PackedDataset(sound).fingerprint()}
@@ -949,7 +927,7 @@ class TestPackedDataset:
         assert torch.equal(again.fetch([4, 2])[0], dataset.fetch([4, 2])[0])
 
     @pytest.mark.parametrize(("num_workers", "context"), [(0, None), (1, "fork"), (1, "spawn")])
-    def test_the_loader_serves_the_same_batches_whoever_reads(
+    def test_batches_are_the_same_whoever_reads(
         self, sound: Path, num_workers: int, context: str | None
     ) -> None:
         dataset = PackedDataset(sound)
@@ -971,9 +949,7 @@ class TestCommand:
         *("--network.g-attention", "16", "--network.d-attention", "8", "--output.grid-columns", "2"),
     )
 
-    def test_from_generated_images_to_a_trained_run_and_its_resumption(
-        self, tmp_path: Path, capsys: Capture
-    ) -> None:
+    def test_from_generated_images_to_a_resumed_run(self, tmp_path: Path, capsys: Capture) -> None:
         made = ["--classes", 2, "--images", 5, "--val-images", 1, "--scale", 0.15]
         assert main("make-images", "--out", tmp_path / "src", *made) == 0
         assert "10 training and 2 validation images in 2 classes" in capsys.readouterr().out
@@ -1034,6 +1010,8 @@ class TestCommand:
             (["--source", "x"], "out: expected --out"),
             (["--source", "nowhere", "--out", "x"], "nothing is at nowhere"),
             (["--source", "x", "--out", "x", "--resolution", "0"], "resolution: expected at least 1"),
+            (["--source", "x", "--out", "x", "--workers", "-1"], "workers: expected at least 1, got -1"),
+            (["--source", "x", "--out", "x", "--part-size", "-1"], "part_size: expected at least 1, got -1"),
         ],
     )
     def test_wrong_options_end_with_a_plain_message(
@@ -1044,20 +1022,8 @@ class TestCommand:
         assert message in captured.err
         assert "Traceback" not in captured.err
 
-    def test_workers_and_part_size_must_be_positive(
-        self, made: Made, tmp_path: Path, capsys: Capture
-    ) -> None:
-        source = ["--source", made("folder"), "--out", tmp_path / "set"]
-        for option in ("--workers", "--part-size"):
-            assert main("prepare", *source, option, -1) == 1
-            assert f"{option[2:].replace('-', '_')}: expected at least 1, got -1" in capsys.readouterr().err
-
-    def test_ctrl_c_keeps_what_is_finished_and_says_so(
-        self,
-        made: Made,
-        tmp_path: Path,
-        monkeypatch: Patch,
-        capsys: Capture,
+    def test_ctrl_c_keeps_finished_parts_and_says_so(
+        self, made: Made, tmp_path: Path, monkeypatch: Patch, capsys: Capture
     ) -> None:
         monkeypatch.setattr(packing, "pack_part", interrupt)
         options = ["--source", made("folder"), "--out", tmp_path / "set", "--workers", 1]
@@ -1066,7 +1032,7 @@ class TestCommand:
 
 
 class TestSynthetic:
-    def test_the_same_seed_gives_the_same_files_and_another_others(self, tmp_path: Path) -> None:
+    def test_the_same_seed_gives_the_same_files_and_another_others(self, out: Path) -> None:
         sets = [replace(MADE, images=1, seed=seed) for seed in (0, 0, 1)]
         files = [{name: data for name, _, data in each.train()} for each in sets]
         assert files[0] == files[1] != files[2]
