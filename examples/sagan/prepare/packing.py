@@ -50,7 +50,7 @@ from sagan.prepare.staging import Staging
 _CROP = "the central square, as wide as the short side"
 _DECODING = "full decode by Pillow, upright as EXIF says, RGB"
 # A killed run redoes what it finished in this time; markers are not written more often, since each waits for the disk.
-_MARK_EVERY_S = 0.5
+MARK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class _Packing:
             for part, result in run_tasks(pack_part, tasks, min(self.workers, len(missing))):
                 unmarked[part.number] = result
                 progress.add(len(part.rows))
-                if time.monotonic() - marked_at >= _MARK_EVERY_S:
+                if time.monotonic() - marked_at >= MARK_EVERY_S:
                     self._mark(unmarked)
                     marked_at = time.monotonic()
         finally:  # finished parts are saved, whatever ends the work

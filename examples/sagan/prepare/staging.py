@@ -32,8 +32,8 @@ from sagan.io import atomic_write, atomic_write_text, locked, sync_folder
 from sagan.prepare.listing import Indices
 from sagan.prepare.part import PartResult, write_all
 
-_MOVED_BYTES = 64 * 2**20
-_SPARE_BYTES = 64 * 2**20
+MOVED_BYTES = 64 * 2**20
+SPARE_BYTES = 64 * 2**20
 _SMALL_BYTES_PER_IMAGE = 256  # label, digest, name, marker
 
 
@@ -83,7 +83,7 @@ class Staging:
         Raises:
             UserError: it does not; the message has the numbers.
         """
-        total = count * (3 * resolution**2 + _SMALL_BYTES_PER_IMAGE) + _SPARE_BYTES
+        total = count * (3 * resolution**2 + _SMALL_BYTES_PER_IMAGE) + SPARE_BYTES
         # Blocks, not size: the parts of the array that are not written yet are holes. Windows does not tell.
         written = getattr(self.array.stat(), "st_blocks", 0) * 512 if self.array.is_file() else 0
         free = shutil.disk_usage(self.folder).free
@@ -135,7 +135,7 @@ class Staging:
             resolution: side of the images.
         """
         row_bytes = 3 * resolution**2
-        block = max(1, _MOVED_BYTES // row_bytes)
+        block = max(1, MOVED_BYTES // row_bytes)
         moved = sorted(self._moved.glob("*.rows"))
         first_gap = int(np.flatnonzero(np.append(readable, -1) != np.arange(len(readable) + 1))[0])
         start = int(moved[-1].stem) if moved else first_gap
