@@ -30,13 +30,13 @@ def check_choices(options: object) -> None:
 
 
 def is_taken(out: Path, *, besides: str | None = None) -> bool:
-    """Whether something lies where a folder is to be written, files whose names begin with ``besides`` apart."""
+    """Whether ``out`` exists and is not empty, except for files whose names begin with ``besides``."""
     if not out.is_dir():
         return out.exists()
     return any(besides is None or not inside.name.startswith(besides) for inside in out.iterdir())
 
 
 def check_is_new(out: Path) -> None:
-    """Raise :class:`UserError` where a folder is to be written and something is there already."""
+    """Raise :class:`UserError` if ``out`` exists and is not an empty folder."""
     if is_taken(out):
         raise UserError(f"out: expected a folder that is not there yet or empty, got {out}")

@@ -154,7 +154,7 @@ def claim_folder(out: Path, trained: TrainedGenerator, **options: object) -> Non
     weights = f"sha256:{module_digest(trained.generator)}"
     samples = {"iteration": trained.iteration, "weights": weights, **options}
     path = out / SAMPLES
-    taken = is_taken(out, besides=SAMPLES)  # before the file, which another process may be writing
+    taken = is_taken(out, besides=SAMPLES)  # asked first: another process may write the file now
     if path.is_file():
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
