@@ -42,7 +42,7 @@ class NetworkConfig:
 
     Attributes:
         resolution: height and width of the images in pixels: 32, 64, 128 or 256.
-        base_width: channels of the largest feature map.
+        base_width: channels of the feature map with the highest resolution.
         num_classes: number of classes; 0 for an unconditional GAN, None to take the data's.
         latent_dim: size of z.
         g_attention: resolutions of the feature maps that G applies attention to.
