@@ -814,7 +814,7 @@ class TestVerify:
         wrong = " ".join(verify(sound))
         assert "expected 4,736 bytes, got 4,536" in wrong
         assert "2 of 24 images are damaged" in wrong
-        with pytest.raises(PackedError, match="not whole"):
+        with pytest.raises(PackedError, match="not complete"):
             PackedDataset(sound)
 
     @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from sagan.cli.parsing import INTERRUPTED
 from sagan.data import read_manifest, verify
+from sagan.data.decoding import Resample
 from sagan.data.prefetch import usable_cpus
 from sagan.errors import UserError, check_at_least
 from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
@@ -41,7 +41,7 @@ class Prepare:
     source: str | None = None
     out: Path | None = None
     resolution: int = 128
-    resample: Literal["bilinear", "bicubic", "lanczos", "box"] = "bilinear"
+    resample: Resample = "bilinear"
     kind: Kind = "auto"
     split: str = "train"
     ground_truth: Path | None = None

@@ -1,11 +1,11 @@
 """Training images: a folder for each class, or a prepared set, checked and served as resumable batches."""
 
 from sagan.data.config import DataConfig
-from sagan.data.dataset import DatasetCheck, ImageDataset
-from sagan.data.decoding import RESAMPLE_FILTERS, ImageReadError, decode_image
+from sagan.data.dataset import ImageDataset
+from sagan.data.decoding import ImageReadError, decode_image
 from sagan.data.device_prefetch import prefetch_to_device
 from sagan.data.folder import ImageFolderDataset
-from sagan.data.inspection import CheckMode, PreflightReport, UnreadableFile, preflight
+from sagan.data.inspection import preflight
 from sagan.data.loading import ResumableBatchSampler, horizontal_flips, make_loader
 from sagan.data.opening import check_dataset, open_dataset
 from sagan.data.packed import PackedDataset
@@ -14,10 +14,7 @@ from sagan.data.tree import IMAGE_EXTENSIONS, DatasetError, ImageTree, PathTable
 
 __all__ = [
     "IMAGE_EXTENSIONS",
-    "RESAMPLE_FILTERS",
-    "CheckMode",
     "DataConfig",
-    "DatasetCheck",
     "DatasetError",
     "ImageDataset",
     "ImageFolderDataset",
@@ -26,9 +23,7 @@ __all__ = [
     "PackedDataset",
     "PackedError",
     "PathTable",
-    "PreflightReport",
     "ResumableBatchSampler",
-    "UnreadableFile",
     "check_dataset",
     "decode_image",
     "horizontal_flips",

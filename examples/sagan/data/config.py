@@ -11,15 +11,15 @@ from sagan.errors import UserError
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How images are read. A prepared set decides all but horizontal_flip and check itself.
+    """How images are read. For a prepared set, only horizontal_flip and check count.
 
     Attributes:
         split: name of the folder below the root that holds the class folders, where there is one.
         resample: filter of the antialiased resize: bilinear, bicubic, lanczos or box.
-        horizontal_flip: mirror half of the images, chosen anew in each epoch.
+        horizontal_flip: mirror half of the images, chosen again in each epoch.
         draft: let the JPEG decoder scale down: about twice as fast, not the same pixels.
         check: preflight: "full" decodes every file, "headers" opens it, "auto" is full up to 100,000 files, or
-            "off". A prepared set is read whole and compared with its checksums by "full" alone.
+            "off". Of a prepared set, only "full" reads all images and compares them with their digests.
         cache_mib: keep decoded images in memory if they all fit into this many MiB.
         workers: processes that decode, when the images are not in memory.
     """

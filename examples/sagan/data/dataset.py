@@ -21,7 +21,7 @@ class DatasetCheck:
     Attributes:
         text: what to print.
         unreadable: files that cannot be used, as `ImageDataset.without` takes them.
-        report_name: name of the file that holds the whole report in a run's folder.
+        report_name: name of the report's file in a run's folder.
         report: its text.
     """
 
@@ -73,7 +73,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
             indices: N of them, each 0 to len - 1.
 
         Returns:
-            images uint8 [N, 3, R, R] in memory of their own, and labels int64 [N].
+            images uint8 [N, 3, R, R] in new memory, and labels int64 [N].
         """
 
     @abc.abstractmethod
@@ -99,7 +99,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
             progress: draw a progress bar.
 
         Raises:
-            DatasetError: the set is damaged as a whole.
+            DatasetError: the set cannot be used at all.
         """
 
     def without(self, unreadable: Sequence[str]) -> ImageDataset:

@@ -99,7 +99,7 @@ class ImageFolderDataset(ImageDataset):
         """Return a batch; see `ImageDataset.fetch`.
 
         Raises:
-            DatasetError: no image of the whole data set can be read.
+            DatasetError: no image of the data set can be read.
         """
         wanted = torch.as_tensor(indices, dtype=torch.int64)
         if self._cache is not None:

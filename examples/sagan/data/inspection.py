@@ -91,7 +91,7 @@ class PreflightReport:
 
     @property
     def unreadable_paths(self) -> list[Path]:
-        """Paths to leave out, as `ImageTree.without` takes them."""
+        """Paths of the unreadable files, as `ImageTree.without` takes them."""
         return [self.root / file.path for file in self.unreadable]
 
     def add(self, facts: ImageFacts) -> None:
@@ -108,7 +108,7 @@ class PreflightReport:
 
         Args:
             max_listed: how many unreadable files to list by name.
-            saved_as: the file that holds the whole report.
+            saved_as: file of the full report.
         """
         counts = list(self.images_per_class.values())
         num_skipped = sum(self.skipped.values())
@@ -148,7 +148,7 @@ class PreflightReport:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Return the whole report as JSON; nothing is shortened."""
+        """Return the full report as JSON."""
         counts = list(self.images_per_class.values())
         values = {
             **vars(self),

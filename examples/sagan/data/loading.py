@@ -105,10 +105,6 @@ class ResumableBatchSampler(Sampler[list[int]]):
             indices[chosen] = self._permutation(epoch)[places[chosen]]
         return IndexBatch(indices, epochs)
 
-    def epoch_of(self, number: int) -> float:
-        """Return how many epochs lie before global batch `number`."""
-        return number * self.batch_size / self._items_per_epoch
-
     def _permutation(self, epoch: int) -> Indices:
         if epoch not in self._latest:
             self._latest = {epoch: np.random.default_rng([self.seed, epoch]).permutation(self.num_items)}

@@ -50,7 +50,7 @@ class PackedDataset(ImageDataset):
             resolution: the resolution that is needed; None takes the set's.
 
         Raises:
-            PackedError: the set is not whole, or has another resolution.
+            PackedError: the set is not complete, or has another resolution.
         """
         folder = Path(folder)
         self.manifest = read_manifest(folder)
@@ -69,7 +69,7 @@ class PackedDataset(ImageDataset):
         except (OSError, ValueError) as error:
             problems = [f"{LABELS}: {error}"]
         if problems:
-            raise PackedError(f"the prepared set in {folder} is not whole: {problems[0]}")
+            raise PackedError(f"the prepared set in {folder} is not complete: {problems[0]}")
         self.class_names = tuple(self.manifest.class_names)
         self.num_classes = len(self.class_names)
         self.labels = torch.from_numpy(labels)
@@ -94,7 +94,7 @@ class PackedDataset(ImageDataset):
     def check(
         self, mode: CheckMode, *, report_folder: Path | None = None, progress: bool = False
     ) -> DatasetCheck:
-        """In mode "full" read the set whole and compare it with its digests; the report is its manifest.
+        """In mode "full" compare all images with their digests; the report is the set's manifest.
 
         Raises:
             PackedError: the set is damaged.

@@ -47,26 +47,11 @@ class PackedError(DatasetError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json holds.
+    """What manifest.json holds, and the folder that it is in.
 
-    Attributes:
-        folder: where the set is; not in the file.
-        created: date and time.
-        source: kind and path of the source, and the plan: all that decides the pixels.
-        resolution: side of the images in pixels.
-        filter: filter of the resize.
-        crop: which part of each image was taken, in words.
-        decoding: how files were decoded, in words.
-        layout: of the array, in words.
-        num_images: number of images.
-        num_classes: number of classes.
-        class_names: names by label.
-        class_words: human names by label, where the source has them.
-        images_per_class: by label.
-        counts: images listed, packed and unreadable, and files that are no images.
-        checksum: of pixels, labels, class names and resolution: the same for the same images from any source.
-        files: size and SHA-256 of the small files.
-        versions: of the libraries.
+    ``source`` has the kind and path of the source, and the plan: all that decides the pixels. The checksum is of
+    pixels, labels, class names and resolution: the same for the same images from any source. ``files`` lists size and
+    SHA-256 of the small files. Names, words (human names, where the source has them) and counts are by label.
     """
 
     folder: Path
@@ -101,7 +86,7 @@ class Manifest:
                 f"  {self.num_images:,} images of {self.resolution}x{self.resolution} in {self.num_classes:,} classes"
                 f" ({min(self.images_per_class):,} to {max(self.images_per_class):,} each)",
                 f"  from {self.source['kind']} {self.source['path']}, "
-                f"{self.counts['unreadable']:,} unreadable left out",
+                f"{self.counts['unreadable']:,} unreadable not packed",
                 f"  {self.decoding}; crop: {self.crop}; filter: {self.filter}",
                 f"  checksum {self.checksum}",
             ]
@@ -186,7 +171,7 @@ def damaged_images(
     threads: int | None = None,
     progress: bool = False,
 ) -> list[int]:
-    """Read an images.npy whole and return the rows that do not match their digest.
+    """Read all of an images.npy and return the rows that do not match their digest.
 
     Args:
         path: the array.
@@ -215,7 +200,7 @@ def damaged_images(
 
 
 def verify(folder: Path, *, progress: bool = False) -> list[str]:
-    """Read a prepared set whole and return what is wrong with it, nothing if it is sound."""
+    """Read all of a prepared set and return what is wrong with it, nothing if it is sound."""
     try:
         manifest = read_manifest(folder)
     except PackedError as error:

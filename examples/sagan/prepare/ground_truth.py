@@ -26,7 +26,7 @@ _FOUND_BY_NAME = (
 _WORDS_FOUND_BY_NAME = ("LOC_synset_mapping.txt", "words.txt", "synset_words.txt")
 _NUMBER = re.compile(r"_(\d{8})\.\w+")
 _HELP = (
-    "Give --ground-truth: LOC_val_solution.csv (Kaggle), a text file with the WNID of each image in a line, or the "
+    "Give --ground-truth: LOC_val_solution.csv (Kaggle), a text file with the WNID of one image per line, or the "
     "development kit (its folder or .tar.gz), which holds ILSVRC2012_validation_ground_truth.txt and meta.mat."
 )
 
@@ -99,7 +99,7 @@ def read_ground_truth(path: Path | None, synsets: Path | None, source: Path) -> 
 
     Args:
         path: what the user named; None looks beside the source.
-        synsets: what the user named for the kit's numbers: meta.mat, or a text file with a WNID a line.
+        synsets: what the user named for the kit's numbers: meta.mat, or a text file with one WNID per line.
         source: the images.
 
     Raises:
@@ -108,7 +108,7 @@ def read_ground_truth(path: Path | None, synsets: Path | None, source: Path) -> 
     found = path or find_beside(source, _FOUND_BY_NAME)
     if found is None:
         raise DatasetError(
-            f"the images in {source} have no class folders, and no ground truth lies beside them: their classes "
+            f"the images in {source} have no class folders, and there is no ground truth beside them: their classes "
             f"cannot be known. {_HELP}"
         )
     if not found.exists():
@@ -136,7 +136,7 @@ def read_ground_truth(path: Path | None, synsets: Path | None, source: Path) -> 
     if lines and all(len(line) == 2 and WNID.fullmatch(line[1]) for line in lines):
         return GroundTruth(by_name={_stem(name): wnid for name, wnid in lines}), remark
     raise DatasetError(
-        f"cannot read the ground truth in {found}: expected a number or a WNID (n01440764) a line, or an image and "
+        f"cannot read the ground truth in {found}: expected a number or a WNID (n01440764) per line, or an image and "
         f"its WNID, got {' '.join(lines[0]) if lines else 'an empty file'!r}. {_HELP}"
     )
 
@@ -185,7 +185,7 @@ def _devkit(numbers: Sequence[int], synsets: Path | None, meta: bytes | None, pa
     else:
         raise DatasetError(
             f"{path} holds the development kit's numbers, from 1. They are not in the order of the WNIDs, so without "
-            "meta.mat (which lies beside it in the kit) the classes cannot be known. Give --synsets: that meta.mat, "
+            "meta.mat (which is beside it in the kit) the classes cannot be known. Give --synsets: that meta.mat, "
             f"or a text file with the WNID of each number in a line. Or {_HELP[0].lower()}{_HELP[1:]}"
         )
     if min(numbers) < 1 or max(numbers) > len(wnids):
@@ -240,7 +240,9 @@ def read_words(path: Path | None, class_names: Sequence[str], source: Path) -> d
     if found is None:
         return {}
     if not found.is_file():
-        raise DatasetError(f"expected a text file with a WNID and its words a line at {found}, found nothing")
+        raise DatasetError(
+            f"expected a text file with a WNID and its words per line at {found}, found nothing"
+        )
     words = {}
     for line in found.read_text(encoding="utf-8", errors="replace").splitlines():
         wnid, _, text = line.strip().replace("\t", " ", 1).partition(" ")

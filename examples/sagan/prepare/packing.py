@@ -115,7 +115,7 @@ def prepare(
     with staging.locked():
         begun = staging.read_plan()
         if begun is not None:
-            _refuse_differences(begun, plan, f"what was begun in {staging.folder}", staging.folder)
+            _refuse_differences(begun, plan, f"the unfinished set in {staging.folder}", staging.folder)
         if begun is None or not staging.is_moving:
             try:
                 staging.check_space(len(listing), resolution)

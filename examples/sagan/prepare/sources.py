@@ -51,7 +51,7 @@ def list_source(source: str, options: SourceOptions) -> Listing:
         options: how to read it.
 
     Raises:
-        DatasetError: it is of no known kind, or not whole; the message says what was found.
+        DatasetError: it is of no known kind, or damaged; the message says what was found.
     """
     path = Path(source).expanduser()
     if not path.exists():
