@@ -17,8 +17,8 @@ import pytest
 import torch
 from image_trees import WNIDS, count_files, jpeg_bytes, write_image_tree, write_messy_tree
 from PIL import Image
-from training_runs import assert_same_run, metrics_of
 from torch import Tensor
+from training_runs import assert_same_run, metrics_of
 
 import imagenet_sagan
 from sagan.cli import demo, sample

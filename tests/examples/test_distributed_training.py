@@ -14,6 +14,7 @@ import torch.distributed as dist
 from several_processes import results_by_rank
 from test_losses import hinge_with_r1
 from torch import Tensor
+from training_runs import set_gammas
 
 from sagan.data import ResumableBatchSampler
 from sagan.distributed import (
@@ -82,10 +83,7 @@ def train(case: str, world: World) -> dict[str, Tensor]:
     losses = {"hinge": Losses(hinge_with_r1, negative_logits)} if case == "gradient penalty" else {}
     with mock.patch.dict(LOSSES, losses):
         trainer = Trainer(config, torch.arange(3), world)
-    with torch.no_grad():  # at 0 the mixers are the identity
-        for network in (trainer.generator, trainer.discriminator):
-            for mixer in network.mixers.values():
-                mixer.gamma.fill_(0.7)
+    set_gammas(trainer)
     batches = Batches(config, world)
     trainer.step(batches)
     results = {

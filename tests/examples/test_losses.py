@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import Batches, assert_same_run, changed, make_trainer, metrics_of
 from torch import Tensor
+from training_runs import Batches, assert_same_run, make_trainer, metrics_of
 
 from sagan.randomness import training_noise
 from sagan.recipes import RunConfig
@@ -85,15 +84,14 @@ def test_a_gradient_penalty_is_one_function(
 
 
 def test_measurements_are_in_the_log_and_random_numbers_of_a_loss_in_the_checkpoint(
-    tiny_config: RunConfig, run_training: Train, tmp_path: Path, use_loss: Callable[[Any], None]
+    train_tiny: Train, use_loss: Callable[[Any], None]
 ) -> None:
     use_loss(wgan_gp)
-    config = changed(tiny_config, output__log_every=1, output__sample_every=2, accumulation=2)
-    whole = run_training(changed(config, out=tmp_path / "whole", iterations=4))
-    parts = changed(config, out=tmp_path / "parts", iterations=2)
-    run_training(parts)
+    settings = {"output__log_every": 1, "output__sample_every": 2, "accumulation": 2}
+    whole = train_tiny("whole", iterations=4, **settings)
+    train_tiny("parts", iterations=2, **settings)
     torch.manual_seed(999)
-    run_training(changed(parts, iterations=4), resume=True)
+    parts = train_tiny("parts", iterations=4, resume=True, **settings)
     assert_same_run(whole.out, parts.out)
     rows = metrics_of(whole.out)
     assert all(row["gradient_penalty"] > 0 for row in rows)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import Batches, assert_same, make_trainer
 from torch import Tensor, nn
+from training_runs import Batches, assert_same, make_trainer
 
 from sagan.recipes import RunConfig
 from sagan.train.update import Trainer
