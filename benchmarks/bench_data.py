@@ -45,23 +45,15 @@ Turn = Callable[[], float]
 
 @dataclass(frozen=True)
 class Scale:
-    """How much to measure.
+    """How much to measure."""
 
-    Attributes:
-        resolution: side of the prepared images.
-        images: what is generated.
-        copies: how many times the set that is read repeats each prepared image.
-        rounds: turns of each contender.
-        prepare_rounds: turns where a set is prepared, whose times scatter more.
-        batches: batches of one turn of a loader that decodes; fast readers take ten times as many.
-    """
-
-    resolution: int = 128
+    resolution: int = 128  # side of the prepared images
+    # What is generated.
     images: SyntheticSet = field(default_factory=lambda: SyntheticSet(classes=20, images=120, val_images=0))
-    copies: int = 6
-    rounds: int = 5
-    prepare_rounds: int = 7
-    batches: int = 6
+    copies: int = 6  # how many times the set that is read repeats each prepared image
+    rounds: int = 5  # turns of each contender
+    prepare_rounds: int = 7  # turns where a set is prepared, whose times scatter more
+    batches: int = 6  # batches of one turn of a loader that decodes; fast readers take ten times as many
 
 
 QUICK = Scale(
@@ -120,7 +112,7 @@ def measure_prepare(root: Path, scale: Scale, results: harness.Results) -> Path:
         out = root / f"{layout}-prepared"
         shutil.rmtree(out, ignore_errors=True)
         start = time.perf_counter()
-        listing = list_source(str(sources[layout]), SourceOptions(workers=workers))
+        listing = list_source(str(sources[layout]), SourceOptions(), workers=workers)
         made[layout] = prepare(listing, out, resolution=scale.resolution, workers=workers)
         seconds = time.perf_counter() - start
         decoding[f"ours: {layout}"].append(made[layout].packed / made[layout].seconds)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from sagan.cli.parsing import INTERRUPTED
 from sagan.data import read_manifest, verify
 from sagan.data.decoding import Resample
 from sagan.data.prefetch import usable_cpus
 from sagan.errors import UserError, check_at_least
-from sagan.prepare import Kind, SourceOptions, format_report, list_source, prepare
+from sagan.prepare import SourceOptions, format_report, list_source, prepare
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,7 @@ class Prepare:
         out: folder to create; it appears once it is complete.
         resolution: side of the images in pixels.
         resample: filter of the antialiased resize: bilinear, bicubic, lanczos or box.
-        kind: kind of source: auto, class-tars, flat, folder or parquet.
-        split: the split to pack, if the source has several.
-        ground_truth: classes of images without class folders: LOC_val_solution.csv, a text file with one WNID per line,
-            or ILSVRC's development kit (folder or .tar.gz); by default searched next to the source.
-        synsets: meaning of the development kit's numbers, if meta.mat is not next to them.
-        words: human-readable class names such as LOC_synset_mapping.txt; by default searched next to the source.
+        options: how to read the source.
         workers: processes that decode; by default one for each CPU.
         part_size: images that a process packs at a time, and that an interruption loses; by default a 64th of all, from
             16 to 1024.
@@ -42,11 +40,7 @@ class Prepare:
     out: Path | None = None
     resolution: int = 128
     resample: Resample = "bilinear"
-    kind: Kind = "auto"
-    split: str = "train"
-    ground_truth: Path | None = None
-    synsets: Path | None = None
-    words: Path | None = None
+    options: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
     workers: int | None = None
     part_size: int | None = None
     verify: Path | None = None
@@ -62,16 +56,8 @@ def run(command: Prepare) -> int:
     assert command.source is not None
     assert command.out is not None
     check_at_least(command, 1, "resolution", "workers", "part_size")
-    options = SourceOptions(
-        kind=command.kind,
-        split=command.split,
-        ground_truth=command.ground_truth,
-        synsets=command.synsets,
-        words=command.words,
-        workers=command.workers or usable_cpus(),
-    )
     try:
-        listing = list_source(command.source, options)
+        listing = list_source(command.source, command.options, workers=command.workers or usable_cpus())
         print(listing.describe(), flush=True)
         prepared = prepare(
             listing,

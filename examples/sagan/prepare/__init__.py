@@ -3,6 +3,6 @@
 from sagan.prepare.listing import Listing
 from sagan.prepare.packing import Prepared, prepare
 from sagan.prepare.report import format_report
-from sagan.prepare.sources import Kind, SourceOptions, list_source
+from sagan.prepare.sources import SourceOptions, list_source
 
-__all__ = ["Kind", "Listing", "Prepared", "SourceOptions", "format_report", "list_source", "prepare"]
+__all__ = ["Listing", "Prepared", "SourceOptions", "format_report", "list_source", "prepare"]

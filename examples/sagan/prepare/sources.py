@@ -27,12 +27,12 @@ class SourceOptions:
     """How to read a source.
 
     Attributes:
-        kind: what it is; "auto" finds out.
-        split: the part to take where the source has several.
-        ground_truth: the classes of images without class folders.
-        synsets: the WNIDs of the development kit's numbers.
-        words: human names of the classes.
-        workers: processes that list archives.
+        kind: kind of source: auto, class-tars, flat, folder or parquet.
+        split: the split to pack, if the source has several.
+        ground_truth: classes of images without class folders: LOC_val_solution.csv, a text file with one WNID per line,
+            or ILSVRC's development kit (folder or .tar.gz); by default searched next to the source.
+        synsets: meaning of the development kit's numbers, if meta.mat is not next to them.
+        words: human-readable class names such as LOC_synset_mapping.txt; by default searched next to the source.
     """
 
     kind: Kind = "auto"
@@ -40,15 +40,15 @@ class SourceOptions:
     ground_truth: Path | None = None
     synsets: Path | None = None
     words: Path | None = None
-    workers: int = 1
 
 
-def list_source(source: str, options: SourceOptions) -> Listing:
+def list_source(source: str, options: SourceOptions, *, workers: int = 1) -> Listing:
     """List the images of a source.
 
     Args:
         source: a file, a folder or a glob of parquet files.
         options: how to read it.
+        workers: processes that list archives.
 
     Raises:
         DatasetError: it is of no known kind, or damaged; the message says what was found.
@@ -67,7 +67,7 @@ def list_source(source: str, options: SourceOptions) -> Listing:
     kind = _recognise(path, options.split) if options.kind == "auto" else options.kind
     if kind == "class-tars":
         inner = path / options.split
-        listing = tars.list_class_tars(inner if _class_archives(inner) else path, options.workers)
+        listing = tars.list_class_tars(inner if _class_archives(inner) else path, workers)
     elif kind == "flat":
         listing = _list_flat(path, options)
     elif kind == "parquet":
