@@ -28,11 +28,13 @@ from PIL import Image
 import imagenet_sagan
 from sagan.cli.parsing import INTERRUPTED
 from sagan.data import (
+    DataConfig,
     DatasetError,
     PackedDataset,
     PackedError,
     decode_image,
     make_loader,
+    open_dataset,
     scan_image_tree,
     verify,
 )
@@ -43,6 +45,7 @@ from sagan.prepare.synthetic import (
     SyntheticSet,
     add_member,
     ilsvrc_ids,
+    synthetic_jpeg,
     write_folder,
     write_layout,
     write_shard,
@@ -102,10 +105,13 @@ def sound(source: Path, out: Path) -> Path:
     return pack(source, out).manifest.folder
 
 
-def pack(source: Path, out: Path, **options: Any) -> Prepared:
-    kind = SourceOptions(**{name: options.pop(name) for name in ("split", "kind") if name in options})
+def listed(source: Path | str, **options: Any) -> Listing:
+    return list_source(str(source), SourceOptions(**options))
+
+
+def pack(source: Path, out: Path, *, split: str = "train", **options: Any) -> Prepared:
     return prepare(
-        list_source(str(source), kind), out, **{"resolution": 8, "workers": 1, "part_size": 5, **options}
+        listed(source, split=split), out, **{"resolution": 8, "workers": 1, "part_size": 5, **options}
     )
 
 
@@ -162,7 +168,7 @@ class TestSources:
     def test_a_folder_of_class_archives_is_read_without_unpacking(self, made: Made, tmp_path: Path) -> None:
         with tarfile.open(made("tars") / "ILSVRC2012_img_train.tar") as archive:
             archive.extractall(tmp_path / "in" / "train", filter="data")
-        listings = [list_source(str(tmp_path / "in" / name), SourceOptions()) for name in ("", "train")]
+        listings = [listed(tmp_path / "in" / name) for name in ("", "train")]
         assert [listing.kind for listing in listings] == ["class tars"] * 2
         sums = {
             prepare(listing, tmp_path / str(n), resolution=8, workers=1).manifest.checksum
@@ -171,9 +177,7 @@ class TestSources:
         assert sums == {pack(made("folder"), tmp_path / "set").manifest.checksum}
 
     def test_the_downloads_folder_itself_is_a_source_of_both_splits(self, made: Made) -> None:
-        kinds = [
-            list_source(str(made("tars")), SourceOptions(split=split)).kind for split in ("train", "val")
-        ]
+        kinds = [listed(made("tars"), split=split).kind for split in ("train", "val")]
         assert kinds == ["class tars", "flat images"]
 
     def test_labels_follow_sorted_class_archives_and_empty_ones_keep_theirs(self, tmp_path: Path) -> None:
@@ -203,7 +207,7 @@ class TestParquet:
     ) -> None:
         rows = [(f"{n}.jpg", n % 2, jpeg_bytes(n)) for n in range(4)]
         write_shard(tmp_path / "a.parquet", rows, ["zebra", "ant"] if named else None)
-        listing = list_source(str(tmp_path / "a.parquet"), SourceOptions())
+        listing = listed(tmp_path / "a.parquet")
         assert listing.class_names == (("zebra", "ant") if named else ("0", "1"))
         assert listing.labels.tolist() == [0, 0, 1, 1]
 
@@ -222,7 +226,7 @@ class TestParquet:
             {"file": f"{WNIDS[1]}/{WNIDS[0]}_9.JPEG", "detail": f"named after {WNIDS[0]}"}
         ]
 
-    def test_a_row_without_bytes_is_left_out_and_listed(self, tmp_path: Path) -> None:
+    def test_a_row_without_bytes_is_reported(self, tmp_path: Path) -> None:
         rows = [(None, n % 2, jpeg_bytes(n) if n else None) for n in range(4)]
         write_shard(tmp_path / "a.parquet", rows, ["a", "b"])
         prepared = pack(tmp_path / "a.parquet", tmp_path / "set")
@@ -232,7 +236,7 @@ class TestParquet:
     def test_parts_are_whole_row_groups(self, tmp_path: Path) -> None:
         rows = [(f"{n}.jpg", n % 2, jpeg_bytes(n)) for n in range(10)]
         write_shard(tmp_path / "a.parquet", rows, ["a", "b"], row_group_size=3)
-        listing = list_source(str(tmp_path / "a.parquet"), SourceOptions())
+        listing = listed(tmp_path / "a.parquet")
         parts = listing.files.parts(4)
         assert [len(part) for part in parts] == [6, 4]
         assert sorted(np.concatenate(parts).tolist()) == list(range(10))
@@ -249,7 +253,7 @@ class TestParquet:
     ) -> None:
         write_shard(tmp_path / "train-0.parquet", rows, None)
         with pytest.raises(DatasetError, match=message):
-            list_source(str(tmp_path), SourceOptions(split=split))
+            listed(tmp_path, split=split)
 
     def test_other_columns_and_damaged_files_are_refused(self, tmp_path: Path) -> None:
         import pyarrow as pa
@@ -257,10 +261,10 @@ class TestParquet:
 
         pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t.parquet")
         with pytest.raises(DatasetError, match=r"column image of struct<bytes, path>.*got text: string"):
-            list_source(str(tmp_path / "t.parquet"), SourceOptions())
+            listed(tmp_path / "t.parquet")
         (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
         with pytest.raises(DatasetError, match="cannot read the parquet file"):
-            list_source(str(tmp_path / "t.parquet"), SourceOptions())
+            listed(tmp_path / "t.parquet")
 
 
 def test_without_pyarrow_the_message_names_the_extra(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -268,7 +272,7 @@ def test_without_pyarrow_the_message_names_the_extra(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1")
     with pytest.raises(DatasetError, match=r"needs pyarrow.*extra parquet"):
-        list_source(str(tmp_path), SourceOptions())
+        listed(tmp_path)
 
 
 class TestGroundTruth:
@@ -281,7 +285,7 @@ class TestGroundTruth:
         return tmp_path / "ILSVRC2012_img_val.tar"
 
     def names(self, val: Path, **options: Path) -> list[str]:
-        listing = list_source(str(val), SourceOptions(split="val", **options))
+        listing = listed(val, split="val", **options)
         return [listing.names.relative(index) for index in range(len(listing))]
 
     def test_every_form_gives_the_same_classes(self, made: Made, val: Path, tmp_path: Path) -> None:
@@ -314,7 +318,7 @@ class TestGroundTruth:
         with tarfile.open(made("tars") / "ILSVRC2012_img_val.tar") as archive:
             archive.extractall(tmp_path / "CLS-LOC" / "val", filter="data")
         shutil.copy(made("tars") / "LOC_val_solution.csv", tmp_path)
-        listing = list_source(str(tmp_path / "CLS-LOC"), SourceOptions(split="val"))
+        listing = listed(tmp_path / "CLS-LOC", split="val")
         assert listing.kind == "flat images"
         assert f"classes from {tmp_path / 'LOC_val_solution.csv'}" in listing.describe()
         expected = scan_image_tree(made("folder"), split="val")
@@ -368,17 +372,17 @@ class TestGroundTruth:
 
     def test_words_of_a_named_file_must_cover_the_classes(self, made: Made, tmp_path: Path) -> None:
         (tmp_path / "words.txt").write_text("".join(f"{wnid}\tword {wnid}\n" for wnid in MADE.wnids))
-        options = SourceOptions(words=tmp_path / "words.txt")
-        assert list_source(str(made("folder")), options).class_words == tuple(f"word {w}" for w in MADE.wnids)
+        listing = listed(made("folder"), words=tmp_path / "words.txt")
+        assert listing.class_words == tuple(f"word {wnid}" for wnid in MADE.wnids)
         (tmp_path / "words.txt").write_text("n00000001 x\n")
         with pytest.raises(DatasetError, match="no words for 4 of 4 classes"):
-            list_source(str(made("folder")), options)
+            listed(made("folder"), words=tmp_path / "words.txt")
 
 
 class TestWrongSources:
     def refused(self, source: Path | str, **options: Any) -> str:
         with pytest.raises(DatasetError) as caught:
-            list_source(str(source), SourceOptions(**options))
+            listed(source, **options)
         return str(caught.value)
 
     def test_nothing_there(self, tmp_path: Path) -> None:
@@ -410,7 +414,7 @@ class TestWrongSources:
                     add_member(archive, f"{wnid}_1.JPEG", jpeg_bytes())
                 data = inner.getvalue().rstrip(b"\0")
                 add_member(outer, f"{wnid}.tar", data + bytes(-len(data) % 512))
-        listing = list_source(str(tmp_path / "t.tar"), SourceOptions())
+        listing = listed(tmp_path / "t.tar")
         assert [listing.names.relative(n) for n in range(2)] == [f"{w}/{w}_1.JPEG" for w in WNIDS[:2]]
 
     def test_two_archives_of_a_class(self, tmp_path: Path) -> None:
@@ -490,7 +494,7 @@ class TestBadFiles:
         assert not (tmp_path / "set.partial").exists()
 
     @pytest.mark.parametrize("place", [0, 5])
-    def test_a_bad_image_at_either_end_is_left_out(self, tmp_path: Path, place: int) -> None:
+    def test_a_bad_image_at_either_end_is_not_packed(self, tmp_path: Path, place: int) -> None:
         root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=3, sizes=[(20, 20)])
         paths = sorted(root.rglob("*.JPEG"))
         paths[place].write_bytes(b"")
@@ -537,7 +541,7 @@ class TestBadFiles:
 
     def test_a_source_that_changes_while_it_is_read_ends_the_run(self, tmp_path: Path) -> None:
         root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=2, sizes=[(20, 20)])
-        listing = list_source(str(root), SourceOptions())
+        listing = listed(root)
         (root / WNIDS[1] / f"{WNIDS[1]}_1.JPEG").unlink()
         with pytest.raises(DatasetError, match="any more"):
             prepare(listing, tmp_path / "set", resolution=8, workers=1)
@@ -743,7 +747,7 @@ class TestSpaceAndPlaces:
         assert pack(source, out).reused == 10
 
     def test_a_folder_with_other_things_is_not_touched(self, source: Path, out: Path) -> None:
-        (out).mkdir()
+        out.mkdir()
         (out / "thesis.txt").write_text("mine")
         with pytest.raises(UserError, match="not there yet or empty"):
             pack(source, out)
@@ -887,9 +891,12 @@ class TestManifest:
 
 
 class TestPackedDataset:
-    def test_it_serves_what_the_folder_dataset_serves(self, source: Path, sound: Path) -> None:
+    @pytest.fixture
+    def dataset(self, sound: Path) -> PackedDataset:
+        return PackedDataset(sound)
+
+    def test_it_serves_what_the_folder_dataset_serves(self, source: Path, dataset: PackedDataset) -> None:
         tree = scan_image_tree(source)
-        dataset = PackedDataset(sound, 8)
         assert dataset.class_names == tree.class_names
         assert (dataset.num_classes, dataset.resolution, len(dataset), dataset.cached) == (4, 8, 24, True)
         assert dataset.labels.tolist() == tree.labels.tolist()
@@ -901,16 +908,25 @@ class TestPackedDataset:
             assert label == tree.labels[index] == dataset.__getitems__([index])[0][1]
         assert torch.equal(dataset[-1][0], images[0])
 
-    def test_batches_do_not_alias_the_file(self, sound: Path) -> None:
-        dataset = PackedDataset(sound)
+    def test_it_is_opened_like_any_data_set(self, sound: Path) -> None:
+        opened = open_dataset(sound, 8, DataConfig(resample="box", draft=True, cache_mib=0))
+        assert isinstance(opened, PackedDataset)
+        assert (opened.resample, opened.draft, opened.split) == (
+            "bilinear",
+            False,
+            None,
+        )  # as the set was made
+        assert opened.without(()) is opened.in_memory(0) is opened.for_evaluation() is opened
+        assert opened.identity() == opened.fingerprint() == opened.manifest.checksum
+
+    def test_batches_do_not_alias_the_file(self, sound: Path, dataset: PackedDataset) -> None:
         before = dataset[3][0].clone()
         dataset.fetch([3])[0].fill_(0)
         assert torch.equal(dataset[3][0], before)
         assert verify(sound) == []
 
     @pytest.mark.parametrize("index", [24, -25])
-    def test_an_index_beyond_the_end_is_an_index_error(self, sound: Path, index: int) -> None:
-        dataset = PackedDataset(sound)
+    def test_an_index_beyond_the_end_is_an_index_error(self, dataset: PackedDataset, index: int) -> None:
         with pytest.raises(IndexError, match="below 24"):
             dataset[index]
         with pytest.raises(IndexError, match="from 0 to 23"):
@@ -920,27 +936,21 @@ class TestPackedDataset:
         with pytest.raises(PackedError, match=r"expected images of 32x32 .* has 8x8.*--resolution 32"):
             PackedDataset(sound, 32)
 
-    def test_it_can_be_pickled(self, sound: Path) -> None:
-        dataset = PackedDataset(sound)
+    def test_it_can_be_pickled(self, dataset: PackedDataset) -> None:
         again = pickle.loads(pickle.dumps(dataset))
         assert len(pickle.dumps(dataset)) < 20_000
         assert torch.equal(again.fetch([4, 2])[0], dataset.fetch([4, 2])[0])
 
     @pytest.mark.parametrize(("num_workers", "context"), [(0, None), (1, "fork"), (1, "spawn")])
     def test_batches_are_the_same_whoever_reads(
-        self, sound: Path, num_workers: int, context: str | None
+        self, dataset: PackedDataset, num_workers: int, context: str | None
     ) -> None:
-        dataset = PackedDataset(sound)
         options = {"batch_size": 5, "seed": 3, "horizontal_flip": True}
         loader = make_loader(dataset, num_workers=num_workers, multiprocessing_context=context, **options)
-        unhurried = PackedDataset(sound)
-        unhurried.prefetched_batches = 0
-        for (images, labels), (same_images, same_labels), _ in zip(
-            loader, make_loader(unhurried, **options), range(12), strict=False
-        ):
-            assert torch.equal(images, same_images)
-            assert torch.equal(labels, same_labels)
-        del loader
+        plain = PackedDataset(dataset.manifest.folder)
+        plain.prefetched_batches = 0
+        for batch, same, _ in zip(loader, make_loader(plain, **options), range(12), strict=False):
+            assert all(map(torch.equal, batch, same))
 
 
 class TestCommand:
@@ -1023,11 +1033,10 @@ class TestCommand:
         assert "Traceback" not in captured.err
 
     def test_ctrl_c_keeps_finished_parts_and_says_so(
-        self, made: Made, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+        self, source: Path, out: Path, monkeypatch: Patch, capsys: Capture
     ) -> None:
         monkeypatch.setattr(packing, "pack_part", interrupt)
-        options = ["--source", made("folder"), "--out", tmp_path / "set", "--workers", 1]
-        assert main("prepare", *options) == INTERRUPTED
+        assert main("prepare", "--source", source, "--out", out, "--workers", 1) == INTERRUPTED
         assert "The same command resumes" in capsys.readouterr().out
 
 
@@ -1036,6 +1045,13 @@ class TestSynthetic:
         sets = [replace(MADE, images=1, seed=seed) for seed in (0, 0, 1)]
         files = [{name: data for name, _, data in each.train()} for each in sets]
         assert files[0] == files[1] != files[2]
+
+    def test_many_images_are_made_by_several_processes(self) -> None:
+        made = SyntheticSet(classes=2, images=200, scale=0.02)
+        files = [(label, data) for _, label, data in made.train()]
+        for place in (0, 199, 200, 399):
+            label, number = divmod(place, 200)
+            assert files[place] == (label, synthetic_jpeg(0, label, number, 0.02))
 
     def test_sizes_and_bytes_are_like_those_of_imagenet(self) -> None:
         made = SyntheticSet(classes=2, images=8)
@@ -1054,8 +1070,7 @@ class TestSynthetic:
 
     def test_a_listing_knows_its_source_apart(self, made: Made, tmp_path: Path) -> None:
         def fingerprint(root: Path) -> str:
-            listing: Listing = list_source(str(root), SourceOptions())
-            return listing.fingerprint
+            return listed(root).fingerprint
 
         write_folder(tmp_path / "a", MADE)
         assert fingerprint(tmp_path / "a") == fingerprint(made("folder"))
