@@ -80,23 +80,14 @@ class BlockInputs:
 
 @dataclass(frozen=True)
 class AttentionCase(Case):
-    """Attention at one shape. C gives E = C / 8 and Ev = C / 2; the queries are all H x H positions.
+    """Attention at one shape. C gives E = C / 8 and Ev = C / 2; the queries are all H x H positions."""
 
-    Attributes:
-        shape: N, C, H.
-        pool_size: 2 or 1.
-        dtype_name: a key of DTYPES.
-        backends: which of ours to time, "auto" or names; all if empty.
-        peer: a checkout of BigGAN-PyTorch.
-        only_ours: if not empty, why every other contender refuses.
-    """
-
-    shape: Shape
-    pool_size: int
-    dtype_name: str
-    backends: tuple[str, ...] = ()
-    peer: Path | None = None
-    only_ours: str = ""
+    shape: Shape  # N, C, H
+    pool_size: int  # 2 or 1
+    dtype_name: str  # a key of DTYPES
+    backends: tuple[str, ...] = ()  # which of ours to time, "auto" or names; all if empty
+    peer: Path | None = None  # a checkout of BigGAN-PyTorch
+    only_ours: str = ""  # if not empty, why every other contender refuses
 
     @property
     def name(self) -> str:

@@ -33,20 +33,13 @@ class NormCase(Case):
     """Forward and backward in training: gradients of the map, and of the tables of gains and biases.
 
     All classes have the same gain and bias, so that batch norm without classes computes the same.
-
-    Attributes:
-        shape: of the map.
-        dtype_name: of the map, a key of DTYPES; parameters are float32, and bfloat16 is under autocast.
-        channels_last: the map's memory format.
-        peer: a checkout of BigGAN-PyTorch.
-        compiled: whether the textbook's form under torch.compile is a contender.
     """
 
-    shape: Shape
-    dtype_name: str
-    channels_last: bool
-    peer: Path | None = None
-    compiled: bool = False
+    shape: Shape  # of the map
+    dtype_name: str  # of the map, a key of DTYPES; parameters are float32, and bfloat16 is under autocast
+    channels_last: bool  # the map's memory format
+    peer: Path | None = None  # a checkout of BigGAN-PyTorch
+    compiled: bool = False  # whether the textbook's form under torch.compile is a contender
 
     @property
     def baseline(self) -> str:

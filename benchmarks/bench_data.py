@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import multiprocessing
 import os
 import shutil
@@ -32,7 +31,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import harness
 from sagan.data import ImageDataset, ImageFolderDataset, PackedDataset, make_loader, scan_image_tree, verify
-from sagan.data.packed_format import content_checksum, file_entry, image_header
 from sagan.data.prefetch import usable_cpus
 from sagan.prepare import Prepared, SourceOptions, list_source, prepare
 from sagan.prepare.synthetic import Layout, SyntheticSet, write_layout
@@ -92,8 +90,8 @@ def time_pillow(paths: Sequence[Path], resolution: int, workers: int) -> float:
         return time.perf_counter() - start
 
 
-def measure_prepare(root: Path, scale: Scale, results: harness.Results) -> Path:
-    """Measure preparing from each layout against Pillow alone; return one of the prepared sets."""
+def measure_prepare(root: Path, scale: Scale, results: harness.Results) -> None:
+    """Measure preparing from each layout against Pillow alone."""
     workers = usable_cpus()
     sources: dict[Layout, Path] = {
         "folder": root / "folder" / "train",
@@ -129,7 +127,6 @@ def measure_prepare(root: Path, scale: Scale, results: harness.Results) -> Path:
         record["contenders"][name]["decoding_images_per_s"] = statistics.median(rates[1:])
     check_prepared(made, paths, scale.resolution)
     results.add(record)
-    return made["folder"].manifest.folder
 
 
 def check_prepared(made: Mapping[Layout, Prepared], paths: Sequence[Path], resolution: int) -> None:
@@ -146,34 +143,16 @@ def check_prepared(made: Mapping[Layout, Prepared], paths: Sequence[Path], resol
             raise harness.WrongResultError(f"image {row} is not what Pillow makes of {paths[row].name}")
 
 
-def enlarged(folder: Path, copies: int, out: Path) -> Path:
-    """Write a prepared set that repeats each image of another, too large for a CPU's cache."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    out.mkdir()
-    with (out / "images.npy").open("wb") as file:
-        file.write(image_header(len(images) * copies, manifest["resolution"]))
-        for image in images:
-            file.write(image.tobytes() * copies)
-    labels, digests = (
-        np.repeat(np.load(folder / f"{name}.npy"), copies, axis=0) for name in ("labels", "digests")
-    )
-    np.save(out / "labels.npy", labels)
-    np.save(out / "digests.npy", digests)
-    for name in ("names.txt", "report.json", "report.txt"):
-        (out / name).write_bytes((folder / name).read_bytes())
-    files = {name: file_entry((out / name).read_bytes()) for name in manifest["files"]}
-    manifest |= {
-        "num_images": len(labels),
-        "images_per_class": [count * copies for count in manifest["images_per_class"]],
-        "counts": {**manifest["counts"], "packed": len(labels)},
-        "checksum": content_checksum(manifest["resolution"], manifest["class_names"], labels, digests),
-        "files": files,
-    }
-    (out / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    if wrong := verify(out):
-        raise harness.WrongResultError("; ".join(wrong))
-    return out
+def prepare_enlarged(root: Path, scale: Scale) -> Path:
+    """Prepare a set that repeats each image, too large for a CPU's cache."""
+    for path in scan_image_tree(root / "folder" / "train").paths:
+        folder = root / "enlarged" / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for copy in range(scale.copies):
+            (folder / f"{path.stem}.{copy}{path.suffix}").hardlink_to(path)
+    listing = list_source(str(root / "enlarged"), SourceOptions(), workers=usable_cpus())
+    made = prepare(listing, root / "enlarged-prepared", resolution=scale.resolution)
+    return made.manifest.folder
 
 
 class PlainImageFolder(Dataset[tuple[Tensor, int]]):
@@ -329,8 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         root = Path(folder)
         try:
-            prepared = measure_prepare(root, scale, results)
-            packed = enlarged(prepared, scale.copies, root / "enlarged")
+            measure_prepare(root, scale, results)
+            packed = prepare_enlarged(root, scale)
             measure_warm(root, packed, scale, results)
             measure_cold(packed, scale, results)
         except harness.WrongResultError as error:

@@ -41,23 +41,15 @@ from sagan.sampling import numbered_samples
 
 @dataclass(frozen=True)
 class Scale:
-    """How much to measure.
+    """How much to measure."""
 
-    Attributes:
-        width: features of a sample.
-        samples: in each set, for the agreement on the same features.
-        classes: of the intra-FID.
-        reals: pairs of real images in a class, and how many of the classes are measured.
-        direct: classes that the direct form is timed on.
-        images: in each set, end to end.
-    """
-
-    width: int = 2048
-    samples: int = 5000
-    classes: int = 1000
+    width: int = 2048  # features of a sample
+    samples: int = 5000  # in each set, for the agreement on the same features
+    classes: int = 1000  # of the intra-FID
+    # Pairs of real images in a class, and how many of the classes are measured.
     reals: tuple[tuple[int, int], ...] = ((50, 1000), (1300, 100))
-    direct: int = 3
-    images: int = 300
+    direct: int = 3  # classes that the direct form is timed on
+    images: int = 300  # in each set, end to end
 
 
 QUICK = Scale(width=64, samples=300, classes=20, reals=((50, 20), (130, 5)), direct=2, images=40)

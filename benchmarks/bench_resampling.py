@@ -52,19 +52,12 @@ Layer = tuple[str, int, int, int]
 
 @dataclass(frozen=True)
 class LayerCase(Case):
-    """Forward and backward of one layer, without spectral normalisation.
+    """Forward and backward of one layer, without spectral normalisation."""
 
-    Attributes:
-        layer: resampling, channels and side.
-        batch: N.
-        dtype_name: a key of DTYPES.
-        channels_last: the memory format of input and weight.
-    """
-
-    layer: Layer
-    batch: int
-    dtype_name: str
-    channels_last: bool
+    layer: Layer  # resampling, channels and side
+    batch: int  # N
+    dtype_name: str  # a key of DTYPES
+    channels_last: bool  # the memory format of input and weight
 
     @property
     def name(self) -> str:
@@ -177,19 +170,12 @@ class TextbookLayer(nn.Module):
 
 @dataclass(frozen=True)
 class NetworkCase(Case):
-    """Forward and backward of G or D in training, spectral normalisation and attention included.
+    """Forward and backward of G or D in training, spectral normalisation and attention included."""
 
-    Attributes:
-        network: "Generator" or "Discriminator".
-        batch: N.
-        resolution: of the images.
-        base_width: channels of the feature map nearest to the image.
-    """
-
-    network: str
-    batch: int
-    resolution: int
-    base_width: int
+    network: str  # "Generator" or "Discriminator"
+    batch: int  # N
+    resolution: int  # of the images
+    base_width: int  # channels of the feature map nearest to the image
 
     @property
     def name(self) -> str:

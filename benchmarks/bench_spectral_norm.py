@@ -44,21 +44,13 @@ CPU_BATCHES, CUDA_BATCHES = (8, 2), (256, 64)
 
 @dataclass(frozen=True)
 class DiscriminatorCase(Case):
-    """One forward and backward of D, or only what normalises its weights; on CUDA in bfloat16 under autocast.
+    """One forward and backward of D, or only what normalises its weights; on CUDA in bfloat16 under autocast."""
 
-    Attributes:
-        batch: samples.
-        channels_last: the memory format of network and images.
-        base_width: of D.
-        resolution: of D.
-        peer: a checkout of BigGAN-PyTorch.
-    """
-
-    batch: int
-    channels_last: bool = False
-    base_width: int = 64
-    resolution: int = 128
-    peer: Path | None = None
+    batch: int  # samples
+    channels_last: bool = False  # the memory format of network and images
+    base_width: int = 64  # of D
+    resolution: int = 128  # of D
+    peer: Path | None = None  # a checkout of BigGAN-PyTorch
 
     @property
     def baseline(self) -> str:

@@ -40,25 +40,15 @@ GAMMA = 0.5
 
 @dataclass(frozen=True)
 class StepCase(Case):
-    """One training step at one size.
+    """One training step at one size."""
 
-    Attributes:
-        batch_size: real images, and generated ones in each update.
-        resolution: of the images.
-        base_width: of the networks.
-        names: the contenders.
-        peer: a checkout of BigGAN-PyTorch.
-        num_classes: of the data.
-        bf16: every contender's networks run under autocast to bfloat16; otherwise all is float32.
-    """
-
-    batch_size: int
-    resolution: int
-    base_width: int
-    names: tuple[str, ...]
-    peer: Path | None = None
-    num_classes: int = 1000
-    bf16: bool = False
+    batch_size: int  # real images, and generated ones in each update
+    resolution: int  # of the images
+    base_width: int  # of the networks
+    names: tuple[str, ...]  # the contenders
+    peer: Path | None = None  # a checkout of BigGAN-PyTorch
+    num_classes: int = 1000  # of the data
+    bf16: bool = False  # every contender's networks run under autocast to bfloat16; otherwise all is float32
 
     @property
     def name(self) -> str:

@@ -63,23 +63,14 @@ for pool_size in (1, 2):
 
 @dataclass(frozen=True)
 class Step:
-    """One process of the run.
+    """One process of the run."""
 
-    Attributes:
-        name: its log is ``<name>.log``.
-        command: what runs, from the repository's root.
-        limit_s: after so long it is killed.
-        takes_minutes: whether it takes ``--minutes``, and so stops by itself.
-        missing: if not empty, what it needs and is not here.
-        variables: environment variables to set.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    limit_s: float
-    takes_minutes: bool = False
-    missing: str = ""
-    variables: dict[str, str] = field(default_factory=dict)
+    name: str  # its log is ``<name>.log``
+    command: tuple[str, ...]  # what runs, from the repository's root
+    limit_s: float  # after so long it is killed
+    takes_minutes: bool = False  # whether it takes ``--minutes``, and so stops by itself
+    missing: str = ""  # if not empty, what it needs and is not here
+    variables: dict[str, str] = field(default_factory=dict)  # environment variables to set
 
 
 @dataclass

@@ -65,38 +65,23 @@ class WrongResultError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how often to measure.
+    """How long and how often to measure."""
 
-    Attributes:
-        max_rounds: rounds over the contenders when they are fast.
-        min_rounds: rounds however slow they are.
-        target_s: seconds that the rounds of one case aim at.
-        sample_ms: one sample repeats a run until it lasts at least this long.
-        memory: whether to measure peak memory.
-        memory_limit_s: after how long a memory measurement is killed.
-        graphs: whether to time replays of a CUDA graph as well.
-    """
-
-    max_rounds: int = 15
-    min_rounds: int = 3
-    target_s: float = 3.0
-    sample_ms: float = 20.0
-    memory: bool = True
-    memory_limit_s: float = 120.0
-    graphs: bool = False
+    max_rounds: int = 15  # over the contenders, when they are fast
+    min_rounds: int = 3  # however slow they are
+    target_s: float = 3.0  # what the rounds of one case aim at
+    sample_ms: float = 20.0  # one sample repeats a run for at least so long
+    memory: bool = True  # also measure peak memory
+    memory_limit_s: float = 120.0  # of one memory measurement
+    graphs: bool = False  # also time replays of a CUDA graph
 
 
 @dataclass(frozen=True)
 class Case(abc.ABC):
-    """One line of a suite's table. It is pickled for the memory processes, so it holds no tensors.
-
-    Attributes:
-        suite: the table.
-        device: "cpu" or "cuda".
-    """
+    """One line of a suite's table. It is pickled for the memory processes, so it holds no tensors."""
 
     suite: str
-    device: str
+    device: str  # "cpu" or "cuda"
 
     @property
     @abc.abstractmethod
@@ -450,7 +435,7 @@ def _kept_out_of_status(row: Row, device: str, column: str) -> Iterator[None]:
 
 def environment(device: str) -> Row:
     """Return the hardware, versions, commit and date of this run."""
-    commit = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     found: Row = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         # Without folders, which say nothing to others.
@@ -465,7 +450,7 @@ def environment(device: str) -> Row:
         "pillow": _version("pillow"),
         "sagan_layers": sagan_layers.__version__,
         "commit": commit,
-        "dirty": commit and bool(_output(["git", "-C", str(ROOT), "status", "--porcelain"])),
+        "dirty": commit and bool(_output("git", "-C", str(ROOT), "status", "--porcelain")),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -483,16 +468,14 @@ def environment(device: str) -> Row:
 
 def nvidia_smi(query: str) -> str | None:
     """Return one field of nvidia-smi for the first GPU, None where the tool is missing."""
-    text = _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"])
+    text = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits")
     return text.splitlines()[0].strip() if text else None
 
 
-def _output(command: Sequence[str]) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+def _output(*command: str) -> str | None:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    return None
 
 
 def _version(distribution: str) -> str | None:
@@ -502,10 +485,9 @@ def _version(distribution: str) -> str | None:
 
 
 def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    with contextlib.suppress(OSError, ValueError):
+        (model, *_) = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return str(model)
     return platform.processor() or platform.machine()
 
 

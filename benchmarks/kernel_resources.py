@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernel_resources            # all, writes results/kernel_resources.json and the docs' page
     python -m benchmarks.kernel_resources --docs     # only the page, from the JSON
-    python -m benchmarks.kernel_resources --check --arch 90 --kernel forward --dtype bf16
+    python -m benchmarks.kernel_resources --check --arch 90 --only 'forward .*bf16'
 
 A kernel file is measured if ``KERNEL_MODULES`` names it and it has ``compile_jobs()``, which yields (kernel, signature,
 constexprs, tile with num_warps and num_stages, label). A type that ends in ":16" is a pointer or number known to be a
@@ -62,17 +62,11 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What one configuration needs on one chip.
+    """What one configuration needs on one chip."""
 
-    Attributes:
-        registers: of a thread.
-        spill_bytes: stack and local memory of a thread; a kernel without arrays has it from spills alone.
-        shared_bytes: of a block.
-    """
-
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
+    registers: int  # of a thread
+    spill_bytes: int  # stack and local memory of a thread; a kernel without arrays has it from spills alone
+    shared_bytes: int  # of a block
 
     def blocks_per_sm(self, chip: Chip, num_warps: int) -> int:
         """Return how many blocks fit on an SM at once."""
@@ -88,23 +82,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One configuration of a kernel, and what it needs.
+    """One configuration of a kernel, and what it needs."""
 
-    Attributes:
-        module: of the kernel.
-        kernel: the Triton function's name.
-        label: names the configuration.
-        tile: block sizes, warps and stages.
-        usage: by compute capability times ten.
-        matrix_instructions: families in the machine code for sm_90 with their counts.
-    """
-
-    module: str
-    kernel: str
-    label: str
-    tile: dict[str, int]
-    usage: dict[int, Usage]
-    matrix_instructions: dict[str, int]
+    module: str  # of the kernel
+    kernel: str  # the Triton function's name
+    label: str  # names the configuration
+    tile: dict[str, int]  # block sizes, warps and stages
+    usage: dict[int, Usage]  # by compute capability times ten
+    matrix_instructions: dict[str, int]  # families in the machine code for sm_90 with their counts
 
     def complaints(self) -> list[str]:
         """Return what is wrong with this configuration."""
@@ -290,9 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", type=int, choices=sorted(CHIPS), action="append", help="default: all")
-    parser.add_argument("--kernel", default="", help="only kernels whose module or name contains this")
-    parser.add_argument("--dtype", default="", help="only this dtype: bf16, fp16, fp32")
-    parser.add_argument("--label", action="append", help="only configurations whose label contains this")
+    parser.add_argument("--only", type=re.compile, help='regular expression on "module kernel label"')
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail on spills and what does not fit"
     )
@@ -307,9 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = {
         (module, label): (kernel.__name__, asdict(tile))
         for module, (kernel, _, _, tile, label) in all_jobs()
-        if chosen.kernel in f"{module} {kernel.__name__}"
-        and chosen.dtype in label
-        and any(part in label for part in chosen.label or [""])
+        if chosen.only is None or chosen.only.search(f"{module} {kernel.__name__} {label}")
     }
     if not jobs:
         parser.error("nothing is selected")
@@ -343,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(complaints), file=sys.stderr, flush=True)
     if chosen.check:
         return int(bool(complaints))
-    if chosen.arch or chosen.kernel or chosen.dtype or chosen.label:
+    if chosen.arch or chosen.only:
         print("a selection: nothing written", file=sys.stderr)
         return 0
     text = _as_text(found)

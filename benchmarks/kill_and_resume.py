@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,86 +37,51 @@ SMALL = (
 )
 
 
-@dataclass(frozen=True)
-class Campaign:
-    """Two training runs of the same configuration.
+def start(out: Path, *arguments: object, processes: int = 1) -> subprocess.Popen[bytes]:
+    """Start a subcommand of the trainer, under torchrun if there are several processes."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    with (out / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            [*launcher, str(PROGRAM), *map(str, arguments)],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
 
-    Attributes:
-        out: folder for everything.
-        resolution: of the images.
-        iterations: of each run.
-        processes: of each run.
-    """
 
-    out: Path
-    resolution: int
-    iterations: int
-    processes: int
+def run(out: Path, *arguments: object, processes: int = 1) -> None:
+    """Run a subcommand to its end."""
+    status = start(out, *arguments, processes=processes).wait()
+    if status:
+        raise RuntimeError(f"{arguments[0]}: exit status {status}, see {out / 'log.txt'}")
 
-    def start(self, *arguments: object, processes: int = 1) -> subprocess.Popen[bytes]:
-        """Start a subcommand of the trainer, under torchrun if there are several processes."""
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        threads = max(1, (os.cpu_count() or 1) // processes)
-        with (self.out / "log.txt").open("ab") as log:
-            return subprocess.Popen(
-                [*launcher, str(PROGRAM), *map(str, arguments)],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            )
 
-    def run(self, *arguments: object, processes: int = 1) -> None:
-        """Run a subcommand to its end."""
-        status = self.start(*arguments, processes=processes).wait()
-        if status:
-            raise RuntimeError(f"{arguments[0]}: exit status {status}, see {self.out / 'log.txt'}")
-
-    def train(self, run: str) -> list[object]:
-        """Return the arguments that start or resume a run."""
-        sizes = ["--network.resolution", self.resolution, "--iterations", self.iterations]
-        return [
-            "train",
-            "--data",
-            self.out / "data",
-            "--out",
-            self.out / run,
-            *SMALL,
-            *sizes,
-            "--auto-resume",
-        ]
-
-    def prepare_images(self) -> None:
-        """Make images in ILSVRC's archives, and pack them."""
-        archives = self.out / "imagenet"
-        self.run("make-images", "--out", archives, "--classes", 20, "--images", 20, "--val-images", 2)
-        source = ["--source", archives / "ILSVRC2012_img_train.tar", "--resolution", self.resolution]
-        self.run("prepare", *source, "--out", self.out / "data")
-
-    def disturb(self, kills: int, seed: int) -> list[str]:
-        """Kill and resume a run, and let it end; return each kill with the checkpoint that it left."""
-        checkpoints = self.out / "disturbed" / "checkpoints"
-        chance = random.Random(seed)
-        moments = []
-        for number in range(kills):
-            before = set(checkpoints.glob("iteration_*.pt"))
-            process = self.start(*self.train("disturbed"), processes=self.processes)
-            if number % 4 == 0:
-                wait_for(partial(_any_in, checkpoints, "*.partial*"), process)
-            else:
-                wait_for(partial(_any_in, checkpoints, "iteration_*.pt", before), process)
-                time.sleep(chance.uniform(0, 0.7))
-            if process.poll() is not None:
-                raise RuntimeError(f"the run ended before kill {number}: give it more iterations")
-            how = signal.SIGTERM if number % 4 == 3 else signal.SIGKILL
-            status = kill(process, how)
-            if how == signal.SIGTERM and self.processes == 1 and status != STOPPED_BY_SIGTERM:
-                raise RuntimeError(f"SIGTERM: expected exit status {STOPPED_BY_SIGTERM}, got {status}")
-            last = max((path.stem for path in checkpoints.glob("iteration_*.pt")), default="no checkpoint")
-            moments.append(f"{how.name} with {last}")
-        self.run(*self.train("disturbed"), processes=self.processes)
-        return moments
+def disturb(out: Path, train: Sequence[object], processes: int, kills: int, seed: int) -> list[str]:
+    """Kill and resume a run, and let it end; return each kill with the checkpoint that it left."""
+    checkpoints = out / "disturbed" / "checkpoints"
+    chance = random.Random(seed)
+    moments = []
+    for number in range(kills):
+        before = set(checkpoints.glob("iteration_*.pt"))
+        process = start(out, *train, processes=processes)
+        if number % 4 == 0:
+            wait_for(partial(_any_in, checkpoints, "*.partial*"), process)
+        else:
+            wait_for(partial(_any_in, checkpoints, "iteration_*.pt", before), process)
+            time.sleep(chance.uniform(0, 0.7))
+        if process.poll() is not None:
+            raise RuntimeError(f"the run ended before kill {number}: give it more iterations")
+        how = signal.SIGTERM if number % 4 == 3 else signal.SIGKILL
+        status = kill(process, how)
+        if how == signal.SIGTERM and processes == 1 and status != STOPPED_BY_SIGTERM:
+            raise RuntimeError(f"SIGTERM: expected exit status {STOPPED_BY_SIGTERM}, got {status}")
+        last = max((path.stem for path in checkpoints.glob("iteration_*.pt")), default="no checkpoint")
+        moments.append(f"{how.name} with {last}")
+    run(out, *train, processes=processes)
+    return moments
 
 
 def kill(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
@@ -208,11 +172,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if out.exists() and any(out.iterdir()):
         parser.error(f"--out: expected an empty folder, got {options.out}")
     out.mkdir(parents=True, exist_ok=True)
+    archives = out / "imagenet"
+    run(out, "make-images", "--out", archives, "--classes", 20, "--images", 20, "--val-images", 2)
+    source = archives / "ILSVRC2012_img_train.tar"
+    run(out, "prepare", "--source", source, "--out", out / "data", "--resolution", options.resolution)
     iterations = options.iterations or 20 * options.kills
-    campaign = Campaign(out, options.resolution, iterations, options.processes)
-    campaign.prepare_images()
-    campaign.run(*campaign.train("undisturbed"), processes=options.processes)
-    moments = campaign.disturb(options.kills, options.seed)
+    sizes = ("--network.resolution", options.resolution, "--iterations", iterations)
+    train = ("train", "--data", out / "data", *SMALL, *sizes, "--auto-resume", "--out")
+    run(out, *train, out / "undisturbed", processes=options.processes)
+    moments = disturb(out, (*train, out / "disturbed"), options.processes, options.kills, options.seed)
     print(f"{options.kills} kills: {'; '.join(moments)}")
     print(check_equal(out / "undisturbed", out / "disturbed"))
     return 0
