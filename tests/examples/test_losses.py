@@ -15,8 +15,17 @@ from training_runs import Batches, assert_same_run, make_trainer, metrics_of
 from sagan.randomness import training_noise
 from sagan.recipes import RunConfig
 from sagan.train.loop import TrainingResult
-from sagan.train.losses import LOSSES, Discriminator, Labels, Losses, Result, hinge, negative_logits
-from sagan_layers import gradient_penalty, interpolate_images
+from sagan.train.losses import (
+    LOSSES,
+    Discriminator,
+    Labels,
+    Losses,
+    Result,
+    logits_in_one_batch,
+    means,
+    negative_logits,
+)
+from sagan_layers import gradient_penalty, hinge_discriminator_loss, interpolate_images
 
 Train = Callable[..., TrainingResult]
 R1_WEIGHT = 5.0
@@ -26,9 +35,10 @@ def hinge_with_r1(
     discriminator: Discriminator, real: Tensor, fake: Tensor, real_labels: Labels, fake_labels: Labels
 ) -> Result:
     real = real.detach().requires_grad_()
-    loss, measurements = hinge(discriminator, real, fake, real_labels, fake_labels)
-    r1 = gradient_penalty(logits=discriminator(real, real_labels), images=real)
-    return loss + R1_WEIGHT * r1, {**measurements, "r1": r1}
+    logits = logits_in_one_batch(discriminator, real, fake, real_labels, fake_labels)
+    r1 = gradient_penalty(logits=logits["real_logits"], images=real)
+    loss = hinge_discriminator_loss(**logits) + R1_WEIGHT * r1
+    return loss, {**means(logits), "r1": r1}
 
 
 def wgan_gp(
@@ -75,9 +85,9 @@ def test_a_gradient_penalty_is_one_function(
     r1 = gradient.square().sum((1, 2, 3)).mean()
     (F.relu(1 - logits[:4]).mean() + F.relu(1 + logits[4:]).mean() + R1_WEIGHT * r1).backward()
     assert r1 > 0
-    means = trainer.means.take()
-    assert means["r1"] == pytest.approx(r1.item(), rel=1e-4)
-    assert means["d_loss"] > R1_WEIGHT * means["r1"]
+    logged = trainer.means.take()
+    assert logged["r1"] == pytest.approx(r1.item(), rel=1e-4)
+    assert logged["d_loss"] > R1_WEIGHT * logged["r1"]
     for mine, expected in zip(trainer.discriminator.parameters(), discriminator.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-3, atol=1e-5)
     assert all(parameter.grad is None for parameter in trainer.generator.parameters())
