@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from training_runs import assert_same
 
 from sagan.errors import UserError
 from sagan.networks import Generator, NetworkConfig
@@ -184,7 +185,7 @@ class TestLoading:
         assert trained.config.out == trained_run
         assert not trained.generator.training
         from_file = load_generator(find_checkpoint(trained_run), CPU)
-        assert_state_equal(from_file.generator, trained.generator)
+        assert_same(from_file.generator.state_dict(), trained.generator.state_dict())
 
     def test_average_and_raw_weights_are_told_apart(self, trained_run: Path) -> None:
         state = load_checkpoint(find_checkpoint(trained_run))
@@ -203,16 +204,10 @@ class TestLoading:
         run = run_training(replace(tiny_config, iterations=1, ema_decay=0.0, out=tmp_path / "run"))
         loaded = load_generator(run.out, CPU)
         assert not loaded.averaged
-        assert_state_equal(loaded.generator, run.trainer.generator)
+        assert_same(loaded.generator.state_dict(), run.trainer.generator.state_dict())
         with pytest.raises(UserError, match="expected a run with a moving average for 'ema'"):
             load_generator(run.out, CPU, weights="ema")
 
     def test_a_folder_without_checkpoints_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="without checkpoints"):
             load_generator(tmp_path, CPU)
-
-
-def assert_state_equal(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    theirs = other.state_dict()
-    for name, value in one.state_dict().items():
-        assert torch.equal(value, theirs[name]), name
