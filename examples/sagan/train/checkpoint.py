@@ -35,12 +35,12 @@ class TrainerState(TypedDict):
     average: StateDict | None  # torch's AveragedModel of G; None without a moving average
     g_optimizer: StateDict
     d_optimizer: StateDict
-    scaler: StateDict  # of gradients; empty except in fp16
+    scaler: StateDict  # torch's GradScaler; empty except in fp16
     torch_rng: Tensor  # torch's generator on the CPU, the same on every rank
-    cuda_rng: Tensor | None  # and on the run's GPU, if it has one
-    means: StateDict  # sums and counts of measurements since the last log, of rank 0
-    means_of_processes: list[StateDict]  # the same of every rank, as numbers
-    guard: dict[str, int]  # iterations in a row with a skipped update, and the first of them
+    cuda_rng: Tensor | None  # torch's generator on the GPU, if the run uses one
+    means: StateDict  # sums and counts of rank 0's measurements since the last log
+    means_of_processes: list[StateDict]  # the same for every rank, as numbers
+    guard: dict[str, int]  # consecutive iterations with a skipped update, and the first of them
     skipped: int  # updates skipped since the last log
     labels_in_use: Tensor  # int64 [K], classes with images
 
@@ -55,7 +55,7 @@ class RunState(TrainerState):
     alarm: dict[str, Any]  # what the collapse alarm has seen
 
 
-# What runs had before these keys were added to version 2.
+# Version 2 gained these keys later. Checkpoints without them mean this.
 _ADDED_KEYS: dict[str, Any] = {
     "cuda_rng": None,
     "means_of_processes": [],
@@ -130,13 +130,14 @@ def set_aside_later(path: Path) -> list[Path]:
     They are damaged, else the run would resume from them. So they must not count among those to keep.
     """
     later = [each for each in checkpoints_in(path.parent) if each.name > path.name]
+    renamed = [each.replace(each.with_suffix(".pt.damaged")) for each in later]
     for each in later:
         _digest_path(each).unlink(missing_ok=True)
-    return [each.replace(each.with_suffix(".pt.damaged")) for each in later]
+    return renamed
 
 
 def load_latest(path: Path) -> tuple[Path, RunState]:
-    """Return the latest readable checkpoint of a run's folder, and its contents. Unreadable ones are logged.
+    """Return the latest readable checkpoint at ``path``, and its contents. Unreadable ones are logged.
 
     Raises:
         CheckpointError: if there is none, or none that can be read.

@@ -23,28 +23,20 @@ class TrainingError(UserError):
 
 @dataclass(frozen=True)
 class Skipped:
-    """Updates skipped because a loss or a gradient was not finite.
+    """Updates skipped because a loss or a gradient was not finite."""
 
-    Attributes:
-        count: number of updates since the last question.
-        first_iteration: iteration of the first of them.
-        in_a_row: number of consecutive iterations with a skipped update, up to now.
-        since: first of those iterations.
-    """
-
-    count: int
-    first_iteration: int
-    in_a_row: int
-    since: int
+    count: int  # since the last call of FiniteGuard.skipped
+    first_iteration: int  # of the first of them
+    in_a_row: int  # consecutive iterations with a skipped update, up to now
+    since: int  # the first of those iterations
 
 
 class FiniteGuard:
     """Skips updates whose loss or gradients hold a NaN or an infinity.
 
-    The decision is made on the device: a host that looked at each gradient norm would wait for the GPU twice an
-    iteration, and the GPU would then wait for the host. Instead the optimizer's fused kernel reads a flag, and changes
-    neither weights nor moments where it is set. :meth:`skipped` reports afterwards. It waits for the device, so call
-    it when a log is due.
+    The decision is made on the device. To decide on the host, every update would have to wait for the GPU, and the GPU
+    for the next kernels. Instead the optimizer's fused kernel reads a flag, and changes neither weights nor moments if
+    it is set. :meth:`skipped` reports later. It waits for the device, so call it when a log is due.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sagan.errors import UserError
+from sagan.io import atomic_write_text
 from sagan.recipes import RunConfig
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class RunLog:
         path = out / METRICS
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _iteration_of(line) <= iteration]
-            path.write_text("".join(line + "\n" for line in kept))
+            atomic_write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter

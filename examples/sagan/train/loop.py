@@ -82,7 +82,7 @@ def train(
         TrainingError: if losses or gradients are not finite.
     """
     world = world or World(0, 1, pick_device(config.device))
-    every, evaluate_every = config.output, config.evaluation.every
+    settings, evaluate_every = config.output, config.evaluation.every
     with contextlib.ExitStack() as stack:
         if not resume or config.out.is_dir():
             world.run_on_main(lambda: stack.enter_context(_lock(config.out)))
@@ -100,7 +100,7 @@ def train(
         throughput = Throughput(config, trainer.iteration)
         batches = throughput.timed(_batches(dataset, trainer))
         console = stack.enter_context(Console(config, trainer.iteration, enabled=progress and world.is_main))
-        log = RunLog(config.out, trainer.iteration, tensorboard=every.tensorboard, enabled=world.is_main)
+        log = RunLog(config.out, trainer.iteration, tensorboard=settings.tensorboard, enabled=world.is_main)
         stack.enter_context(log)
         signals = stack.enter_context(first_signal())
 
@@ -114,8 +114,8 @@ def train(
             last = iteration == config.iterations
             signs: list[str | None] = []  # of collapse
 
-            # The check waits for the device. On a GPU it runs only where the log waits anyway.
-            logs = last or iteration % every.log_every == 0
+            # The check waits for the device: on a GPU it runs only when the log waits anyway.
+            logs = last or iteration % settings.log_every == 0
             if logs or world.device.type == "cpu":
                 trainer.check_finite()
             if logs:
@@ -125,7 +125,7 @@ def train(
                 log.write(row)
                 console.show_row(row)
 
-            if world.is_main and (last or iteration % every.sample_every == 0):
+            if world.is_main and (last or iteration % settings.sample_every == 0):
                 signs.append(alarm.see_diversity(output.save_samples(observe)))
 
             if evaluate is not None and (last or (evaluate_every and iteration % evaluate_every == 0)):
@@ -145,7 +145,7 @@ def train(
 
             # Ranks agree in every iteration, so that all stop after the same one and save it.
             stop = Stop(world.max_over_ranks(stop))
-            saves = last or stop is not Stop.NO or iteration % every.checkpoint_every == 0
+            saves = last or stop is not Stop.NO or iteration % settings.checkpoint_every == 0
             if saves or iteration % config.health.check_every == 0:
                 check_agreement(world, trainer.networks)
             if saves:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sagan.data import ImageDataset
+from sagan.io import atomic_write_text
 from sagan.recipes import RunConfig
 from sagan.report.figures import default_points, draw_attention, save_grid
 from sagan.sampling import generate, sample_inputs
@@ -34,17 +35,11 @@ _ATTENTION_IMAGES = 4
 
 @dataclass(frozen=True)
 class Score:
-    """The result of an evaluation.
+    """The result of an evaluation."""
 
-    Attributes:
-        value: the score; less is better.
-        of: its kind. Scores of different kinds are not compared.
-        figures: figures to log, by name.
-    """
-
-    value: float
-    of: str
-    figures: dict[str, float]
+    value: float  # less is better
+    of: str  # its kind; scores of different kinds are not compared
+    figures: dict[str, float]  # to log, by name
 
 
 class RunOutput:
@@ -146,10 +141,11 @@ class RunOutput:
     def keep_best(self, score: Score) -> None:
         """Replace best.pt if this score is better than its, or of another kind; all ranks call this."""
         self._trainer.share_means()
+        self._trainer.world.run_on_main(lambda: self._keep_best(score))
+
+    def _keep_best(self, score: Score) -> None:
         best_score = self._best_score if score.of == self._best_score_of else None
-        if not self._trainer.world.is_main or not math.isfinite(score.value):
-            return
-        if best_score is not None and score.value >= best_score:
+        if not math.isfinite(score.value) or (best_score is not None and score.value >= best_score):
             return
         self._best_score, self._best_score_of = score.value, score.of
         folder = self._config.out / "checkpoints"
@@ -161,7 +157,7 @@ def save_config(config: RunConfig) -> Path:
     """Write the resolved configuration to config.json in the run's folder and return its path."""
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "config.json"
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    atomic_write_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
     return path
 
 
