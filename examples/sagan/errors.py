@@ -29,14 +29,14 @@ def check_choices(options: object) -> None:
             raise UserError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 
-def is_taken(out: Path, *, besides: str | None = None) -> bool:
-    """Whether ``out`` exists and is not empty, except for files whose names begin with ``besides``."""
+def is_in_use(out: Path, *, ignored_prefix: str | None = None) -> bool:
+    """Whether ``out`` exists and is not an empty folder; ignores files whose names begin with a prefix."""
     if not out.is_dir():
         return out.exists()
-    return any(besides is None or not inside.name.startswith(besides) for inside in out.iterdir())
+    return any(ignored_prefix is None or not file.name.startswith(ignored_prefix) for file in out.iterdir())
 
 
 def check_is_new(out: Path) -> None:
     """Raise :class:`UserError` if ``out`` exists and is not an empty folder."""
-    if is_taken(out):
-        raise UserError(f"out: expected a folder that is not there yet or empty, got {out}")
+    if is_in_use(out):
+        raise UserError(f"out: expected a new or empty folder, got {out}")

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sagan.errors import UserError, check_is_new, is_taken
+from sagan.errors import UserError, check_is_new, is_in_use
 from sagan.io import module_digest
 from sagan.networks import Generator, NetworkConfig
 from sagan.randomness import mixed_seed
@@ -154,7 +154,7 @@ def claim_folder(out: Path, trained: TrainedGenerator, **options: object) -> Non
     weights = f"sha256:{module_digest(trained.generator)}"
     samples = {"iteration": trained.iteration, "weights": weights, **options}
     path = out / SAMPLES
-    taken = is_taken(out, besides=SAMPLES)  # asked first: another process may write the file now
+    in_use = is_in_use(out, ignored_prefix=SAMPLES)  # checked first: another process may write the file now
     if path.is_file():
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -166,7 +166,7 @@ def claim_folder(out: Path, trained: TrainedGenerator, **options: object) -> Non
                 f"out: {out} holds other samples, with another value of {', '.join(differing)}; choose another "
                 "folder, or delete it"
             )
-    elif taken:
+    elif in_use:
         check_is_new(out)
     else:
         out.mkdir(parents=True, exist_ok=True)

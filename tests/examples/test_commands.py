@@ -393,7 +393,7 @@ class TestSample:
         (out / "samples.json").write_text("[]")
         assert "holds other samples" in refused(*options)
         (out / "samples.json").unlink()
-        assert "out: expected a folder that is not there yet or empty, got" in refused(*options)
+        assert "out: expected a new or empty folder, got" in refused(*options)
         (out / "samples.json").write_bytes(files["samples.json"])
         assert files_below(out) == files
 

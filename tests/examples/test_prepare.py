@@ -749,7 +749,7 @@ class TestSpaceAndPlaces:
     def test_a_folder_with_other_things_is_not_touched(self, source: Path, out: Path) -> None:
         out.mkdir()
         (out / "thesis.txt").write_text("mine")
-        with pytest.raises(UserError, match="not there yet or empty"):
+        with pytest.raises(UserError, match="expected a new or empty folder"):
             pack(source, out)
         (out / "thesis.txt").unlink()
         assert pack(source, out).packed == 24
@@ -964,7 +964,7 @@ class TestCommand:
         assert main("make-images", "--out", tmp_path / "src", *made) == 0
         assert "10 training and 2 validation images in 2 classes" in capsys.readouterr().out
         assert main("make-images", "--out", tmp_path / "src", *made) == 1
-        assert "out: expected a folder that is not there yet or empty" in capsys.readouterr().err
+        assert "out: expected a new or empty folder" in capsys.readouterr().err
         options = ["--source", tmp_path / "src", "--resolution", 32, "--workers", 1]
         assert main("prepare", *options, "--out", tmp_path / "set") == 0
         text = capsys.readouterr().out
