@@ -53,15 +53,7 @@ class ImageFolderDataset(ImageDataset):
         cache_mib: float = 2048,
         progress: bool = False,
     ) -> None:
-        """Decode the images if they fit into `cache_mib`.
-
-        Args:
-            tree: the images.
-            resolution: side of the images in pixels, R.
-            resample: see `decode_image`.
-            draft: see `decode_image`.
-            cache_mib: most memory for decoded images, in MiB; 0 caches none.
-            progress: draw a progress bar while decoding.
+        """Decode the images, as `decode_image` does, if they fit into `cache_mib`.
 
         Raises:
             ValueError: an option is not supported.

@@ -104,12 +104,7 @@ class PreflightReport:
         self.below_resolution += min(facts.width, facts.height) < self.resolution
 
     def format(self, *, max_listed: int = 20, saved_as: Path | None = None) -> str:
-        """Return the report as text for people.
-
-        Args:
-            max_listed: how many unreadable files to list by name.
-            saved_as: file of the full report.
-        """
+        """Return the report as text for people, which names ``saved_as`` as the file of the full report."""
         counts = list(self.images_per_class.values())
         num_skipped = sum(self.skipped.values())
         readable = "images" if self.mode == "off" else "readable images"
@@ -176,14 +171,8 @@ def preflight(
     """Look at every image of a tree and report what training will find.
 
     A bad file does not stop it but is listed with its reason. Train on `tree.without(report.unreadable_paths)`.
-
-    Args:
-        tree: the images.
-        resolution: training resolution in pixels.
-        mode: `"full"` decodes every file as training will, `"headers"` opens every file, `"off"` opens none,
-            `"auto"` is "full" up to 100,000 files and "headers" above.
-        resample: see `decode_image`.
-        progress: draw a progress bar.
+    The mode `"full"` decodes every file as training will, `"headers"` opens every file, `"off"` opens none, and
+    `"auto"` is "full" up to 100,000 files and "headers" above.
 
     Raises:
         ValueError: an option is not supported.

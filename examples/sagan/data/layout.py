@@ -161,13 +161,7 @@ def _flat_error(base: Path, images: Sequence[str]) -> DatasetError:
 def check_classes(
     base: Path, class_names: Sequence[str], images: Sequence[str], skipped: Mapping[str, int]
 ) -> None:
-    """Check what a scan of `base` found.
-
-    Args:
-        base: the folder that was scanned.
-        class_names: names of its folders.
-        images: every image's path below `base`.
-        skipped: counts of the other files by extension.
+    """Check the folders and the images (paths below `base`) that a scan found; `skipped` counts the other files.
 
     Raises:
         DatasetError: there are no images, only one class, or the class folders are one level deeper.

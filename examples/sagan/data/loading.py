@@ -48,15 +48,9 @@ class ResumableBatchSampler(Sampler[list[int]]):
     ) -> None:
         """Describe the stream; nothing is drawn yet.
 
-        Args:
-            num_items: number of images.
-            batch_size: images in a global batch, over all replicas.
-            seed: 0 or more.
-            start_batch: number of the first batch, for resuming.
-            drop_last: drop the images at the end of an epoch that do not fill a batch. If False, or if there are
-                fewer images than `batch_size`, a batch continues into the next epoch. All batches are full.
-            rank: this process, 0 to num_replicas - 1.
-            num_replicas: number of processes.
+        `batch_size` counts the images in a global batch, over all replicas. All batches are full: the images at the
+        end of an epoch that do not fill one are dropped, or, if not `drop_last` or if there are fewer images than
+        `batch_size`, the batch continues into the next epoch.
 
         Raises:
             ValueError: an argument is out of range, or `num_replicas` does not divide `batch_size`.
@@ -145,9 +139,7 @@ def make_loader(
         start_batch: number of the first batch; a resumed run passes the number of batches it has consumed.
         num_workers: processes that decode; 0 decodes in the caller.
         horizontal_flip: mirror each image with probability 1/2, decided by (seed, epoch, index).
-        drop_last: see `ResumableBatchSampler`.
-        rank: this process.
-        num_replicas: number of processes that train together.
+        drop_last, rank, num_replicas: see `ResumableBatchSampler`.
         pin_memory: copy batches to pinned memory, so that copies to a GPU are asynchronous; ignored without an
             accelerator.
         multiprocessing_context: `"fork"`, `"spawn"` or `"forkserver"`; None takes Python's default.

@@ -18,34 +18,27 @@ from sagan.distributed import World
 # How to recognise a data set at a path, and how to open it. A new kind of data set is a new file and a line here.
 _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, int, DataConfig], ImageDataset]], ...] = (
     (is_prepared, open_packed),
-    (lambda _: True, open_folder),
 )
 
 
 def open_dataset(path: Path, resolution: int, config: DataConfig) -> ImageDataset:
     """Open a prepared set, or a folder with a folder for each class; no image is read yet.
 
-    Args:
-        path: the data set.
-        resolution: side of the images in pixels.
-        config: how to read them.
-
     Raises:
         DatasetError: the data set cannot be used; the message says what was found and the likely fix.
     """
-    return next(open_kind for recognises, open_kind in _KINDS if recognises(path))(path, resolution, config)
+    for recognises, open_kind in _KINDS:
+        if recognises(path):
+            return open_kind(path, resolution, config)
+    return open_folder(path, resolution, config)
 
 
 def check_dataset(
     dataset: ImageDataset, mode: CheckMode, world: World, *, report_folder: Path | None = None
 ) -> DatasetCheck:
-    """Check a data set on rank 0, print what was found there, and return it on all ranks.
+    """Check a data set on rank 0, print the result there, and return it on all ranks, which call this together.
 
-    Args:
-        dataset: the images.
-        mode: how closely to look.
-        world: this process; all processes call this together.
-        report_folder: where the caller will save the report.
+    The arguments are those of `ImageDataset.check`.
     """
 
     def look() -> dict[str, Any]:

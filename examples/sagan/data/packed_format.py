@@ -173,13 +173,7 @@ def damaged_images(
 ) -> list[int]:
     """Read all of an images.npy and return the rows that do not match their digest.
 
-    Args:
-        path: the array.
-        resolution: side of its images.
-        digests: uint8 [N, 16].
-        written: bool [N], rows to look at; None looks at all.
-        threads: see `map_ranges`.
-        progress: draw a progress bar.
+    ``digests`` is uint8 [N, 16]. Rows where ``written``, bool [N], is False are not compared.
     """
     row_bytes = 3 * resolution**2
 

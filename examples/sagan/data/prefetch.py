@@ -47,15 +47,9 @@ def map_ranges(
     threads: int | None = None,
     chunk: int = 64,
 ) -> Iterator[Result]:
-    """Yield ``function(range)`` for consecutive ranges of ``chunk`` items that cover 0 to count - 1, in order.
+    """Yield ``function(range)`` for consecutive ranges that cover 0 to count - 1, in order, computed on threads.
 
-    Args:
-        function: called on a thread.
-        count: number of items.
-        progress: draw a bar.
-        description: the bar's label.
-        threads: None takes one for each usable CPU.
-        chunk: items in a range; the last range may be shorter.
+    A range has ``chunk`` items, the last one perhaps fewer. ``threads=None`` takes one for each usable CPU.
     """
     threads = threads or usable_cpus()
     ranges = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]

@@ -115,11 +115,7 @@ def find_shards(path: Path, split: str) -> list[Path]:
 
 
 def list_parquet(files: Sequence[Path], source: str) -> Listing:
-    """List the images of parquet files.
-
-    Args:
-        files: the shards, in order.
-        source: what the user named.
+    """List the images of parquet files, which the user named as ``source``.
 
     Raises:
         DatasetError: they cannot be read, or lack the columns or the labels.

@@ -30,17 +30,7 @@ _EXTENSIONS = {
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some of the images.
-
-    Attributes:
-        number: index of the part.
-        rows: int64 [n], the images' rows in the array.
-        names: their names.
-        files: their files.
-        array: the array's file.
-        resolution: side of the images.
-        resample: filter of the resize.
-    """
+    """Some of the images: their rows in the array (int64 [n]), names and files, and how to pack them."""
 
     number: int
     rows: Indices

@@ -19,10 +19,7 @@ def make_report(
 ) -> dict[str, Any]:
     """Return the report as values that JSON can hold; nothing is shortened.
 
-    Args:
-        listing: the source.
-        results: of every part.
-        digests: uint8 [N, 16] of all listed images, zeros for those that cannot be read.
+    ``digests`` is uint8 [N, 16] of all listed images, zeros for those that cannot be read.
     """
     by_kind: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
     for result in results:

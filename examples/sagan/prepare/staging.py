@@ -130,9 +130,7 @@ class Staging:
         block is first copied to a file in moved/, and from there into the array; the file stays until the next
         block is on the disk. A killed move resumes by writing the last such file to its place again.
 
-        Args:
-            readable: int64 [n], rising: the rows that stay.
-            resolution: side of the images.
+        ``readable`` is int64 [n], rising: the rows that stay.
         """
         row_bytes = 3 * resolution**2
         block = max(1, MOVED_BYTES // row_bytes)

@@ -250,11 +250,7 @@ def write_shard(
 ) -> None:
     """Write one parquet file with the columns and the metadata of an image data set of Hugging Face.
 
-    Args:
-        path: the file.
-        rows: (file name, label, file) of each image.
-        class_names: names by label, for the metadata; None leaves the metadata out.
-        row_group_size: rows of a group.
+    ``rows`` are (file name, label, file). Without ``class_names`` there is no metadata.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

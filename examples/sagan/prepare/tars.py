@@ -114,11 +114,7 @@ class TarredFiles(ImageFiles):
 
 
 def list_class_tars(path: Path, workers: int) -> Listing:
-    """List a tar of class archives (ILSVRC2012_img_train.tar), or a folder of class archives.
-
-    Args:
-        path: the archive or the folder.
-        workers: processes that read the archives' headers.
+    """List a tar of class archives (ILSVRC2012_img_train.tar) or a folder of them; processes read their headers.
 
     Raises:
         DatasetError: there are no class archives, or one is damaged.
