@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import report
 
 # The options of each suite; all of them together end within 20 minutes.
 SUITES = {
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes: does everything run?")
     parser.add_argument("--peer", type=Path, help="a checkout of BigGAN-PyTorch, to measure as well")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     device = f"cpu{'_quick' if options.quick else ''}"
     status = 0

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import baselines, harness
-from benchmarks.harness import DTYPES, Case, Outputs, Refused, Row, Run, Settings
+from benchmarks import baselines, harness, report
+from benchmarks.harness import DTYPES, Case, Outputs, Refused, Run, Settings
+from benchmarks.report import Row
 from sagan_layers import SelfAttention2d, functional
 
 CORE_FORWARD, CORE_TRAINING = "core forward", "core forward+backward"
@@ -262,24 +263,11 @@ class AttentionCase(Case):
             self.entries / rates["exponentials"] if "exponentials" in rates else 0.0,
         )
 
-    def _auto_takes_reference(self) -> bool:
-        N, L, S, E, Ev = (self.sizes[letter] for letter in ("N", "L", "S", "E", "Ev"))
-        query, key, value = (
-            torch.empty(N, width, length, device=self.device, dtype=self.dtype)
-            .requires_grad_(self.suite != CORE_FORWARD)
-            .transpose(1, 2)
-            for width, length in ((E, L), (E, S), (Ev, S))
-        )
-        return functional.select_backend(query, key, value) == "reference"
-
     def _check_memory(self, contender: str) -> None:
         """Refuse on the CPU what would hold whole matrices that do not fit (CUDA says so itself)."""
-        holds_matrices = contender in HOLDING_MATRICES or (
-            contender == "ours" and self._auto_takes_reference()
-        )
-        if self.device != "cpu" or not holds_matrices:
+        if self.device != "cpu" or contender not in HOLDING_MATRICES:
             return
-        needed_mib = self.entries * TEXTBOOK_MATRICES[self.suite] * 4 / harness.MIB
+        needed_mib = self.entries * TEXTBOOK_MATRICES[self.suite] * 4 / report.MIB
         free_mib = harness.available_mib()
         if free_mib is not None and needed_mib > 0.7 * free_mib:
             raise Refused(f"needs about {needed_mib / 1024:.1f} GiB, and that is not free")
@@ -412,18 +400,15 @@ def measure_rates() -> dict[str, float]:
         "ieee": lambda: _product(*singles, allow_tf32=False),
         "tf32": lambda: _product(*singles, allow_tf32=True),
     }
-    rows: dict[str, Row] = {name: {} for name in runs}
-    for name, run in list(runs.items()):
-        with harness.failures_recorded(
-            rows[name], "cuda"
-        ):  # torch's, where TF32 was switched in its newer way
+    times_s = {}
+    for name, run in runs.items():
+        try:
             run()
-        if rows[name]:
-            print(f"No rate of {name}: {rows[name]['reason']}")
-            del runs[name]
-    measurements = harness.time_contenders(runs, rows, "cuda", settings)
-    times_s = {name: measurement.median for name, measurement in measurements.items()}
-    return make_rates(times_s, size, source.numel(), harness.nvidia_smi("clocks.max.sm"))
+        except RuntimeError as error:  # torch's, where TF32 was switched in its newer way
+            print(f"No rate of {name}: {harness.reason_of(error)}")
+        else:
+            times_s[name] = harness.time_contenders({name: run}, {name: {}}, "cuda", settings)[name].median
+    return make_rates(times_s, size, source.numel(), report.nvidia_smi("clocks.max.sm"))
 
 
 def make_rates(times_s: Mapping[str, float], size: int, copied: int, clock: str | None) -> dict[str, float]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.baselines import TextbookConditionalNorm, import_peer
-from benchmarks.harness import DTYPES, Case, Outputs, Row, Run, Settings
+from benchmarks.harness import DTYPES, Case, Outputs, Run, Settings
+from benchmarks.report import Row
 from sagan_layers import ConditionalBatchNorm2d, functional
 
 PLAIN, WITH_RELU, MAPS = "norm", "norm and ReLU", "norm and ReLU, maps of G"

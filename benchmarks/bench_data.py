@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import harness
+from benchmarks import harness, report
 from sagan.data import ImageDataset, ImageFolderDataset, PackedDataset, make_loader, scan_image_tree, verify
 from sagan.data.prefetch import usable_cpus
 from sagan.prepare import Prepared, SourceOptions, list_source, prepare
@@ -90,7 +90,7 @@ def time_pillow(paths: Sequence[Path], resolution: int, workers: int) -> float:
         return time.perf_counter() - start
 
 
-def measure_prepare(root: Path, scale: Scale, results: harness.Results) -> None:
+def measure_prepare(root: Path, scale: Scale, results: report.Results) -> None:
     """Measure preparing from each layout against Pillow alone."""
     workers = usable_cpus()
     sources: dict[Layout, Path] = {
@@ -192,7 +192,7 @@ def drop_from_cache(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure_warm(root: Path, packed: Path, scale: Scale, results: harness.Results) -> None:
+def measure_warm(root: Path, packed: Path, scale: Scale, results: report.Results) -> None:
     """Measure random batches of a prepared set in the system's cache, and of JPEG files through two loaders."""
     tree_root = root / "folder" / "train"
     dataset = PackedDataset(packed)
@@ -227,7 +227,7 @@ def measure_warm(root: Path, packed: Path, scale: Scale, results: harness.Result
     results.add(alternate(READ, describe(dataset), contenders, images, scale.rounds))
 
 
-def measure_cold(packed: Path, scale: Scale, results: harness.Results) -> None:
+def measure_cold(packed: Path, scale: Scale, results: report.Results) -> None:
     """Measure random batches of a prepared set that the system's cache does not hold; nothing may have it mapped."""
     if not hasattr(os, "posix_fadvise"):
         return
@@ -258,7 +258,7 @@ def time_draws(read: Callable[[Any], object], draws: npt.NDArray[np.int64]) -> f
 
 def describe(dataset: PackedDataset) -> str:
     """Return the case's name."""
-    size_mib = len(dataset) * 3 * dataset.resolution**2 / harness.MIB
+    size_mib = len(dataset) * 3 * dataset.resolution**2 / report.MIB
     return f"{BATCH} of {len(dataset)} images of {dataset.resolution} pixels ({size_mib:.0f} MiB)"
 
 
@@ -279,23 +279,17 @@ def check_readers(dataset: PackedDataset, tree_root: Path, scale: Scale) -> None
 
 def alternate(
     suite: str, case: str, contenders: Mapping[str, Turn], images: Mapping[str, int], rounds: int
-) -> harness.Row:
+) -> report.Row:
     """Run the contenders in turn, after one turn that does not count; return the record of the case.
 
-    Args:
-        suite: the table.
-        case: the table's line.
-        contenders: each returns the seconds of one turn; the first one is the baseline.
-        images: how many images a turn of each is.
-        rounds: turns that count.
+    Each contender returns the seconds of one turn of so many images; the first one is the baseline.
     """
     names = list(contenders)
     times_s: dict[str, list[float]] = {name: [] for name in names}  # of BATCH images
     for name in harness.in_turn(names, rounds + 1):
         times_s[name].append(contenders[name]() * BATCH / images[name])
-    measurements = {name: harness.measurement(times[1:]) for name, times in times_s.items()}
-    rows = harness.timed_rows(measurements, names[0], BATCH)
-    return {"suite": suite, "case": case, "baseline": names[0], "contenders": rows}
+    counted = {name: times[1:] for name, times in times_s.items()}
+    return harness.timed_record(suite, case, names[0], counted, BATCH)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

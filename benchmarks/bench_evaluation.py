@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks import harness
+from benchmarks import harness, report
 from sagan.data import open_dataset
 from sagan.distributed import World
 from sagan.evaluation.config import EvaluationConfig
@@ -64,9 +64,9 @@ def features_of(seed: int, count: int, width: int) -> Tensor:
     return (torch.randn(count, width, generator=draws) * scale + 0.4).abs()
 
 
-def compared(suite: str, case: str, ours: float, others: dict[str, Callable[[], float]]) -> harness.Row:
+def compared(suite: str, case: str, ours: float, others: dict[str, Callable[[], float]]) -> report.Row:
     """Return a record of our value and of each other implementation's, with the relative difference."""
-    rows: dict[str, harness.Row] = {"ours": {"status": "ok", "value": ours}}
+    rows: dict[str, report.Row] = {"ours": {"status": "ok", "value": ours}}
     for name, compute in others.items():
         value = compute()
         rows[name] = {"status": "ok", "value": value, "difference": abs(ours - value) / abs(value)}
@@ -84,7 +84,7 @@ class Unchanged(nn.Module):
         return images
 
 
-def measure_agreement(scale: Scale, results: harness.Results) -> None:
+def measure_agreement(scale: Scale, results: report.Results) -> None:
     """FID, Inception Score and KID on the same features and logits."""
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.inception import InceptionScore as TheirScore
@@ -92,12 +92,6 @@ def measure_agreement(scale: Scale, results: harness.Results) -> None:
 
     a, b = (features_of(seed, scale.samples, scale.width).double() for seed in (0, 1))
     one, other = Moments.of(a), Moments.of(b)
-
-    def by_scipy() -> float:
-        cov_a, cov_b = (np.cov(features.numpy(), rowvar=False) for features in (a, b))
-        difference = (a.mean(0) - b.mean(0)).numpy()
-        root = scipy.linalg.sqrtm(cov_a @ cov_b)
-        return float(difference @ difference + np.trace(cov_a + cov_b - 2 * np.real(root)))
 
     def by_torchmetrics() -> float:
         metric = FrechetInceptionDistance(feature=Unchanged(scale.width))
@@ -107,7 +101,14 @@ def measure_agreement(scale: Scale, results: harness.Results) -> None:
 
     case = f"{scale.samples:,} samples of {scale.width} features"
     fid = frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
-    results.add(compared("FID", case, fid, {"scipy sqrtm": by_scipy, "torchmetrics": by_torchmetrics}))
+    results.add(
+        compared(
+            "FID",
+            case,
+            fid,
+            {"scipy sqrtm": lambda: _direct_fid(a, b, _trace_by_scipy), "torchmetrics": by_torchmetrics},
+        )
+    )
 
     logits = torch.randn(scale.samples, 1008, generator=torch.Generator().manual_seed(2)).double() * 2
     score = InceptionScore(1008, splits=1)
@@ -129,7 +130,7 @@ def measure_agreement(scale: Scale, results: harness.Results) -> None:
     results.add(compared("KID", case, distance, {"torchmetrics": lambda: float(poly_mmd(a[:few], b[:few]))}))
 
 
-def measure_intra_fid(scale: Scale, results: harness.Results) -> None:
+def measure_intra_fid(scale: Scale, results: report.Results) -> None:
     """Time of the Gram form over all classes, and of the direct forms on a few of them."""
     for reals, measured in scale.reals:
         generated = features_of(1, GENERATED * scale.classes, scale.width)
@@ -148,7 +149,7 @@ def measure_intra_fid(scale: Scale, results: harness.Results) -> None:
             seconds.append(time.perf_counter() - start)
         case = f"{scale.classes:,} classes, {GENERATED} samples against {reals:,} reals of {scale.width} features"
         mean = statistics.fmean(distances)
-        rows: dict[str, harness.Row] = {"ours": {"status": "ok", "value": mean, **_times(seconds, scale)}}
+        rows: dict[str, report.Row] = {"ours": {"status": "ok", "value": mean, **_times(seconds, scale)}}
         for name, root in (
             ("direct, eigenvalues", _trace_by_eigenvalues),
             ("direct, scipy sqrtm", _trace_by_scipy),
@@ -157,9 +158,7 @@ def measure_intra_fid(scale: Scale, results: harness.Results) -> None:
             for label in range(scale.direct):
                 a, b = real(label).double(), fake(label).double()
                 start = time.perf_counter()
-                cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-                value = float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace())
-                value -= 2 * root(cov_a @ cov_b)
+                value = _direct_fid(a, b, root)
                 taken.append(time.perf_counter() - start)
                 differences.append(abs(value - distances[label]) / value)
             rows[name] = {"status": "ok", "difference": max(differences), **_times(taken, scale)}
@@ -170,6 +169,12 @@ def _times(seconds: Sequence[float], scale: Scale) -> dict[str, float]:
     """Return the median of a class, and what that makes for all of them."""
     median = statistics.median(seconds)
     return {"class_s": median, "classes_measured": len(seconds), "all_classes_s": median * scale.classes}
+
+
+def _direct_fid(a: Tensor, b: Tensor, trace_of_root: Callable[[Tensor], float]) -> float:
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    means = float((a.mean(0) - b.mean(0)).square().sum())
+    return means + float(cov_a.trace() + cov_b.trace()) - 2 * trace_of_root(cov_a @ cov_b)
 
 
 def _trace_by_eigenvalues(product: Tensor) -> float:
@@ -193,7 +198,7 @@ class Images(Dataset[Tensor]):
         return self.images[index].contiguous()
 
 
-def measure_end_to_end(scale: Scale, weights: Path, results: harness.Results) -> None:
+def measure_end_to_end(scale: Scale, weights: Path, results: report.Results) -> None:
     """The same images through both programs, ours from a generator and files."""
     from torch_fidelity import calculate_metrics
 

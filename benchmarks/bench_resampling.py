@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness
 from benchmarks.baselines import textbook_resampling
-from benchmarks.harness import DTYPES, Case, Outputs, Row, Run, Settings
+from benchmarks.harness import DTYPES, Case, Outputs, Run, Settings
+from benchmarks.report import Row
 from sagan import networks
 from sagan_layers import ResamplingConv2d, functional
 

@@ -19,7 +19,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 from benchmarks import harness
 from benchmarks.baselines import TextbookNormalized, import_peer
-from benchmarks.harness import Case, Outputs, Row, Run, Settings
+from benchmarks.harness import Case, Outputs, Run, Settings
+from benchmarks.report import Row
 from sagan.networks import Discriminator, NetworkConfig
 from sagan_layers import (
     ResamplingConv2d,

@@ -11,7 +11,7 @@ import multiprocessing
 import tempfile
 import time
 import timeit
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import harness, textbook_networks
-from benchmarks.harness import Case, Outputs, Row, Run, Settings
+from benchmarks import harness, report, textbook_networks
+from benchmarks.harness import Case, Outputs, Run, Settings
+from benchmarks.report import Row
 from benchmarks.textbook_networks import TextbookDiscriminator, TextbookGenerator
 from sagan.data import open_dataset
 from sagan.demo.digits import write_digits
@@ -270,26 +271,15 @@ def _results(d_loss: Tensor, g_loss: Tensor, linear: Tensor | None, last: Tensor
 def measure_separately(case: StepCase, *, steps: int, rounds: int) -> Row:
     """Return the step of each contender in fresh processes, as users run them: ours keeps freed memory there.
 
-    In one process with others the allocator's settings would be everybody's. Results are checked where all run in
-    one process.
-
-    Args:
-        case: whose contenders to take.
-        steps: timed in each process, after one that is not.
-        rounds: processes for each contender.
+    In one process all contenders would share the allocator's settings. Results are checked where they do. Each process,
+    of so many rounds, times so many steps after one that is not timed.
     """
     context = multiprocessing.get_context("spawn")
     times_s: dict[str, list[float]] = {name: [] for name in case.contenders()}
     for name in harness.in_turn(list(times_s), rounds):
         with ProcessPoolExecutor(1, context) as pool:
             times_s[name] += pool.submit(_step_times_s, case, name, steps, torch.get_num_threads()).result()
-    return _record(SEPARATE, case.name, case.baseline, times_s, case.batch_size)
-
-
-def _record(suite: str, case: str, baseline: str, times_s: Mapping[str, Sequence[float]], images: int) -> Row:
-    measurements = {name: harness.measurement(times) for name, times in times_s.items()}
-    rows = harness.timed_rows(measurements, baseline, images)
-    return {"suite": suite, "case": case, "baseline": baseline, "contenders": rows}
+    return harness.timed_record(SEPARATE, case.name, case.baseline, times_s, case.batch_size)
 
 
 def _step_times_s(case: StepCase, contender: str, steps: int, threads: int) -> list[float]:
@@ -339,7 +329,7 @@ def measure_loop(device: str, *, iterations: int) -> Row:
     turns = [after - before for before, after in itertools.pairwise(starts)][skipped:]
     alone, whole, steps = "the step alone", "the whole loop", inside[skipped:-1]
     case = f"demo's networks, batch {config.batch_size}"
-    record = _record(LOOP, case, alone, {alone: steps, whole: turns}, config.batch_size)
+    record = harness.timed_record(LOOP, case, alone, {alone: steps, whole: turns}, config.batch_size)
     # The median turn writes no log; the sum does.
     record["contenders"][whole]["time_ratio"] = sum(turns) / sum(steps)
     return record
@@ -405,7 +395,7 @@ def plot_scaling(records: Sequence[Row], cases: Sequence[StepCase], path: Path) 
         for name, row in record.get("contenders", {}).items()
         if "time_ms" in row
     ]
-    figure = harness.new_figure(12, 3.6) if timed else None
+    figure = report.new_figure(12, 3.6) if timed else None
     if figure is None:
         return None
     keys = ("batch_size", "base_width", "resolution")

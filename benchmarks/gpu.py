@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness
+from benchmarks import report
 
 # What compute-sanitizer looks at: small launches of every backend and of the fused block, forward and backward,
 # odd sizes.
@@ -139,7 +139,7 @@ def run_step(step: Step, out: Path, limit_s: float) -> Outcome:
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             command,
-            cwd=harness.ROOT,
+            cwd=report.ROOT,
             stdout=stream,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -196,7 +196,7 @@ def summary(outcomes: Sequence[Outcome], out: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every step; return 0 if none failed, 1 if one did, 2 without CUDA."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=harness.ROOT / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--out", type=Path, default=report.ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--peer", type=Path, help="a checkout of BigGAN-PyTorch")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="only these steps")
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("There is no CUDA device here (torch.cuda.is_available() is false): nothing was run.")
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    for name, value in harness.environment("cuda").items():
+    for name, value in report.environment("cuda").items():
         print(f"{name}: {value}")
     outcomes = run_steps(steps, out, options.minutes * 60 - 10)
     print(summary(outcomes, out))

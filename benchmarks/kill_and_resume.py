@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import report
 
-PROGRAM = harness.ROOT / "examples" / "imagenet_sagan.py"
+PROGRAM = report.ROOT / "examples" / "imagenet_sagan.py"
 # Columns of a log that differ between two runs of the same computation.
 TIMED = ("images_per_s", "data_wait_share", "seconds_left")
 STOPPED_BY_SIGTERM = 75  # the trainer's exit status

@@ -26,8 +26,10 @@ from benchmarks import (
     bench_step,
     gpu,
     harness,
+    report,
 )
-from benchmarks.harness import Case, Outputs, Refused, Row, Run, Settings
+from benchmarks.harness import Case, Outputs, Refused, Run, Settings
+from benchmarks.report import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = Settings(max_rounds=5, target_s=0.1, sample_ms=1.0, memory=False)
@@ -221,7 +223,7 @@ class TestMeasuring:
         monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
         monkeypatch.setattr(harness, "_cuda_sampler", lambda: lambda run, repeats: 0.001)
         monkeypatch.setitem(RUNS, "illegal", illegal)
-        results = harness.Results(tmp_path / "toys.json", "cpu")
+        results = report.Results(tmp_path / "toys.json", "cpu")
         good, bad = toy("textbook", device="cuda"), toy("textbook", "illegal", "sleeps", device="cuda")
         harness.run_cases([good, bad], results, FAST)
         assert results.cases[0]["contenders"]["textbook"]["status"] == "ok"
@@ -242,7 +244,7 @@ class TestMeasuring:
         ],
     )
     def test_a_wrong_result_or_a_failure_of_ours_fails_the_benchmark(self, record: Row, bad: bool) -> None:
-        assert harness.any_failure([record]) is bad
+        assert report.any_failure([record]) is bad
 
 
 KILLED_MIDWAY = """
@@ -251,7 +253,7 @@ sys.path.insert(0, "tests")
 import test_benchmarks as t
 from pathlib import Path
 t.RUNS["kills"] = lambda: os.kill(os.getpid(), 9)
-results = t.harness.Results(Path(sys.argv[1]), "cpu")
+results = t.report.Results(Path(sys.argv[1]), "cpu")
 t.harness.run_cases([t.toy("sleeps"), t.toy("kills", label="deadly")], results, t.FAST)
 """
 
@@ -276,7 +278,7 @@ def last_run(path: Path) -> Row:
 class TestResults:
     def test_they_say_where_when_and_what_was_measured(self, tmp_path: Path) -> None:
         path = tmp_path / "toys.json"
-        results = harness.Results(path, "cpu")
+        results = report.Results(path, "cpu")
         harness.run_cases([toy("sleeps", "textbook", "fails")], results, FAST)
         assert last_run(path)["complete"] is False
         assert results.finish() == 0
@@ -297,12 +299,12 @@ class TestResults:
         self, tmp_path: Path
     ) -> None:
         path = tmp_path / "toys.json"
-        results = harness.Results(path, "cpu")
+        results = report.Results(path, "cpu")
         harness.run_cases([toy("sleeps"), toy("sleeps", label="another")], results, FAST, budget_s=0.01)
         assert results.cases[0]["contenders"]["sleeps"]["status"] == "ok"
         assert results.cases[1]["status"] == "skipped"
         assert "budget" in results.cases[1]["reason"]
-        harness.Results(path, "cpu", append=True).add({"suite": "toys", "case": "third", "contenders": {}})
+        report.Results(path, "cpu", append=True).add({"suite": "toys", "case": "third", "contenders": {}})
         runs = json.loads(path.read_text())["runs"]
         assert [case["case"] for run in runs for case in run["cases"]] == ["a toy", "another", "third"]
         assert "| another |" in path.with_suffix(".md").read_text()
@@ -314,7 +316,7 @@ class TestResults:
         assert run["complete"] is False
         assert [case["case"] for case in run["cases"]] == ["a toy"]
 
-    @pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*_cpu.json")), ids=lambda path: path.stem)
+    @pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*_cpu.json")), ids=lambda path: path.stem)
     def test_those_in_the_tree_are_well_formed(self, path: Path) -> None:
         runs = json.loads(path.read_text())["runs"]
         assert path.with_suffix(".md").exists()
@@ -427,7 +429,7 @@ class TestSuites:
         for name in ("ours", "textbook", "SDPA", "SDPA padded"):
             assert rows[name]["status"] == "ok" or suite == bench_attention.BLOCK_R1, rows[name]
         assert rows["ours"]["status"] == rows["textbook"]["status"] == "ok"
-        assert not harness.any_failure([case])
+        assert not report.any_failure([case])
 
     @pytest.mark.parametrize(
         "case",
