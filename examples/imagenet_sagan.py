@@ -71,13 +71,14 @@ def main(arguments: Sequence[str]) -> int:
         print(OVERVIEW)
         return 0
     name, *options = arguments
-    try:
-        if name in COMMANDS:
-            kind, run = COMMANDS[name]
-            # The recipe gives the defaults of the other options.
-            default = train.from_recipe(options) if name == "train" else None
-            return run(parse(kind, name, options, default))
+    if name not in COMMANDS:
         print(f"Unknown command {name!r}.\n\n{OVERVIEW}", file=sys.stderr)
+        return 2
+    kind, run = COMMANDS[name]
+    try:
+        # The recipe gives the defaults of the other options.
+        default = train.from_recipe(options) if name == "train" else None
+        return run(parse(kind, name, options, default))
     except ReportedByMainError:
         return 1
     except (UserError, OSError) as error:
@@ -86,7 +87,6 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:  # outside the training loop, which saves a checkpoint
         print(f"imagenet_sagan.py {name}: interrupted", file=sys.stderr)
         return 130
-    return 2
 
 
 if __name__ == "__main__":

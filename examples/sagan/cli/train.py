@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from sagan.cli.parsing import COLLAPSED, INTERRUPTED
-from sagan.data import check_dataset, open_dataset
+from sagan.data import ImageDataset, check_dataset, open_dataset
 from sagan.distributed import World, init_world
 from sagan.errors import UserError
 from sagan.evaluation.feature_networks import load_feature_network
@@ -72,13 +72,11 @@ def run(command: Train) -> int:
 
 
 def _train(command: Train, world: World) -> int:
-    config = command.run
-    dataset = None
+    say = print if world.is_main else _say_nothing
+    config, dataset = command.run, None
     if config.data is not None:
         dataset = open_dataset(config.data, config.network.resolution, config.images)
-        images = replace(config.images, resample=dataset.resample, draft=dataset.draft)
-        config = _with_classes(replace(config, images=images), dataset.num_classes)
-    say = print if world.is_main else _say_nothing
+        config = _resolved(config, dataset)
     say(describe_config(config))
     has_run = bool(checkpoints_in(config.out / "checkpoints"))
     if command.dry_run:
@@ -148,12 +146,15 @@ def describe_config(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def _with_classes(config: RunConfig, found: int) -> RunConfig:
-    wanted = config.network.num_classes
-    if wanted is None:
-        return replace(config, network=replace(config.network, num_classes=found))
-    if wanted not in (0, found):
+def _resolved(config: RunConfig, dataset: ImageDataset) -> RunConfig:
+    """Return the configuration with the values that the data determine."""
+    classes, found = config.network.num_classes, dataset.num_classes
+    if classes not in (None, 0, found):
         raise UserError(
-            f"network.num_classes: the data has {found} classes, got {wanted} (0 is unconditional)"
+            f"network.num_classes: the data has {found} classes, got {classes} (0 is unconditional)"
         )
-    return config
+    return replace(
+        config,
+        network=replace(config.network, num_classes=found if classes is None else classes),
+        images=replace(config.images, resample=dataset.resample, draft=dataset.draft),
+    )
