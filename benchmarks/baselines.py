@@ -116,7 +116,7 @@ class TextbookNormalized(nn.Module):
     Args:
         layer: whose weight and bias are copied.
         u: the left singular vector to start from, [out].
-        eps: added to no norm, but the least that one is divided by.
+        eps: the least norm that a vector is divided by.
     """
 
     weight_u: Tensor
@@ -184,7 +184,7 @@ class TextbookConditionalNorm(nn.Module):
 
 
 def copied(parameter: Any) -> nn.Parameter:
-    """Return a parameter with the same values of its own."""
+    """Return a new parameter with the same values."""
     return nn.Parameter(parameter.detach().clone(memory_format=torch.contiguous_format))
 
 

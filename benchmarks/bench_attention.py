@@ -347,7 +347,7 @@ def make_cases(
     dtypes: Sequence[str] = (),
     peer: Path | None = None,
 ) -> list[AttentionCase]:
-    """Return every case for a device, the most telling shapes first."""
+    """Return every case for a device, the most valuable shapes first."""
     pools: tuple[int, ...] = (2, 1)
     if quick:
         grid = [(shape, dtype) for dtype in dtypes or ("float32",) for shape in QUICK_SHAPES]

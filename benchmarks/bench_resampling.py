@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,31 +25,20 @@ from sagan_layers import ResamplingConv2d, functional
 
 CONV3X3, CONV1X1, NETWORK = "3x3 convolution", "1x1 convolution", "whole network"
 
-# (resamples, channels in, channels out, side of the input) of the main path's layer that changes the resolution.
-GENERATOR = (
-    ("up", 1024, 1024, 4),
-    ("up", 1024, 512, 8),
-    ("up", 512, 256, 16),
-    ("up", 256, 128, 32),
-    ("up", 128, 64, 64),
+Layer = tuple[str, int, int, int]  # "up" or "down", channels in and out, side of the input
+WIDTHS = (1024, 1024, 512, 256, 128, 64)  # of both networks' blocks, from 4 to 128 pixels
+GENERATOR: tuple[Layer, ...] = tuple(
+    ("up", *widths, 4 << block) for block, widths in enumerate(itertools.pairwise(WIDTHS))
 )
-DISCRIMINATOR = (
-    ("down", 64, 64, 128),
-    ("down", 128, 128, 64),
-    ("down", 256, 256, 32),
-    ("down", 512, 512, 16),
-    ("down", 1024, 1024, 8),
+DISCRIMINATOR: tuple[Layer, ...] = tuple(
+    ("down", width, width, 128 >> block) for block, width in enumerate(WIDTHS[:0:-1])
 )
 # D's shortcuts take the block's input.
-DISCRIMINATOR_SHORTCUTS = (
-    ("down", 3, 64, 128),
-    ("down", 64, 128, 64),
-    ("down", 128, 256, 32),
-    ("down", 256, 512, 16),
-    ("down", 512, 1024, 8),
+DISCRIMINATOR_SHORTCUTS: tuple[Layer, ...] = tuple(
+    ("down", inputs, width, side)
+    for inputs, (_, _, width, side) in zip((3, *WIDTHS[:1:-1]), DISCRIMINATOR, strict=True)
 )
 QUICK = (("up", 64, 32, 16), ("down", 32, 64, 32))
-Layer = tuple[str, int, int, int]
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,8 @@ class DiscriminatorCase(Case):
         return 0.2 if self.device == "cuda" else 1e-3
 
     def contenders(self) -> list[str]:
-        everyone = [WITHOUT, SHARED, PER_LAYER, PARAMETRIZATION, HOOK]
-        everyone.append(TEXTBOOK if self.peer is None else PEER)
-        return everyone if self.suite == STEP else everyone[1:]
+        names = [SHARED, PER_LAYER, PARAMETRIZATION, HOOK, PEER if self.peer else TEXTBOOK]
+        return [WITHOUT, *names] if self.suite == STEP else names
 
     def inputs(self) -> Any:
         """Return D with singular vectors for u and v and a sigma of 1, images and labels."""

@@ -208,7 +208,7 @@ def in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
 def time_contenders(
     runs: Mapping[str, Run], rows: Mapping[str, Row], device: str, settings: Settings
 ) -> dict[str, Measurement]:
-    """Return a measurement of each contender, taken in turn; the rows of those that raise get the reason.
+    """Return a measurement of each contender, taken in turn; a contender that raises has the reason in its row.
 
     Every run must have been called once before: the first call is the warm-up.
     """
@@ -243,14 +243,14 @@ def time_contenders(
 
 
 def measurement(times_s: Sequence[float], repeats: int = 1) -> Measurement:
-    """Return the times of one run as torch's measurement, each taken over so many repetitions."""
+    """Return times of one run as torch's measurement; each was taken over so many repetitions."""
     return Measurement(repeats, [time_s * repeats for time_s in times_s], TaskSpec("run()", "pass"))
 
 
 def timed_rows(
     measurements: Mapping[str, Measurement], baseline: str, images: int | None = None
 ) -> dict[str, Row]:
-    """Return median, spread and ratio to the baseline of each contender, and its rate if a run is of images."""
+    """Return each contender's median, spread and ratio to the baseline, and its rate if a run takes in images."""
     rows: dict[str, Row] = {
         name: {"status": "ok", "time_ms": each.median * 1e3, "iqr_ms": each.iqr * 1e3}
         for name, each in measurements.items()
@@ -267,7 +267,7 @@ def timed_rows(
 def timed_record(
     suite: str, case: str, baseline: str, times_s: Mapping[str, Sequence[float]], images: int
 ) -> Row:
-    """Return the record of a case from the times of its contenders, each of one run over so many images."""
+    """Return the record of a case from its contenders' times of one run, which takes in so many images."""
     measurements = {name: measurement(times) for name, times in times_s.items()}
     rows = timed_rows(measurements, baseline, images)
     return {"suite": suite, "case": case, "baseline": baseline, "contenders": rows}
@@ -390,7 +390,7 @@ def measure_case(case: Case, settings: Settings, rates: Mapping[str, float] | No
         # Without this process's tensors, so that a small machine has room for the other's.
         gc.collect()
         for contender in measurements:
-            with _kept_out_of_status(rows[contender], case.device, "peak_mib"):
+            with _column_failures_recorded(rows[contender], case.device, "peak_mib"):
                 rows[contender]["peak_mib"] = cpu_peak_mib(case, contender, settings.memory_limit_s)
     return {"suite": case.suite, "case": case.name, "baseline": case.baseline, "contenders": rows}
 
@@ -408,18 +408,18 @@ def _checked_run(case: Case, contender: str, inputs: Any, expected: Outputs, row
 
 def _measure_on_cuda(case: Case, row: Row, run: Run, settings: Settings) -> None:
     if settings.graphs:
-        with _kept_out_of_status(row, case.device, "graph_time_ms"):
+        with _column_failures_recorded(row, case.device, "graph_time_ms"):
             from triton.testing import do_bench_cudagraph
 
             row["graph_time_ms"] = do_bench_cudagraph(run, return_mode="median")
     if settings.memory and case.measures_memory:
-        with _kept_out_of_status(row, case.device, "peak_mib"):
+        with _column_failures_recorded(row, case.device, "peak_mib"):
             row["peak_mib"] = cuda_peak_mib(run)
 
 
 @contextlib.contextmanager
-def _kept_out_of_status(row: Row, device: str, column: str) -> Iterator[None]:
-    """Record a failure in the block as that of one column; the contender's time stands."""
+def _column_failures_recorded(row: Row, device: str, column: str) -> Iterator[None]:
+    """Record a failure in the block as that of one column; the contender's time stays valid."""
     failure: Row = {}
     with failures_recorded(failure, device):
         yield

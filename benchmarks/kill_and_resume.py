@@ -1,4 +1,4 @@
-"""A training run that is killed again and again, and resumed, ends as one that nobody disturbed, bit for bit.
+"""A training run that is killed again and again, and resumed, ends as an undisturbed one, bit for bit.
 
     python -m benchmarks.kill_and_resume --out DIR --kills 20 [--processes 2]
 
@@ -124,12 +124,12 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
 def check_equal(one: Path, other: Path) -> str:
     """Check that two runs ended in the same state and logged the same; return how much was compared."""
     states, logs = [], []
-    for run in (one, other):
-        path = max((run / "checkpoints").glob("iteration_*.pt"))
+    for folder in (one, other):
+        path = max((folder / "checkpoints").glob("iteration_*.pt"))
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"]["out"] = ""
         states.append(dict(leaves(state)))
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         logs.append([{name: value for name, value in row.items() if name not in TIMED} for row in rows])
     names = states[0].keys() | states[1].keys()
     different = [name for name in sorted(names) if not same_bits(*(state.get(name) for state in states))]

@@ -1,6 +1,6 @@
 """SAGAN's networks as people write them: a layer an operation, weights normalised at every forward.
 
-Made from the trainer's networks, whose weights they copy. Also BigGAN-PyTorch's own networks with these weights.
+They copy the weights of the trainer's networks, as do BigGAN-PyTorch's networks here.
 """
 
 from __future__ import annotations
