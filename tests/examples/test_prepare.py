@@ -194,10 +194,6 @@ class TestSources:
         assert prepared.report["empty_classes"] == [WNIDS[1]]
         assert prepared.report["not_images"] == {".txt": 3, "no extension": 1}
 
-    def test_any_folder_tree_is_a_source(self, tmp_path: Path) -> None:
-        write_image_tree(tmp_path / "src", class_names=("zebra", "Ant"), images_per_class=2, sizes=[(30, 20)])
-        assert pack(tmp_path / "src", tmp_path / "set").manifest.class_names == ["Ant", "zebra"]
-
 
 @has_pyarrow
 class TestParquet:

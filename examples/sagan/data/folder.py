@@ -17,8 +17,9 @@ from sagan.data.config import DataConfig
 from sagan.data.dataset import DatasetCheck, ImageDataset
 from sagan.data.decoding import ImageReadError, check_decode_options, read_pixels
 from sagan.data.inspection import CheckMode, UnreadableFile, preflight
+from sagan.data.layout import DatasetError
 from sagan.data.prefetch import map_ranges
-from sagan.data.tree import DatasetError, ImageTree, scan_image_tree
+from sagan.data.tree import ImageTree, scan_image_tree
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from sagan.data import layout
-from sagan.data.layout import IMAGE_EXTENSIONS, DatasetError
-
-__all__ = ["IMAGE_EXTENSIONS", "DatasetError", "ImageTree", "PathTable", "scan_image_tree"]
 
 _OUTSIDE_CLASSES = "image outside a class folder"
 _LINK_LOOP = "link to a folder that contains it"
