@@ -182,9 +182,9 @@ class TestLoading:
         paths[1].write_bytes(b"something else")
         path, contents = load_latest(tmp_path)
         assert (path, contents["iteration"]) == (paths[0], 1)
-        told = [record.getMessage() for record in caplog.records]
-        assert len(told) == 2
-        assert all("resuming from iteration_000000001.pt, which is older" in text for text in told)
+        messages = [record.getMessage() for record in caplog.records]
+        assert len(messages) == 2
+        assert all("resuming from iteration_000000001.pt, which is older" in text for text in messages)
         paths[0].unlink()
         with pytest.raises(CheckpointError, match=r"000003\.pt is damaged.*000002\.pt is damaged"):
             load_latest(tmp_path)

@@ -13,23 +13,23 @@ from sagan.train.collapse import CollapseAlarm, diversity
 
 def test_a_saturated_discriminator_is_reported_once_and_again_after_a_calm() -> None:
     alarm = CollapseAlarm(HealthConfig(saturated_logs=3, saturated_d_loss=0.1))
-    told = [alarm.see_losses(loss) for loss in (0.0, 0.05, 0.5, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)]
-    assert [number for number, text in enumerate(told) if text] == [5, 10]
-    assert "D's loss was below 0.1 in 3 logs in a row" in str(told[5])
+    messages = [alarm.see_losses(loss) for loss in (0.0, 0.05, 0.5, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)]
+    assert [number for number, text in enumerate(messages) if text] == [5, 10]
+    assert "D's loss was below 0.1 in 3 logs in a row" in str(messages[5])
 
 
 def test_lost_diversity_is_reported_only_after_there_was_some() -> None:
     alarm = CollapseAlarm(HealthConfig(least_diversity=0.1))
-    told = [alarm.see_diversity(share) for share in (0.0, 0.05, 0.15, 0.05, 0.3, 0.09, 0.01, 0.2, 0.05)]
-    assert [number for number, text in enumerate(told) if text] == [5, 8]
-    assert "samples of one class differ 9.0% as much as real images do" in str(told[5])
+    messages = [alarm.see_diversity(share) for share in (0.0, 0.05, 0.15, 0.05, 0.3, 0.09, 0.01, 0.2, 0.05)]
+    assert [number for number, text in enumerate(messages) if text] == [5, 8]
+    assert "samples of one class differ 9.0% as much as real images do" in str(messages[5])
 
 
 def test_a_score_that_rises_for_long_is_reported() -> None:
     alarm = CollapseAlarm(HealthConfig(rising_evaluations=2))
-    told = [alarm.see_score(score) for score in (50, 40, 41, 39, 45, 46, 47, 30, 31, 32)]
-    assert [number for number, text in enumerate(told) if text] == [5, 9]
-    assert "become worse in 2 evaluations in a row, now 46" in str(told[5])
+    messages = [alarm.see_score(score) for score in (50, 40, 41, 39, 45, 46, 47, 30, 31, 32)]
+    assert [number for number, text in enumerate(messages) if text] == [5, 9]
+    assert "become worse in 2 evaluations in a row, now 46" in str(messages[5])
 
 
 def test_a_resumed_alarm_continues_where_it_was() -> None:

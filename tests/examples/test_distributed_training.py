@@ -149,7 +149,7 @@ def test_gradients_and_weights_are_those_of_one_process(ranks: list[dict[str, An
         assert found.keys() == alone.keys()
         for name, expected in alone.items():
             scale = max(1.0, expected.abs().max().item())
-            # Adam divides by the gradient's own size: what rounding leaves of a gradient of zero shows in weights.
+            # Adam divides by the size of the gradient, so rounding errors of a zero gradient show in weights.
             allowed = 1e-11 if "gradient" in name else 1e-7
             assert (found[name] - expected).abs().max() <= allowed * scale, name
 

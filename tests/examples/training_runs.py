@@ -45,7 +45,7 @@ def set_gammas(trainer: Trainer) -> None:
 
 
 class Batches(Iterator[tuple[Tensor, Tensor]]):
-    """Random images with labels, the same at every run; counts how many were taken."""
+    """Random batches, the same in every run; counts them."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -1,4 +1,4 @@
-"""What a run tells on the console: a progress bar on a terminal, else a line for each log."""
+"""The console output of a run: a progress bar on a terminal, else a line for each log."""
 
 from __future__ import annotations
 

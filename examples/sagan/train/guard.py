@@ -1,4 +1,4 @@
-"""Updates with a NaN or an infinity are skipped, and end a run that may not go on without them."""
+"""Updates with a NaN or an infinity: skipped, counted, and the end of a run that may not skip them."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def check_finite(guard: FiniteGuard, health: HealthConfig, networks: Mapping[str
     where = f" ({'; '.join(found)})" if found else ""
     raise TrainingError(
         f"losses or gradients not finite {what}{where}. No such update was applied, "
-        "and the last checkpoint was saved before. Lower learning rates or --precision fp32 usually help; "
+        "and the last checkpoint is older. Lower learning rates or --precision fp32 usually help; "
         f"{remedy}"
     )
 
@@ -145,5 +145,5 @@ def check_losses_finite(row: Mapping[str, Any]) -> None:
     if lost:
         raise TrainingError(
             f"{' and '.join(lost)} not finite in any iteration since the last log, at iteration {row['iteration']}; "
-            "the last checkpoint was saved before"
+            "the last checkpoint is older"
         )
