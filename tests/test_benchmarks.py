@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,11 @@ def wrong() -> Outputs:
     return {"y": torch.tensor([1.0, 1.0, 1.1])}
 
 
-def fails() -> Outputs:
-    raise RuntimeError("no kernel image is available\nand a long story")
+def raises(error: Exception) -> Run:
+    def run() -> Outputs:
+        raise error
 
-
-def runs_out() -> Outputs:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 999 GiB")
+    return run
 
 
 def ends_its_process() -> Outputs:
@@ -80,8 +80,8 @@ RUNS: dict[str, Callable[[], Outputs]] = {
     "sleeps twice": sleeps(0.04),
     "allocates": allocates_64_mib,
     "wrong": wrong,
-    "fails": fails,
-    "runs out": runs_out,
+    "fails": raises(RuntimeError("no kernel image is available\nand a long story")),
+    "runs out": raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 999 GiB")),
     "ends": ends_its_process,
 }
 
@@ -147,18 +147,14 @@ class TestMeasuring:
     def test_contenders_are_timed_in_turn(self) -> None:
         order: list[str] = []
 
-        def logged(name: str) -> Run:
-            def run() -> Outputs:
-                order.append(name)
-                time.sleep(0.003)
-                return {}
-
-            return run
+        def logged(name: str) -> Outputs:
+            order.append(name)
+            time.sleep(0.003)
+            return {}
 
         settings = Settings(max_rounds=4, min_rounds=4, sample_ms=1.0)
-        harness.time_contenders(
-            {name: logged(name) for name in "abc"}, {name: {} for name in "abc"}, "cpu", settings
-        )
+        runs = {name: partial(logged, name) for name in "abc"}
+        harness.time_contenders(runs, {name: {} for name in runs}, "cpu", settings)
         turns = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
         assert len(turns) == 4
         assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
@@ -196,7 +192,7 @@ class TestMeasuring:
     def test_contenders_that_cannot_run_leave_their_reason_and_the_others_run(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        turns = iter([right, runs_out])
+        turns = iter([right, RUNS["runs out"]])
         monkeypatch.setitem(RUNS, "runs out while timed", lambda: next(turns)())
         rows = measure("refuses", "fails", "runs out", "runs out while timed", "textbook")
         assert [(row["status"], row.get("reason")) for row in rows.values()] == [
@@ -525,7 +521,7 @@ class TestStep:
     def test_scaling_is_drawn_where_it_was_measured(self, tmp_path: Path) -> None:
         cases = [bench_step.StepCase(bench_step.SCALING, "cpu", batch, 64, 16, ("ours",)) for batch in (1, 2)]
         records = [
-            {"suite": bench_step.SCALING, "case": case.name, "contenders": {"ours": {"time_ms": 10.0}}}
+            {"suite": case.suite, "case": case.name, "contenders": {"ours": {"time_ms": 10.0}}}
             for case in cases
         ]
         assert bench_step.plot_scaling([], cases, tmp_path / "none.png") is None
