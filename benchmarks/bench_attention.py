@@ -71,15 +71,6 @@ LOGIT_STD = 3.0
 
 
 @dataclass(frozen=True)
-class BlockInputs:
-    """What a block runs on; ``cotangent`` is the gradient of the loss by the output."""
-
-    block: SelfAttention2d
-    x: Tensor
-    cotangent: Tensor
-
-
-@dataclass(frozen=True)
 class AttentionCase(Case):
     """Attention at one shape. C gives E = C / 8 and Ev = C / 2; the queries are all H x H positions."""
 
@@ -163,7 +154,7 @@ class AttentionCase(Case):
         return contender in HOLDING_MATRICES
 
     def inputs(self) -> Any:
-        """Return query, key and value as channels-first leaves, and the output's gradient; or BlockInputs."""
+        """Return the block and x, or query, key and value as channels-first leaves; last the output's gradient."""
         if self.device == "cuda":
             torch.compiler.reset()  # else one function compiled for many shapes soon falls back to eager
         generator = torch.Generator().manual_seed(0)
@@ -187,7 +178,7 @@ class AttentionCase(Case):
                 if parameter.dim() == 4:
                     std = (sharpness if name.startswith(("query", "key")) else 1.0) / parameter.size(1) ** 0.5
                     parameter.copy_(normal(*parameter.shape, std=std))
-        return BlockInputs(block, normal(N, C, H, H).requires_grad_(), normal(N, C, H, H))
+        return block, normal(N, C, H, H).requires_grad_(), normal(N, C, H, H)
 
     def prepare(self, contender: str, inputs: Any) -> Run:
         ours = contender.startswith("ours")
@@ -198,7 +189,7 @@ class AttentionCase(Case):
         if self.is_core:
             core = _ours(backend) if ours else _core(contender)
             return lambda: self._run_core(core, inputs)
-        block, x, cotangent = inputs.block, inputs.x, inputs.cotangent
+        block, x, cotangent = inputs
         module: nn.Module
         if contender.endswith("channels_last"):
             x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -226,9 +217,10 @@ class AttentionCase(Case):
         if self.is_core:
             leaves = [leaf.detach()[samples].double().requires_grad_(leaf.requires_grad) for leaf in inputs]
             return self._run_core(oracle, leaves)
-        module = baselines.TextbookAttention.sharing(copy.deepcopy(inputs.block).double(), oracle)
-        x = inputs.x.detach()[samples].double().requires_grad_()
-        outputs = self._run_block(module, x, inputs.cotangent[samples].double())
+        block, x, cotangent = inputs
+        module = baselines.TextbookAttention.sharing(copy.deepcopy(block).double(), oracle)
+        x = x.detach()[samples].double().requires_grad_()
+        outputs = self._run_block(module, x, cotangent[samples].double())
         whole = len(samples) == self.shape[0]
         return {name: tensor for name, tensor in outputs.items() if whole or _is_per_sample(name)}
 

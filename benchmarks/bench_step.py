@@ -322,7 +322,7 @@ def measure_loop(device: str, *, iterations: int) -> Row:
         dataset = open_dataset(digits_folder, config.network.resolution, config.images)
         setattr(Trainer, "step", timed)  # noqa: B010 (mypy forbids assigning to a method)
         try:
-            train(config, dataset.in_memory(config.images.cache_mib), fingerprint="", progress=False)
+            train(config, dataset.in_memory(config.images.cache_mib), progress=False)
         finally:
             setattr(Trainer, "step", step)  # noqa: B010
     skipped = 5  # the first turns warm up

@@ -112,7 +112,7 @@ def make_steps(out: Path, peer: Path | None) -> list[Step]:
         suite("resampling", 45, takes_peer=False),
         Step(
             "sanitizer",
-            (*memcheck, sys.executable, "-c", KERNELS),
+            (*memcheck, sys.executable, "-u", "-c", KERNELS),
             120,
             missing="" if sanitizer else "compute-sanitizer is not on the PATH",
             # Within one cached block an access past a tensor's end would go unseen.
@@ -135,22 +135,22 @@ def run_step(step: Step, out: Path, limit_s: float) -> Outcome:
         command += ["--minutes", f"{max(limit_s - 45, limit_s / 2) / 60:.2f}"]
     start = time.monotonic()
     log = out / f"{step.name}.log"
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.variables}
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             command,
             cwd=report.ROOT,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**os.environ, **step.variables},
             start_new_session=True,
         )
         try:
             status = process.wait(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            return Outcome(step.name, "timed out", time.monotonic() - start, f"killed after {limit_s:.0f} s")
-        finally:
+        except BaseException as error:
             _kill(process)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return Outcome(step.name, "timed out", time.monotonic() - start, f"killed after {limit_s:.0f} s")
     wall_s = time.monotonic() - start
     if step.name == "gpu_tests" and status == 5:
         return Outcome(step.name, "not run", wall_s, "no test is marked gpu")
