@@ -61,8 +61,7 @@ def run_training() -> Train:
         assert config.data is not None
         tree = scan_image_tree(config.data)
         dataset = ImageFolderDataset(tree, config.network.resolution, cache_mib=config.images.cache_mib)
-        arguments = {"fingerprint": tree.fingerprint(), "progress": False, **arguments}
-        return train(config, dataset, **arguments)
+        return train(config, dataset, **{"progress": False, **arguments})
 
     return run
 

@@ -108,7 +108,6 @@ def _train(command: Train, world: World) -> int:
     result = train(
         config,
         dataset,
-        fingerprint=dataset.fingerprint(),
         world=world,
         resume=resume,
         accept_changes=command.accept_changes,

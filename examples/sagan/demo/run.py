@@ -80,7 +80,6 @@ def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResul
     result = train(
         config,
         dataset,
-        fingerprint=dataset.fingerprint(),
         resume=resume,
         progress=progress,
         observe=quality_curve(judge, out / "quality.jsonl"),

@@ -51,7 +51,6 @@ def train(
     config: RunConfig,
     dataset: ImageDataset,
     *,
-    fingerprint: str,
     world: World | None = None,
     resume: bool = False,
     accept_changes: bool = False,
@@ -66,8 +65,7 @@ def train(
 
     Args:
         config: the whole run, ``network.num_classes`` set to the dataset's (or 0).
-        dataset: the images.
-        fingerprint: identifies the dataset's files; a run does not resume with other ones.
+        dataset: the images; a run does not resume with another `ImageDataset.fingerprint`.
         world: this process; by default the only one, on the configuration's device.
         resume: resume from the latest readable checkpoint in ``config.out``.
         accept_changes: resume although the configuration or the images have changed.
@@ -87,11 +85,11 @@ def train(
         if not resume or config.out.is_dir():
             world.run_on_main(lambda: stack.enter_context(_lock(config.out)))
         saved = check_start(config, resume=resume, accept_changes=accept_changes)
-        check_images(saved, fingerprint, accept_changes=accept_changes)
+        check_images(saved, dataset.fingerprint(), accept_changes=accept_changes)
 
         trainer = Trainer(config, torch.unique(dataset.labels), world)
         alarm = CollapseAlarm(config.health)
-        output = RunOutput(trainer, alarm, dataset, fingerprint)
+        output = RunOutput(trainer, alarm, dataset)
         if saved is not None:
             output.restore(saved)
         if world.is_main:

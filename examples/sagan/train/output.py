@@ -49,14 +49,12 @@ class RunOutput:
         checkpoint: the last checkpoint, or the one that the run resumed from.
     """
 
-    def __init__(
-        self, trainer: Trainer, alarm: CollapseAlarm, dataset: ImageDataset, fingerprint: str
-    ) -> None:
+    def __init__(self, trainer: Trainer, alarm: CollapseAlarm, dataset: ImageDataset) -> None:
         self._config = trainer.config
         self._trainer = trainer
         self._alarm = alarm
         self._class_names = list(dataset.class_names)
-        self._fingerprint = fingerprint
+        self._fingerprint = dataset.fingerprint()
         self._latents, self._labels = _grid_inputs(trainer.config, trainer.labels_in_use)
         self._real_diversity = _real_diversity(dataset, self._labels)
         self.checkpoint: Path | None = None
