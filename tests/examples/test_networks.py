@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,14 @@ def randomize(network: nn.Module) -> nn.Module:
             elif name.endswith("running_var"):
                 buffer.uniform_(0.5, 2)
     return network
+
+
+def weighted_layers(network: nn.Module) -> list[Any]:
+    return [layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear, nn.Embedding))]
+
+
+def batch_norms(network: nn.Module) -> list[ConditionalBatchNorm2d]:
+    return [layer for layer in network.modules() if isinstance(layer, ConditionalBatchNorm2d)]
 
 
 def vectors(network: nn.Module) -> dict[str, Tensor]:
@@ -139,33 +147,30 @@ class TestShapes:
         assert labels is None
         assert torch.isfinite(network(inputs)).all()
         assert not any("embedding" in name for name in network.state_dict())
-        assert all(
-            layer.num_classes is None
-            for layer in network.modules()
-            if isinstance(layer, ConditionalBatchNorm2d)
-        )
+        assert all(norm.num_classes is None for norm in batch_norms(network))
 
 
 class TestAttentionPlaces:
-    @pytest.mark.parametrize("places", [(), (8,), (64, 16), (8, 16, 32, 64)])
-    def test_generator_attends_at_the_chosen_resolutions_in_order(self, places: tuple[int, ...]) -> None:
-        config = replace(TINY, resolution=64, g_attention=places)
-        assert self.seen_resolutions(Generator, config) == sorted(places)
-
-    @pytest.mark.parametrize("places", [(), (4,), (8, 32), (4, 8, 16, 32)])
-    def test_discriminator_attends_at_the_chosen_resolutions_in_order(self, places: tuple[int, ...]) -> None:
-        config = replace(TINY, resolution=64, d_attention=places)
-        assert self.seen_resolutions(Discriminator, config) == sorted(places, reverse=True)
-
-    @staticmethod
-    def seen_resolutions(kind: type[nn.Module], config: NetworkConfig) -> list[int]:
+    @pytest.mark.parametrize(
+        ("kind", "places"),
+        [
+            *((Generator, places) for places in [(), (8,), (64, 16), (8, 16, 32, 64)]),
+            *((Discriminator, places) for places in [(), (4,), (8, 32), (4, 8, 16, 32)]),
+        ],
+    )
+    def test_networks_attend_at_the_chosen_resolutions_in_order(
+        self, kind: type[nn.Module], places: tuple[int, ...]
+    ) -> None:
+        config = replace(
+            TINY, resolution=64, **{"g_attention" if kind is Generator else "d_attention": places}
+        )
         network = kind(config)
         seen: list[int] = []
         for mixer in network.mixers.values():
             assert isinstance(mixer, SelfAttention2d)
             mixer.register_forward_hook(lambda _, inputs, output: seen.append(output.size(2)))
         network(*inputs_of(kind, config))
-        return seen
+        assert seen == sorted(places, reverse=kind is Discriminator)
 
     @KINDS
     @pytest.mark.parametrize("mixer", ["attention", "residual"])
@@ -192,21 +197,13 @@ class TestSpectralNorm:
         self, g_normalised: bool, d_normalised: bool, mixer: Any
     ) -> None:
         config = replace(TINY, g_spectral_norm=g_normalised, d_spectral_norm=d_normalised, mixer=mixer)
-        for network, normalised in (
-            (Generator(config), g_normalised),
-            (Discriminator(config), d_normalised),
-        ):
-            layers = [
-                layer
-                for layer in network.modules()
-                if isinstance(layer, (nn.Conv2d, nn.Linear, nn.Embedding))
-            ]
+        for network, normalised in ((Generator(config), g_normalised), (Discriminator(config), d_normalised)):
+            layers = weighted_layers(network)
             assert len(layers) > 10
             assert {isinstance(layer, SpectralNormLayer) for layer in layers} == {normalised}
 
     def test_gain_and_bias_tables_of_batch_norm_are_not_normalised(self) -> None:
-        norms = [m for m in Generator(TINY).modules() if isinstance(m, ConditionalBatchNorm2d)]
-        assert len(norms) == 7
+        norms = batch_norms(Generator(TINY))
         for norm in norms:
             assert not any(isinstance(layer, SpectralNormLayer) for layer in norm.modules())
         assert [norm.num_classes for norm in norms] == [3] * 6 + [None]
@@ -218,7 +215,7 @@ class TestSpectralNorm:
 
     def test_batch_norm_settings_reach_the_norms_they_are_for(self) -> None:
         config = replace(TINY, bn_eps=2e-4, bn_momentum=0.3, last_bn_momentum=0.7, biased_running_var=False)
-        norms = [m for m in Generator(config).modules() if isinstance(m, ConditionalBatchNorm2d)]
+        norms = batch_norms(Generator(config))
         assert {norm.norm.eps for norm in norms} == {2e-4}
         assert [norm.norm.momentum for norm in norms] == [0.3] * 6 + [0.7]
         assert {norm.biased_running_var for norm in norms} == {False}
@@ -271,85 +268,66 @@ class TestResampling:
         assert layers == {f"blocks.{i}.{name}": factors for i in range(3) for name in (main, "shortcut")}
 
 
-class PlainFormulas:
-    """The blocks written out with torch.nn.functional; ``weight`` gives the weight that a layer uses."""
+@dataclass(frozen=True)
+class Formulas:
+    """The blocks written out with torch.nn.functional; ``normalised`` divides each weight by its norm."""
+
+    normalised: bool = False
 
     def weight(self, layer: nn.Module) -> Tensor:
-        return layer.weight
+        norm = torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2) if self.normalised else 1
+        return layer.weight / norm
 
     def conv(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight(layer), layer.bias, padding=layer.kernel_size[0] // 2)
 
     def norm(self, layer: ConditionalBatchNorm2d, x: Tensor, labels: Tensor | None) -> Tensor:
-        if layer.training:
-            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-        else:
-            mean, var = layer.norm.running_mean, layer.norm.running_var
-        normal = (x - mean[:, None, None]) / torch.sqrt(var + 1e-5)[:, None, None]
+        statistics = (None, None) if layer.training else (layer.norm.running_mean, layer.norm.running_var)
         gain, bias = layer.weight, layer.bias
         if labels is not None:
             gain, bias = gain[labels], bias[labels]
-        return normal * gain[..., None, None] + bias[..., None, None]
-
-    def doubled(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-
-    def halved(self, x: Tensor) -> Tensor:
-        return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+        return (
+            F.batch_norm(x, *statistics, training=layer.training) * gain[..., None, None]
+            + bias[..., None, None]
+        )
 
     def up(self, block: UpBlock, x: Tensor, labels: Tensor) -> Tensor:
-        main = self.conv(block.conv1, self.doubled(self.norm(block.norm1, x, labels).clamp_min(0)))
-        main = self.conv(block.conv2, self.norm(block.norm2, main, labels).clamp_min(0))
-        return main + self.conv(block.shortcut, self.doubled(x))
+        main = F.interpolate(self.norm(block.norm1, x, labels).relu(), scale_factor=2)
+        main = self.norm(block.norm2, self.conv(block.conv1, main), labels).relu()
+        return self.conv(block.conv2, main) + self.conv(block.shortcut, F.interpolate(x, scale_factor=2))
 
     def first_down(self, block: DownBlock, x: Tensor) -> Tensor:
-        main = self.conv(block.conv2, self.conv(block.conv1, x).clamp_min(0))
-        return self.halved(main) + self.conv(block.shortcut, self.halved(x))
+        main = self.conv(block.conv2, self.conv(block.conv1, x).relu())
+        return F.avg_pool2d(main, 2) + self.conv(block.shortcut, F.avg_pool2d(x, 2))
 
     def down(self, block: DownBlock, x: Tensor) -> Tensor:
-        main = self.conv(block.conv2, self.conv(block.conv1, x.clamp_min(0)).clamp_min(0))
-        return self.halved(main) + self.halved(self.conv(block.shortcut, x))
+        main = self.conv(block.conv2, self.conv(block.conv1, x.relu()).relu())
+        return F.avg_pool2d(main + self.conv(block.shortcut, x), 2)
 
     def last(self, block: LastBlock, x: Tensor) -> Tensor:
-        return x + self.conv(block.conv2, self.conv(block.conv1, x.clamp_min(0)).clamp_min(0))
+        return x + self.conv(block.conv2, self.conv(block.conv1, x.relu()).relu())
 
     def residual(self, mixer: ResidualMixer, x: Tensor) -> Tensor:
-        hidden = self.conv(mixer.conv1, x.clamp_min(0)).clamp_min(0)
-        return x + mixer.gamma * self.conv(mixer.conv2, hidden)
-
-    def attention(self, layer: SelfAttention2d, x: Tensor) -> Tensor:
-        query = self.conv(layer.query, x).flatten(2)
-        key = F.max_pool2d(self.conv(layer.key, x), 2).flatten(2)
-        value = F.max_pool2d(self.conv(layer.value, x), 2).flatten(2)
-        weights = torch.softmax(query.transpose(1, 2) @ key, dim=2)
-        gathered = (value @ weights.transpose(1, 2)).unflatten(2, x.shape[2:])
-        return x + layer.gamma * self.conv(layer.out, gathered)
+        return x + mixer.gamma * self.conv(mixer.conv2, self.conv(mixer.conv1, x.relu()).relu())
 
     def generator(self, network: Generator, latents: Tensor, labels: Tensor) -> Tensor:
         x = (latents @ self.weight(network.linear).T + network.linear.bias).unflatten(1, network.first_shape)
         for block in network.blocks:
             x = self.up(block, x, labels)
             if x.size(2) == 16:
-                x = self.attention(network.mixers["16"], x)
-        return torch.tanh(self.conv(network.last_conv, self.norm(network.last_norm, x, None).clamp_min(0)))
+                x = network.mixers["16"](x)
+        return torch.tanh(self.conv(network.last_conv, self.norm(network.last_norm, x, None).relu()))
 
     def discriminator(self, network: Discriminator, images: Tensor, labels: Tensor) -> Tensor:
         x = self.first_down(network.blocks[0], images)
         for block in network.blocks[1:]:
             x = self.down(block, x)
             if x.size(2) == 8:
-                x = self.attention(network.mixers["8"], x)
-        pooled = self.last(network.last_block, x).clamp_min(0).sum((2, 3))
+                x = network.mixers["8"](x)
+        pooled = self.last(network.last_block, x).relu().sum((2, 3))
         head = network.head
         logits = pooled @ self.weight(head.linear).T + head.linear.bias
         return logits + (self.weight(head.embedding)[labels] * pooled).sum(1, keepdim=True)
-
-
-class NormalisedFormulas(PlainFormulas):
-    """The same, each weight divided by its largest singular value."""
-
-    def weight(self, layer: nn.Module) -> Tensor:
-        return layer.weight / torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2)
 
 
 PLAIN = replace(TINY, g_spectral_norm=False, d_spectral_norm=False)
@@ -360,7 +338,7 @@ class TestFormulas:
     def test_up_block(self, training: bool) -> None:
         block = randomize(UpBlock(6, 4, PLAIN)).train(training)
         x, labels = torch.randn(4, 6, 5, 7), torch.tensor([0, 2, 1, 2])
-        expected = PlainFormulas().up(block, x, labels)
+        expected = Formulas().up(block, x, labels)
         assert expected.shape == (4, 4, 10, 14)
         torch.testing.assert_close(block(x, labels), expected, rtol=1e-4, atol=1e-4)
 
@@ -379,7 +357,7 @@ class TestFormulas:
         before = x.clone()
         y = module(x)
         assert torch.equal(x, before)
-        torch.testing.assert_close(y, getattr(PlainFormulas(), formula)(module, x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(y, getattr(Formulas(), formula)(module, x), rtol=1e-4, atol=1e-4)
 
     def test_residual_mixer_starts_as_the_identity(self) -> None:
         x = torch.randn(2, 9, 5, 3)
@@ -398,8 +376,7 @@ class TestFormulas:
                         if isinstance(layer, SpectralNormLayer):
                             layer.normalized_weight()
         network.eval()
-        formulas = NormalisedFormulas() if normalised else PlainFormulas()
-        expected = getattr(formulas, kind.__name__.lower())(network, *inputs)
+        expected = getattr(Formulas(normalised), kind.__name__.lower())(network, *inputs)
         torch.testing.assert_close(network(*inputs), expected, rtol=1e-3, atol=1e-3)
         assert expected.std() > 1e-2
 
@@ -409,7 +386,7 @@ class TestInitialisation:
 
     @KINDS
     def test_xavier_uniform_fills_the_range_of_its_fans(self, kind: type[nn.Module]) -> None:
-        for layer in self.weighted_layers(kind(replace(self.WIDE, init="xavier_uniform"))):
+        for layer in weighted_layers(kind(replace(self.WIDE, init="xavier_uniform"))):
             receptive = math.prod(layer.weight.shape[2:])
             bound = math.sqrt(6 / ((layer.weight.size(0) + layer.weight.size(1)) * receptive))
             assert layer.weight.abs().max() <= bound
@@ -419,41 +396,35 @@ class TestInitialisation:
 
     @KINDS
     def test_orthogonal_weights_have_equal_singular_values(self, kind: type[nn.Module]) -> None:
-        for layer in self.weighted_layers(kind(replace(self.WIDE, init="orthogonal"))):
+        for layer in weighted_layers(kind(replace(self.WIDE, init="orthogonal"))):
             values = torch.linalg.svdvals(layer.weight.detach().flatten(1))
             torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-4, atol=1e-4)
 
     @KINDS
     def test_normal_weights_have_a_deviation_of_two_hundredths(self, kind: type[nn.Module]) -> None:
-        weights = [
-            layer.weight.flatten() for layer in self.weighted_layers(kind(replace(self.WIDE, init="normal")))
-        ]
+        layers = weighted_layers(kind(replace(self.WIDE, init="normal")))
+        weights = [layer.weight.flatten() for layer in layers]
         assert torch.cat(weights).std().item() == pytest.approx(0.02, rel=0.05)
 
     @KINDS
     @pytest.mark.parametrize("init", ["xavier_uniform", "orthogonal", "normal"])
     def test_biases_start_at_zero_and_tables_at_one_and_zero(self, kind: type[nn.Module], init: Any) -> None:
         network = kind(replace(TINY, init=init))
-        biased = [
-            layer for layer in self.weighted_layers(network) if getattr(layer, "bias", None) is not None
-        ]
+        biased = [layer for layer in weighted_layers(network) if getattr(layer, "bias", None) is not None]
         assert biased
         assert all(not layer.bias.any() for layer in biased)
-        for norm in network.modules():
-            if isinstance(norm, ConditionalBatchNorm2d):
-                assert (norm.weight == 1).all()
-                assert (norm.bias == 0).all()
+        for norm in batch_norms(network):
+            assert (norm.weight == 1).all()
+            assert (norm.bias == 0).all()
 
     @KINDS
     def test_default_is_torchs_own(self, kind: type[nn.Module]) -> None:
         network = kind(replace(self.WIDE, init="default"))
-        convolutions = [
-            layer for layer in network.modules() if isinstance(layer, nn.Conv2d) and layer.bias is not None
-        ]
-        for layer in convolutions:
-            bound = 1 / math.sqrt(layer.weight[0].numel())
-            assert 0 < layer.bias.abs().max() <= bound
-            assert 0.8 * bound < layer.weight.abs().max() <= bound * (1 + 1e-6)
+        for layer in weighted_layers(network):
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                bound = 1 / math.sqrt(layer.weight[0].numel())
+                assert 0 < layer.bias.abs().max() <= bound
+                assert 0.8 * bound < layer.weight.abs().max() <= bound * (1 + 1e-6)
 
     def test_the_same_seed_gives_the_same_network(self) -> None:
         torch.manual_seed(3)
@@ -461,11 +432,6 @@ class TestInitialisation:
         torch.manual_seed(3)
         second = Generator(TINY).state_dict()
         assert all(torch.equal(first[name], second[name]) for name in first)
-
-    @staticmethod
-    def weighted_layers(network: nn.Module) -> list[Any]:
-        kinds = (nn.Conv2d, nn.Linear, nn.Embedding)
-        return [layer for layer in network.modules() if isinstance(layer, kinds)]
 
 
 class TestErrors:
