@@ -1,22 +1,21 @@
-"""What ours is measured against: layers and attention as most GAN code writes them, and BigGAN-PyTorch's modules."""
+"""What ours is measured against: layers, attention and networks as most GAN code writes them."""
 
 from __future__ import annotations
 
-import importlib
-import sys
+import copy
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Refused
-from sagan_layers import ConditionalBatchNorm2d, SelfAttention2d
+from sagan_layers import ConditionalBatchNorm2d, ResamplingConv2d, SelfAttention2d, SpectralNormLayer
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Of a layer's input, weight and bias.
+Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def textbook_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -56,42 +55,52 @@ def flex_attention() -> Core:
     return core
 
 
-def textbook_resampling(x: Tensor, weight: Tensor, bias: Tensor, up: bool) -> Tensor:
-    """Return the convolution and its resampling as two operations."""
-    padding = weight.size(2) // 2
-    if up:
-        return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=padding)
-    return F.avg_pool2d(F.conv2d(x, weight, bias, padding=padding), 2)
+def textbook_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    upsample: int = 1,
+    downsample: int = 1,
+    pools_first: bool = False,
+) -> Tensor:
+    """Return a convolution that pads to the same size, and its resampling as another operation."""
+    if upsample > 1:
+        x = F.interpolate(x, scale_factor=upsample, mode="nearest")
+    if downsample > 1 and pools_first:
+        x = F.avg_pool2d(x, downsample)
+    y = F.conv2d(x, weight, bias, padding=weight.size(2) // 2)
+    return F.avg_pool2d(y, downsample) if downsample > 1 and not pools_first else y
+
+
+def textbook_operation(layer: nn.Module) -> Operation:
+    """Return what a layer does with its input, weight and bias."""
+    if isinstance(layer, nn.Embedding):
+        return lambda labels, weight, _: F.embedding(labels, weight)
+    if isinstance(layer, nn.Linear):
+        return F.linear
+    assert isinstance(layer, ResamplingConv2d)
+    # The released code pools the image before D's first shortcut.
+    pools_first = layer.kernel_size == (1, 1) and layer.in_channels == 3
+    return partial(
+        textbook_conv2d, upsample=layer.upsample, downsample=layer.downsample, pools_first=pools_first
+    )
 
 
 class TextbookAttention(nn.Module):
     """The usual SAGAN and BigGAN module.
 
     Args:
-        projections: theta, phi, g and o.
-        gamma: the residual's gain.
-        pool_size: of the keys and values.
+        ours: whose layers and gamma it takes (the same ones).
         core: what takes the place of bmm, softmax, bmm.
     """
 
-    def __init__(
-        self,
-        projections: tuple[nn.Module, nn.Module, nn.Module, nn.Module],
-        gamma: nn.Parameter,
-        pool_size: int = 2,
-        core: Core | None = None,
-    ) -> None:
+    def __init__(self, ours: SelfAttention2d, core: Core | None = None) -> None:
         super().__init__()
-        self.theta, self.phi, self.g, self.o = projections
-        self.gamma = gamma
-        self.pool_size = pool_size
+        self.theta, self.phi, self.g, self.o = ours.query, ours.key, ours.value, ours.out
+        self.gamma = ours.gamma
+        self.pool_size = ours.pool_size
         self.core = core
-
-    @classmethod
-    def sharing(cls, ours: SelfAttention2d, core: Core | None = None) -> TextbookAttention:
-        """Return the module with the parameters of one of ours (the same tensors)."""
-        projections = (ours.query, ours.key, ours.value, ours.out)
-        return cls(projections, ours.gamma, ours.pool_size, core)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x plus gamma times the attention over its positions."""
@@ -114,24 +123,22 @@ class TextbookNormalized(nn.Module):
     """A convolution, linear layer or embedding whose weight is normalised as BigGAN-PyTorch does it.
 
     Args:
-        layer: whose weight and bias are copied.
-        u: the left singular vector to start from, [out].
-        eps: the least norm that a vector is divided by.
+        ours: whose weight, bias and left singular vector are copied.
+        operation: in place of the layer's as :func:`textbook_operation` has it.
     """
 
     weight_u: Tensor
 
-    def __init__(self, layer: nn.Module, u: Tensor, eps: float) -> None:
+    def __init__(self, ours: SpectralNormLayer, operation: Operation | None = None) -> None:
         super().__init__()
-        self.weight = copied(layer.weight)
-        bias = getattr(layer, "bias", None)
+        self.weight = copied(ours.weight)
+        bias = getattr(ours, "bias", None)
         self.bias = None if bias is None else copied(bias)
-        self.padding = cast(tuple[int, int], layer.padding) if isinstance(layer, nn.Conv2d) else None
-        self.is_embedding = isinstance(layer, nn.Embedding)
-        self.eps = eps
-        self.register_buffer("weight_u", u.clone().unsqueeze(0))
+        self.operation = operation or textbook_operation(ours)
+        self.eps = ours.eps
+        self.register_buffer("weight_u", ours.weight_u.clone().unsqueeze(0))
 
-    def normalized(self) -> Tensor:
+    def normalized_weight(self) -> Tensor:
         """Return the weight over its spectral norm; in training u moves."""
         matrix = self.weight.flatten(1)
         with torch.no_grad():
@@ -144,15 +151,13 @@ class TextbookNormalized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        if self.is_embedding:
-            return F.embedding(x, self.normalized())
-        if self.padding is not None:
-            return F.conv2d(x, self.normalized(), self.bias, padding=self.padding)
-        return F.linear(x, self.normalized(), self.bias)
+        return self.operation(x, self.normalized_weight(), self.bias)
 
 
 class TextbookConditionalNorm(nn.Module):
-    """Batch norm without affine, then gain and bias of the label; plain batch norm where ours has no classes.
+    """Batch norm without affine, then gain and bias of the label, then ReLU where ours includes it.
+
+    Where ours has no classes it is plain batch norm.
 
     Args:
         ours: whose gains and biases are copied.
@@ -167,20 +172,22 @@ class TextbookConditionalNorm(nn.Module):
         self.gain, self.bias = copied(ours.weight), copied(ours.bias)
         self.casts = casts
         self.eps = ours.eps
+        self.relu = ours.activation == "relu"
         self.register_buffer("running_mean", torch.zeros(ours.num_features))
         self.register_buffer("running_var", torch.ones(ours.num_features))
 
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the normalised x, scaled and shifted."""
         gain, bias = (self.gain, self.bias) if self.gain.dim() == 1 else (None, None)
         statistics = self.running_mean, self.running_var
         x = F.batch_norm(x, *statistics, gain, bias, self.training, eps=self.eps)
-        if gain is not None:
-            return x
-        gains, biases = (F.embedding(labels, table)[..., None, None] for table in (self.gain, self.bias))
-        if self.casts:
-            gains, biases = gains.to(x.dtype), biases.to(x.dtype)
-        return x * gains + biases
+        if gain is None:
+            assert labels is not None
+            gains, biases = (F.embedding(labels, table)[..., None, None] for table in (self.gain, self.bias))
+            if self.casts:
+                gains, biases = gains.to(x.dtype), biases.to(x.dtype)
+            x = x * gains + biases
+        return F.relu(x) if self.relu else x
 
 
 def copied(parameter: Any) -> nn.Parameter:
@@ -188,36 +195,16 @@ def copied(parameter: Any) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone(memory_format=torch.contiguous_format))
 
 
-def import_peer(checkout: Path | None, name: str) -> ModuleType:
-    """Return a module of a checkout of BigGAN-PyTorch, such as "layers".
-
-    Raises:
-        Refused: if there is no checkout, or no such module in it.
-    """
-    if checkout is None:
-        raise Refused("no checkout of BigGAN-PyTorch was given (--peer PATH)")
-    if not (checkout / f"{name}.py").is_file():
-        raise Refused(f"there is no {name}.py in {checkout}")
-    sys.path.insert(0, str(checkout))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(checkout))
+def textbook_network(ours: nn.Module) -> nn.Module:
+    """Return a copy of a network as people write it: an operation at a time, weights normalised at every forward."""
+    return _with_textbook_layers(copy.deepcopy(ours))
 
 
-def peer_attention(ours: SelfAttention2d, checkout: Path | None) -> nn.Module:
-    """Return BigGAN-PyTorch's ``layers.Attention`` with copies of our weights.
-
-    Raises:
-        Refused: without a checkout, or for a form that it does not have.
-    """
-    layers = import_peer(checkout, "layers")
-    if ours.pool_size != 2:
-        raise Refused("BigGAN-PyTorch's attention always pools by 2")
-    module = cast(nn.Module, layers.Attention(ours.in_channels, which_conv=nn.Conv2d)).to(ours.gamma)
-    pairs = {"theta": ours.query, "phi": ours.key, "g": ours.value, "o": ours.out}
-    with torch.no_grad():
-        for name, conv in pairs.items():
-            cast(nn.Conv2d, getattr(module, name)).weight.copy_(cast(nn.Conv2d, conv).weight)
-        cast(nn.Parameter, module.gamma).copy_(ours.gamma)
-    return module
+def _with_textbook_layers(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        setattr(module, name, _with_textbook_layers(child))
+    if isinstance(module, SpectralNormLayer):
+        return TextbookNormalized(module)
+    if isinstance(module, ConditionalBatchNorm2d):
+        return TextbookConditionalNorm(module)
+    return TextbookAttention(module) if isinstance(module, SelfAttention2d) else module

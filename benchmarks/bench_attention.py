@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import baselines, harness, report
+from benchmarks import baselines, biggan_pytorch, harness, report
 from benchmarks.harness import DTYPES, Case, Outputs, Refused, Run, Settings
 from benchmarks.report import Row
 from sagan_layers import SelfAttention2d, functional
@@ -51,16 +51,14 @@ CUDA_FLOAT32_SHAPES: tuple[Shape, ...] = ((64, 64, 64), (64, 256, 32))
 MEMORY_SHAPE: Shape = (1, 64, 128)
 
 # Work of a case, in entries of the batch's L x S matrices, above which it takes minutes on 2 cores.
-CPU_DEFAULT_WORK = 2**25 * 10
+MINUTES_OF_WORK = 2**25 * 10
 WORK = {CORE_FORWARD: 1.0, CORE_TRAINING: 3.0, BLOCK_TRAINING: 4.0, BLOCK_R1: 10.0}
 HALF_PRECISION_WORK = 2.5
-CPU_DEFAULT_MINUTES = 10.5
 # The float64 result is of the whole batch up to this many entries, above of its first and last sample.
 WHOLE_CHECK_ENTRIES = 2**20
 # Contenders that hold whole matrices, and how many textbook code holds at its peak.
 HOLDING_MATRICES = ("textbook", "SDPA", "BigGAN-PyTorch", "ours: reference")
 TEXTBOOK_MATRICES = {CORE_FORWARD: 2, CORE_TRAINING: 5, BLOCK_TRAINING: 5, BLOCK_R1: 12}
-FUSED = "fused"
 # Our kernels make a float32 product out of three TF32 ones, which can beat cuBLAS without TF32.
 FLOAT32_NOTE = (
     "Floors of float32 use the faster of two rates: cuBLAS without TF32, and a third of cuBLAS with TF32, since three "
@@ -77,9 +75,8 @@ class AttentionCase(Case):
     shape: Shape  # N, C, H
     pool_size: int  # 2 or 1
     dtype_name: str  # a key of DTYPES
-    backends: tuple[str, ...] = ()  # which of ours to time, "auto" or names; all if empty
     peer: Path | None = None  # a checkout of BigGAN-PyTorch
-    only_ours: str = ""  # if not empty, why every other contender refuses
+    names: tuple[str, ...] = ()  # the contenders, if not all
 
     @property
     def name(self) -> str:
@@ -104,6 +101,11 @@ class AttentionCase(Case):
         return self.shape[0] * self.sizes["L"] * self.sizes["S"]
 
     @property
+    def work(self) -> float:
+        """What a case costs on a CPU, in entries that one pass over the matrices touches."""
+        return self.entries * WORK[self.suite] * (HALF_PRECISION_WORK if self.is_half else 1.0)
+
+    @property
     def is_half(self) -> bool:
         """Whether the dtype is a 16-bit one."""
         return self.dtype.itemsize == 2
@@ -121,12 +123,13 @@ class AttentionCase(Case):
         return {"N": N, "C": C, "H": H, "L": H * H, "S": keys, "E": max(1, C // 8), "Ev": max(1, C // 2)}
 
     def contenders(self) -> list[str]:
-        asked = self.backends or ("auto", FUSED, *backend_names())
-        names = ["ours"] if "auto" in asked else []
-        # The core alone has no fused form.
-        not_asked = ("auto", FUSED) if self.is_core else ("auto",)
-        names += [f"ours: {backend}" for backend in asked if backend not in not_asked]
-        names += ["textbook", "SDPA", "SDPA padded"]
+        if self.names:
+            return list(self.names)
+        small = torch.zeros(1, 1, 1)
+        backends = list(functional.explain_backends(small, small, small))
+        if not self.is_core:
+            backends.insert(0, "fused")
+        names = ["ours", *(f"ours: {backend}" for backend in backends), "textbook", "SDPA", "SDPA padded"]
         if self.device == "cuda":
             names += ["textbook compiled", "FlexAttention"]
             if not self.is_core:
@@ -182,8 +185,6 @@ class AttentionCase(Case):
 
     def prepare(self, contender: str, inputs: Any) -> Run:
         ours = contender.startswith("ours")
-        if self.only_ours and not ours:
-            raise Refused(self.only_ours)
         self._check_memory(contender)
         backend = harness.backend_of(contender)
         if self.is_core:
@@ -199,16 +200,13 @@ class AttentionCase(Case):
             mine.backend = backend
             module = mine
         elif contender == "BigGAN-PyTorch":
-            module = baselines.peer_attention(block, self.peer)
-        elif contender == "textbook":
-            module = baselines.TextbookAttention.sharing(block)
-        elif contender == "textbook compiled":
-            module = baselines.TextbookAttention.sharing(block)
-            module.compile(dynamic=False)
+            module = biggan_pytorch.peer_attention(block, self.peer)
+        elif contender.startswith("textbook"):
+            module = baselines.TextbookAttention(block)
+            if contender.endswith("compiled"):
+                module.compile(dynamic=False)
         else:
-            module = baselines.TextbookAttention.sharing(
-                block, _core(contender.removesuffix(" channels_last"))
-            )
+            module = baselines.TextbookAttention(block, _core(contender.removesuffix(" channels_last")))
         return lambda: self._run_block(module, x, cotangent)
 
     def expected(self, inputs: Any) -> Outputs:
@@ -218,7 +216,7 @@ class AttentionCase(Case):
             leaves = [leaf.detach()[samples].double().requires_grad_(leaf.requires_grad) for leaf in inputs]
             return self._run_core(oracle, leaves)
         block, x, cotangent = inputs
-        module = baselines.TextbookAttention.sharing(copy.deepcopy(block).double(), oracle)
+        module = baselines.TextbookAttention(copy.deepcopy(block).double(), oracle)
         x = x.detach()[samples].double().requires_grad_()
         outputs = self._run_block(module, x, cotangent[samples].double())
         whole = len(samples) == self.shape[0]
@@ -301,12 +299,6 @@ def _parameters(module: nn.Module) -> dict[str, Tensor]:
     return {f"parameter_{same.get(first, first)}": parameter for first, parameter in firsts}
 
 
-def backend_names() -> list[str]:
-    """Return the names of attention's backends, in the order in which "auto" asks them."""
-    small = torch.zeros(1, 1, 1)
-    return list(functional.explain_backends(small, small, small))
-
-
 def _ours(backend: str) -> baselines.Core:
     return lambda query, key, value: functional.attention(query, key, value, backend=backend)
 
@@ -332,47 +324,32 @@ def _oracle(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def make_cases(
-    device: str,
-    *,
-    quick: bool = False,
-    backends: Sequence[str] = (),
-    dtypes: Sequence[str] = (),
-    peer: Path | None = None,
+    device: str, *, quick: bool = False, everything: bool = False, peer: Path | None = None
 ) -> list[AttentionCase]:
-    """Return every case for a device, the most valuable shapes first."""
-    pools: tuple[int, ...] = (2, 1)
+    """Return the cases for a device, the most valuable first."""
+    grid = [(shape, dtype) for shape in CPU_SHAPES for dtype in ("float32", "bfloat16")]
     if quick:
-        grid = [(shape, dtype) for dtype in dtypes or ("float32",) for shape in QUICK_SHAPES]
-        pools = (2,)
+        grid = [(shape, "float32") for shape in QUICK_SHAPES]
     elif device == "cuda":
-        grid = [(shape, dtype) for shape in CUDA_SHAPES for dtype in dtypes or ("bfloat16",)]
-        if not dtypes:
-            grid += [(shape, "float32") for shape in CUDA_FLOAT32_SHAPES]
-    else:
-        grid = [(shape, dtype) for shape in CPU_SHAPES for dtype in dtypes or ("float32", "bfloat16")]
+        grid = [(shape, "bfloat16") for shape in CUDA_SHAPES]
+        grid += [(shape, "float32") for shape in CUDA_FLOAT32_SHAPES]
     cases = [
-        AttentionCase(suite, device, shape, pool_size, dtype, tuple(backends), peer)
-        for pool_size in pools
+        AttentionCase(suite, device, shape, pool_size, dtype, peer)
+        for pool_size in ((2,) if quick else (2, 1))
         for shape, dtype in grid
         for suite in SUITES
     ]
+    if device == "cuda" or quick:
+        return cases
     # A time budget should reach pooled before unpooled, and half precision's blocks last of each.
-    cases.sort(key=lambda case: (case.pool_size == 1, device == "cpu" and case.is_half and not case.is_core))
-    if device == "cpu" and not quick:
-        reason = "needs several GB at this size: run with --full"
-        cases += [
-            AttentionCase(suite, device, MEMORY_SHAPE, 1, "float32", ("auto",), None, reason)
-            for suite in (CORE_TRAINING, BLOCK_TRAINING)
-        ]
-    return cases
-
-
-def reason_to_skip(case: AttentionCase) -> str:
-    """Return why the default settings skip a case, empty if they do not."""
-    work = case.entries * WORK[case.suite] * (HALF_PRECISION_WORK if case.is_half else 1.0)
-    if case.device != "cpu" or case.only_ours or work <= CPU_DEFAULT_WORK:
-        return ""
-    return "minutes on few cores: run with --full"
+    cases.sort(key=lambda case: (case.pool_size == 1, case.is_half and not case.is_core))
+    if not everything:
+        cases = [case for case in cases if case.work <= MINUTES_OF_WORK]
+    names = () if everything else ("ours",)  # the others need several GB
+    return cases + [
+        AttentionCase(suite, device, MEMORY_SHAPE, 1, "float32", names=names)
+        for suite in (CORE_TRAINING, BLOCK_TRAINING)
+    ]
 
 
 def measure_rates() -> dict[str, float]:
@@ -432,19 +409,9 @@ def _product(left: Tensor, right: Tensor, *, allow_tf32: bool) -> Outputs:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
-    parser = harness.argument_parser("attention", __doc__, minutes=None, peer=True)
-    parser.add_argument("--full", action="store_true", help="also the cases that take minutes and GBs each")
-    parser.add_argument(
-        "--backends", nargs="+", default=(), help='ours to time, "auto" or names; all by default'
-    )
-    parser.add_argument("--dtypes", nargs="+", default=(), choices=tuple(DTYPES))
-    parser.add_argument("--graphs", action="store_true", help="also time CUDA graphs")
+    parser = harness.argument_parser("attention", __doc__, peer=True)
+    parser.add_argument("--graphs", action="store_true", help="on CUDA, also time CUDA graphs")
     options = parser.parse_args(arguments)
-    for name in options.backends:
-        try:
-            SelfAttention2d(8, backend=name)
-        except ValueError as error:
-            parser.error(f"--backends: {error}")
     results = harness.open_results(options)
     rates = None
     if options.device == "cuda":
@@ -452,32 +419,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.backends.cudnn.allow_tf32 = False
         rates = measure_rates()
         results.set_rates(rates, FLOAT32_NOTE)
-    settings = Settings(
-        max_rounds=5 if options.quick else 15,
-        target_s=0.3 if options.quick else 1.0,
-        memory=not options.no_memory,
-        graphs=options.graphs,
-    )
-    cases: list[Case] = []
-    for case in make_cases(
-        options.device,
-        quick=options.quick,
-        backends=options.backends,
-        dtypes=options.dtypes,
-        peer=options.peer,
-    ):
-        if not harness.is_chosen(case, options):
-            continue
-        if options.full:
-            cases.append(replace(case, only_ours=""))
-        elif reason := reason_to_skip(case):
-            results.add(harness.unmeasured(case, "skipped", reason))
-        else:
-            cases.append(case)
-    minutes = options.minutes
-    if minutes is None:
-        minutes = CPU_DEFAULT_MINUTES if options.device == "cpu" and not options.full else math.inf
-    harness.run_cases(cases, results, settings, rates=rates, budget_s=minutes * 60)
+    everything = options.only is not None
+    cases = make_cases(options.device, quick=options.quick, everything=everything, peer=options.peer)
+    settings = Settings(target_s=1.0, graphs=options.graphs)
+    harness.run_chosen(options, cases, settings, results, rates)
     return results.finish()
 
 

@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import harness
-from benchmarks.baselines import TextbookConditionalNorm, import_peer
+from benchmarks.baselines import TextbookConditionalNorm
+from benchmarks.biggan_pytorch import import_peer
 from benchmarks.harness import DTYPES, Case, Outputs, Run, Settings
 from benchmarks.report import Row
 from sagan_layers import ConditionalBatchNorm2d, functional
 
-PLAIN, WITH_RELU, MAPS = "norm", "norm and ReLU", "norm and ReLU, maps of G"
+PLAIN, WITH_RELU = "norm", "norm and ReLU"
+MAPS, COMPILED = "norm and ReLU, maps of G", "norm and ReLU, compiled"
 BATCH_NORM, TEXTBOOK, PEER = "nn.BatchNorm2d", "textbook", "BigGAN-PyTorch"
 CLASSES = 1000
 Shape = tuple[int, int, int]  # batch, channels, side
@@ -40,7 +42,6 @@ class NormCase(Case):
     dtype_name: str  # of the map, a key of DTYPES; parameters are float32, and bfloat16 is under autocast
     channels_last: bool  # the map's memory format
     peer: Path | None = None  # a checkout of BigGAN-PyTorch
-    compiled: bool = False  # whether the textbook's form under torch.compile is a contender
 
     @property
     def baseline(self) -> str:
@@ -66,7 +67,7 @@ class NormCase(Case):
         return self.suite != PLAIN
 
     def contenders(self) -> list[str]:
-        compiled = [f"{TEXTBOOK} compiled"] if self.compiled else []
+        compiled = [f"{TEXTBOOK} compiled"] if self.suite == COMPILED else []
         return [BATCH_NORM, "ours", "ours: reference", TEXTBOOK, *compiled, *([PEER] if self.peer else [])]
 
     def first_run(self, contender: str, run: Run, row: Row) -> Outputs:
@@ -145,9 +146,9 @@ class NormCase(Case):
 
 
 def make_cases(
-    device: str, *, quick: bool = False, compiled: bool = False, peer: Path | None = None
+    device: str, *, quick: bool = False, everything: bool = False, peer: Path | None = None
 ) -> list[NormCase]:
-    """Return every case for a device, the most valuable first."""
+    """Return the cases for a device, the most valuable first."""
     groups: list[tuple[str, tuple[Shape, ...], str]]
     if quick:
         groups = [(suite, ((2, 16, 16),), "float32") for suite in (PLAIN, WITH_RELU)]
@@ -161,8 +162,11 @@ def make_cases(
             (MAPS, GENERATOR, "float32"),
             (MAPS, LARGE, "bfloat16"),
         ]
+    if everything and not quick:
+        _, shapes, dtype = groups[0]
+        groups.append((COMPILED, shapes, dtype))
     return [
-        NormCase(suite, device, shape, dtype, channels_last, peer, compiled)
+        NormCase(suite, device, shape, dtype, channels_last, peer)
         for suite, shapes, dtype in groups
         for shape in shapes
         for channels_last in (False, True)
@@ -171,16 +175,10 @@ def make_cases(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
-    parser = harness.argument_parser("conditional_norm", __doc__, peer=True)
-    parser.add_argument("--compiled", action="store_true", help="the textbook's form under torch.compile too")
-    options = parser.parse_args(arguments)
-    cases = make_cases(options.device, quick=options.quick, compiled=options.compiled, peer=options.peer)
-    settings = Settings(
-        max_rounds=5 if options.quick else 15,
-        target_s=0.3 if options.quick else 0.8,
-        memory=not options.no_memory,
-    )
-    return harness.run_suite(options, cases, settings)
+    options = harness.argument_parser("conditional_norm", __doc__, peer=True).parse_args(arguments)
+    everything = options.only is not None
+    cases = make_cases(options.device, quick=options.quick, everything=everything, peer=options.peer)
+    return harness.run_suite(options, cases, Settings(target_s=0.8))
 
 
 if __name__ == "__main__":

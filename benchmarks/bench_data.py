@@ -294,7 +294,7 @@ def alternate(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write everything; return 1 if a result was wrong."""
-    parser = harness.argument_parser("data", __doc__, cuda=False)
+    parser = harness.argument_parser("data", __doc__, has_cases=False)
     parser.add_argument("--folder", type=Path, help="where to put 2 GB of images while it runs")
     options = parser.parse_args(arguments)
     results = harness.open_results(options)

@@ -28,10 +28,9 @@ from sagan.data import open_dataset
 from sagan.distributed import World
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.evaluator import Evaluator
-from sagan.evaluation.fid import frechet_distance, frechet_distance_of_features
+from sagan.evaluation.fid import Moments, frechet_distance, frechet_distance_of_features
 from sagan.evaluation.inception_score import InceptionScore
 from sagan.evaluation.kid import kernel_inception_distance
-from sagan.evaluation.moments import Moments
 from sagan.evaluation.real_images import training_images
 from sagan.networks import Generator, NetworkConfig
 from sagan.prepare.synthetic import SyntheticSet, write_layout
@@ -227,7 +226,7 @@ def measure_end_to_end(scale: Scale, weights: Path, results: report.Results) -> 
         theirs = calculate_metrics(
             input1=fake,
             input2=real,
-            cuda=False,
+            has_cases=False,
             isc=True,
             fid=True,
             kid=True,
@@ -251,7 +250,7 @@ def measure_end_to_end(scale: Scale, weights: Path, results: report.Results) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write everything."""
-    parser = harness.argument_parser("evaluation", __doc__, cuda=False)
+    parser = harness.argument_parser("evaluation", __doc__, has_cases=False)
     parser.add_argument(
         "--inception-weights", type=Path, help="compare end to end with torch-fidelity instead"
     )

@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness
-from benchmarks.baselines import textbook_resampling
+from benchmarks.baselines import textbook_conv2d, textbook_operation
 from benchmarks.harness import DTYPES, Case, Outputs, Run, Settings
 from benchmarks.report import Row
 from sagan import networks
-from sagan_layers import ResamplingConv2d, functional
+from sagan_layers import SNConv2d, functional
 
 CONV3X3, CONV1X1, NETWORK = "3x3 convolution", "1x1 convolution", "whole network"
 
@@ -62,9 +61,14 @@ class LayerCase(Case):
         return 1e-4 if self.dtype_name == "float32" else 3e-2
 
     @property
-    def up(self) -> bool:
-        """Whether the layer upsamples."""
-        return self.layer[0] == "up"
+    def upsample(self) -> int:
+        """The factor of the upsampling, 1 for none."""
+        return 2 if self.layer[0] == "up" else 1
+
+    @property
+    def downsample(self) -> int:
+        """The factor of the pooling, 1 for none."""
+        return 2 if self.layer[0] == "down" else 1
 
     @property
     def kernel(self) -> int:
@@ -82,14 +86,13 @@ class LayerCase(Case):
         """Record the form that served, and count the multiplications."""
         if contender == "ours":
             x, weight, *_ = self.inputs()
-            upsample, downsample = (2, 1) if self.up else (1, 2)
             row["served_by"] = functional.select_resampling(
-                x, weight, upsample=upsample, downsample=downsample, padding=self.kernel // 2
+                x, weight, upsample=self.upsample, downsample=self.downsample, padding=self.kernel // 2
             )
         with FlopCounterMode(display=False) as counter:
             outputs = run()
         _, inputs, channels, side = self.layer
-        convolved_side = side * 2 if self.up else side
+        convolved_side = side * self.upsample
         # Forward, and two products as large in backward.
         written_plainly = 3 * self.batch * inputs * channels * (self.kernel * convolved_side) ** 2
         row["multiplications_share"] = counter.get_total_flops() / 2 / written_plainly
@@ -99,7 +102,7 @@ class LayerCase(Case):
         """Return x, weight and bias as leaves, and the output's gradient."""
         generator = torch.Generator().manual_seed(0)
         _, inputs, outputs, side = self.layer
-        after = side * 2 if self.up else side // 2
+        after = side * self.upsample // self.downsample
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
 
         def normal(*shape: int, std: float = 1.0) -> Tensor:
@@ -119,9 +122,9 @@ class LayerCase(Case):
 
         def run() -> Outputs:
             if contender == "textbook":
-                y = textbook_resampling(x, weight, bias, self.up)
+                y = textbook_conv2d(x, weight, bias, upsample=self.upsample, downsample=self.downsample)
             else:
-                function = functional.upsample_conv2d if self.up else functional.conv2d_downsample
+                function = functional.upsample_conv2d if self.upsample > 1 else functional.conv2d_downsample
                 y = function(x, weight, bias, padding=self.kernel // 2, backend=harness.backend_of(contender))
             return harness.outputs_and_grads(y, cotangent, {"x": x, "weight": weight, "bias": bias})
 
@@ -138,25 +141,10 @@ def _forms() -> list[str]:
     return list(functional.explain_resampling(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3), upsample=2))
 
 
-class TextbookLayer(nn.Module):
-    """A convolution with the resampling of one of ours, as two operations, on the same parameters."""
-
-    def __init__(self, ours: ResamplingConv2d) -> None:
-        super().__init__()
-        self.up, self.down = ours.upsample, ours.downsample
-        # The released code pools the image before the first shortcut.
-        self.pools_first = ours.kernel_size == (1, 1) and ours.in_channels == 3
-        ours.upsample = ours.downsample = 1
-        self.conv = ours
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of x, upsampled before or pooled after."""
-        if self.up > 1:
-            x = F.interpolate(x, scale_factor=self.up, mode="nearest")
-        if self.pools_first:
-            x = F.avg_pool2d(x, self.down)
-        y: Tensor = self.conv(x)
-        return y if self.pools_first or self.down == 1 else F.avg_pool2d(y, self.down)
+def _resample_separately(layer: SNConv2d) -> None:
+    """Make a convolution resample in a separate operation."""
+    operation = textbook_operation(layer)
+    setattr(layer, "forward", lambda x: operation(x, layer.normalized_weight(), layer.bias))  # noqa: B010
 
 
 @dataclass(frozen=True)
@@ -202,21 +190,15 @@ class NetworkCase(Case):
         """Return the run of one contender, on a copy of the network."""
         network, x, labels, cotangent = inputs
         network = copy.deepcopy(network)
-        for name, layer in list(network.named_modules()):
-            if not isinstance(layer, ResamplingConv2d) or not layer.resamples:
-                continue
-            if contender == "textbook":
-                parent, _, child = name.rpartition(".")
-                setattr(network.get_submodule(parent), child, TextbookLayer(layer))
-            elif contender == "ours: plain":
-                layer.backend = "plain"
+        for layer in network.modules():
+            if isinstance(layer, SNConv2d) and layer.resamples:
+                if contender == "textbook":
+                    _resample_separately(layer)
+                elif contender == "ours: plain":
+                    layer.backend = "plain"
         x = x.clone().requires_grad_()
-        parameters = {
-            name.replace(".conv.weight", ".weight"): parameter
-            for name, parameter in network.named_parameters()
-            if parameter.dim() == 4
-        }
-        return lambda: harness.outputs_and_grads(network(x, labels), cotangent, {"x": x, **parameters})
+        weights = {name: weight for name, weight in network.named_parameters() if weight.dim() == 4}
+        return lambda: harness.outputs_and_grads(network(x, labels), cotangent, {"x": x, **weights})
 
     def expected(self, inputs: Any) -> Outputs:
         network, x, labels, cotangent = inputs
@@ -225,55 +207,37 @@ class NetworkCase(Case):
         )()
 
 
-def make_cases(
-    device: str, *, quick: bool = False, full: bool = False, dtypes: Sequence[str] = ()
-) -> list[Case]:
-    """Return every case for a device, the most valuable first."""
+def make_cases(device: str, *, quick: bool = False, everything: bool = False) -> list[Case]:
+    """Return the cases for a device, the most valuable first."""
 
     def layers(suite: str, dtype: str, N: int, channels_last: bool = False) -> list[Case]:
         shortcuts = DISCRIMINATOR if suite == CONV3X3 else DISCRIMINATOR_SHORTCUTS
         chosen = QUICK if quick else (*GENERATOR, *shortcuts)
-        allowed = dtype in (dtypes or DTYPES)
-        return [LayerCase(suite, device, layer, N, dtype, channels_last) for layer in chosen if allowed]
+        return [LayerCase(suite, device, layer, N, dtype, channels_last) for layer in chosen]
 
     def both(dtype: str, N: int, channels_last: bool = False) -> list[Case]:
         return layers(CONV3X3, dtype, N, channels_last) + layers(CONV1X1, dtype, N, channels_last)
 
+    def whole(N: int) -> list[Case]:
+        return [NetworkCase(NETWORK, device, name, N, 128, 64) for name in ("Generator", "Discriminator")]
+
     if quick:
-        cases = [case for dtype in dtypes or ("float32",) for case in both(dtype, 2)]
-        return [*cases, NetworkCase(NETWORK, device, "Generator", 2, 32, 8)]
-    batch = 32 if device == "cuda" else 4
-    whole = [
-        NetworkCase(NETWORK, device, network, batch, 128, 64) for network in ("Generator", "Discriminator")
-    ]
+        return [*both("float32", 2), NetworkCase(NETWORK, device, "Generator", 2, 32, 8)]
     if device == "cuda":
-        cases = [*both("bfloat16", 64, True), *both("float32", 64, True), *whole]
-        return cases + both("float32", 64) if full else cases
-    cases = both("float32", batch)
-    if not dtypes or "float32" in dtypes:
-        cases += whole
-    cases += layers(CONV3X3, "bfloat16", batch)
-    if full:
-        cases += (
-            layers(CONV1X1, "bfloat16", batch) + both("float32", 2 * batch) + both("float32", batch, True)
-        )
+        cases = both("bfloat16", 64, True) + both("float32", 64, True) + whole(32)
+        return cases + both("float32", 64) if everything else cases
+    cases = both("float32", 4) + whole(4) + layers(CONV3X3, "bfloat16", 4)
+    if everything:
+        cases += layers(CONV1X1, "bfloat16", 4) + both("float32", 8) + both("float32", 4, True)
     return cases
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
-    parser = harness.argument_parser("resampling", __doc__, minutes=6.0)
-    parser.add_argument("--dtypes", nargs="+", default=(), choices=tuple(DTYPES))
-    parser.add_argument("--full", action="store_true", help="more batch sizes, dtypes and memory formats")
-    options = parser.parse_args(arguments)
+    options = harness.argument_parser("resampling", __doc__).parse_args(arguments)
     torch.backends.cudnn.allow_tf32 = False  # the float64 check of float32 cases means float32
-    settings = Settings(
-        max_rounds=5 if options.quick else 15,
-        target_s=0.3 if options.quick else 0.6,
-        memory=not options.no_memory,
-    )
-    cases = make_cases(options.device, quick=options.quick, full=options.full, dtypes=options.dtypes)
-    return harness.run_suite(options, cases, settings)
+    cases = make_cases(options.device, quick=options.quick, everything=options.only is not None)
+    return harness.run_suite(options, cases, Settings(target_s=0.6))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from benchmarks import harness
-from benchmarks.baselines import TextbookNormalized, import_peer
+from benchmarks.baselines import TextbookNormalized
+from benchmarks.biggan_pytorch import import_peer
 from benchmarks.harness import Case, Outputs, Run, Settings
 from benchmarks.report import Row
 from sagan.networks import Discriminator, NetworkConfig
 from sagan_layers import (
     ResamplingConv2d,
+    SNConv2d,
     SpectralNormLayer,
     functional,
     remove_spectral_norm,
@@ -39,7 +42,7 @@ PARAMETRIZATION, HOOK, PEER, TEXTBOOK = (
     "BigGAN-PyTorch",
     "textbook SN",
 )
-CLASSES = 1000
+CLASSES, EPS = 1000, 1e-8
 CPU_BATCHES, CUDA_BATCHES = (8, 2), (256, 64)
 
 
@@ -75,7 +78,7 @@ class DiscriminatorCase(Case):
         """Return D with singular vectors for u and v and a sigma of 1, images and labels."""
         torch.manual_seed(0)
         config = NetworkConfig(
-            num_classes=CLASSES, base_width=self.base_width, resolution=self.resolution, sn_eps=1e-8
+            num_classes=CLASSES, base_width=self.base_width, resolution=self.resolution, sn_eps=EPS
         )
         network = Discriminator(config)
         with torch.no_grad():
@@ -100,6 +103,8 @@ class DiscriminatorCase(Case):
             remove_spectral_norm(network.eval()).train()
         elif contender not in (SHARED, PER_LAYER):
             _replace_spectral_norm(network, contender, self.peer)
+            if self.channels_last:
+                network = network.to(memory_format=torch.channels_last)
         if self.suite == CALL:
             return lambda: _normalized(network, contender)
         leaves = {_plain_name(name): parameter for name, parameter in network.named_parameters()}
@@ -166,96 +171,74 @@ def _plain_name(name: str) -> str:
 
 def _normalized(network: nn.Module, contender: str) -> Outputs:
     """Return every normalised weight, found as the contender does at a forward in training."""
-    if contender == SHARED:
-        with shared_spectral_norm(network):
-            return {
-                name: layer.normalized_weight()
-                for name, layer in network.named_modules()
-                if isinstance(layer, SpectralNormLayer)
-            }
     weights: Outputs = {}
-    for name, layer in network.named_modules():
-        if isinstance(layer, SpectralNormLayer):
-            weights[name] = layer.normalized_weight()
-        elif isinstance(layer, TextbookNormalized):
-            weights[name] = layer.normalized()
-        elif hasattr(layer, "W_"):  # BigGAN-PyTorch's
-            weights[name] = layer.W_()
-        elif parametrize.is_parametrized(layer):
-            weights[name] = cast(Tensor, layer.weight)
-        elif hasattr(layer, "weight_orig"):
-            for hook in layer._forward_pre_hooks.values():
-                hook(layer, ())
-            weights[name] = cast(Tensor, layer.weight)
+    with shared_spectral_norm(network) if contender == SHARED else contextlib.nullcontext():
+        for name, layer in network.named_modules():
+            if isinstance(layer, (SpectralNormLayer, TextbookNormalized)):
+                weights[name] = layer.normalized_weight()
+            elif hasattr(layer, "W_"):  # BigGAN-PyTorch's
+                weights[name] = layer.W_()
+            elif parametrize.is_parametrized(layer):
+                weights[name] = cast(Tensor, layer.weight)
+            elif hasattr(layer, "weight_orig"):
+                for hook in layer._forward_pre_hooks.values():
+                    hook(layer, ())
+                weights[name] = cast(Tensor, layer.weight)
     return weights
 
 
 def _replace_spectral_norm(network: nn.Module, contender: str, peer: Path | None) -> None:
     """Give every layer of ours the contender's spectral norm, with the same weight and vectors."""
     for name, layer in list(network.named_modules()):
-        if isinstance(layer, SpectralNormLayer):
-            u, v, weight = layer.weight_u.clone(), layer.weight_v.clone(), layer.weight
-            remove_spectral_norm(layer)
-            plain = cast(nn.Conv2d, layer)
-            plain.weight = nn.Parameter(weight.detach().clone(memory_format=torch.preserve_format))
-            if contender == TEXTBOOK:
-                parent, _, child = name.rpartition(".")
-                setattr(network.get_submodule(parent), child, _Textbook(plain, u, eps=1e-8))
-                continue
-            _normalize_by(plain, contender, peer)
-            with torch.no_grad():
-                for buffer_name, buffer in plain.named_buffers():
-                    if buffer_name.endswith("_u") or buffer_name == "u0":
-                        buffer.copy_(u.view_as(buffer))
-                    elif buffer_name.endswith("_v"):
-                        buffer.copy_(v.view_as(buffer))
+        if not isinstance(layer, SpectralNormLayer):
+            continue
+        if contender == TEXTBOOK:
+            parent, _, child = name.rpartition(".")
+            pooled = isinstance(layer, SNConv2d) and layer.resamples
+            textbook = TextbookNormalized(layer, partial(_pooling, layer) if pooled else None)
+            setattr(network.get_submodule(parent), child, textbook)
+            continue
+        u, v, weight = layer.weight_u.clone(), layer.weight_v.clone(), layer.weight
+        plain = cast(nn.Conv2d, remove_spectral_norm(layer))
+        plain.weight = nn.Parameter(weight.detach().clone(memory_format=torch.preserve_format))
+        _normalize_by(plain, contender, peer)
+        with torch.no_grad():
+            for buffer_name, buffer in plain.named_buffers():
+                if buffer_name.endswith("_u") or buffer_name == "u0":
+                    buffer.copy_(u.view_as(buffer))
+                elif buffer_name.endswith("_v"):
+                    buffer.copy_(v.view_as(buffer))
 
 
 def _normalize_by(layer: nn.Module, contender: str, peer: Path | None) -> None:
     if contender == PARAMETRIZATION:
-        parametrizations.spectral_norm(layer, eps=1e-8)
+        parametrizations.spectral_norm(layer, eps=EPS)
     elif contender == HOOK:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            nn.utils.spectral_norm(layer, eps=1e-8)
+            nn.utils.spectral_norm(layer, eps=EPS)
     else:
         layers, weight = import_peer(peer, "layers"), cast(Tensor, layer.weight)
+        pooling = {"forward": lambda conv, x: _pooling(conv, x, conv.W_(), conv.bias)}
         classes = {
             nn.Conv2d: layers.SNConv2d,
-            ResamplingConv2d: type("PoolingSNConv2d", (layers.SNConv2d,), {"forward": _pooling_forward}),
+            ResamplingConv2d: type("PoolingSNConv2d", (layers.SNConv2d,), pooling),
             nn.Linear: layers.SNLinear,
             nn.Embedding: layers.SNEmbedding,
         }
         layer.__class__ = classes[type(layer)]
-        layers.SN.__init__(layer, 1, 1, weight.size(0), eps=1e-8)
+        layers.SN.__init__(layer, 1, 1, weight.size(0), eps=EPS)
         layer.to(weight.device)
 
 
-def _pooling_forward(layer: Any, x: Tensor) -> Tensor:
-    return _pooling(x, layer.W_(), layer)
-
-
-def _pooling(x: Tensor, weight: Tensor, layer: Any) -> Tensor:
+def _pooling(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a convolution that pools its output, as ours does."""
-    return functional.conv2d_downsample(x, weight, layer.bias, factor=layer.downsample, padding=layer.padding)
-
-
-class _Textbook(TextbookNormalized):
-    """Textbook's SN in a network of ours, whose convolutions may pool."""
-
-    def __init__(self, layer: nn.Module, u: Tensor, eps: float) -> None:
-        super().__init__(layer, u, eps)
-        weight = cast(Tensor, layer.weight)
-        self.weight = nn.Parameter(weight.detach().clone(memory_format=torch.preserve_format))
-        self.downsample = layer.downsample if isinstance(layer, ResamplingConv2d) else 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.downsample == 1 else _pooling(x, self.normalized(), self)
+    return functional.conv2d_downsample(x, weight, bias, factor=layer.downsample, padding=layer.padding)
 
 
 def make_cases(device: str, *, quick: bool = False, peer: Path | None = None) -> list[DiscriminatorCase]:
-    """Return every case for a device."""
-    shape: dict[str, Any] = {"base_width": 8, "resolution": 64} if quick else {}
+    """Return the cases for a device."""
+    shape = {"base_width": 8, "resolution": 64} if quick else {}
     batches = (2,) if quick else CPU_BATCHES if device == "cpu" else CUDA_BATCHES
     layouts = (False, True) if device == "cpu" else (True,)
     sizes = [(STEP, batch, layout) for layout in layouts for batch in batches]
@@ -268,14 +251,8 @@ def make_cases(device: str, *, quick: bool = False, peer: Path | None = None) ->
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
     options = harness.argument_parser("spectral_norm", __doc__, peer=True).parse_args(arguments)
-    settings = Settings(
-        max_rounds=25,
-        min_rounds=3 if options.quick else 5,
-        target_s=0.5 if options.quick else 20.0,
-        memory=not options.no_memory,
-    )
     cases = make_cases(options.device, quick=options.quick, peer=options.peer)
-    return harness.run_suite(options, cases, settings)
+    return harness.run_suite(options, cases, Settings(target_s=20.0, max_rounds=25, min_rounds=5))
 
 
 if __name__ == "__main__":

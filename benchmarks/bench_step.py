@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import harness, report, textbook_networks
+from benchmarks import harness, report
+from benchmarks.baselines import textbook_network
+from benchmarks.biggan_pytorch import peer_networks
 from benchmarks.harness import Case, Outputs, Run, Settings
 from benchmarks.report import Row
-from benchmarks.textbook_networks import TextbookDiscriminator, TextbookGenerator
 from sagan.data import open_dataset
 from sagan.demo.digits import write_digits
 from sagan.distributed import World
@@ -35,7 +36,9 @@ from sagan.train.loop import train
 from sagan.train.update import Trainer
 from sagan_layers import SpectralNormLayer
 
-STEP, SCALING, SEPARATE, LOOP = "step", "step, by size", "step, in separate processes", "loop"
+STEP, SCALING, SEPARATE = "step", "step, by size", "step, in separate processes"
+COMPILED, CHECKPOINTED, LOOP = "step, compiled", "step, checkpointed", "loop"
+PEERS = ("textbook", "BigGAN-PyTorch", "BigGAN-PyTorch toggled")
 GAMMA = 0.5
 
 
@@ -104,15 +107,12 @@ class StepCase(Case):
         if contender.startswith("ours"):
             return self._ours(contender, trainer, pixels, labels)
         if contender.startswith("BigGAN"):
-            networks: tuple[nn.Module, nn.Module] = textbook_networks.peer_networks(
-                trainer.generator, trainer.discriminator, self.peer
-            )
+            generator, discriminator = peer_networks(trainer.generator, trainer.discriminator, self.peer)
         else:
-            networks = TextbookGenerator(trainer.generator), TextbookDiscriminator(trainer.discriminator)
-        generator, discriminator = (network.to(self.device) for network in networks)
+            generator, discriminator = map(textbook_network, (trainer.generator, trainer.discriminator))
         step = _PlainStep(
-            generator,
-            discriminator,
+            generator.to(self.device),
+            discriminator.to(self.device),
             self.run_config,
             toggles=contender.endswith("toggled"),
             autocast=torch.bfloat16 if self.bf16 else None,
@@ -125,10 +125,9 @@ class StepCase(Case):
     def expected(self, inputs: Any) -> Outputs:
         """Return the losses and some gradients of the textbook step in float64."""
         trainer, pixels, labels = inputs
-        generator = TextbookGenerator(trainer.generator).to(self.device).double()
-        discriminator = TextbookDiscriminator(trainer.discriminator).to(self.device).double()
-        step = _PlainStep(generator, discriminator, self.run_config)
-        return step(pixels, labels)
+        generator = textbook_network(trainer.generator).double()
+        discriminator = textbook_network(trainer.discriminator).double()
+        return _PlainStep(generator, discriminator, self.run_config)(pixels, labels)
 
     def warm_up_case(self) -> Case:
         return replace(self, batch_size=2, base_width=8, num_classes=10)
@@ -346,43 +345,36 @@ def _without_waiting(
         yield batch
 
 
-PEERS = ("textbook", "BigGAN-PyTorch", "BigGAN-PyTorch toggled")
-
-
 def make_cases(
-    device: str,
-    *,
-    quick: bool = False,
-    full: bool = False,
-    compiled: bool = False,
-    checkpointed: bool = False,
-    peer: Path | None = None,
+    device: str, *, quick: bool = False, everything: bool = False, peer: Path | None = None
 ) -> list[StepCase]:
-    """Return every case for a device, the most valuable first."""
+    """Return the cases for a device, the most valuable first; those in separate processes are not in turn."""
     if quick:
         return [StepCase(STEP, device, 4, 32, 8, ("ours", "textbook"), peer, num_classes=10)]
-    ours: tuple[str, ...] = ("ours", "ours compiled") if compiled or device == "cuda" else ("ours",)
-    activations = []
-    if checkpointed:
-        # At full size most memory is the optimizers' state, at this one activations.
-        ours += ("ours checkpointed",)
-        activations = [StepCase(STEP, device, 16, 128, 32, (*ours, "textbook"))]
-    others: tuple[str, ...] = PEERS if peer else PEERS[:1]
+    others = PEERS if peer else PEERS[:1]
     if device == "cuda":
-        others += ("textbook compiled",)
         size = (256, 128, 64)
         scaling = [(batch, 128, 64) for batch in (16, 64, 128)] + [(64, 64, 64), (32, 256, 64)]
+        names = ("ours", "ours compiled", *others, "textbook compiled")
+        cases = [StepCase(STEP, device, *size, names, peer, bf16=bf16) for bf16 in (True, False)]
     else:
         size = (4, 128, 64)
         scaling = [(batch, 64, 16) for batch in (1, 2, 4, 8, 16)]
         scaling += [(4, 64, width) for width in (8, 32, 64)] + [(4, size, 16) for size in (32, 128, 256)]
+        cases = [StepCase(STEP, device, *size, ("ours", *others), peer)]
+    if everything:
+        checkpointed = ("ours", "ours checkpointed", "textbook")
+        cases += [
+            # At full size most memory is the optimizers' state, at the smaller one activations.
+            *(StepCase(CHECKPOINTED, device, *sizes, checkpointed) for sizes in (size, (16, 128, 32))),
+            StepCase(COMPILED, device, *size, ("ours", "ours compiled", *others), peer),
+        ]
+    if everything and device == "cpu":
+        cases.append(StepCase(STEP, device, *size, ("ours", *others), peer, bf16=True))
+        cases.append(StepCase(SEPARATE, device, *size, ("ours", *others), peer))
     is_cuda = device == "cuda"
-    precisions = (is_cuda, not is_cuda) if is_cuda or full else (is_cuda,)
-    return [
-        *(StepCase(STEP, device, *size, ours + others, peer, bf16=bf16) for bf16 in precisions),
-        *activations,
-        *(StepCase(SCALING, device, *sizes, ("ours", "textbook"), bf16=is_cuda) for sizes in scaling),
-    ]
+    cases += [StepCase(SCALING, device, *sizes, ("ours", "textbook"), bf16=is_cuda) for sizes in scaling]
+    return cases
 
 
 def plot_scaling(records: Sequence[Row], cases: Sequence[StepCase], path: Path) -> Path | None:
@@ -424,35 +416,17 @@ def plot_scaling(records: Sequence[Row], cases: Sequence[StepCase], path: Path) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
-    parser = harness.argument_parser("step", __doc__, peer=True)
-    parser.add_argument(
-        "--full", action="store_true", help="on the CPU also in bfloat16, and in separate processes"
-    )
-    parser.add_argument("--compiled", action="store_true", help="ours under torch.compile too, on the CPU")
-    parser.add_argument("--checkpointed", action="store_true", help="ours with checkpointed activations, too")
-    options = parser.parse_args(arguments)
+    options = harness.argument_parser("step", __doc__, peer=True).parse_args(arguments)
     results = harness.open_results(options)
-    settings = Settings(
-        max_rounds=7,
-        target_s=0.5 if options.quick else 8.0,
-        memory=not options.no_memory,
-        memory_limit_s=300,
-    )
-    cases = make_cases(
-        options.device,
-        quick=options.quick,
-        full=options.full,
-        compiled=options.compiled,
-        checkpointed=options.checkpointed,
-        peer=options.peer,
-    )
-    cases = [case for case in cases if harness.is_chosen(case, options)]
-    harness.run_cases(cases, results, settings, budget_s=options.minutes * 60)
-    if options.full and options.device == "cpu":
-        for case in cases:
-            if case.suite == STEP and not case.bf16:
-                results.add(measure_separately(case, steps=4, rounds=2))
-    if options.only is None:
+    everything = options.only is not None
+    cases = make_cases(options.device, quick=options.quick, everything=everything, peer=options.peer)
+    in_turn = [case for case in cases if case.suite != SEPARATE]
+    settings = Settings(target_s=8.0, max_rounds=7, memory_limit_s=300)
+    harness.run_chosen(options, in_turn, settings, results)
+    for case in cases:
+        if case.suite == SEPARATE and harness.is_chosen(f"{case.suite} | {case.name}", options):
+            results.add(measure_separately(case, steps=4, rounds=2))
+    if harness.is_chosen(LOOP, options):
         results.add(measure_loop(options.device, iterations=12 if options.quick else 60))
     scaling = plot_scaling(results.cases, cases, results.path.with_name(f"{results.path.stem}_scaling.png"))
     if scaling is not None:

@@ -21,7 +21,7 @@ import timeit
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ class WrongResultError(Exception):
 class Settings:
     """How long and how often to measure."""
 
-    max_rounds: int = 15  # over the contenders, when they are fast
+    target_s: float = 3.0  # what the rounds over the contenders of one case aim at
+    max_rounds: int = 15  # when they are fast
     min_rounds: int = 3  # however slow they are
-    target_s: float = 3.0  # what the rounds of one case aim at
     sample_ms: float = 20.0  # one sample repeats a run for at least so long
     memory: bool = True  # also measure peak memory
     memory_limit_s: float = 120.0  # of one memory measurement
@@ -178,16 +178,19 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def failures_recorded(row: Row, device: str) -> Iterator[None]:
-    """Put what the block raises into the row, as its status and reason.
+def failures_recorded(row: Row, device: str, column: str = "") -> Iterator[None]:
+    """Put what the block raises into the row: as its status and reason, or as the reason why one column is empty.
 
     If the device can run nothing more afterwards, its error is raised.
     """
     try:
         yield
     except _ANY_FAILURE as error:
-        kinds: dict[type, str] = {Refused: "refused", WrongResultError: "wrong"}
-        row["status"], row["reason"] = kinds.get(type(error), "failed"), reason_of(error)
+        if column:
+            row[column], row[f"{column}_reason"] = None, reason_of(error)
+        else:
+            kinds: dict[type, str] = {Refused: "refused", WrongResultError: "wrong"}
+            row["status"], row["reason"] = kinds.get(type(error), "failed"), reason_of(error)
         # The frames of the attempt hold its tensors, whose memory the others need.
         traceback.clear_frames(error.__traceback__)
         if device == "cuda":
@@ -390,7 +393,7 @@ def measure_case(case: Case, settings: Settings, rates: Mapping[str, float] | No
         # Without this process's tensors, so that a small machine has room for the other's.
         gc.collect()
         for contender in measurements:
-            with _column_failures_recorded(rows[contender], case.device, "peak_mib"):
+            with failures_recorded(rows[contender], case.device, "peak_mib"):
                 rows[contender]["peak_mib"] = cpu_peak_mib(case, contender, settings.memory_limit_s)
     return {"suite": case.suite, "case": case.name, "baseline": case.baseline, "contenders": rows}
 
@@ -408,23 +411,13 @@ def _checked_run(case: Case, contender: str, inputs: Any, expected: Outputs, row
 
 def _measure_on_cuda(case: Case, row: Row, run: Run, settings: Settings) -> None:
     if settings.graphs:
-        with _column_failures_recorded(row, case.device, "graph_time_ms"):
+        with failures_recorded(row, case.device, "graph_time_ms"):
             from triton.testing import do_bench_cudagraph
 
             row["graph_time_ms"] = do_bench_cudagraph(run, return_mode="median")
     if settings.memory and case.measures_memory:
-        with _column_failures_recorded(row, case.device, "peak_mib"):
+        with failures_recorded(row, case.device, "peak_mib"):
             row["peak_mib"] = cuda_peak_mib(run)
-
-
-@contextlib.contextmanager
-def _column_failures_recorded(row: Row, device: str, column: str) -> Iterator[None]:
-    """Record a failure in the block as that of one column; the contender's time stays valid."""
-    failure: Row = {}
-    with failures_recorded(failure, device):
-        yield
-    if failure:
-        row[column], row[f"{column}_reason"] = None, failure["reason"]
 
 
 def unmeasured(case: Case, status: str, reason: str) -> Row:
@@ -455,28 +448,32 @@ def run_cases(
 
 
 def argument_parser(
-    suite: str, description: str, *, minutes: float | None = 15.0, peer: bool = False, cuda: bool = True
+    suite: str, description: str, *, peer: bool = False, has_cases: bool = True
 ) -> argparse.ArgumentParser:
     """Return a parser with the options that the suites share.
 
     Args:
         suite: its name, which the module and the files have.
         description: the first line is the help's.
-        minutes: the default of --minutes.
         peer: whether the suite runs code of BigGAN-PyTorch.
-        cuda: whether the suite runs on a GPU, and has cases.
+        has_cases: whether the suite is a list of cases, and so runs on a GPU too.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.bench_{suite}", description=description.splitlines()[0]
     )
-    parser.set_defaults(suite=suite)
-    parser.add_argument("--device", choices=("cpu", "cuda") if cuda else ("cpu",), default="cpu")
+    parser.set_defaults(suite=suite, device="cpu")
     parser.add_argument("--quick", action="store_true", help="a few small shapes: does everything run?")
     parser.add_argument("--out", type=Path, help="the JSON file; tables and plots are written beside it")
     parser.add_argument("--append", action="store_true", help="keep the runs that the JSON file holds")
-    if cuda:
-        parser.add_argument("--only", type=re.compile, help='regular expression on "suite | case"')
-        parser.add_argument("--minutes", type=float, default=minutes, help="start no case after so long")
+    if has_cases:
+        parser.add_argument("--device", choices=("cpu", "cuda"))
+        parser.add_argument(
+            "--only",
+            type=re.compile,
+            help='regular expression on "suite | case"; it also finds cases that are left out without it, as they take '
+            'minutes or GBs each ("." for all)',
+        )
+        parser.add_argument("--minutes", type=float, default=10.0, help="start no case after so long")
         parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     if peer:
         # The peer's modules are imported in other processes too.
@@ -499,14 +496,28 @@ def open_results(options: argparse.Namespace) -> Results:
     return Results(out, options.device, append=options.append)
 
 
-def is_chosen(case: Case, options: argparse.Namespace) -> bool:
-    """Return whether ``--only`` asks for a case."""
-    return options.only is None or bool(options.only.search(f"{case.suite} | {case.name}"))
+def is_chosen(line: str, options: argparse.Namespace) -> bool:
+    """Return whether ``--only`` asks for "suite | case"."""
+    return options.only is None or bool(options.only.search(line))
+
+
+def run_chosen(
+    options: argparse.Namespace,
+    cases: Sequence[Case],
+    settings: Settings,
+    results: Results,
+    rates: Mapping[str, float] | None = None,
+) -> None:
+    """Measure the cases that the options choose, within ``--minutes``."""
+    settings = replace(settings, memory=not options.no_memory)
+    if options.quick:
+        settings = replace(settings, max_rounds=5, target_s=0.3)
+    chosen = [case for case in cases if is_chosen(f"{case.suite} | {case.name}", options)]
+    run_cases(chosen, results, settings, rates=rates, budget_s=options.minutes * 60)
 
 
 def run_suite(options: argparse.Namespace, cases: Sequence[Case], settings: Settings) -> int:
-    """Measure the chosen cases within ``--minutes`` and write everything; return the exit status."""
+    """Measure the chosen cases and write everything; return 1 if a result was wrong or ours failed."""
     results = open_results(options)
-    chosen = [case for case in cases if is_chosen(case, options)]
-    run_cases(chosen, results, settings, budget_s=options.minutes * 60)
+    run_chosen(options, cases, settings, results)
     return results.finish()
