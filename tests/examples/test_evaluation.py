@@ -24,8 +24,7 @@ from sagan.evaluation import results
 from sagan.evaluation.config import METRICS, EvaluationConfig, TrainingEvaluationConfig
 from sagan.evaluation.evaluator import Evaluator
 from sagan.evaluation.feature_networks import FeatureNetwork, proxy_network
-from sagan.evaluation.fid import frechet_distance_of_features, frechet_distance_of_moments
-from sagan.evaluation.moments import Moments
+from sagan.evaluation.fid import Moments, frechet_distance_of_features, frechet_distance_of_moments
 from sagan.evaluation.protocol import FIGURES, Protocol, ProtocolError
 from sagan.evaluation.real_features import RealFeaturesError
 from sagan.evaluation.real_images import RealImages

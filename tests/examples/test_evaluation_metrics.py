@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sagan.evaluation.fid import (
+    Moments,
     frechet_distance_of_features,
     frechet_distance_of_moments,
 )
 from sagan.evaluation.inception_score import InceptionScore, splits_in_order
 from sagan.evaluation.kid import kernel_inception_distance
-from sagan.evaluation.moments import Moments
 from sagan.evaluation.precision_recall import precision_and_recall
 
 

@@ -16,10 +16,9 @@ from sagan.evaluation import results
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.extraction import FeatureBlock, extract_features
 from sagan.evaluation.feature_networks import FeatureNetwork, deterministic_float32, load_feature_network
-from sagan.evaluation.fid import frechet_distance_of_features, frechet_distance_of_moments
+from sagan.evaluation.fid import Moments, frechet_distance_of_features, frechet_distance_of_moments
 from sagan.evaluation.inception_score import SPLITS, InceptionScore, splits_in_order
 from sagan.evaluation.kid import SUBSET_SIZE, SUBSETS, kernel_inception_distance
-from sagan.evaluation.moments import Moments
 from sagan.evaluation.precision_recall import NEIGHBOURS, precision_and_recall
 from sagan.evaluation.protocol import Protocol
 from sagan.evaluation.real_features import default_cache, load_or_compute_real_features
@@ -32,14 +31,8 @@ from sagan.networks import Generator
 class Evaluator:
     """Evaluates generators against one set of real images, whose features come from the cache or are computed here.
 
-    All processes construct and call it together. All return the same numbers, for any number of processes.
-
-    Args:
-        config: what to evaluate, and how.
-        real_images: the real images.
-        world: this process; the feature network runs on its device.
-        network: the feature network; by default the one that the configuration names.
-        progress: show progress bars on a terminal.
+    All processes construct and call it together. All return the same numbers, for any number of processes. ``network``
+    is by default the one that the configuration names; it runs on the device of ``world``.
 
     Raises:
         UserError: if there is no feature network, or it has no logits for the Inception Score.
@@ -93,12 +86,7 @@ class Evaluator:
     def evaluate(
         self, generator: Generator, labels_in_use: Tensor, *, weights: Literal["ema", "raw"]
     ) -> Evaluation:
-        """Evaluate a generator; it does not change, and neither does torch's random state.
-
-        Args:
-            generator: G, of the real images' resolution.
-            labels_in_use: the classes that samples cycle through.
-            weights: which weights it has, for the protocol.
+        """Evaluate a generator with samples of ``labels_in_use``; neither it nor torch's random state changes.
 
         Raises:
             UserError: if resolutions differ, or there are too few samples or real images for a metric.
@@ -140,11 +128,7 @@ class Evaluator:
         )
 
     def _intra_fid_classes(self, generator: Generator, labels_in_use: Tensor) -> tuple[list[int], list[int]]:
-        """Return the classes to compute intra-FID over, and those to skip for lack of real images.
-
-        Raises:
-            UserError: if there are too few samples, or no classes at all.
-        """
+        """Return the classes to compute intra-FID over, and those to skip for lack of real images."""
         if "intra-fid" not in self._metrics:
             return [], []
         if not generator.config.num_classes:
@@ -192,10 +176,8 @@ class Evaluator:
                 figures.append(("intra-fid", sum(by_class) / len(by_class), None))
             else:
                 real_sample = real.sample[: len(generated.features)]
-                precision, recall = precision_and_recall(
-                    real_sample.to(device), generated.features.to(device)
-                )
-                figures += [("precision", precision, None), ("recall", recall, None)]
+                both = precision_and_recall(real_sample.to(device), generated.features.to(device))
+                figures += [("precision", both[0], None), ("recall", both[1], None)]
         return {"figures": figures, "by_class": by_class, "checksum": generated.checksum.hexdigest()}
 
     def _protocol(self, num_classes: int, weights: str) -> Protocol:

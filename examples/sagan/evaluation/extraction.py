@@ -20,21 +20,13 @@ _DECODE_THREADS = 4
 
 @dataclass(frozen=True)
 class FeatureBlock:
-    """Features of consecutive images.
-
-    Attributes:
-        start: index of the first image.
-        stop: index after the last.
-        features: float32 [stop - start, d].
-        logits: float32 [stop - start, K].
-        digests: SHA-256 of each image's pixels, concatenated.
-    """
+    """Features of images start to stop - 1."""
 
     start: int
     stop: int
-    features: Tensor
-    logits: Tensor
-    digests: bytes
+    features: Tensor  # float32 [stop - start, d]
+    logits: Tensor  # float32 [stop - start, K]
+    digests: bytes  # SHA-256 of each image's pixels, concatenated
 
 
 def extract_features(
@@ -54,9 +46,8 @@ def extract_features(
     Args:
         blocks: the images of this rank's blocks, rank, rank + world_size, ...: uint8 [n, 3, R, R].
         count: images in the blocks of all ranks.
-        block_size: images in a block; the last may have fewer.
-        network: the feature network.
-        world: this process.
+        block_size: images in each block but the last.
+        network, world: the feature network, and this process.
         description: label of a progress bar; None for none.
     """
     hidden = description is None or not world.is_main

@@ -9,16 +9,18 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sagan.errors import UserError
 from sagan.evaluation.config import NO_NETWORK, EvaluationConfig
 from sagan.evaluation.inception import WEIGHTS_SHA256_START, load_inception
-from sagan.evaluation.proxy import MAX_RESOLUTION, RandomFeatures
 from sagan.io import file_sha256, module_digest
 
 # Images at a time on a CPU. Twice as fast as whole blocks, whose feature maps do not fit its caches.
 _CPU_CHUNK = 8
+_PROXY_WIDTHS = (8, 16, 32)
+_PROXY_MAX_RESOLUTION = 64
 
 
 @dataclass
@@ -111,11 +113,7 @@ def load_feature_network(
 
 
 def tensorflow_inception(path: Path, device: torch.device, *, resolution: int) -> FeatureNetwork:
-    """Return TensorFlow's Inception-v3 of 2015-12-05 with the weights of a file.
-
-    Raises:
-        UserError: see :func:`~sagan.evaluation.inception.load_inception`.
-    """
+    """Return TensorFlow's Inception-v3 of 2015-12-05 with the weights of a file; see `load_inception`."""
     network = load_inception(path)
     digest = file_sha256(path)
     official = digest.startswith(WEIGHTS_SHA256_START)
@@ -172,17 +170,49 @@ def exported_network(
 
 
 def proxy_network(device: torch.device, *, resolution: int) -> FeatureNetwork:
-    """Return the proxy network."""
+    """Return the stand-in for Inception on small machines: small, random and fixed; no download."""
     module = RandomFeatures()
     return FeatureNetwork(
         module,
         name="randomconv",
         digest=module_digest(module),
-        resize=f"by areas to {MAX_RESOLUTION}x{MAX_RESOLUTION}, where larger",
+        resize=f"by areas to {_PROXY_MAX_RESOLUTION}x{_PROXY_MAX_RESOLUTION}, where larger",
         device=device,
         resolution=resolution,
         proxy=True,
     )
+
+
+class RandomFeatures(nn.Module):
+    """The proxy: three convolutions with random weights, the same on every machine since they are drawn as integers.
+
+    Shape:
+        - images: uint8 [N, 3, R, R]; larger images are reduced to 64 pixels by areas.
+        - Output: [N, 536], means of the first two and a 4x4 grid of the third.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(0)
+        inputs = 3
+        for number, width in enumerate(_PROXY_WIDTHS):
+            weight = torch.randint(-127, 128, (width, inputs, 3, 3), generator=draws).float()
+            # Variance 2 / fan-in, so that ReLU keeps the size of activations.
+            self.register_buffer(f"weight{number}", weight * (6 / (9 * inputs)) ** 0.5 / 127)
+            inputs = width
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features."""
+        x = images.float() / 127.5 - 1
+        if x.size(2) > _PROXY_MAX_RESOLUTION:
+            x = F.interpolate(x, size=(_PROXY_MAX_RESOLUTION, _PROXY_MAX_RESOLUTION), mode="area")
+        parts = []
+        for number in range(len(_PROXY_WIDTHS)):
+            if number:
+                parts.append(x.mean((2, 3)))
+                x = F.avg_pool2d(x, 2)
+            x = F.conv2d(x, self.get_buffer(f"weight{number}"), padding=1).relu()
+        return torch.cat([*parts, F.adaptive_avg_pool2d(x, 4).flatten(1)], 1)
 
 
 @contextlib.contextmanager

@@ -218,11 +218,7 @@ def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
     """Resize as TensorFlow 1's ``resize_bilinear``: bilinear, no antialiasing, pixel i samples at i * old / new.
 
     ``F.interpolate`` has no such convention: this one aligns the centres of the first pixels, and repeats the last row
-    and column beyond the edge.
-
-    Args:
-        images: float [N, C, H, W].
-        size: height and width of the result.
+    and column beyond the edge. ``images`` are float [N, C, H, W]; the result is ``size`` pixels high and wide.
     """
     for axis in (3, 2):  # in TensorFlow's order, to the last bit
         old = images.size(axis)
@@ -239,10 +235,7 @@ def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
 
 
 def load_inception(path: Path) -> InceptionV3:
-    """Return the network with the weights of a file, in evaluation mode, with batch norm folded.
-
-    Args:
-        path: a state dict of tensors, such as pt_inception-2015-12-05-6726825d.pth.
+    """Return the network with the weights of a file (a state dict), in evaluation mode, with batch norm folded.
 
     Raises:
         UserError: if there is no such file, it holds more than tensors, or the tensors are another network's.
@@ -261,9 +254,8 @@ def load_inception(path: Path) -> InceptionV3:
     network = InceptionV3()
     try:
         network.load_state_dict(tensors)
-    except (
-        RuntimeError
-    ) as error:  # torch lists missing and unknown names in a line each, and each other shape
+    except RuntimeError as error:
+        # torch lists missing and unknown names in a line each, and each other shape
         differences = [textwrap.shorten(line, 300) for line in str(error).splitlines()[1:4]]
         raise UserError(
             f"inception weights: {path} is not TensorFlow's Inception-v3 of 2015-12-05 ({WEIGHTS_FILE}): "

@@ -14,11 +14,6 @@ class InceptionScore:
     .. math:: \mathrm{IS} = \exp\, \mathbb{E}_x \mathrm{KL}(p(y|x) \,\|\, p(y))
         = \exp\Big(\frac{1}{n}\sum_{i,y} p_{iy} \log p_{iy} - \sum_y \bar p_y \log \bar p_y\Big)
 
-    Args:
-        num_logits: classes of the network.
-        splits: how many.
-        device: where the sums are.
-
     Reference:
         Salimans et al., Improved Techniques for Training GANs.
     """

@@ -17,8 +17,7 @@ def precision_and_recall(
     neighbour in the set. Distances are float64, in blocks of rows, so memory grows with block * n.
 
     Args:
-        real: [n, d].
-        generated: [m, d].
+        real, generated: [n, d] and [m, d].
         neighbours: k.
         block: rows at a time.
 

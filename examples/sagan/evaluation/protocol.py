@@ -75,10 +75,7 @@ class Protocol:
     neighbours: int
 
     def name(self, figure: str) -> str:
-        """Return the name of a figure, such as fid50k-train-tfinception.
-
-        The name says what differs most between publications; :attr:`identity` covers everything.
-        """
+        """Return a name such as fid50k-train-tfinception, of what differs most between publications."""
         _, compares_with_real = FIGURES[figure]
         thousands, rest = divmod(self.sample_count, 1000)
         parts = [f"{figure}{self.sample_count if rest else f'{thousands}k'}"]
@@ -99,11 +96,7 @@ class Protocol:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     def check_comparable(self, other: Protocol) -> None:
-        """Check that figures of this protocol and another one may be compared.
-
-        Raises:
-            ProtocolError: naming the fields that differ, with both values.
-        """
+        """Raise ProtocolError, which names the fields that differ, if figures of the two may not be compared."""
         theirs = asdict(other)
         changes = [
             f"{name} {mine!r} against {theirs[name]!r}"

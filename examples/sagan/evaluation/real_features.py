@@ -21,9 +21,8 @@ from sagan.distributed import World
 from sagan.errors import UserError
 from sagan.evaluation.extraction import FeatureBlock, dataset_blocks, extract_features
 from sagan.evaluation.feature_networks import FeatureNetwork
-from sagan.evaluation.fid import frechet_distance_of_moments
+from sagan.evaluation.fid import Moments, frechet_distance_of_moments
 from sagan.evaluation.inception_score import SPLITS, InceptionScore
-from sagan.evaluation.moments import Moments
 from sagan.io import file_sha256
 
 FORMAT = "sagan-layers reference features"
@@ -138,14 +137,9 @@ def load_or_compute_real_features(
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # renamed by now, unless something failed
     real_facts = RealFacts(**facts)
-    features: RealFeatures | None = None
-
-    def read() -> None:
-        nonlocal features
-        features = _read(folder, real_facts, dataset.labels, all_features)
-
-    world.run_on_main(read)
-    return real_facts, features
+    features: list[RealFeatures] = []
+    world.run_on_main(lambda: features.append(_read(folder, real_facts, dataset.labels, all_features)))
+    return real_facts, features[0] if features else None
 
 
 def default_cache() -> Path:

@@ -13,12 +13,7 @@ from sagan.recipes import RunConfig
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images to compare with.
-
-    Attributes:
-        dataset: the images.
-        split: which ones, for the names of figures: "train", "val", ...
-    """
+    """Real images to compare with, and which they are for the names of figures: "train", "val", ..."""
 
     dataset: ImageDataset
     split: str

@@ -51,13 +51,9 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        figures: the numbers.
-        protocol: how they were measured.
-        real_facts: count, checksum and scores of the real images.
         by_class: FID of each class by its name, with intra-FID.
         skipped_classes: those that intra-FID skips, with fewer than two real images.
         samples_checksum: SHA-256 of the SHA-256 of each generated image's pixels.
-        seconds: how long it took.
     """
 
     figures: tuple[Figure, ...]
@@ -109,14 +105,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Subject:
-    """What was evaluated.
-
-    Attributes:
-        source: the checkpoint, or the run's folder if evaluated in training.
-        iteration: how long it was trained.
-        recipe: of its run.
-        device: where it was evaluated.
-    """
+    """What was evaluated, and on which device; ``source`` is a checkpoint, or the run's folder during training."""
 
     source: Path
     iteration: int
@@ -173,11 +162,7 @@ def markdown_row(evaluation: Evaluation, subject: Subject) -> str:
 
 
 def save(evaluation: Evaluation, subject: Subject, folder: Path) -> Path:
-    """Write a JSON file named by iteration and protocol, and a row of results.md.
-
-    Returns:
-        The path of the JSON file.
-    """
+    """Write a JSON file named by iteration and protocol, and a row of results.md; return the JSON file's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"iteration_{subject.iteration:09d}_{evaluation.protocol.identity}.json"
     device = subject.device
