@@ -2,20 +2,19 @@
 
 `opening` opens every kind of data set (`dataset` is what they share): a prepared set (`packed`, `packed_format`) or a
 folder (`folder`, `tree`, `layout`). `inspection` checks a folder, `decoding` reads a file, `loading` makes batches,
-`prefetch` and `device_prefetch` prepare them ahead.
+`prefetch` prepares them ahead.
 """
 
-from sagan.data.config import DataConfig
 from sagan.data.dataset import ImageDataset
 from sagan.data.decoding import ImageReadError, decode_image
-from sagan.data.device_prefetch import prefetch_to_device
 from sagan.data.folder import ImageFolderDataset
 from sagan.data.inspection import preflight
 from sagan.data.layout import IMAGE_EXTENSIONS, DatasetError
 from sagan.data.loading import ResumableBatchSampler, horizontal_flips, make_loader
-from sagan.data.opening import check_dataset, open_dataset
+from sagan.data.opening import DataConfig, check_dataset, open_dataset
 from sagan.data.packed import PackedDataset
 from sagan.data.packed_format import PackedError, read_manifest, verify
+from sagan.data.prefetch import prefetch_to_device
 from sagan.data.tree import ImageTree, PathTable, scan_image_tree
 
 __all__ = [

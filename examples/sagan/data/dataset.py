@@ -16,17 +16,10 @@ from sagan.io import atomic_write_text
 
 @dataclass(frozen=True)
 class DatasetCheck:
-    """The result of `ImageDataset.check`.
-
-    Attributes:
-        text: what to print.
-        unreadable: files that cannot be used, as `ImageDataset.without` takes them.
-        report_name: name of the report's file in a run's folder.
-        report: its text.
-    """
+    """The result of `ImageDataset.check`: what to print, and the report for a run's folder."""
 
     text: str
-    unreadable: Sequence[str]
+    unreadable: Sequence[str]  # files that cannot be used, as `ImageDataset.without` takes them
     report_name: str
     report: str
 
@@ -40,7 +33,6 @@ class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
 
     Attributes:
         class_names: names by label.
-        num_classes: number of classes.
         labels: int64 [N], the label of each index.
         resolution: side of the images in pixels, R.
         resample: filter of the resize.
@@ -51,7 +43,6 @@ class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
     """
 
     class_names: tuple[str, ...]
-    num_classes: int
     labels: Tensor
     resolution: int
     resample: str = "bilinear"
@@ -61,20 +52,18 @@ class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
     prefetched_batches = 0
 
     @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
     @abc.abstractmethod
     def cached(self) -> bool:
         """Whether no image needs decoding, so that loader workers have nothing to do."""
 
     @abc.abstractmethod
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a batch.
-
-        Args:
-            indices: N of them, each 0 to len - 1.
-
-        Returns:
-            images uint8 [N, 3, R, R] in new memory, and labels int64 [N].
-        """
+        """Return images, uint8 [N, 3, R, R] in new memory, and labels, int64 [N], of indices from 0 to len - 1."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:

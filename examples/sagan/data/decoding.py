@@ -99,12 +99,12 @@ def decode_image(
     In this order: rotate as EXIF says, convert to RGB, crop the centre to the short side, resize with
     antialiasing. Alpha is composited on white. 16-bit greyscale is scaled to 8 bits, not clipped. CMYK is
     converted as Pillow does it (including Adobe's inverted CMYK; no colour profile is applied). Only the first frame
-    of an animation counts.
+    of an animation counts. The content, not the name, decides the format.
 
     Args:
-        path: the file; its content, not its name, decides the format.
+        path: the file.
         resolution: side of the result in pixels, R.
-        resample: name of the filter, which is widened when it shrinks an image.
+        resample: name of the filter.
         draft: let JPEG decode at 1/2, 1/4 or 1/8 of its size where that stays at or above `resolution`. About
             twice as fast, but slightly different pixels: for training only, never for a metric's statistics.
 
@@ -128,11 +128,7 @@ def check_decode_options(resolution: int, resample: str) -> None:
 def read_pixels(
     path: Path, resolution: int, *, resample: str, draft: bool, data: bytes | None = None
 ) -> tuple[npt.NDArray[np.uint8], ImageFacts]:
-    """Do what `decode_image` does; return uint8 [3, R, R] and the facts of the file.
-
-    Raises:
-        ImageReadError: the file at ``path``, or its contents ``data`` if given, cannot be decoded.
-    """
+    """Do what `decode_image` does, with a file's contents if given; return uint8 [3, R, R] and the file's facts."""
     file = path if data is None else io.BytesIO(data)
     with _reading(path, data), Image.open(file, formats=_FORMATS) as image:
         size, mode = image.size, image.mode
@@ -151,7 +147,7 @@ def read_pixels(
 
 
 def read_header(path: Path) -> ImageFacts:
-    """Return the facts of a file from its header alone; raise ImageReadError if that cannot be read."""
+    """Return the facts of a file from its header alone, or raise ImageReadError."""
     with _reading(path), Image.open(path, formats=_FORMATS) as image:
         # PNG may hold EXIF behind its pixels; asking for that would decode them.
         orientation = _orientation(image) if image.format != "PNG" or "exif" in image.info else 1

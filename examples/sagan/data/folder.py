@@ -7,29 +7,23 @@ import logging
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sagan.data.config import DataConfig
 from sagan.data.dataset import DatasetCheck, ImageDataset
 from sagan.data.decoding import ImageReadError, check_decode_options, read_pixels
 from sagan.data.inspection import CheckMode, UnreadableFile, preflight
 from sagan.data.layout import DatasetError
 from sagan.data.prefetch import map_ranges
-from sagan.data.tree import ImageTree, scan_image_tree
+from sagan.data.tree import ImageTree
 
 logger = logging.getLogger(__name__)
 
 _REPORT = "preflight.json"
-
-
-def open_folder(path: Path, resolution: int, config: DataConfig) -> ImageFolderDataset:
-    """List the images of a folder; see `open_dataset`."""
-    tree = scan_image_tree(path, split=config.split)
-    return ImageFolderDataset(tree, resolution, resample=config.resample, draft=config.draft, cache_mib=0)
 
 
 class ImageFolderDataset(ImageDataset):
@@ -71,7 +65,6 @@ class ImageFolderDataset(ImageDataset):
         self.tree = tree
         self.split = tree.split
         self.class_names = tree.class_names
-        self.num_classes = tree.num_classes
         self.labels = torch.from_numpy(tree.labels.copy())
         self.resolution = resolution
         self.resample = resample
@@ -127,19 +120,17 @@ class ImageFolderDataset(ImageDataset):
         )
 
     def without(self, unreadable: Sequence[str]) -> ImageFolderDataset:
-        tree = self.tree.without(self.tree.root / name for name in unreadable)
-        return ImageFolderDataset(
-            tree, self.resolution, resample=self.resample, draft=self.draft, cache_mib=0
-        )
+        return self._changed(tree=self.tree.without(self.tree.root / name for name in unreadable))
 
     def in_memory(self, cache_mib: float, *, progress: bool = False) -> ImageFolderDataset:
-        return ImageFolderDataset(
-            self.tree, self.resolution, resample=self.resample, draft=self.draft, cache_mib=cache_mib,
-            progress=progress,
-        )  # fmt: skip
+        return self._changed(cache_mib=cache_mib, progress=progress)
 
     def for_evaluation(self) -> ImageFolderDataset:
-        return ImageFolderDataset(self.tree, self.resolution, resample=self.resample, cache_mib=0)
+        return self._changed(draft=False)
+
+    def _changed(self, **options: Any) -> ImageFolderDataset:
+        same = {"tree": self.tree, "resample": self.resample, "draft": self.draft, "cache_mib": 0}
+        return ImageFolderDataset(resolution=self.resolution, **{**same, **options})
 
     def _decode_into(self, pixels: npt.NDArray[np.uint8], index: int) -> int:
         """Write the image that `index` serves, and return the index of its file."""

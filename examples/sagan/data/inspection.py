@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Literal, get_args
@@ -48,18 +49,15 @@ class PreflightReport:
         mode: what was done: `"full"`, `"headers"` or `"off"`.
         resolution: training resolution in pixels.
         num_files: files below `root`.
-        skipped: files that are not images, by extension or reason; see `ImageTree.skipped`.
-        skipped_examples: up to 20 of them.
+        skipped, skipped_examples: see `ImageTree`.
         num_readable: images that training can use (in mode "off": all with an image's extension).
         images_per_class: readable images by class name, in the order of the labels.
-        empty_classes: class folders without a file that has an image's extension. They keep their labels.
-        lost_classes: class folders whose images are all unreadable. They keep their labels.
+        empty_classes, lost_classes: class folders without image files, and with unreadable ones only; both keep
+            their labels.
         unreadable: files that training cannot use.
-        width_range: smallest and largest width of the readable images as displayed, in pixels; None in mode "off".
-        height_range: the same for the height.
+        width_range, height_range: of the readable images as displayed, in pixels; None in mode "off".
         modes: readable images by Pillow's mode.
-        converted: images by the conversion to RGB they need: greyscale, 16-bit, CMYK, palette, alpha. One
-            image may count under several.
+        converted: images by the conversion to RGB they need; one may count under several.
         exif_rotated: images that EXIF says to rotate or mirror.
         below_resolution: images whose short side is less than `resolution`; they are enlarged.
         seconds: time taken.
@@ -72,9 +70,9 @@ class PreflightReport:
     skipped: Mapping[str, int]
     skipped_examples: Sequence[str]
     num_readable: int = 0
-    images_per_class: Mapping[str, int] = field(default_factory=dict)
-    empty_classes: Sequence[str] = ()
-    lost_classes: Sequence[str] = ()
+    images_per_class: dict[str, int] = field(default_factory=dict)
+    empty_classes: list[str] = field(default_factory=list)
+    lost_classes: list[str] = field(default_factory=list)
     unreadable: list[UnreadableFile] = field(default_factory=list)
     width_range: tuple[int, int] | None = None
     height_range: tuple[int, int] | None = None
@@ -127,10 +125,17 @@ class PreflightReport:
             lines.append(f"  not images         {_counts(self.skipped)}")
             lines.append(f"                     such as {_names(self.skipped_examples, 5)}")
         lines += ["", *_histogram(self.images_per_class)]
-        if self.empty_classes:
-            lines += ["", _classes_without_images(self.empty_classes, "hold no image file")]
-        if self.lost_classes:
-            lines += ["", _classes_without_images(self.lost_classes, "hold unreadable files only")]
+        for names, what in (
+            (self.empty_classes, "hold no image file"),
+            (self.lost_classes, "hold unreadable files only"),
+        ):
+            if names:
+                lines += [
+                    "",
+                    f"Class folders that {what} ({len(names):,}): {_names(names, 20)}",
+                    "  They keep their labels, so that no other label shifts, but training never sees an image of "
+                    "them. Remove the folders if they are not meant to be classes.",
+                ]
         if self.unreadable:
             lines += ["", f"{len(self.unreadable):,} unreadable, not used in training:"]
             lines += [f"  {printable(f.path)}: {printable(f.reason)}" for f in self.unreadable[:max_listed]]
@@ -168,14 +173,10 @@ def preflight(
     resample: str = "bilinear",
     progress: bool = False,
 ) -> PreflightReport:
-    """Look at every image of a tree and report what training will find.
+    """Look at every image of a tree and report what training will find; a bad file is listed with its reason.
 
-    A bad file does not stop it but is listed with its reason. Train on `tree.without(report.unreadable_paths)`.
-    The mode `"full"` decodes every file as training will, `"headers"` opens every file, `"off"` opens none, and
-    `"auto"` is "full" up to 100,000 files and "headers" above.
-
-    Raises:
-        ValueError: an option is not supported.
+    Train on `tree.without(report.unreadable_paths)`. The mode `"full"` decodes every file as training will,
+    `"headers"` opens every file, `"off"` opens none, and `"auto"` is "full" up to 100,000 files and "headers" above.
     """
     check_decode_options(resolution, resample)
     if mode not in get_args(CheckMode):
@@ -195,7 +196,6 @@ def preflight(
 
     start = time.perf_counter()
     report = PreflightReport(tree.root, mode, resolution, tree.num_files, tree.skipped, tree.skipped_examples)
-    readable = tree
     if mode != "off":
         results = map_ranges(
             lambda indices: [(index, look(index)) for index in indices],
@@ -203,22 +203,18 @@ def preflight(
             progress=progress,
             description=f"preflight ({mode})",
         )
-        for chunk in results:
-            for index, found in chunk:
-                if isinstance(found, str):
-                    report.unreadable.append(UnreadableFile(tree.paths.relative(index), found))
-                else:
-                    report.add(found)
-        readable = tree.without(report.unreadable_paths)
-    listed, left = tree.images_per_class().tolist(), readable.images_per_class().tolist()
+        for index, found in chain.from_iterable(results):
+            if isinstance(found, str):
+                report.unreadable.append(UnreadableFile(tree.paths.relative(index), found))
+            else:
+                report.add(found)
+    readable = tree.without(report.unreadable_paths)
     report.num_readable = len(readable.paths)
-    report.images_per_class = dict(zip(tree.class_names, left, strict=True))
-    report.empty_classes = [name for name, count in zip(tree.class_names, listed, strict=True) if count == 0]
-    report.lost_classes = [
-        name
-        for name, count in report.images_per_class.items()
-        if count == 0 and name not in report.empty_classes
-    ]
+    listed, left = tree.images_per_class().tolist(), readable.images_per_class().tolist()
+    for name, before, after in zip(tree.class_names, listed, left, strict=True):
+        report.images_per_class[name] = after
+        if after == 0:
+            (report.lost_classes if before else report.empty_classes).append(name)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -254,14 +250,6 @@ def _histogram(images_per_class: Mapping[str, int]) -> list[str]:
 
 def _bar(count: int, largest: int) -> str:
     return "#" * -(-count * _BAR_WIDTH // max(largest, 1))
-
-
-def _classes_without_images(names: Sequence[str], what: str) -> str:
-    return (
-        f"Class folders that {what} ({len(names):,}): {_names(names, 20)}\n"
-        "  They keep their labels, so that no other label shifts, but training never sees an image of them. "
-        "Remove the folders if they are not meant to be classes."
-    )
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -67,11 +67,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:
-    """Return a folder's entries sorted by name.
-
-    Raises:
-        DatasetError: the folder cannot be listed.
-    """
+    """Return a folder's entries sorted by name, or raise DatasetError."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -83,11 +79,7 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def find_base(root: Path, split: str) -> Path:
-    """Return the folder that holds the class folders: `root/split` or `root`.
-
-    Raises:
-        DatasetError: neither can be one, as seen from their direct contents.
-    """
+    """Return the folder that holds the class folders, `root/split` or `root`; raise DatasetError if neither can."""
     try:
         exists, is_dir = root.exists(), root.is_dir()
     except OSError as error:
@@ -161,10 +153,9 @@ def _flat_error(base: Path, images: Sequence[str]) -> DatasetError:
 def check_classes(
     base: Path, class_names: Sequence[str], images: Sequence[str], skipped: Mapping[str, int]
 ) -> None:
-    """Check the folders and the images (paths below `base`) that a scan found; `skipped` counts the other files.
+    """Raise DatasetError if a scan found no images, one class only, or class folders one level deeper.
 
-    Raises:
-        DatasetError: there are no images, only one class, or the class folders are one level deeper.
+    `images` are paths below `base`; `skipped` counts the other files.
     """
     if not images:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items()) or "no files at all"

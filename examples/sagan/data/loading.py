@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +20,7 @@ from sagan.randomness import splitmix64
 Indices = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class IndexBatch:
+class IndexBatch(NamedTuple):
     """One rank's share of a batch: dataset indices and the epoch of each, both int64 [N]."""
 
     indices: Indices
@@ -134,21 +132,17 @@ def make_loader(
 
     Args:
         dataset: the images.
-        batch_size: images in a global batch; this process gets batch_size / num_replicas of them.
+        batch_size, drop_last, rank, num_replicas: see `ResumableBatchSampler`.
         seed: seed of the order and the flips.
         start_batch: number of the first batch; a resumed run passes the number of batches it has consumed.
         num_workers: processes that decode; 0 decodes in the caller.
         horizontal_flip: mirror each image with probability 1/2, decided by (seed, epoch, index).
-        drop_last, rank, num_replicas: see `ResumableBatchSampler`.
         pin_memory: copy batches to pinned memory, so that copies to a GPU are asynchronous; ignored without an
             accelerator.
         multiprocessing_context: `"fork"`, `"spawn"` or `"forkserver"`; None takes Python's default.
 
     Returns:
         Iterator of (images uint8 [N, 3, R, R], labels int64 [N]).
-
-    Raises:
-        ValueError: an argument is out of range; see `ResumableBatchSampler`.
     """
     sampler = ResumableBatchSampler(
         len(dataset), batch_size, seed, start_batch=start_batch, drop_last=drop_last, rank=rank,

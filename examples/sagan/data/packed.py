@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sagan.data.config import DataConfig
 from sagan.data.dataset import DatasetCheck, ImageDataset
 from sagan.data.inspection import CheckMode
 from sagan.data.packed_format import (
@@ -28,11 +27,6 @@ from sagan.data.packed_format import (
 )
 
 
-def open_packed(path: Path, resolution: int, config: DataConfig) -> PackedDataset:
-    """Open a prepared set, which has its own filter and decoding; see `open_dataset`."""
-    return PackedDataset(path, resolution)
-
-
 class PackedDataset(ImageDataset):
     """The images of a prepared set, read from disk (or the system's cache of it) a batch at a time.
 
@@ -45,12 +39,8 @@ class PackedDataset(ImageDataset):
     def __init__(self, folder: Path | str, resolution: int | None = None) -> None:
         """Open a set; no image is read.
 
-        Args:
-            folder: the set.
-            resolution: the resolution that is needed; None takes the set's.
-
         Raises:
-            PackedError: the set is not complete, or has another resolution.
+            PackedError: the set is not complete, or has another resolution than the given one.
         """
         folder = Path(folder)
         self.manifest = read_manifest(folder)
@@ -71,7 +61,6 @@ class PackedDataset(ImageDataset):
         if problems:
             raise PackedError(f"the prepared set in {folder} is not complete: {problems[0]}")
         self.class_names = tuple(self.manifest.class_names)
-        self.num_classes = len(self.class_names)
         self.labels = torch.from_numpy(labels)
         self.resample = self.manifest.filter
         self.failures = []

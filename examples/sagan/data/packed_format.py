@@ -99,11 +99,7 @@ def is_prepared(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check manifest.json.
-
-    Raises:
-        PackedError: it is missing, damaged, or of another version.
-    """
+    """Read manifest.json; raise PackedError if it is missing, damaged, or of another version."""
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -214,7 +210,9 @@ def verify(folder: Path, *, progress: bool = False) -> list[str]:
     if not (folder / IMAGES).is_file():
         return wrong
     if damaged := damaged_images(folder / IMAGES, manifest.resolution, digests, progress=progress):
-        names = _names(folder)
+        names = (
+            (folder / NAMES).read_text("utf-8", "replace").splitlines() if (folder / NAMES).is_file() else []
+        )
         shown = ", ".join(f"{row} ({names[row]})" if row < len(names) else str(row) for row in damaged[:10])
         more = f" and {len(damaged) - 10:,} more" if len(damaged) > 10 else ""
         wrong.append(f"{len(damaged):,} of {count:,} images are damaged in {IMAGES}: {shown}{more}")
@@ -259,10 +257,3 @@ def wrong_labels(labels: npt.NDArray[Any], manifest: Manifest) -> Iterable[str]:
         yield f"{LABELS}: the labels are not in order"
     elif np.bincount(labels, minlength=classes).tolist() != manifest.images_per_class:
         yield f"{LABELS}: the images of each class are not as many as {MANIFEST} says"
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return (folder / NAMES).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []

@@ -72,6 +72,14 @@ class PathTable(Sequence[Path]):
         return self.root / self.relative(index)
 
 
+def names_digest(class_names: Sequence[str], paths: PathTable) -> hashlib._Hash:
+    """Return a running SHA-256 of class names and relative paths."""
+    digest = hashlib.sha256()
+    for name in (*class_names, "", *map(paths.relative, range(len(paths)))):
+        digest.update(os.fsencode(name) + b"\0")
+    return digest
+
+
 @dataclass(frozen=True, eq=False)
 class ImageTree:
     """The images of one folder, with their labels.
@@ -111,10 +119,7 @@ class ImageTree:
         return np.bincount(self.labels, minlength=self.num_classes).astype(np.int64)
 
     def without(self, excluded: Iterable[Path]) -> ImageTree:
-        """Return this tree without some of its images; classes and labels stay as they are.
-
-        Args:
-            excluded: paths as they stand in `paths`.
+        """Return this tree without some of its `paths`; classes and labels stay as they are.
 
         Raises:
             ValueError: a path is not in the tree.
@@ -132,10 +137,7 @@ class ImageTree:
 
     def fingerprint(self) -> str:
         """Return 64 hex digits that change when a class or an image is added, removed or renamed; no file is read."""
-        digest = hashlib.sha256()
-        for name in (*self.class_names, "", *map(self.paths.relative, range(len(self.paths)))):
-            digest.update(os.fsencode(name) + b"\0")
-        return digest.hexdigest()
+        return names_digest(self.class_names, self.paths).hexdigest()
 
 
 def scan_image_tree(root: Path | str, *, split: str = "train") -> ImageTree:
@@ -143,10 +145,6 @@ def scan_image_tree(root: Path | str, *, split: str = "train") -> ImageTree:
 
     Reads `root/<split>/<class>/*.JPEG` or `root/<class>/*.JPEG`, also deeper inside a class folder. Follows links.
     Extensions count in any case; see `IMAGE_EXTENSIONS`.
-
-    Args:
-        root: the data set's folder.
-        split: subfolder to prefer if there is one.
 
     Raises:
         DatasetError: the folder has another layout; the message says what was found and the likely fix.

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sagan.data import DatasetError, PathTable, scan_image_tree
-from sagan.prepare.listing import ImageFiles, Indices, Listing
-from sagan.prepare.readahead import hinted, will_need
+from sagan.prepare.listing import ImageFiles, Indices, Listing, hinted, will_need
 
 # Errors of a single file; any other is the disk's or the network's, and ends the run.
 _SINGLE_FILE_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)

@@ -33,19 +33,12 @@ _HELP = (
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The classes of a set of images without class folders.
+    """The classes (WNIDs) of a set of images without class folders, by number or by name, and what the source adds."""
 
-    Attributes:
-        by_number: WNID of image 1, 2, ... in the order of the file names, if given this way.
-        by_name: otherwise WNID by file name without extension.
-        words: human names by WNID, where the source has them.
-        classes: WNIDs of all classes, where the source lists them: there may be some without an image here.
-    """
-
-    by_number: Sequence[str] = ()
-    by_name: Mapping[str, str] = field(default_factory=dict)
-    words: Mapping[str, str] = field(default_factory=dict)
-    classes: Sequence[str] = ()
+    by_number: Sequence[str] = ()  # of image 1, 2, ... in the order of the file names
+    by_name: Mapping[str, str] = field(default_factory=dict)  # by file name without extension
+    words: Mapping[str, str] = field(default_factory=dict)  # human names by WNID
+    classes: Sequence[str] = ()  # all that the source lists: there may be some without an image here
 
     @cached_property
     def wnids(self) -> list[str]:
@@ -53,11 +46,7 @@ class GroundTruth:
         return sorted({*self.classes, *self.by_number, *self.by_name.values()})
 
     def of(self, names: Sequence[str], source: str) -> list[str]:
-        """Return the WNID of each of the files, whose names are sorted.
-
-        Raises:
-            DatasetError: one is not known.
-        """
+        """Return the WNID of each of the files, whose names are sorted; raise DatasetError if one is not known."""
         if self.by_name:
             missing = [name for name in names if name.rpartition(".")[0] not in self.by_name]
             if missing:
@@ -95,15 +84,12 @@ def find_beside(start: Path, names: Sequence[str]) -> Path | None:
 
 
 def read_ground_truth(path: Path | None, synsets: Path | None, source: Path) -> tuple[GroundTruth, str]:
-    """Return the ground truth and a remark on where it was found.
+    """Return the ground truth and a remark on where it was found; raise DatasetError if there is no usable one.
 
     Args:
         path: what the user named; None looks beside the source.
         synsets: what the user named for the kit's numbers: meta.mat, or a text file with one WNID per line.
         source: the images.
-
-    Raises:
-        DatasetError: there is none, or the classes cannot be known from it.
     """
     found = path or find_beside(source, _FOUND_BY_NAME)
     if found is None:
@@ -228,13 +214,7 @@ def _meta_mat(data: bytes) -> tuple[list[str], dict[str, str]]:
 def read_words(path: Path | None, class_names: Sequence[str], source: Path) -> dict[str, str]:
     """Return human names by WNID from LOC_synset_mapping.txt, words.txt or the like.
 
-    Args:
-        path: what the user named; None looks beside the source, and takes a file only if it has every class.
-        class_names: the classes.
-        source: the images.
-
-    Raises:
-        DatasetError: the file that the user named has none of the classes.
+    ``path`` is what the user named, which must have every class; None looks beside the source.
     """
     found = path or find_beside(source, _WORDS_FOUND_BY_NAME)
     if found is None:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import abc
-import hashlib
+import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from sagan.data import PathTable
+from sagan.data.tree import names_digest
 
+Item = TypeVar("Item")
 Indices = npt.NDArray[np.int64]
 WNID = re.compile(r"n\d{8}")
 # n02190166_1007.JPEG, and on the Hugging Face hub n02190166_1007_n02190166.JPEG.
 _WNID_IN_FILE_NAME = re.compile(r"(n\d{8})_\d+\.")
+_HINTED_ITEMS = 16
+# Of one stretch at most this; behind it the system notices by itself that a file is read in order.
+_MAX_HINTED_BYTES = 64 * 2**20
 
 
 class ImageFiles(abc.ABC):
@@ -60,8 +67,7 @@ class Listing:
         labels: int64 [N], not decreasing.
         files: the encoded images.
         class_words: human names by label, where they are known.
-        skipped: files that are not images, counted by kind.
-        skipped_examples: some of them.
+        skipped, skipped_examples: files that are not images, counted by kind, and some of them.
         remarks: what a user should know about how the source was read.
     """
 
@@ -82,9 +88,7 @@ class Listing:
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits that change when the list or a file's size does; files' contents are not read."""
-        total = hashlib.sha256()
-        for name in (*self.class_names, "", *map(self.names.relative, range(len(self)))):
-            total.update(os.fsencode(name) + b"\0")
+        total = names_digest(self.class_names, self.names)
         total.update(self.labels.astype("<i8").tobytes())
         total.update(self.files.identity())
         return total.hexdigest()
@@ -107,3 +111,20 @@ class Listing:
 def sorted_by_class_and_name(labels: Sequence[int], names: Sequence[str]) -> list[int]:
     """Return the order of a prepared set."""
     return sorted(range(len(names)), key=lambda index: (labels[index], names[index]))
+
+
+# Hints, and no thread as in `sagan.data.prefetch`: beside a decoding thread that costs 3 to 11% of the rate.
+def hinted(items: Sequence[Item], hint: Callable[[Item], None]) -> Iterator[Item]:
+    """Yield the items; call ``hint`` with each of them 16 items before its turn."""
+    for place in range(len(items) + _HINTED_ITEMS):
+        if place < len(items):
+            hint(items[place])
+        if place >= _HINTED_ITEMS:
+            yield items[place - _HINTED_ITEMS]
+
+
+def will_need(path: Path, start: int = 0, size: int = _MAX_HINTED_BYTES) -> None:
+    """Let the system fetch a stretch of a file, if it can; returns at once and never raises."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), start, min(size, _MAX_HINTED_BYTES), os.POSIX_FADV_WILLNEED)

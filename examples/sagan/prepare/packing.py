@@ -22,6 +22,7 @@ import sagan_layers
 from sagan.data.decoding import check_decode_options
 from sagan.data.inspection import printable
 from sagan.data.packed_format import (
+    DIGEST_BYTES,
     DIGESTS,
     FORMAT,
     IMAGES,
@@ -42,7 +43,7 @@ from sagan.data.prefetch import usable_cpus
 from sagan.errors import UserError, check_is_new
 from sagan.io import atomic_write
 from sagan.prepare.listing import Listing
-from sagan.prepare.part import UNREADABLE, Part, PartResult, digests_of, pack_part
+from sagan.prepare.part import UNREADABLE, Part, PartResult, pack_part
 from sagan.prepare.pool import run_tasks
 from sagan.prepare.report import format_report, make_report
 from sagan.prepare.staging import Staging
@@ -55,22 +56,13 @@ MARK_EVERY_S = 0.5
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a call of :func:`prepare` did.
-
-    Attributes:
-        manifest: of the set.
-        report: what was found; empty if the set was there already.
-        packed: images that this call read.
-        reused: images that an earlier call had finished.
-        seconds: time for reading them.
-        total_seconds: time of the whole call.
-    """
+    """What a call of :func:`prepare` did."""
 
     manifest: Manifest
-    report: Mapping[str, Any]
-    packed: int
-    reused: int
-    seconds: float
+    report: Mapping[str, Any]  # empty if the set was there already
+    packed: int  # images that this call read
+    reused: int  # images that an earlier call had finished
+    seconds: float  # for reading
     total_seconds: float
 
 
@@ -124,7 +116,7 @@ def prepare(
                 raise
         if begun is None:
             staging.begin(plan, len(listing), resolution)
-        packing = _Packing(listing, staging, plan, part_size, workers or usable_cpus(), progress)
+        packing = _Packing(listing, staging, plan, workers or usable_cpus(), progress)
         packed, reused, seconds = packing.pack()
         manifest, report = packing.finish()
         staging.publish()
@@ -162,13 +154,7 @@ class _Packing:
     """The work of :func:`prepare` after all checks."""
 
     def __init__(
-        self,
-        listing: Listing,
-        staging: Staging,
-        plan: dict[str, Any],
-        part_size: int,
-        workers: int,
-        progress: bool,
+        self, listing: Listing, staging: Staging, plan: dict[str, Any], workers: int, progress: bool
     ) -> None:
         self.listing = listing
         self.staging = staging
@@ -177,15 +163,11 @@ class _Packing:
         self.resample: str = plan["filter"]
         self.workers = workers
         self.progress = progress
-        self.parts = listing.files.parts(part_size)
+        self.parts = listing.files.parts(plan["part_size"])
         self.results = staging.finished()
 
     def pack(self) -> tuple[int, int, float]:
-        """Check the parts that an earlier call finished, and do those that are damaged or missing.
-
-        Returns:
-            Images read, images that were finished before, and the seconds that reading took.
-        """
+        """Do the parts that are missing or damaged; return images read, images finished before, and seconds."""
         if self.staging.is_moving:
             return 0, len(self.listing), 0.0
         for number in self._damaged_parts():
@@ -233,19 +215,21 @@ class _Packing:
         )
 
     def _digests(self) -> npt.NDArray[np.uint8]:
-        finished = [(self.parts[number], result) for number, result in self.results.items()]
-        return digests_of(finished, len(self.listing))
+        """Return the digests of all images, uint8 [N, 16], zeros where there is none."""
+        digests = np.zeros((len(self.listing), DIGEST_BYTES), dtype=np.uint8)
+        for number, result in self.results.items():
+            of_part = np.frombuffer(bytes.fromhex(result.digests), np.uint8)
+            digests[self.parts[number]] = of_part.reshape(-1, DIGEST_BYTES)
+        return digests
 
     def _damaged_parts(self) -> list[int]:
         """Return the finished parts whose pixels are not those that were written."""
         if not self.results:
             return []
         digests = self._digests()
-        damaged = self._damaged_rows(digests, np.any(digests != 0, axis=1))
-        part_of = np.empty(len(self.listing), dtype=np.int64)
-        for number, rows in enumerate(self.parts):
-            part_of[rows] = number
-        return sorted(set(part_of[damaged].tolist()))
+        damaged = np.zeros(len(self.listing), dtype=bool)
+        damaged[self._damaged_rows(digests, np.any(digests != 0, axis=1))] = True
+        return [number for number in self.results if damaged[self.parts[number]].any()]
 
     def _damaged_rows(
         self, digests: npt.NDArray[np.uint8], written: npt.NDArray[np.bool_] | None = None
@@ -336,14 +320,8 @@ class _Progress:
 
     def __init__(self, total: int, done: int, shown: bool) -> None:
         self.total, self.done, self.done_before = total, done, done
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            desc="packing",
-            unit="img",
-            disable=None if shown else True,
-            smoothing=0.1,
-        )
+        hidden = None if shown else True  # None hides the bar where there is no terminal
+        self._bar = tqdm(total=total, initial=done, desc="packing", unit="img", disable=hidden, smoothing=0.1)
         self._prints = shown and self._bar.disable
         self._started = self._printed = time.monotonic()
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from sagan.data import DatasetError, PathTable
-from sagan.prepare.listing import WNID, ImageFiles, Indices, Listing, sorted_by_class_and_name
-from sagan.prepare.readahead import will_need
+from sagan.prepare.listing import WNID, ImageFiles, Indices, Listing, sorted_by_class_and_name, will_need
 
 _WNID_SUFFIX = re.compile(r"_(n\d{8})(\.\w+)$")
 
@@ -30,18 +29,12 @@ def _parquet() -> Any:
 
 
 class ParquetFiles(ImageFiles):
-    """Rows of a few parquet files.
-
-    Attributes:
-        paths: the files.
-        column: name of the images' column.
-        rows: int64 [N, 3]: number of the file, row group in it, row in that.
-    """
+    """Rows of a column of a few parquet files."""
 
     def __init__(self, paths: Sequence[Path], column: str, rows: Indices) -> None:
         self.paths = paths
         self.column = column
-        self.rows = rows
+        self.rows = rows  # int64 [N, 3]: number of the file, row group in it, row in that
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -97,11 +90,7 @@ def _stretch(group: Any, column: str) -> tuple[int, int]:
 
 
 def find_shards(path: Path, split: str) -> list[Path]:
-    """Return the parquet files of a split in a folder or its subfolder data, sorted; all if no name has a split.
-
-    Raises:
-        DatasetError: there are only files of other splits.
-    """
+    """Return the parquet files of a split in a folder or its subfolder data, sorted; all if no name has a split."""
     files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet"), *path.glob(f"{split}/*.parquet")])
     synonyms = ("val", "validation", "valid") if split in ("val", "validation") else (split,)
     first_words = {file: re.split(r"[-_.]", file.name)[0] for file in files}
@@ -115,11 +104,7 @@ def find_shards(path: Path, split: str) -> list[Path]:
 
 
 def list_parquet(files: Sequence[Path], source: str) -> Listing:
-    """List the images of parquet files, which the user named as ``source``.
-
-    Raises:
-        DatasetError: they cannot be read, or lack the columns or the labels.
-    """
+    """List the images of parquet files, which the user named as ``source``."""
     if not files:
         raise DatasetError(f"expected parquet files at {source}, got none")
     names: list[str] = []
@@ -155,11 +140,10 @@ def list_parquet(files: Sequence[Path], source: str) -> Listing:
     remarks = []
     wnids = _wnids_of(names, labels, count)
     if wnids is not None:
-        order = sorted(range(count), key=lambda old: wnids[old])
-        new = {old: place for place, old in enumerate(order)}
-        labels = [new[old] for old in labels]
-        class_names = tuple(wnids[old] for old in order)
-        words = tuple(class_labels[old] for old in order) if class_labels else None
+        class_names = tuple(sorted(wnids))
+        words = tuple(class_labels[wnids.index(wnid)] for wnid in class_names) if class_labels else None
+        new = {wnid: place for place, wnid in enumerate(class_names)}
+        labels = [new[wnids[old]] for old in labels]
         names = [_WNID_SUFFIX.sub(r"\2", name) for name in names]
         remarks.append("WNIDs from the images' names")
     elif class_labels is not None and len(class_labels) == count:
@@ -168,14 +152,13 @@ def list_parquet(files: Sequence[Path], source: str) -> Listing:
         class_names = tuple(str(number) for number in range(count))
         remarks.append("the files do not name their classes; the classes are called by their numbers")
     order = sorted_by_class_and_name(labels, names)
-    in_order = [labels[index] for index in order]
     return Listing(
         kind="parquet",
         path=source,
         class_names=class_names,
         class_words=words,
         names=PathTable(Path(source), (f"{class_names[labels[index]]}/{names[index]}" for index in order)),
-        labels=np.asarray(in_order, dtype=np.int64),
+        labels=np.asarray(labels, dtype=np.int64)[order],
         files=ParquetFiles(files, column, np.asarray(rows, dtype=np.int64)[order]),
         remarks=remarks,
     )

@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-import numpy.typing as npt
-
 from sagan.data.decoding import ImageFacts, ImageReadError, pillow_warnings, read_pixels
 from sagan.data.inspection import widen
 from sagan.data.packed_format import DIGEST_BYTES, HEADER_BYTES, digest
@@ -43,18 +40,11 @@ class Part:
 
 @dataclass
 class PartResult:
-    """What became of a part; a finished part's marker holds it as JSON.
+    """What became of a part; a finished part's marker holds it as JSON."""
 
-    Attributes:
-        digests: of each image, one after the other, in hex; zeros for one that cannot be read.
-        problems: (kind, row, detail) of what to report.
-        widths: smallest and largest width, None if no image could be read.
-        heights: the same for the height.
-    """
-
-    digests: str = ""
-    problems: list[tuple[str, int, str]] = field(default_factory=list)
-    widths: tuple[int, int] | None = None
+    digests: str = ""  # of each image, one after the other, in hex; zeros for one that cannot be read
+    problems: list[tuple[str, int, str]] = field(default_factory=list)  # kind, row, detail
+    widths: tuple[int, int] | None = None  # smallest and largest; None if no image could be read
     heights: tuple[int, int] | None = None
 
     def add_facts(self, row: int, name: str, facts: ImageFacts, resolution: int) -> None:
@@ -118,11 +108,3 @@ def write_all(file: RawIOBase, offset: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) or 0 :]
-
-
-def digests_of(results: Sequence[tuple[Indices, PartResult]], count: int) -> npt.NDArray[np.uint8]:
-    """Return the digests of all images, uint8 [count, 16], from (rows, result) of every part."""
-    digests = np.zeros((count, DIGEST_BYTES), dtype=np.uint8)
-    for rows, result in results:
-        digests[rows] = np.frombuffer(bytes.fromhex(result.digests), np.uint8).reshape(-1, DIGEST_BYTES)
-    return digests

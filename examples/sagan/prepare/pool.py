@@ -22,15 +22,9 @@ Result = TypeVar("Result")
 def run_tasks(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Yield (task, function(task)) in the order of completion.
+    """Yield (task, function(task)) in the order of completion; raise UserError if a worker process was killed.
 
-    Args:
-        function: at the top level of a module.
-        tasks: taken only when there is room for them.
-        workers: processes; 1 runs everything in this one.
-
-    Raises:
-        UserError: a worker process was killed.
+    ``tasks`` are taken only when there is room for them. ``workers=1`` runs everything in this process.
     """
     if workers == 1:
         for task in tasks:

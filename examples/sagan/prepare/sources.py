@@ -43,12 +43,7 @@ class SourceOptions:
 
 
 def list_source(source: str, options: SourceOptions, *, workers: int = 1) -> Listing:
-    """List the images of a source.
-
-    Args:
-        source: a file, a folder or a glob of parquet files.
-        options: how to read it.
-        workers: processes that list archives.
+    """List the images of a file, a folder or a glob of parquet files; ``workers`` processes list archives.
 
     Raises:
         DatasetError: it is of no known kind, or damaged; the message says what was found.
@@ -131,7 +126,7 @@ def _list_flat(path: Path, options: SourceOptions) -> Listing:
     skipped = SkippedFiles()
     images: list[tuple[str, tars.Stretch | None]]
     if path.is_file():
-        images = [*tars.flat_images(path, skipped)]
+        images = [*tars.images_among(tars.list_members(tars.whole(path)), skipped)]
     else:
         path = path / options.split if (path / options.split).is_dir() else path
         images = []

@@ -51,11 +51,7 @@ class Staging:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock for a ``with`` block; the system releases it when the process ends, however it ends.
-
-        Raises:
-            UserError: another process holds it.
-        """
+        """Hold the lock for a ``with`` block; raise UserError if another process holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / "lock", f"another prepare is at work in {self.folder}"):
             yield
@@ -78,11 +74,7 @@ class Staging:
         atomic_write_text(self._plan, json.dumps(plan, indent=1))
 
     def check_space(self, count: int, resolution: int) -> None:
-        """Check that what is still to be written fits on the disk.
-
-        Raises:
-            UserError: it does not; the message has the numbers.
-        """
+        """Raise UserError if what is still to be written does not fit on the disk."""
         total = count * (3 * resolution**2 + _SMALL_BYTES_PER_IMAGE) + SPARE_BYTES
         # Blocks, not size: the parts of the array that are not written yet are holes. Windows does not tell.
         written = getattr(self.array.stat(), "st_blocks", 0) * 512 if self.array.is_file() else 0

@@ -90,14 +90,13 @@ class SyntheticSet:
     def _encoded(self, items: Sequence[tuple[str, int, int]]) -> Iterator[tuple[str, int, bytes]]:
         for start in range(0, len(items), _IN_MEMORY):
             chunk = items[start : start + _IN_MEMORY]
-            tasks = [(self.seed, label, number, self.scale) for _, label, number in chunk]
-            files = dict(run_tasks(_jpeg, tasks, usable_cpus() if len(tasks) >= _WORTH_PROCESSES else 1))
-            for (name, label, _), task in zip(chunk, tasks, strict=True):
-                yield name, label, files[task]
+            workers = usable_cpus() if len(chunk) >= _WORTH_PROCESSES else 1
+            files = dict(run_tasks(self._jpeg, [(label, number) for _, label, number in chunk], workers))
+            for name, label, number in chunk:
+                yield name, label, files[label, number]
 
-
-def _jpeg(task: tuple[int, int, int, float]) -> bytes:
-    return synthetic_jpeg(*task)
+    def _jpeg(self, image: tuple[int, int]) -> bytes:
+        return synthetic_jpeg(self.seed, *image, self.scale)
 
 
 def synthetic_jpeg(seed: int, label: int, number: int, scale: float = 1.0) -> bytes:

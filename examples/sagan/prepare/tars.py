@@ -12,9 +12,8 @@ import numpy as np
 from sagan.data import DatasetError, PathTable
 from sagan.data.layout import has_image_extension, is_class_archive, is_hidden
 from sagan.data.tree import SkippedFiles
-from sagan.prepare.listing import ImageFiles, Indices, Listing
+from sagan.prepare.listing import ImageFiles, Indices, Listing, hinted, will_need
 from sagan.prepare.pool import run_tasks
-from sagan.prepare.readahead import hinted, will_need
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd", b"PK": "zip"}
 
@@ -33,11 +32,7 @@ def whole(path: Path) -> Stretch:
 
 
 def list_members(archive: Stretch) -> list[tuple[str, Stretch]]:
-    """Return the names and places of an archive's regular files, in their order there.
-
-    Raises:
-        DatasetError: it is not a whole, uncompressed tar archive.
-    """
+    """Return the names and places of an archive's regular files; raise DatasetError unless it is whole and plain."""
     end = archive.start + archive.size
     members = []
     with archive.path.open("rb") as file:
@@ -85,11 +80,13 @@ class TarredFiles(ImageFiles):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def _stretches(self, rows: Indices) -> list[Stretch]:
+        return [Stretch(self.paths[number], start, size) for number, start, size in rows.tolist()]
+
     def __iter__(self) -> Iterator[bytes | str]:
         path, file = None, None
-        stretches = [Stretch(self.paths[number], start, size) for number, start, size in self.rows.tolist()]
         try:
-            for place in hinted(stretches, lambda each: will_need(*each)):
+            for place in hinted(self._stretches(self.rows), lambda each: will_need(*each)):
                 if place.path != path or file is None:
                     if file is not None:
                         file.close()
@@ -106,19 +103,14 @@ class TarredFiles(ImageFiles):
                 file.close()
 
     def select(self, indices: Indices) -> TarredFiles:
-        rows = self.rows[indices].tolist()
-        return TarredFiles([Stretch(self.paths[number], start, size) for number, start, size in rows])
+        return TarredFiles(self._stretches(self.rows[indices]))
 
     def identity(self) -> bytes:
         return self.rows[:, 2].astype("<i8").tobytes()
 
 
 def list_class_tars(path: Path, workers: int) -> Listing:
-    """List a tar of class archives (ILSVRC2012_img_train.tar) or a folder of them; processes read their headers.
-
-    Raises:
-        DatasetError: there are no class archives, or one is damaged.
-    """
+    """List a tar of class archives (ILSVRC2012_img_train.tar) or a folder of them; processes read their headers."""
     skipped = SkippedFiles()
     archives: dict[str, Stretch] = {}
     inside = (
@@ -137,17 +129,15 @@ def list_class_tars(path: Path, workers: int) -> Listing:
     if not archives:
         raise DatasetError(f"expected archives named n########.tar in {path}, one for each class, got none")
     class_names = sorted(archives)
-    names: list[str] = []
-    labels: list[int] = []
-    places: list[Stretch] = []
     members = dict(run_tasks(list_members, [archives[name] for name in class_names], workers))
-    for label, class_name in enumerate(class_names):
-        for name, place in _images(members[archives[class_name]], skipped, f"{class_name}/"):
-            names.append(f"{class_name}/{name}")
-            labels.append(label)
-            places.append(place)
-    if not names:
+    images = [
+        (label, f"{class_name}/{name}", place)
+        for label, class_name in enumerate(class_names)
+        for name, place in images_among(members[archives[class_name]], skipped, f"{class_name}/")
+    ]
+    if not images:
         raise DatasetError(f"expected images in the class archives of {path}, got none")
+    labels, names, places = zip(*images, strict=True)
     return Listing(
         kind="class tars",
         path=str(path),
@@ -160,15 +150,10 @@ def list_class_tars(path: Path, workers: int) -> Listing:
     )
 
 
-def flat_images(path: Path, skipped: SkippedFiles) -> list[tuple[str, Stretch]]:
-    """Return file name and place of the images in an archive without class folders."""
-    return _images(list_members(whole(path)), skipped)
-
-
-def _images(
+def images_among(
     members: Sequence[tuple[str, Stretch]], skipped: SkippedFiles, prefix: str = ""
 ) -> list[tuple[str, Stretch]]:
-    """Return the images among an archive's files, sorted by file name."""
+    """Return file name and place of the images among an archive's files, sorted by file name."""
     images = []
     for path, place in members:
         name = PurePosixPath(path).name
