@@ -15,6 +15,8 @@ from torch import Tensor
 from sagan.data import ImageFolderDataset, scan_image_tree
 from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
 
+Examples = tuple[Tensor, Tensor]  # images and labels
+
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -22,14 +24,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def images_and_labels(digits: Path) -> tuple[Tensor, Tensor]:
+def examples(digits: Path) -> Examples:
     dataset = ImageFolderDataset(scan_image_tree(digits), 32)
     return dataset.fetch(range(len(dataset)))
 
 
 @pytest.fixture(scope="module")
-def judge(images_and_labels: tuple[Tensor, Tensor]) -> Judge:
-    return train_judge(*images_and_labels, epochs=2)
+def judge(examples: Examples) -> Judge:
+    return train_judge(*examples, epochs=2)
 
 
 class TestDigits:
@@ -40,8 +42,7 @@ class TestDigits:
         counts = Counter(path.parent.name for path in paths)
         assert counts == Counter(map(str, source.target.tolist()))
         assert sorted(counts) == list("0123456789")
-        for path in paths[::200]:
-            assert int(path.parent.name) == source.target[int(path.stem)]
+        assert all(int(path.parent.name) == source.target[int(path.stem)] for path in paths[::200])
 
     def test_images_are_grey_and_32_pixels_wide_and_show_their_digit(self, digits: Path) -> None:
         source = load_digits()
@@ -50,7 +51,7 @@ class TestDigits:
                 assert (image.format, image.mode, image.size) == ("PNG", "RGB", (32, 32))
                 pixels = np.asarray(image).astype(float)
             assert np.ptp(pixels, axis=2).max() == 0
-            small = pixels[:, :, 0].reshape(8, 4, 8, 4).mean((1, 3)) / 255 * 16
+            small = pixels[:, :, 0].reshape(8, 4, 8, 4).mean((1, 3))
             assert np.corrcoef(small.ravel(), source.images[int(path.stem)].ravel())[0, 1] > 0.97
 
     def test_files_that_are_there_stay(self, digits: Path) -> None:
@@ -64,31 +65,25 @@ class TestDigits:
 
 
 class TestJudge:
-    def test_it_reads_digits_it_has_not_seen(
-        self, judge: Judge, images_and_labels: tuple[Tensor, Tensor]
-    ) -> None:
+    def test_it_reads_digits_it_has_not_seen(self, judge: Judge, examples: Examples) -> None:
         assert judge.accuracy > 0.9
         assert not judge.classifier.training
-        agrees = agreement(judge, *images_and_labels)
+        agrees = agreement(judge, *examples)
         assert agrees.dtype == torch.bool
         assert agrees.double().mean() > 0.9
-        wrong = (images_and_labels[1] + 1) % 10
-        assert agreement(judge, images_and_labels[0], wrong).double().mean() < 0.05
+        wrong = (examples[1] + 1) % 10
+        assert agreement(judge, examples[0], wrong).double().mean() < 0.05
 
-    def test_accuracy_is_that_of_the_fifth_it_was_not_trained_on(
-        self, judge: Judge, images_and_labels: tuple[Tensor, Tensor]
-    ) -> None:
-        images, labels = images_and_labels
+    def test_accuracy_is_that_of_the_held_out_fifth(self, judge: Judge, examples: Examples) -> None:
+        images, labels = examples
         with torch.random.fork_rng():
             torch.manual_seed(0)
             held_out = torch.randperm(len(images))[: len(images) // 5]
         agrees = agreement(judge, images[held_out], labels[held_out])
         assert judge.accuracy == pytest.approx(agrees.double().mean().item(), abs=1e-12)
 
-    def test_the_global_random_state_is_neither_read_nor_moved(
-        self, images_and_labels: tuple[Tensor, Tensor]
-    ) -> None:
-        images, labels = (part[::20] for part in images_and_labels)
+    def test_the_global_random_state_is_neither_read_nor_moved(self, examples: Examples) -> None:
+        images, labels = (part[::20] for part in examples)
         judges = []
         for seed in (1, 2):
             torch.manual_seed(seed)
@@ -100,10 +95,8 @@ class TestJudge:
         other = train_judge(images, labels, epochs=1, seed=5).classifier.state_dict()
         assert not torch.equal(first["last.weight"], other["last.weight"])
 
-    def test_real_digits_are_at_distance_zero_and_noise_is_far(
-        self, judge: Judge, images_and_labels: tuple[Tensor, Tensor]
-    ) -> None:
-        images, _ = images_and_labels
+    def test_real_digits_are_near_and_noise_is_far(self, judge: Judge, examples: Examples) -> None:
+        images, _ = examples
         assert judge.real_features.shape == (1797, 64)
         half = frechet_to_real(judge, images[::2])
         noise = torch.randint(256, (500, 3, 32, 32), dtype=torch.uint8)
