@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from training_runs import assert_same
 
 from sagan.errors import UserError
 from sagan.networks import (
@@ -161,9 +160,8 @@ class TestAttentionPlaces:
     def test_networks_attend_at_the_chosen_resolutions_in_order(
         self, kind: type[nn.Module], places: tuple[int, ...]
     ) -> None:
-        config = replace(
-            TINY, resolution=64, **{"g_attention" if kind is Generator else "d_attention": places}
-        )
+        option = "g_attention" if kind is Generator else "d_attention"
+        config = replace(TINY, resolution=64, **{option: places})
         network = kind(config)
         seen: list[int] = []
         for mixer in network.mixers.values():
@@ -179,13 +177,11 @@ class TestAttentionPlaces:
     ) -> None:
         config = replace(TINY, mixer=mixer)
         network = kind(config).eval()
-        for layer in network.mixers.values():
-            assert layer.gamma.item() == 0
         inputs = inputs_of(kind, config)
         before = network(*inputs)
-        with torch.no_grad():
-            for layer in network.mixers.values():
-                layer.gamma.fill_(2)
+        for layer in network.mixers.values():
+            assert layer.gamma.item() == 0
+            nn.init.constant_(layer.gamma, 2)
         assert (network(*inputs) - before).abs().max() > 1e-4
 
 
@@ -225,10 +221,8 @@ class TestSpectralNorm:
         network = randomize(kind(TINY)).eval()
         before = copy.deepcopy(network.state_dict())
         inputs = inputs_of(kind, TINY)
-        first = network(*inputs)
-        assert torch.equal(first, network(*inputs))
-        for name, value in network.state_dict().items():
-            assert torch.equal(value, before[name]), name
+        assert torch.equal(network(*inputs), network(*inputs))
+        assert_same(network.state_dict(), before)
 
     @KINDS
     def test_training_moves_vectors_and_batch_statistics_and_nothing_else(
@@ -249,7 +243,7 @@ class TestSpectralNorm:
         before = vectors(network)
         with frozen_spectral_norm(network):
             network(*inputs_of(kind, TINY))
-        assert all(torch.equal(value, before[name]) for name, value in vectors(network).items())
+        assert_same(vectors(network), before)
 
 
 class TestResampling:
@@ -286,10 +280,8 @@ class Formulas:
         gain, bias = layer.weight, layer.bias
         if labels is not None:
             gain, bias = gain[labels], bias[labels]
-        return (
-            F.batch_norm(x, *statistics, training=layer.training) * gain[..., None, None]
-            + bias[..., None, None]
-        )
+        normal = F.batch_norm(x, *statistics, training=layer.training)
+        return normal * gain[..., None, None] + bias[..., None, None]
 
     def up(self, block: UpBlock, x: Tensor, labels: Tensor) -> Tensor:
         main = F.interpolate(self.norm(block.norm1, x, labels).relu(), scale_factor=2)
@@ -334,51 +326,32 @@ PLAIN = replace(TINY, g_spectral_norm=False, d_spectral_norm=False)
 
 
 class TestFormulas:
-    @pytest.mark.parametrize("training", [True, False])
-    def test_up_block(self, training: bool) -> None:
-        block = randomize(UpBlock(6, 4, PLAIN)).train(training)
-        x, labels = torch.randn(4, 6, 5, 7), torch.tensor([0, 2, 1, 2])
-        expected = Formulas().up(block, x, labels)
-        assert expected.shape == (4, 4, 10, 14)
-        torch.testing.assert_close(block(x, labels), expected, rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.parametrize(
-        ("formula", "block"),
-        [
-            ("first_down", partial(DownBlock, 3, 4, PLAIN, preactivation=False)),
-            ("down", partial(DownBlock, 3, 4, PLAIN)),
-            ("last", partial(LastBlock, 3, PLAIN)),
-            ("residual", partial(ResidualMixer, 3, PLAIN, spectral_norm=False)),
-        ],
-    )
-    def test_blocks_of_one_input(self, formula: str, block: Callable[[], nn.Module]) -> None:
-        module = randomize(block())
-        x = torch.randn(2, 3, 6, 8)
-        before = x.clone()
-        y = module(x)
-        assert torch.equal(x, before)
-        torch.testing.assert_close(y, getattr(Formulas(), formula)(module, x), rtol=1e-4, atol=1e-4)
-
-    def test_residual_mixer_starts_as_the_identity(self) -> None:
-        x = torch.randn(2, 9, 5, 3)
-        assert torch.equal(ResidualMixer(9, TINY)(x), x)
-
+    @pytest.mark.parametrize(("config", "training"), [(PLAIN, True), (PLAIN, False), (TINY, False)])
     @KINDS
-    @pytest.mark.parametrize("normalised", [True, False])
-    def test_whole_network(self, kind: type[nn.Module], normalised: bool) -> None:
-        config = TINY if normalised else PLAIN
+    def test_networks_are_their_formulas(
+        self, kind: type[nn.Module], config: NetworkConfig, training: bool
+    ) -> None:
         network = randomize(kind(config))
-        inputs = inputs_of(kind, config)
-        if normalised:
+        if config is TINY:
             with torch.no_grad():
                 for _ in range(200):  # until sigma has converged
                     for layer in network.modules():
                         if isinstance(layer, SpectralNormLayer):
                             layer.normalized_weight()
-        network.eval()
-        expected = getattr(Formulas(normalised), kind.__name__.lower())(network, *inputs)
+        network.train(training)
+        inputs = inputs_of(kind, config)
+        formulas = Formulas(normalised=config is TINY)
+        expected = getattr(formulas, kind.__name__.lower())(network, *inputs)
         torch.testing.assert_close(network(*inputs), expected, rtol=1e-3, atol=1e-3)
         assert expected.std() > 1e-2
+
+    def test_residual_mixer_is_its_formula_and_starts_as_the_identity(self) -> None:
+        mixer, x = ResidualMixer(9, PLAIN, spectral_norm=False), torch.randn(2, 9, 5, 3)
+        assert torch.equal(mixer(x), x)
+        randomize(mixer)
+        before = x.clone()
+        torch.testing.assert_close(mixer(x), Formulas().residual(mixer, x), rtol=1e-4, atol=1e-4)
+        assert torch.equal(x, before)
 
 
 class TestInitialisation:
@@ -431,7 +404,7 @@ class TestInitialisation:
         first = Generator(TINY).state_dict()
         torch.manual_seed(3)
         second = Generator(TINY).state_dict()
-        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert_same(first, second)
 
 
 class TestErrors:
