@@ -29,27 +29,18 @@ class DatasetCheck:
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
-    """Square uint8 images with labels, served a batch at a time.
+    """Square uint8 images with labels, served a batch at a time."""
 
-    Attributes:
-        class_names: names by label.
-        labels: int64 [N], the label of each index.
-        resolution: side of the images in pixels, R.
-        resample: filter of the resize.
-        draft: whether JPEG files may be decoded at a fraction of their size.
-        split: "train", "val" or the like, "all" if the source has no parts; None if it is not known.
-        failures: files found unreadable so far, in this process.
-        prefetched_batches: how many batches are worth fetching ahead on a thread if there are no worker processes.
-    """
-
-    class_names: tuple[str, ...]
-    labels: Tensor
-    resolution: int
+    class_names: tuple[str, ...]  # by label
+    labels: Tensor  # int64 [N], the label of each index
+    resolution: int  # side of the images in pixels, R
     resample: str = "bilinear"
-    draft: bool = False
-    split: str | None = None
-    failures: list[UnreadableFile]
-    prefetched_batches = 0
+    draft: bool = False  # whether JPEG files may be decoded at a fraction of their size
+    split: str | None = (
+        None  # "train", "val" or the like, "all" if the source has no parts; None if not known
+    )
+    failures: list[UnreadableFile]  # files found unreadable so far, in this process
+    prefetched_batches = 0  # how many are worth fetching ahead on a thread if there are no worker processes
 
     @property
     def num_classes(self) -> int:
@@ -80,12 +71,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
     def check(
         self, mode: CheckMode, *, report_folder: Path | None = None, progress: bool = False
     ) -> DatasetCheck:
-        """Look at the images before they are used.
+        """Look at the images before they are used, as closely as `mode` says; see `preflight`.
 
-        Args:
-            mode: how closely to look; see `preflight`.
-            report_folder: where the caller will save the report; the text names it.
-            progress: draw a progress bar.
+        The text names `report_folder`, where the caller will save the report.
 
         Raises:
             DatasetError: the set cannot be used at all.

@@ -75,20 +75,15 @@ class ImageFacts:
 
     def conversions(self) -> list[str]:
         """Return the conversions to RGB that the image needs."""
-        found = []
-        if self.mode.startswith(("1", "L", "I", "F")) and self.mode != "LAB":
-            found.append("greyscale")
-        if self.mode.startswith("I"):
-            found.append("16-bit")
-        if self.mode == "CMYK":
-            found.append("CMYK")
-        if self.mode in ("P", "PA"):
-            found.append("palette")
-        if self.has_alpha:
-            found.append("alpha")
-        if not found and self.mode not in ("RGB", "RGBX"):
-            found.append(self.mode)
-        return found
+        needed = {
+            "greyscale": self.mode.startswith(("1", "L", "I", "F")) and self.mode != "LAB",
+            "16-bit": self.mode.startswith("I"),
+            "CMYK": self.mode == "CMYK",
+            "palette": self.mode in ("P", "PA"),
+            "alpha": self.has_alpha,
+        }
+        found = [name for name, applies in needed.items() if applies]
+        return found or ([] if self.mode in ("RGB", "RGBX") else [self.mode])
 
 
 def decode_image(

@@ -42,44 +42,30 @@ class PreflightReport:
     """What a tree of images holds.
 
     `num_files == num_readable + len(unreadable) + sum(skipped.values())`: every file on disk is in one of the
-    three.
-
-    Attributes:
-        root: the folder that holds the class folders.
-        mode: what was done: `"full"`, `"headers"` or `"off"`.
-        resolution: training resolution in pixels.
-        num_files: files below `root`.
-        skipped, skipped_examples: see `ImageTree`.
-        num_readable: images that training can use (in mode "off": all with an image's extension).
-        images_per_class: readable images by class name, in the order of the labels.
-        empty_classes, lost_classes: class folders without image files, and with unreadable ones only; both keep
-            their labels.
-        unreadable: files that training cannot use.
-        width_range, height_range: of the readable images as displayed, in pixels; None in mode "off".
-        modes: readable images by Pillow's mode.
-        converted: images by the conversion to RGB they need; one may count under several.
-        exif_rotated: images that EXIF says to rotate or mirror.
-        below_resolution: images whose short side is less than `resolution`; they are enlarged.
-        seconds: time taken.
+    three. Empty and lost classes keep their labels.
     """
 
-    root: Path
-    mode: str
-    resolution: int
-    num_files: int
-    skipped: Mapping[str, int]
+    root: Path  # the folder that holds the class folders
+    mode: str  # what was done: "full", "headers" or "off"
+    resolution: int  # of training, in pixels
+    num_files: int  # below `root`
+    skipped: Mapping[str, int]  # see `ImageTree.skipped`
     skipped_examples: Sequence[str]
-    num_readable: int = 0
-    images_per_class: dict[str, int] = field(default_factory=dict)
-    empty_classes: list[str] = field(default_factory=list)
-    lost_classes: list[str] = field(default_factory=list)
+    num_readable: int = 0  # images that training can use (in mode "off": all with an image's extension)
+    images_per_class: dict[str, int] = field(
+        default_factory=dict
+    )  # readable ones, in the order of the labels
+    empty_classes: list[str] = field(default_factory=list)  # without image files
+    lost_classes: list[str] = field(default_factory=list)  # with unreadable image files only
     unreadable: list[UnreadableFile] = field(default_factory=list)
-    width_range: tuple[int, int] | None = None
+    width_range: tuple[int, int] | None = None  # of readable images as displayed; None in mode "off"
     height_range: tuple[int, int] | None = None
-    modes: Counter[str] = field(default_factory=Counter)
-    converted: Counter[str] = field(default_factory=Counter)
-    exif_rotated: int = 0
-    below_resolution: int = 0
+    modes: Counter[str] = field(default_factory=Counter)  # readable images by Pillow's mode
+    converted: Counter[str] = field(
+        default_factory=Counter
+    )  # by conversion to RGB; one may count under several
+    exif_rotated: int = 0  # images that EXIF says to rotate or mirror
+    below_resolution: int = 0  # images whose short side is less than `resolution`; they are enlarged
     seconds: float = 0.0
 
     @property

@@ -84,25 +84,19 @@ def names_digest(class_names: Sequence[str], paths: PathTable) -> hashlib._Hash:
 class ImageTree:
     """The images of one folder, with their labels.
 
-    Attributes:
-        root: the folder that holds the class folders.
-        split: the part of the data set that it is, "all" if the data set has no parts.
-        class_names: folder names in sorted order; a class's label is its place here. A class folder without
-            images keeps its place, so that it cannot shift the labels of the others.
-        paths: every file with an image extension, sorted by class, then by path.
-        labels: int64 [number of images], non-decreasing.
-        skipped: files that are not images, counted by extension (lower case), or as `"no extension"`, `"hidden"`
-            (also in a hidden folder), `"image outside a class folder"` or `"link to a folder that contains it"`.
-        skipped_examples: up to 20 of them, below `root`.
+    A class's label is its place in `class_names`. A class folder without images keeps its place, so that it cannot
+    shift the labels of the others. `skipped` counts files that are not images by extension (lower case), or as
+    `"no extension"`, `"hidden"` (also in a hidden folder), `"image outside a class folder"` or `"link to a folder
+    that contains it"`.
     """
 
-    root: Path
-    split: str
-    class_names: tuple[str, ...]
-    paths: PathTable
-    labels: npt.NDArray[np.int64]
+    root: Path  # the folder that holds the class folders
+    split: str  # the part of the data set that it is, "all" if the data set has no parts
+    class_names: tuple[str, ...]  # folder names in sorted order
+    paths: PathTable  # every file with an image extension, sorted by class, then by path
+    labels: npt.NDArray[np.int64]  # [number of images], non-decreasing
     skipped: Mapping[str, int]
-    skipped_examples: tuple[str, ...]
+    skipped_examples: tuple[str, ...]  # up to 20 of them, below `root`
 
     @property
     def num_classes(self) -> int:

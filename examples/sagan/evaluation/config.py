@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from sagan.errors import UserError
+from sagan.errors import UserError, check_at_least
 from sagan.evaluation.inception_score import SPLITS
 
 Metric = Literal["fid", "is", "kid", "intra-fid", "pr"]
@@ -67,9 +67,8 @@ class EvaluationConfig:
             )
         if self.num_samples < 2 * SPLITS:
             raise UserError(f"count: expected at least {2 * SPLITS}, got {self.count}")
-        for name, smallest in (("block_size", 1), ("standing_batches", 1), ("sample_seed", 0)):
-            if getattr(self, name) < smallest:
-                raise UserError(f"{name}: expected at least {smallest}, got {getattr(self, name)}")
+        check_at_least(self, 1, "block_size", "standing_batches")
+        check_at_least(self, 0, "sample_seed")
         if self.bn_statistics not in get_args(BatchNormStatistics):
             raise UserError(f"bn_statistics: expected running, batch or standing, got {self.bn_statistics!r}")
         if self.truncation is not None and not self.truncation >= 0.02:
@@ -117,8 +116,7 @@ class TrainingEvaluationConfig(EvaluationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every < 0:
-            raise UserError(f"every: expected at least 0, got {self.every}")
+        check_at_least(self, 0, "every")
         figures = [
             name
             for metric in self.chosen_metrics

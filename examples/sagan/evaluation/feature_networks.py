@@ -25,29 +25,19 @@ _PROXY_MAX_RESOLUTION = 64
 
 @dataclass
 class FeatureNetwork:
-    """A frozen network, and what identifies it in a protocol.
+    """A frozen network, and what identifies it in a protocol."""
 
-    Attributes:
-        module: takes uint8 images [N, 3, R, R] and returns features [N, d], or features and logits [N, K].
-        name: short, for the names of figures.
-        digest: 64 hex digits, different for other weights.
-        resize: how the network resizes images, in words.
-        device: where it runs.
-        resolution: R.
-        proxy: whether it stands in for Inception, so that its figures need a label.
-        num_features: d.
-        num_logits: K; 0 without logits.
-    """
-
-    module: nn.Module
-    name: str
-    digest: str
-    resize: str
+    module: (
+        nn.Module
+    )  # takes uint8 images [N, 3, R, R] and returns features [N, d], or features and logits [N, K]
+    name: str  # short, for the names of figures
+    digest: str  # 64 hex digits, different for other weights
+    resize: str  # how the network resizes images, in words
     device: torch.device
-    resolution: InitVar[int]
-    proxy: bool = False
-    num_features: int = field(init=False)
-    num_logits: int = field(init=False)
+    resolution: InitVar[int]  # R
+    proxy: bool = False  # whether it stands in for Inception, so that its figures need a label
+    num_features: int = field(init=False)  # d
+    num_logits: int = field(init=False)  # K; 0 without logits
 
     def __post_init__(self, resolution: int) -> None:
         self.module.to(self.device)

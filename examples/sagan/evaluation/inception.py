@@ -64,12 +64,22 @@ class InceptionV3(nn.Module):
         self.Mixed_5b = _block_5(192, pooled=32)
         self.Mixed_5c = _block_5(256, pooled=64)
         self.Mixed_5d = _block_5(288, pooled=64)
-        self.Mixed_6a = _block_6a(288)
+        self.Mixed_6a = _Mixed(
+            288,
+            [_Conv("branch3x3", 384, 3, 3, stride=2)],
+            _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3, 2)),
+            ["halve"],
+        )
         self.Mixed_6b = _block_6(inner=128)
         self.Mixed_6c = _block_6(inner=160)
         self.Mixed_6d = _block_6(inner=160)
         self.Mixed_6e = _block_6(inner=192)
-        self.Mixed_7a = _block_7a(768)
+        self.Mixed_7a = _Mixed(
+            768,
+            _chain("branch3x3", (192, 1, 1), (320, 3, 3, 2)),
+            _chain("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2)),
+            ["halve"],
+        )
         self.Mixed_7b = _block_7(1280, pool="average")
         self.Mixed_7c = _block_7(2048, pool="max")  # as in TensorFlow's graph; the paper has "average"
         self.fc = nn.Linear(NUM_FEATURES, NUM_LOGITS)
@@ -169,15 +179,6 @@ def _block_5(inputs: int, pooled: int) -> _Mixed:
     )
 
 
-def _block_6a(inputs: int) -> _Mixed:
-    return _Mixed(
-        inputs,
-        [_Conv("branch3x3", 384, 3, 3, stride=2)],
-        _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3, 2)),
-        ["halve"],
-    )
-
-
 def _block_6(inner: int) -> _Mixed:
     return _Mixed(
         768,
@@ -185,15 +186,6 @@ def _block_6(inner: int) -> _Mixed:
         _chain("branch7x7", (inner, 1, 1), (inner, 1, 7), (192, 7, 1)),
         _chain("branch7x7dbl", (inner, 1, 1), (inner, 7, 1), (inner, 1, 7), (inner, 7, 1), (192, 1, 7)),
         ["average", _Conv("branch_pool", 192, 1, 1)],
-    )
-
-
-def _block_7a(inputs: int) -> _Mixed:
-    return _Mixed(
-        inputs,
-        _chain("branch3x3", (192, 1, 1), (320, 3, 3, 2)),
-        _chain("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2)),
-        ["halve"],
     )
 
 

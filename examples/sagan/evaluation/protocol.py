@@ -26,53 +26,29 @@ class ProtocolError(UserError):
 
 @dataclass(frozen=True)
 class Protocol:
-    """How images were generated and measured. Two figures are comparable if their protocols are equal.
+    """How images were generated and measured. Two figures are comparable if their protocols are equal."""
 
-    Attributes:
-        network: short name of the feature network.
-        network_sha256: of its weights.
-        resize: how it resizes images.
-        precision: of the generator and the feature network.
-        proxy: whether the network is the stand-in for Inception on small machines.
-        real_split: which real images: "train", "val", ...
-        real_count: how many.
-        real_checksum: SHA-256 of the SHA-256 of each real image's pixels at the generator's resolution.
-        real_resolution: that resolution.
-        sample_count: generated images.
-        sample_seed: their seed.
-        sample_classes: how many classes they cycle through.
-        weights: "ema" for the moving average of G's weights, "raw" for the weights.
-        bn_statistics: "running", "batch" (of each block of images) or "standing" (of many blocks).
-        standing_batches: blocks that standing statistics come from; 0 without.
-        block_size: images generated at once where batch norm makes that matter; else 0.
-        truncation: largest coordinate of a latent, larger ones are redrawn; None without.
-        splits: of the Inception Score.
-        kid_subsets: pairs of subsets for KID.
-        kid_subset_size: samples in each.
-        neighbours: k of precision and recall.
-    """
-
-    network: str
-    network_sha256: str
-    resize: str
-    precision: str
-    proxy: bool
-    real_split: str
+    network: str  # short name of the feature network
+    network_sha256: str  # of its weights
+    resize: str  # how it resizes images
+    precision: str  # of the generator and the feature network
+    proxy: bool  # whether the network is the stand-in for Inception on small machines
+    real_split: str  # which real images: "train", "val", ...
     real_count: int
-    real_checksum: str
-    real_resolution: int
-    sample_count: int
+    real_checksum: str  # SHA-256 of the SHA-256 of each real image's pixels at the generator's resolution
+    real_resolution: int  # that resolution
+    sample_count: int  # generated images
     sample_seed: int
-    sample_classes: int
-    weights: str
-    bn_statistics: str
-    standing_batches: int
-    block_size: int
-    truncation: float | None
-    splits: int
-    kid_subsets: int
+    sample_classes: int  # how many classes the samples cycle through
+    weights: str  # "ema" for the moving average of G's weights, "raw" for the weights
+    bn_statistics: str  # "running", "batch" (of each block of images) or "standing" (of many blocks)
+    standing_batches: int  # blocks that standing statistics come from; 0 without
+    block_size: int  # images generated at once where batch norm makes that matter; else 0
+    truncation: float | None  # largest coordinate of a latent, larger ones are redrawn; None without
+    splits: int  # of the Inception Score
+    kid_subsets: int  # pairs of subsets for KID
     kid_subset_size: int
-    neighbours: int
+    neighbours: int  # k of precision and recall
 
     def name(self, figure: str) -> str:
         """Return a name such as fid50k-train-tfinception, of what differs most between publications."""

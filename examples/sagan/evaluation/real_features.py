@@ -40,22 +40,13 @@ class RealFeaturesError(UserError):
 
 @dataclass(frozen=True)
 class RealFacts:
-    """What every process knows of the real images.
-
-    Attributes:
-        count: images.
-        checksum: SHA-256 of the SHA-256 of each image's pixels.
-        replaced: unreadable files, each replaced by another image.
-        inception_score: mean and standard deviation; None without logits or with too few images.
-        half_distance: Frechet distance of a random half to the other; None with too few images.
-        from_cache: whether the features were read from the cache.
-    """
+    """What every process knows of the real images. Scores are None without logits or with too few images."""
 
     count: int
-    checksum: str
-    replaced: int
-    inception_score: tuple[float, float] | None
-    half_distance: float | None
+    checksum: str  # SHA-256 of the SHA-256 of each image's pixels
+    replaced: int  # unreadable files, each replaced by another image
+    inception_score: tuple[float, float] | None  # mean and standard deviation
+    half_distance: float | None  # Frechet distance of a random half to the other
     from_cache: bool
 
     def __post_init__(self) -> None:
@@ -65,19 +56,14 @@ class RealFacts:
 
 @dataclass(frozen=True)
 class RealFeatures:
-    """Features of the real images, on rank 0.
+    """Features of the real images, on rank 0."""
 
-    Attributes:
-        moments: of all features.
-        sample: features of up to 50,000 images in random order, [M, d], float32.
-        labels: of all images, int64 [N].
-        features: of all images, [N, d], mapped from the disk; None if not asked for.
-    """
-
-    moments: Moments
-    sample: Tensor
-    labels: Tensor
-    features: npt.NDArray[np.float32] | None
+    moments: Moments  # of all features
+    sample: Tensor  # features of up to 50,000 images in random order, [M, d], float32
+    labels: Tensor  # of all images, int64 [N]
+    features: (
+        npt.NDArray[np.float32] | None
+    )  # of all images, [N, d], mapped from the disk; None if not asked for
 
     def of_class(self, label: int) -> Tensor:
         """Return the features of a class's images, [n, d]."""

@@ -26,19 +26,12 @@ _HEADER = """\
 
 @dataclass(frozen=True)
 class Figure:
-    """One number, named by its protocol.
+    """One number, named by its protocol."""
 
-    Attributes:
-        metric: fid, is, kid, intra-fid, precision or recall.
-        name: such as fid50k-train-tfinception.
-        value: the number; a mean if there is a deviation.
-        deviation: standard deviation over splits (is) or subsets (kid); None for the others.
-    """
-
-    metric: str
-    name: str
-    value: float
-    deviation: float | None = None
+    metric: str  # fid, is, kid, intra-fid, precision or recall
+    name: str  # such as fid50k-train-tfinception
+    value: float  # a mean if there is a deviation
+    deviation: float | None = None  # over splits (is) or subsets (kid); None for the others
 
     def __str__(self) -> str:
         digits = {"is": ".2f", "kid": ".5f", "precision": ".4f", "recall": ".4f"}.get(self.metric, ".3f")
@@ -48,20 +41,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
-
-    Attributes:
-        by_class: FID of each class by its name, with intra-FID.
-        skipped_classes: those that intra-FID skips, with fewer than two real images.
-        samples_checksum: SHA-256 of the SHA-256 of each generated image's pixels.
-    """
+    """What an evaluation found."""
 
     figures: tuple[Figure, ...]
     protocol: Protocol
     real_facts: RealFacts
-    by_class: dict[str, float] | None
-    skipped_classes: tuple[str, ...]
-    samples_checksum: str
+    by_class: dict[str, float] | None  # FID of each class by its name, with intra-FID
+    skipped_classes: tuple[str, ...]  # by intra-FID, with fewer than two real images
+    samples_checksum: str  # SHA-256 of the SHA-256 of each generated image's pixels
     seconds: float
 
     def figure(self, metric: str | None = None) -> Figure:

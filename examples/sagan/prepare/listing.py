@@ -57,30 +57,18 @@ class ImageFiles(abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """The images of a source, sorted by class, then by file name.
+    """The images of a source, sorted by class, then by file name."""
 
-    Attributes:
-        kind: "class tars", "flat images", "folder" or "parquet".
-        path: what the user named.
-        class_names: names by label; WNIDs in sorted order where the source has them.
-        names: "class/file" of each image, the same for the same image from any source.
-        labels: int64 [N], not decreasing.
-        files: the encoded images.
-        class_words: human names by label, where they are known.
-        skipped, skipped_examples: files that are not images, counted by kind, and some of them.
-        remarks: what a user should know about how the source was read.
-    """
-
-    kind: str
-    path: str
-    class_names: tuple[str, ...]
-    names: PathTable
-    labels: npt.NDArray[np.int64]
+    kind: str  # "class tars", "flat images", "folder" or "parquet"
+    path: str  # what the user named
+    class_names: tuple[str, ...]  # by label; WNIDs in sorted order where the source has them
+    names: PathTable  # "class/file" of each image, the same for the same image from any source
+    labels: npt.NDArray[np.int64]  # [N], not decreasing
     files: ImageFiles
-    class_words: tuple[str, ...] | None = None
-    skipped: Mapping[str, int] = field(default_factory=dict)
+    class_words: tuple[str, ...] | None = None  # human names by label, where they are known
+    skipped: Mapping[str, int] = field(default_factory=dict)  # files that are not images, by kind
     skipped_examples: Sequence[str] = ()
-    remarks: Sequence[str] = ()
+    remarks: Sequence[str] = ()  # what a user should know about how the source was read
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -81,10 +81,8 @@ def prepare(
     If it is killed at any moment, the same call resumes and redoes only what was not finished.
 
     Args:
-        listing: the source.
-        out: the folder to make.
-        resolution: side of the images in pixels.
-        resample: see `decode_image`.
+        listing, out: the source, and the folder to make.
+        resolution, resample: see `decode_image`.
         workers: processes that decode; None takes one for each CPU, 1 decodes in this one.
         part_size: images that a process takes at a time; None takes a 64th of all, from 16 to 1,024.
         progress: draw a bar on a terminal, print lines elsewhere.
