@@ -180,9 +180,7 @@ class TestGeneratorAgainstTheReleasedCode:
         assert len(recorded) == 21
         assert_all_agree(generator_variables(generator), recorded)
 
-    def test_evaluation_output_leaves_everything_as_it_was(
-        self, generator: Generator, g_arrays: Arrays
-    ) -> None:
+    def test_evaluation_output_changes_nothing(self, generator: Generator, g_arrays: Arrays) -> None:
         generator.eval()
         before = copy.deepcopy(generator.state_dict())
         images = generator(torch.from_numpy(g_arrays["z"]), torch.from_numpy(g_arrays["labels"]))
@@ -190,7 +188,7 @@ class TestGeneratorAgainstTheReleasedCode:
         assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
         assert np.abs(g_arrays["y_eval"] - g_arrays["y_train"]).max() > 0.01  # the two are told apart
 
-    def test_first_linear_layer_goes_from_height_width_channels_to_channels_height_width(
+    def test_outputs_of_the_first_layer_become_channels_first(
         self, generator: Generator, g_arrays: Arrays
     ) -> None:
         matrix = g_arrays["before/model/g_snh0/Matrix"]
@@ -222,7 +220,7 @@ class TestDiscriminatorAgainstTheReleasedCode:
             if name.endswith("/u"):
                 assert np.array_equal(array, before[name]), name
 
-    def test_a_real_batch_moves_the_vectors_and_a_frozen_fake_batch_follows_them(
+    def test_a_real_batch_moves_the_vectors_and_a_frozen_fake_one_does_not(
         self, discriminator: Discriminator, d_arrays: Arrays
     ) -> None:
         variables = below(d_arrays, "before/") | below(d_arrays, "random_u/before/")
@@ -264,9 +262,7 @@ def random_network(kind: type, config: NetworkConfig, seed: int) -> nn.Module:
 @pytest.mark.parametrize(("kind", "export", "loader"), NETWORKS)
 class TestLoaders:
     @pytest.mark.parametrize("places", [(), (16,), (8, 16)])
-    def test_every_variable_reaches_its_place_at_any_number_of_attentions(
-        self, kind, export, loader, places
-    ) -> None:
+    def test_variables_reach_their_places_with_any_attentions(self, kind, export, loader, places) -> None:
         config = replace(TINY, g_attention=places, d_attention=places)
         source, target = random_network(kind, config, 1), random_network(kind, config, 2)
         loader(target, export(source))
@@ -278,9 +274,7 @@ class TestLoaders:
         labels = torch.tensor([0, 2])
         assert target.eval()(x, labels).equal(source.eval()(x, labels))
 
-    def test_missing_left_over_and_misshapen_variables_are_all_named_and_nothing_is_loaded(
-        self, kind, export, loader
-    ) -> None:
+    def test_variables_that_do_not_fit_are_all_named_and_none_is_loaded(self, kind, export, loader) -> None:
         variables = export(random_network(kind, TINY, 1))
         target = random_network(kind, TINY, 2)
         before = copy.deepcopy(target.state_dict())

@@ -160,7 +160,7 @@ class TestFinishedDemo:
         assert all((out / name).exists() for name in PICTURES)
 
 
-def test_an_interrupted_demo_has_no_verdict_and_resumes_when_called_again(
+def test_an_interrupted_demo_has_no_verdict_and_resumes(
     finished: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished.config.out / "digits", tmp_path / "run" / "digits")

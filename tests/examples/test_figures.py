@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from command_line import read_png
 from torch import Tensor
+from training_runs import assert_same
 
 from sagan.errors import UserError
 from sagan.networks import Generator, NetworkConfig
@@ -86,34 +88,24 @@ def generator() -> Generator:
 class TestAttentionMaps:
     POINTS = ((0, 0), (31, 31), (17, 5), (16, 4))
 
-    def test_maps_are_those_of_the_attention_nearest_to_the_image_and_sum_to_one(
-        self, generator: Generator
-    ) -> None:
+    def test_maps_are_the_weights_of_the_attention_nearest_to_the_image(self, generator: Generator) -> None:
         latents, labels = torch.randn(3, 6), torch.tensor([0, 1, 2])
-        before = {name: value.clone() for name, value in generator.state_dict().items()}
-        images, maps, resolution = attention_at(generator, latents, labels, self.POINTS)
-        with torch.no_grad():
-            assert torch.equal(images, to_uint8(generator(latents, labels)))
-        assert resolution == 16
-        assert maps.shape == (3, 4, 8, 8)
-        torch.testing.assert_close(maps.sum((2, 3)), torch.ones(3, 4))
-        assert (maps >= 0).all()
-        assert all(value.equal(before[name]) for name, value in generator.state_dict().items())
-
-    def test_maps_are_the_layers_own_weights_at_the_points_scaled_to_its_feature_map(
-        self, generator: Generator
-    ) -> None:
-        latents, labels = torch.randn(2, 6), torch.tensor([0, 1])
-        seen: list[Tensor] = []
+        before = copy.deepcopy(generator.state_dict())
         layer = generator.mixers["16"]
         assert isinstance(layer, SelfAttention2d)
+        seen: list[Tensor] = []
         with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])), torch.no_grad():
-            generator(latents, labels)
-        _, maps, _ = attention_at(generator, latents, labels, self.POINTS)
-        with torch.no_grad():
+            expected_images = to_uint8(generator(latents, labels))
             expected = layer.attention_weights(seen[0], [(0, 0), (15, 15), (8, 2), (8, 2)])
+        images, maps, resolution = attention_at(generator, latents, labels, self.POINTS)
+        assert torch.equal(images, expected_images)
+        assert resolution == 16
+        assert maps.shape == (3, 4, 8, 8)
         assert torch.equal(maps, expected)
         assert not torch.equal(maps[:, 0], maps[:, 1])  # other points look elsewhere
+        torch.testing.assert_close(maps.sum((2, 3)), torch.ones(3, 4))
+        assert (maps >= 0).all()
+        assert_same(generator.state_dict(), before)
 
     @pytest.mark.parametrize("point", [(32, 0), (0, 32), (-1, 0), (5, 400)])
     def test_points_outside_the_image_are_refused(self, generator: Generator, point: tuple[int, int]) -> None:
@@ -136,9 +128,7 @@ class TestAttentionMaps:
 
 
 class TestPlots:
-    def test_attention_figure_has_a_row_for_each_image_and_a_column_for_each_point(
-        self, tmp_path: Path
-    ) -> None:
+    def test_attention_figure_has_a_row_for_an_image_and_a_column_for_a_point(self, tmp_path: Path) -> None:
         path = tmp_path / "figure.png"
         for count, points in ((1, 1), (3, 1), (1, 4), (1, 10)):  # ten are more than there are colours
             maps = torch.rand(count, points, 8, 8)
@@ -162,9 +152,7 @@ class TestPlots:
         assert columns.min() > drawn[0].size(2) / 2  # the map's panel alone, on the right
 
     @pytest.mark.parametrize("panels", [1, 3])
-    def test_curves_have_a_panel_for_each_group_even_without_values(
-        self, tmp_path: Path, panels: int
-    ) -> None:
+    def test_curves_have_a_panel_for_each_group(self, tmp_path: Path, panels: int) -> None:
         curves = {"D": ([1, 2, 3], [0.5, 0.4, 0.3]), "G": ([1, 3], [1.0, 2.0]), "none": ([], [])}
         path = tmp_path / "new" / "curves.png"
         save_curves(path, [Panel(f"panel {n}", curves) for n in range(panels)], title="t")

@@ -36,15 +36,16 @@ FULL_SIZE = NetworkConfig(resolution=128, base_width=64, num_classes=1000)
 TINY = NetworkConfig(
     resolution=32, base_width=2, num_classes=3, latent_dim=5, g_attention=(16,), d_attention=(8,)
 )
+Kind = type[nn.Module]
 KINDS = pytest.mark.parametrize("kind", [Generator, Discriminator])
 
 
-def parameters_of(kind: type[nn.Module], config: NetworkConfig) -> int:
+def parameters_of(kind: Kind, config: NetworkConfig) -> int:
     with torch.device("meta"):
         return count_parameters(kind(config))
 
 
-def inputs_of(kind: type[nn.Module], config: NetworkConfig, count: int = 4) -> tuple[Tensor, Tensor | None]:
+def inputs_of(kind: Kind, config: NetworkConfig, count: int = 4) -> tuple[Tensor, Tensor | None]:
     labels = torch.arange(count) % config.num_classes if config.num_classes else None
     shape = (config.latent_dim,) if kind is Generator else (3, config.resolution, config.resolution)
     return torch.randn(count, *shape), labels
@@ -87,8 +88,8 @@ class TestParameterCounts:
             (Discriminator, (32,), 39_463_618),
         ],
     )
-    def test_counts_at_128_pixels_and_1000_classes_are_the_released_codes_with_every_mixer_and_norm(
-        self, kind: type[nn.Module], attention: tuple[int, ...], expected: int
+    def test_counts_are_the_released_codes_with_every_mixer_and_norm(
+        self, kind: Kind, attention: tuple[int, ...], expected: int
     ) -> None:
         config = replace(FULL_SIZE, g_attention=attention, d_attention=attention)
         assert parameters_of(kind, config) == expected
@@ -139,7 +140,7 @@ class TestShapes:
         assert discriminator.last_block.conv2.out_channels == d_widths[-1]
 
     @KINDS
-    def test_unconditional_networks_take_no_labels_and_have_no_tables(self, kind: type[nn.Module]) -> None:
+    def test_unconditional_networks_take_no_labels_and_have_no_tables(self, kind: Kind) -> None:
         config = replace(TINY, num_classes=0)
         network = kind(config)
         inputs, labels = inputs_of(kind, config)
@@ -158,7 +159,7 @@ class TestAttentionPlaces:
         ],
     )
     def test_networks_attend_at_the_chosen_resolutions_in_order(
-        self, kind: type[nn.Module], places: tuple[int, ...]
+        self, kind: Kind, places: tuple[int, ...]
     ) -> None:
         option = "g_attention" if kind is Generator else "d_attention"
         config = replace(TINY, resolution=64, **{option: places})
@@ -172,9 +173,7 @@ class TestAttentionPlaces:
 
     @KINDS
     @pytest.mark.parametrize("mixer", ["attention", "residual"])
-    def test_mixer_changes_the_output_once_its_gamma_is_not_zero(
-        self, kind: type[nn.Module], mixer: Any
-    ) -> None:
+    def test_mixer_changes_the_output_once_its_gamma_is_not_zero(self, kind: Kind, mixer: Any) -> None:
         config = replace(TINY, mixer=mixer)
         network = kind(config).eval()
         inputs = inputs_of(kind, config)
@@ -189,7 +188,7 @@ class TestSpectralNorm:
     @pytest.mark.parametrize("mixer", ["attention", "residual"])
     @pytest.mark.parametrize("g_normalised", [True, False])
     @pytest.mark.parametrize("d_normalised", [True, False])
-    def test_every_convolution_linear_and_embedding_of_a_network_is_normalised_or_none(
+    def test_all_weighted_layers_of_a_network_are_normalised_or_none(
         self, g_normalised: bool, d_normalised: bool, mixer: Any
     ) -> None:
         config = replace(TINY, g_spectral_norm=g_normalised, d_spectral_norm=d_normalised, mixer=mixer)
@@ -205,7 +204,7 @@ class TestSpectralNorm:
         assert [norm.num_classes for norm in norms] == [3] * 6 + [None]
 
     @KINDS
-    def test_sn_eps_reaches_every_normalised_layer(self, kind: type[nn.Module]) -> None:
+    def test_sn_eps_reaches_every_normalised_layer(self, kind: Kind) -> None:
         network = kind(replace(TINY, sn_eps=3e-5))
         assert {layer.eps for layer in network.modules() if isinstance(layer, SpectralNormLayer)} == {3e-5}
 
@@ -217,7 +216,7 @@ class TestSpectralNorm:
         assert {norm.biased_running_var for norm in norms} == {False}
 
     @KINDS
-    def test_evaluation_is_a_pure_function(self, kind: type[nn.Module]) -> None:
+    def test_evaluation_is_a_pure_function(self, kind: Kind) -> None:
         network = randomize(kind(TINY)).eval()
         before = copy.deepcopy(network.state_dict())
         inputs = inputs_of(kind, TINY)
@@ -225,9 +224,7 @@ class TestSpectralNorm:
         assert_same(network.state_dict(), before)
 
     @KINDS
-    def test_training_moves_vectors_and_batch_statistics_and_nothing_else(
-        self, kind: type[nn.Module]
-    ) -> None:
+    def test_training_moves_vectors_and_batch_statistics_only(self, kind: Kind) -> None:
         network = randomize(kind(TINY))
         before = copy.deepcopy(network.state_dict())
         network(*inputs_of(kind, TINY))
@@ -238,7 +235,7 @@ class TestSpectralNorm:
         assert {n for n, v in vectors(network).items() if len(v) > 1 and n.endswith("_u")} <= moved
 
     @KINDS
-    def test_frozen_vectors_do_not_move_in_training(self, kind: type[nn.Module]) -> None:
+    def test_frozen_vectors_do_not_move_in_training(self, kind: Kind) -> None:
         network = randomize(kind(TINY))
         before = vectors(network)
         with frozen_spectral_norm(network):
@@ -249,9 +246,7 @@ class TestSpectralNorm:
 class TestResampling:
     @KINDS
     @pytest.mark.parametrize("normalised", [True, False])
-    def test_every_change_of_resolution_is_one_with_its_convolution(
-        self, kind: type[nn.Module], normalised: bool
-    ) -> None:
+    def test_every_change_of_resolution_is_in_its_convolution(self, kind: Kind, normalised: bool) -> None:
         config = replace(TINY, g_spectral_norm=normalised, d_spectral_norm=normalised)
         layers = {
             name: (layer.upsample, layer.downsample)
@@ -328,9 +323,7 @@ PLAIN = replace(TINY, g_spectral_norm=False, d_spectral_norm=False)
 class TestFormulas:
     @pytest.mark.parametrize(("config", "training"), [(PLAIN, True), (PLAIN, False), (TINY, False)])
     @KINDS
-    def test_networks_are_their_formulas(
-        self, kind: type[nn.Module], config: NetworkConfig, training: bool
-    ) -> None:
+    def test_networks_are_their_formulas(self, kind: Kind, config: NetworkConfig, training: bool) -> None:
         network = randomize(kind(config))
         if config is TINY:
             with torch.no_grad():
@@ -358,7 +351,7 @@ class TestInitialisation:
     WIDE = replace(TINY, base_width=16)
 
     @KINDS
-    def test_xavier_uniform_fills_the_range_of_its_fans(self, kind: type[nn.Module]) -> None:
+    def test_xavier_uniform_fills_the_range_of_its_fans(self, kind: Kind) -> None:
         for layer in weighted_layers(kind(replace(self.WIDE, init="xavier_uniform"))):
             receptive = math.prod(layer.weight.shape[2:])
             bound = math.sqrt(6 / ((layer.weight.size(0) + layer.weight.size(1)) * receptive))
@@ -368,20 +361,20 @@ class TestInitialisation:
                 assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
     @KINDS
-    def test_orthogonal_weights_have_equal_singular_values(self, kind: type[nn.Module]) -> None:
+    def test_orthogonal_weights_have_equal_singular_values(self, kind: Kind) -> None:
         for layer in weighted_layers(kind(replace(self.WIDE, init="orthogonal"))):
             values = torch.linalg.svdvals(layer.weight.detach().flatten(1))
             torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-4, atol=1e-4)
 
     @KINDS
-    def test_normal_weights_have_a_deviation_of_two_hundredths(self, kind: type[nn.Module]) -> None:
+    def test_normal_weights_have_a_deviation_of_two_hundredths(self, kind: Kind) -> None:
         layers = weighted_layers(kind(replace(self.WIDE, init="normal")))
         weights = [layer.weight.flatten() for layer in layers]
         assert torch.cat(weights).std().item() == pytest.approx(0.02, rel=0.05)
 
     @KINDS
     @pytest.mark.parametrize("init", ["xavier_uniform", "orthogonal", "normal"])
-    def test_biases_start_at_zero_and_tables_at_one_and_zero(self, kind: type[nn.Module], init: Any) -> None:
+    def test_biases_start_at_zero_and_tables_at_one_and_zero(self, kind: Kind, init: Any) -> None:
         network = kind(replace(TINY, init=init))
         biased = [layer for layer in weighted_layers(network) if getattr(layer, "bias", None) is not None]
         assert biased
@@ -391,7 +384,7 @@ class TestInitialisation:
             assert (norm.bias == 0).all()
 
     @KINDS
-    def test_default_is_torchs_own(self, kind: type[nn.Module]) -> None:
+    def test_default_is_torchs_own(self, kind: Kind) -> None:
         network = kind(replace(self.WIDE, init="default"))
         for layer in weighted_layers(network):
             if isinstance(layer, nn.Conv2d) and layer.bias is not None:
@@ -432,12 +425,12 @@ class TestErrors:
             replace(TINY, **changes)
 
     @KINDS
-    def test_networks_need_the_number_of_classes(self, kind: type[nn.Module]) -> None:
+    def test_networks_need_the_number_of_classes(self, kind: Kind) -> None:
         with pytest.raises(UserError, match="num_classes: expected a number, got None"):
             kind(replace(TINY, num_classes=None))
 
     @KINDS
-    def test_conditional_networks_refuse_missing_labels(self, kind: type[nn.Module]) -> None:
+    def test_conditional_networks_refuse_missing_labels(self, kind: Kind) -> None:
         inputs, _ = inputs_of(kind, TINY)
         with pytest.raises(ValueError, match="labels"):
             kind(TINY)(inputs)

@@ -83,16 +83,12 @@ class TestInputs:
 
 class TestNumberedSamples:
     @pytest.mark.parametrize("count", [1, 4, 6, 9])
-    def test_samples_do_not_depend_on_how_many_are_asked_for(
-        self, trained: TrainedGenerator, count: int
-    ) -> None:
+    def test_samples_do_not_depend_on_their_count(self, trained: TrainedGenerator, count: int) -> None:
         samples, more = made(trained, count), made(trained, 13)
         assert sorted(samples) == list(range(count))
         assert_same(samples, {number: more[number] for number in samples})
 
-    def test_every_block_is_made_full_so_that_its_arithmetic_is_the_same(
-        self, trained: TrainedGenerator
-    ) -> None:
+    def test_every_block_is_full_so_that_its_arithmetic_is_the_same(self, trained: TrainedGenerator) -> None:
         sizes: list[int] = []
         hook = trained.generator.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
         with hook:
@@ -104,9 +100,7 @@ class TestNumberedSamples:
         images = torch.stack([image for image, _ in made(trained, 6).values()])
         assert len(images.unique(dim=0)) == 6
 
-    def test_images_are_those_of_the_generator_for_latents_and_labels(
-        self, trained: TrainedGenerator
-    ) -> None:
+    def test_images_are_the_generators_for_latents_and_labels(self, trained: TrainedGenerator) -> None:
         latents, labels = sample_inputs(range(4), trained.config.network, 0)
         with torch.no_grad():
             expected = to_uint8(trained.generator(latents, labels))
@@ -164,7 +158,7 @@ class TestLoading:
         assert not torch.equal(weights[2], weights[1])
         assert [each.averaged for each in (auto, ema, raw)] == [True, True, False]
 
-    def test_without_an_average_raw_weights_are_taken_and_ema_is_refused(
+    def test_without_an_average_raw_weights_are_taken(
         self, train_tiny: Callable[..., TrainingResult]
     ) -> None:
         run = train_tiny(iterations=1, ema_decay=0.0)
