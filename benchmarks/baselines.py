@@ -1,20 +1,21 @@
-"""What ours is measured against: attention as people write it with torch, and other people's modules."""
+"""What ours is measured against: layers, attention and networks as most GAN code writes them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from pathlib import Path
-from typing import cast
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Refused
-from benchmarks.peer import import_peer
-from sagan_layers import SelfAttention2d
+from sagan_layers import ConditionalBatchNorm2d, ResamplingConv2d, SelfAttention2d, SpectralNormLayer
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Of a layer's input, weight and bias.
+Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def textbook_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -42,29 +43,55 @@ def flex_attention() -> Core:
 
     compiled = torch.compile(flex, dynamic=False)
 
+    def padded(x: Tensor) -> Tensor:
+        width = max(16, 1 << (x.size(2) - 1).bit_length())
+        return F.pad(x, (0, width - x.size(2))).contiguous()
+
     def core(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (_padded_to_power_of_two(x).unsqueeze(1) for x in (query, key, value))  # one head
+        q, k, v = (padded(x).unsqueeze(1) for x in (query, key, value))  # one head
         attended: Tensor = compiled(q, k, v, scale=1.0)
         return attended.squeeze(1)[..., : value.size(2)]
 
     return core
 
 
-def _padded_to_power_of_two(x: Tensor) -> Tensor:
-    width = max(16, 1 << (x.size(2) - 1).bit_length())
-    return F.pad(x, (0, width - x.size(2))).contiguous()
+def textbook_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    upsample: int = 1,
+    downsample: int = 1,
+    pools_first: bool = False,
+) -> Tensor:
+    """Return a convolution that pads to the same size, and its resampling as another operation."""
+    if upsample > 1:
+        x = F.interpolate(x, scale_factor=upsample, mode="nearest")
+    if downsample > 1 and pools_first:
+        x = F.avg_pool2d(x, downsample)
+    y = F.conv2d(x, weight, bias, padding=weight.size(2) // 2)
+    return F.avg_pool2d(y, downsample) if downsample > 1 and not pools_first else y
 
 
-def textbook_compiled() -> Core:
-    """Return the textbook core under torch.compile."""
-    return torch.compile(textbook_attention, dynamic=False)
+def textbook_operation(layer: nn.Module) -> Operation:
+    """Return what a layer does with its input, weight and bias."""
+    if isinstance(layer, nn.Embedding):
+        return lambda labels, weight, _: F.embedding(labels, weight)
+    if isinstance(layer, nn.Linear):
+        return F.linear
+    assert isinstance(layer, ResamplingConv2d)
+    # The released code pools the image before D's first shortcut.
+    pools_first = layer.kernel_size == (1, 1) and layer.in_channels == 3
+    return partial(
+        textbook_conv2d, upsample=layer.upsample, downsample=layer.downsample, pools_first=pools_first
+    )
 
 
-class TextbookBlock(nn.Module):
-    """The usual SAGAN and BigGAN module, with the weights of one of ours.
+class TextbookAttention(nn.Module):
+    """The usual SAGAN and BigGAN module.
 
     Args:
-        ours: whose parameters are used (the same tensors).
+        ours: whose layers and gamma it takes (the same ones).
         core: what takes the place of bmm, softmax, bmm.
     """
 
@@ -77,17 +104,14 @@ class TextbookBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x plus gamma times the attention over its positions."""
-        N, H, W = x.size(0), x.size(2), x.size(3)
+        N, _, H, W = x.shape
         theta, phi, g = self.theta(x), self.phi(x), self.g(x)
         if self.pool_size > 1:
             phi, g = F.max_pool2d(phi, self.pool_size), F.max_pool2d(g, self.pool_size)
-        theta = theta.reshape(N, theta.size(1), -1)  # [N, E, L]
-        phi = phi.reshape(N, phi.size(1), -1)  # [N, E, S]
-        g = g.reshape(N, g.size(1), -1)  # [N, Ev, S]
+        theta, phi, g = theta.flatten(2), phi.flatten(2), g.flatten(2)  # [N, E, L], [N, E, S], [N, Ev, S]
         if self.core is not None:
-            gathered = self.core(theta.transpose(1, 2), phi.transpose(1, 2), g.transpose(1, 2)).transpose(
-                1, 2
-            )
+            attended = self.core(*(each.transpose(1, 2) for each in (theta, phi, g)))  # [N, L, Ev]
+            gathered = attended.transpose(1, 2)
         else:
             beta = F.softmax(torch.bmm(theta.transpose(1, 2), phi), -1)
             gathered = torch.bmm(g, beta.transpose(1, 2))  # [N, Ev, L]
@@ -95,19 +119,92 @@ class TextbookBlock(nn.Module):
         return y
 
 
-def peer_block(ours: SelfAttention2d, checkout: Path | None) -> nn.Module:
-    """Return BigGAN-PyTorch's ``layers.Attention`` with copies of our weights.
+class TextbookNormalized(nn.Module):
+    """A convolution, linear layer or embedding whose weight is normalised as BigGAN-PyTorch does it.
 
-    Raises:
-        Refused: without a checkout, or for a form that it does not have.
+    Args:
+        ours: whose weight, bias and left singular vector are copied.
+        operation: in place of the layer's as :func:`textbook_operation` has it.
     """
-    layers = import_peer(checkout, "layers")
-    if ours.pool_size != 2:
-        raise Refused("BigGAN-PyTorch's attention always pools by 2")
-    module = cast(nn.Module, layers.Attention(ours.in_channels, which_conv=nn.Conv2d)).to(ours.gamma)
-    pairs = {"theta": ours.query, "phi": ours.key, "g": ours.value, "o": ours.out}
-    with torch.no_grad():
-        for name, conv in pairs.items():
-            cast(nn.Conv2d, getattr(module, name)).weight.copy_(cast(nn.Conv2d, conv).weight)
-        cast(nn.Parameter, module.gamma).copy_(ours.gamma)
-    return module
+
+    weight_u: Tensor
+
+    def __init__(self, ours: SpectralNormLayer, operation: Operation | None = None) -> None:
+        super().__init__()
+        self.weight = copied(ours.weight)
+        bias = getattr(ours, "bias", None)
+        self.bias = None if bias is None else copied(bias)
+        self.operation = operation or textbook_operation(ours)
+        self.eps = ours.eps
+        self.register_buffer("weight_u", ours.weight_u.clone().unsqueeze(0))
+
+    def normalized_weight(self) -> Tensor:
+        """Return the weight over its spectral norm; in training u moves."""
+        matrix = self.weight.flatten(1)
+        with torch.no_grad():
+            v = F.normalize(self.weight_u @ matrix, eps=self.eps)
+            u = F.normalize(v @ matrix.t(), eps=self.eps)
+            if self.training:
+                self.weight_u.copy_(u)
+        normalized: Tensor = self.weight / (v @ matrix.t() @ u.t()).squeeze()
+        return normalized
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return self.operation(x, self.normalized_weight(), self.bias)
+
+
+class TextbookConditionalNorm(nn.Module):
+    """Batch norm without affine, then gain and bias of the label, then ReLU where ours includes it.
+
+    Where ours has no classes it is plain batch norm.
+
+    Args:
+        ours: whose gains and biases are copied.
+        casts: whether gain and bias are cast to the map's dtype; if not, a 16-bit map becomes float32.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, ours: ConditionalBatchNorm2d, *, casts: bool = False) -> None:
+        super().__init__()
+        self.gain, self.bias = copied(ours.weight), copied(ours.bias)
+        self.casts = casts
+        self.eps = ours.eps
+        self.relu = ours.activation == "relu"
+        self.register_buffer("running_mean", torch.zeros(ours.num_features))
+        self.register_buffer("running_var", torch.ones(ours.num_features))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the normalised x, scaled and shifted."""
+        gain, bias = (self.gain, self.bias) if self.gain.dim() == 1 else (None, None)
+        statistics = self.running_mean, self.running_var
+        x = F.batch_norm(x, *statistics, gain, bias, self.training, eps=self.eps)
+        if gain is None:
+            assert labels is not None
+            gains, biases = (F.embedding(labels, table)[..., None, None] for table in (self.gain, self.bias))
+            if self.casts:
+                gains, biases = gains.to(x.dtype), biases.to(x.dtype)
+            x = x * gains + biases
+        return F.relu(x) if self.relu else x
+
+
+def copied(parameter: Any) -> nn.Parameter:
+    """Return a new parameter with the same values."""
+    return nn.Parameter(parameter.detach().clone(memory_format=torch.contiguous_format))
+
+
+def textbook_network(ours: nn.Module) -> nn.Module:
+    """Return a copy of a network as people write it: an operation at a time, weights normalised at every forward."""
+    return _with_textbook_layers(copy.deepcopy(ours))
+
+
+def _with_textbook_layers(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        setattr(module, name, _with_textbook_layers(child))
+    if isinstance(module, SpectralNormLayer):
+        return TextbookNormalized(module)
+    if isinstance(module, ConditionalBatchNorm2d):
+        return TextbookConditionalNorm(module)
+    return TextbookAttention(module) if isinstance(module, SelfAttention2d) else module

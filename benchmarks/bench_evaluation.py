@@ -8,9 +8,7 @@ See benchmarks/README.md.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -25,44 +23,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks import harness
-
-sys.path.insert(0, str(harness.ROOT / "examples"))
-
-from sagan.data import scan_image_tree
-from sagan.distributed import Processes
+from benchmarks import harness, report
+from sagan.data import open_dataset
+from sagan.distributed import World
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.evaluator import Evaluator
-from sagan.evaluation.frechet import frechet_distance, frechet_distance_of_features
+from sagan.evaluation.fid import Moments, frechet_distance, frechet_distance_of_features
 from sagan.evaluation.inception_score import InceptionScore
-from sagan.evaluation.kernel_distance import kernel_distance
-from sagan.evaluation.reals import folder_reals
-from sagan.evaluation.statistics import Moments
+from sagan.evaluation.kid import kernel_inception_distance
+from sagan.evaluation.real_images import training_images
 from sagan.networks import Generator, NetworkConfig
+from sagan.prepare.synthetic import SyntheticSet, write_layout
 from sagan.recipes import RunConfig
-from sagan.sampling import numbered_blocks
-from sagan.synthetic import SyntheticSet, write_layout
+from sagan.sampling import numbered_samples
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much to measure.
+    """How much to measure."""
 
-    Attributes:
-        width: features of a sample.
-        samples: in each set, for the agreement on the same features.
-        classes: of the intra-FID.
-        reals: of each class, in turn, with how many of the classes are measured.
-        direct: classes that the direct form is timed on.
-        images: in each set, end to end.
-    """
-
-    width: int = 2048
-    samples: int = 5000
-    classes: int = 1000
+    width: int = 2048  # features of a sample
+    samples: int = 5000  # in each set, for the agreement on the same features
+    classes: int = 1000  # of the intra-FID
+    # Pairs of real images in a class, and how many of the classes are measured.
     reals: tuple[tuple[int, int], ...] = ((50, 1000), (1300, 100))
-    direct: int = 3
-    images: int = 300
+    direct: int = 3  # classes that the direct form is timed on
+    images: int = 300  # in each set, end to end
 
 
 QUICK = Scale(width=64, samples=300, classes=20, reals=((50, 20), (130, 5)), direct=2, images=40)
@@ -77,20 +63,13 @@ def features_of(seed: int, count: int, width: int) -> Tensor:
     return (torch.randn(count, width, generator=draws) * scale + 0.4).abs()
 
 
-def row(suite: str, case: str, contender: str, **values: float | None) -> harness.Row:
-    """Return a row, printed."""
-    shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items() if value is not None)
-    print(f"{suite} | {case} | {contender}: {shown}", flush=True)
-    return {"suite": suite, "case": case, "contender": contender, **values}
-
-
-def compared(suite: str, case: str, ours: float, others: dict[str, Callable[[], float]]) -> list[harness.Row]:
-    """Return rows of our value and of each other implementation's, with the relative difference."""
-    rows = [row(suite, case, "ours", value=ours)]
+def compared(suite: str, case: str, ours: float, others: dict[str, Callable[[], float]]) -> report.Row:
+    """Return a record of our value and of each other implementation's, with the relative difference."""
+    rows: dict[str, report.Row] = {"ours": {"status": "ok", "value": ours}}
     for name, compute in others.items():
         value = compute()
-        rows.append(row(suite, case, name, value=value, difference=abs(ours - value) / abs(value)))
-    return rows
+        rows[name] = {"status": "ok", "value": value, "difference": abs(ours - value) / abs(value)}
+    return {"suite": suite, "case": case, "baseline": "ours", "contenders": rows}
 
 
 class Unchanged(nn.Module):
@@ -104,7 +83,7 @@ class Unchanged(nn.Module):
         return images
 
 
-def measure_agreement(scale: Scale, results: harness.Results) -> None:
+def measure_agreement(scale: Scale, results: report.Results) -> None:
     """FID, Inception Score and KID on the same features and logits."""
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.inception import InceptionScore as TheirScore
@@ -112,12 +91,6 @@ def measure_agreement(scale: Scale, results: harness.Results) -> None:
 
     a, b = (features_of(seed, scale.samples, scale.width).double() for seed in (0, 1))
     one, other = Moments.of(a), Moments.of(b)
-
-    def by_scipy() -> float:
-        cov_a, cov_b = (np.cov(features.numpy(), rowvar=False) for features in (a, b))
-        difference = (a.mean(0) - b.mean(0)).numpy()
-        root = scipy.linalg.sqrtm(cov_a @ cov_b)
-        return float(difference @ difference + np.trace(cov_a + cov_b - 2 * np.real(root)))
 
     def by_torchmetrics() -> float:
         metric = FrechetInceptionDistance(feature=Unchanged(scale.width))
@@ -127,7 +100,14 @@ def measure_agreement(scale: Scale, results: harness.Results) -> None:
 
     case = f"{scale.samples:,} samples of {scale.width} features"
     fid = frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
-    results.add(compared("FID", case, fid, {"scipy sqrtm": by_scipy, "torchmetrics": by_torchmetrics}))
+    results.add(
+        compared(
+            "FID",
+            case,
+            fid,
+            {"scipy sqrtm": lambda: _direct_fid(a, b, _trace_by_scipy), "torchmetrics": by_torchmetrics},
+        )
+    )
 
     logits = torch.randn(scale.samples, 1008, generator=torch.Generator().manual_seed(2)).double() * 2
     score = InceptionScore(1008, splits=1)
@@ -144,12 +124,12 @@ def measure_agreement(scale: Scale, results: harness.Results) -> None:
     results.add(compared("Inception Score", case, score.result()[0], {"torchmetrics": score_by_torchmetrics}))
 
     few = min(1000, scale.samples)
-    distance, _ = kernel_distance(a[:few], b[:few], subsets=1, subset_size=few)
+    distance, _ = kernel_inception_distance(a[:few], b[:few], subsets=1, subset_size=few)
     case = f"{few:,} samples of {scale.width} features, one subset"
     results.add(compared("KID", case, distance, {"torchmetrics": lambda: float(poly_mmd(a[:few], b[:few]))}))
 
 
-def measure_intra_fid(scale: Scale, results: harness.Results) -> None:
+def measure_intra_fid(scale: Scale, results: report.Results) -> None:
     """Time of the Gram form over all classes, and of the direct forms on a few of them."""
     for reals, measured in scale.reals:
         generated = features_of(1, GENERATED * scale.classes, scale.width)
@@ -168,7 +148,7 @@ def measure_intra_fid(scale: Scale, results: harness.Results) -> None:
             seconds.append(time.perf_counter() - start)
         case = f"{scale.classes:,} classes, {GENERATED} samples against {reals:,} reals of {scale.width} features"
         mean = statistics.fmean(distances)
-        rows = [row("intra-FID", case, "ours", value=mean, **_times(seconds, scale))]
+        rows: dict[str, report.Row] = {"ours": {"status": "ok", "value": mean, **_times(seconds, scale)}}
         for name, root in (
             ("direct, eigenvalues", _trace_by_eigenvalues),
             ("direct, scipy sqrtm", _trace_by_scipy),
@@ -177,27 +157,23 @@ def measure_intra_fid(scale: Scale, results: harness.Results) -> None:
             for label in range(scale.direct):
                 a, b = real(label).double(), fake(label).double()
                 start = time.perf_counter()
-                cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-                value = float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace())
-                value -= 2 * root(cov_a @ cov_b)
+                value = _direct_fid(a, b, root)
                 taken.append(time.perf_counter() - start)
                 differences.append(abs(value - distances[label]) / value)
-            rows.append(
-                row(
-                    "intra-FID",
-                    case,
-                    name,
-                    difference=max(differences),
-                    **_times(taken, scale),
-                )
-            )
-        results.add(rows)
+            rows[name] = {"status": "ok", "difference": max(differences), **_times(taken, scale)}
+        results.add({"suite": "intra-FID", "case": case, "baseline": "ours", "contenders": rows})
 
 
 def _times(seconds: Sequence[float], scale: Scale) -> dict[str, float]:
     """Return the median of a class, and what that makes for all of them."""
     median = statistics.median(seconds)
     return {"class_s": median, "classes_measured": len(seconds), "all_classes_s": median * scale.classes}
+
+
+def _direct_fid(a: Tensor, b: Tensor, trace_of_root: Callable[[Tensor], float]) -> float:
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    means = float((a.mean(0) - b.mean(0)).square().sum())
+    return means + float(cov_a.trace() + cov_b.trace()) - 2 * trace_of_root(cov_a @ cov_b)
 
 
 def _trace_by_eigenvalues(product: Tensor) -> float:
@@ -221,7 +197,7 @@ class Images(Dataset[Tensor]):
         return self.images[index].contiguous()
 
 
-def measure_end_to_end(scale: Scale, weights: Path, results: harness.Results) -> None:
+def measure_end_to_end(scale: Scale, weights: Path, results: report.Results) -> None:
     """The same images through both programs, ours from a generator and files."""
     from torch_fidelity import calculate_metrics
 
@@ -236,21 +212,21 @@ def measure_end_to_end(scale: Scale, weights: Path, results: harness.Results) ->
         root = Path(folder)
         made = SyntheticSet(classes=10, images=scale.images // 10, val_images=0, scale=0.2)
         write_layout(root / "data", "folder", made)
-        reals = folder_reals(scan_image_tree(root / "data"), run, None)
+        reals = training_images(open_dataset(root / "data", 32, run.images), run)
         config = EvaluationConfig(
             metrics=("fid", "is", "kid"), count=scale.images, inception_weights=weights, cache=root / "cache"
         )
-        evaluator = Evaluator(config, reals, Processes(0, 1, torch.device("cpu")), progress=True)
+        evaluator = Evaluator(config, reals, World(0, 1, torch.device("cpu")), progress=True)
         ours = evaluator.evaluate(generator, labels, weights="raw")
-        real = Images(reals.source.fetch(range(len(reals.source)))[0])
-        blocks = numbered_blocks(
+        real = Images(reals.dataset.fetch(range(len(reals.dataset)))[0])
+        blocks = numbered_samples(
             generator, scale.images, seed=0, batch_size=config.block_size, labels_in_use=labels
         )
         fake = Images(torch.cat([images for _, images, _ in blocks]))
         theirs = calculate_metrics(
             input1=fake,
             input2=real,
-            cuda=False,
+            has_cases=False,
             isc=True,
             fid=True,
             kid=True,
@@ -273,27 +249,21 @@ def measure_end_to_end(scale: Scale, weights: Path, results: harness.Results) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_evaluation", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few small sets: is everything in order?")
+    """Measure and write everything."""
+    parser = harness.argument_parser("evaluation", __doc__, has_cases=False)
     parser.add_argument(
         "--inception-weights", type=Path, help="compare end to end with torch-fidelity instead"
     )
-    parser.add_argument(
-        "--out", type=Path, default=harness.ROOT / "benchmarks" / "results" / "evaluation_cpu.json"
-    )
     options = parser.parse_args(arguments)
-    results = harness.Results(options.out, "cpu")
+    results = harness.open_results(options)
     scale = QUICK if options.quick else Scale()
     if options.inception_weights is not None:
         measure_end_to_end(scale, options.inception_weights, results)
     else:
         measure_agreement(scale, results)
         measure_intra_fid(scale, results)
-    results.finish()
-    print(f"Wrote {options.out}")
-    return 0
+    return results.finish()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import multiprocessing
-import re
 import tempfile
 import time
+import timeit
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,73 +21,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import harness, textbook_networks
-from benchmarks.harness import Case, Outputs, Row, Run, Settings
-from benchmarks.textbook_networks import TextbookDiscriminator, TextbookGenerator
-from sagan.data import ImageDataset
-from sagan.distributed import Processes
-from sagan.memory import keep_freed_memory
+from benchmarks import harness, report
+from benchmarks.baselines import textbook_network
+from benchmarks.biggan_pytorch import peer_networks
+from benchmarks.harness import Case, Outputs, Run, Settings
+from benchmarks.report import Row
+from sagan.data import open_dataset
+from sagan.demo.digits import write_digits
+from sagan.distributed import World
 from sagan.randomness import training_noise
 from sagan.recipes import RECIPES, OutputConfig, Precision, RunConfig
-from sagan.step import Trainer
-from sagan.training import train
+from sagan.train.allocator import keep_freed_memory
+from sagan.train.loop import train
+from sagan.train.update import Trainer
 from sagan_layers import SpectralNormLayer
 
-STEP, SCALING, APART, LOOP = "step", "step, by size", "step, in processes of their own", "loop"
-# The GFLOP of one image's step at 128 pixels and width 64, written plainly (multiply and add count as two).
-GFLOP_PER_IMAGE = 148.0
+STEP, SCALING, SEPARATE = "step", "step, by size", "step, in separate processes"
+COMPILED, CHECKPOINTED, LOOP = "step, compiled", "step, checkpointed", "loop"
+PEERS = ("textbook", "BigGAN-PyTorch", "BigGAN-PyTorch toggled")
 GAMMA = 0.5
 
 
 @dataclass(frozen=True)
 class StepCase(Case):
-    """One training step at one size.
+    """One training step at one size."""
 
-    Attributes:
-        suite: STEP or SCALING.
-        batch_size: real images, and generated ones in each update.
-        resolution: of the images.
-        base_width: of the networks.
-        device: "cpu" or "cuda".
-        names: the contenders.
-        peer: a checkout of BigGAN-PyTorch.
-        num_classes: of the data.
-        bf16: every contender's networks run under autocast to bfloat16; otherwise all is float32.
-    """
-
-    suite: str
-    batch_size: int
-    resolution: int
-    base_width: int
-    device: str
-    names: tuple[str, ...]
-    peer: Path | None = None
-    num_classes: int = 1000
-    bf16: bool = False
+    batch_size: int  # real images, and generated ones in each update
+    resolution: int  # of the images
+    base_width: int  # of the networks
+    names: tuple[str, ...]  # the contenders
+    peer: Path | None = None  # a checkout of BigGAN-PyTorch
+    num_classes: int = 1000  # of the data
+    bf16: bool = False  # every contender's networks run under autocast to bfloat16; otherwise all is float32
 
     @property
     def name(self) -> str:
-        """What the tables show."""
         sizes = f"batch {self.batch_size}, {self.resolution} pixels, width {self.base_width}"
         return f"{sizes}, bfloat16" if self.bf16 else sizes
 
     @property
     def tolerance(self) -> float:
-        """The largest relative error: Adam's first step is almost the gradient's sign, where rounding shows."""
+        # Adam's first step is almost the gradient's sign, where rounding shows.
         return 0.3 if self.bf16 else 0.03
 
-    def describe(self) -> Row:
-        """Return the sizes."""
-        return {
-            "batch_size": self.batch_size,
-            "resolution": self.resolution,
-            "base_width": self.base_width,
-            "num_classes": self.num_classes,
-            "dtype": "bfloat16" if self.bf16 else "float32",
-        }
+    @property
+    def measures_memory(self) -> bool:
+        return self.suite != SCALING
+
+    @property
+    def images(self) -> int:
+        return self.batch_size
 
     def contenders(self) -> list[str]:
-        """Return the names of the contenders."""
         return list(self.names)
 
     @property
@@ -118,20 +103,20 @@ class StepCase(Case):
         return trainer, pixels.to(self.device), labels.to(self.device)
 
     def prepare(self, contender: str, inputs: Any) -> Run:
-        """Return the step of one contender."""
         trainer, pixels, labels = inputs
         if contender.startswith("ours"):
             return self._ours(contender, trainer, pixels, labels)
         if contender.startswith("BigGAN"):
-            networks: tuple[nn.Module, nn.Module] = textbook_networks.peer_networks(
-                trainer.generator, trainer.discriminator, self.peer
-            )
+            generator, discriminator = peer_networks(trainer.generator, trainer.discriminator, self.peer)
         else:
-            networks = TextbookGenerator(trainer.generator), TextbookDiscriminator(trainer.discriminator)
-        generator, discriminator = (network.to(self.device) for network in networks)
-        step = _PlainStep(generator, discriminator, self.run_config)
-        step.toggles = contender.endswith("toggled")
-        step.autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+            generator, discriminator = map(textbook_network, (trainer.generator, trainer.discriminator))
+        step = _PlainStep(
+            generator.to(self.device),
+            discriminator.to(self.device),
+            self.run_config,
+            toggles=contender.endswith("toggled"),
+            autocast=torch.bfloat16 if self.bf16 else None,
+        )
         if contender.endswith("compiled"):
             for network in (step.generator, step.discriminator):
                 network.compile(dynamic=False)
@@ -140,26 +125,24 @@ class StepCase(Case):
     def expected(self, inputs: Any) -> Outputs:
         """Return the losses and some gradients of the textbook step in float64."""
         trainer, pixels, labels = inputs
-        generator = TextbookGenerator(trainer.generator).to(self.device).double()
-        discriminator = TextbookDiscriminator(trainer.discriminator).to(self.device).double()
-        step = _PlainStep(generator, discriminator, self.run_config)
-        return step(pixels, labels)
+        generator = textbook_network(trainer.generator).double()
+        discriminator = textbook_network(trainer.discriminator).double()
+        return _PlainStep(generator, discriminator, self.run_config)(pixels, labels)
 
     def warm_up_case(self) -> Case:
-        """Return the same with two images in narrow networks."""
         return replace(self, batch_size=2, base_width=8, num_classes=10)
 
     def _trainer(self, **step: Any) -> Trainer:
         config = self.run_config
         config = replace(config, step=replace(config.step, **step))
-        trainer = Trainer(config, torch.arange(self.num_classes), Processes(0, 1, torch.device(self.device)))
+        trainer = Trainer(config, torch.arange(self.num_classes), World(0, 1, torch.device(self.device)))
         with torch.no_grad():
             for network in (trainer.generator, trainer.discriminator):
                 for mixer in network.mixers.values():
                     nn.init.constant_(mixer.gamma, GAMMA)  # type: ignore[arg-type]
                 for layer in network.modules():
                     if isinstance(layer, SpectralNormLayer):
-                        # Until the vectors stand still, the number of their moves would tell in the losses.
+                        # Until the vectors stand still, their moves would show in the losses.
                         for _ in range(100):
                             layer.normalized_weight()
         return trainer
@@ -190,18 +173,27 @@ class StepCase(Case):
 class _PlainStep:
     """BigGAN-PyTorch's training function, without what belongs to its loop.
 
-    Attributes:
+    Args:
         generator: called with latents and labels.
         discriminator: called with images and labels.
+        config: the run.
         toggles: whether D's weights get no gradients in G's update, as its option ``--toggle_grads`` has it.
-        autocast: in which the networks run.
+        autocast: the dtype in which the networks run, None for that of their parameters.
     """
 
-    def __init__(self, generator: nn.Module, discriminator: nn.Module, config: RunConfig) -> None:
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        config: RunConfig,
+        *,
+        toggles: bool = False,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         self.generator, self.discriminator = generator, discriminator
         self.config = config
-        self.toggles = False
-        self.autocast = torch.autocast("cpu", enabled=False)
+        self.toggles = toggles
+        self.autocast = torch.autocast(config.device, autocast, enabled=autocast is not None)
         settings = config.optimizer
         betas = (settings.beta1, settings.beta2)
         self.g_optimizer = torch.optim.Adam(generator.parameters(), settings.g_lr, betas, settings.eps)
@@ -275,71 +267,39 @@ def _results(d_loss: Tensor, g_loss: Tensor, linear: Tensor | None, last: Tensor
     }
 
 
-# --- in processes of their own ------------------------------------------------------------------------------
+def measure_separately(case: StepCase, *, steps: int, rounds: int) -> Row:
+    """Return the step of each contender in fresh processes, as users run them: ours keeps freed memory there.
 
-
-def measure_apart(case: StepCase, *, steps: int, rounds: int) -> list[Row]:
-    """Return the step of each contender in a process of its own, as users run them: ours keeps freed memory there.
-
-    In one process with others the allocator's settings would be everybody's. The results are checked where all run in
-    one process.
-
-    Args:
-        case: whose contenders to take.
-        steps: timed in each process, after one that is not.
-        rounds: processes for each contender.
+    In one process all contenders would share the allocator's settings. Results are checked where they do. Each process,
+    of so many rounds, times so many steps after one that is not timed.
     """
     context = multiprocessing.get_context("spawn")
-    samples: dict[str, list[float]] = {name: [] for name in case.contenders()}
-    for _ in range(rounds):
-        for name in samples:
-            with context.Pool(1) as pool:
-                samples[name] += pool.apply(_times_apart, (case, name, steps, torch.get_num_threads()))
-    rows = []
-    for name, times_ms in samples.items():
-        timing = harness.Timing(times_ms)
-        row = {
-            "suite": APART,
-            "case": case.name,
-            "baseline": case.baseline,
-            **case.describe(),
-            "contender": name,
-            "status": "ok",
-            "time_ms": timing.median_ms(),
-            "time_quartiles_ms": list(timing.quartiles_ms()),
-            "samples": len(times_ms),
-        }
-        rows.append(row)
-    baseline_ms = harness.Timing(samples[case.baseline]).median_ms()
-    return [{**row, "time_ratio": row["time_ms"] / baseline_ms} for row in rows]
+    times_s: dict[str, list[float]] = {name: [] for name in case.contenders()}
+    for name in harness.in_turn(list(times_s), rounds):
+        with ProcessPoolExecutor(1, context) as pool:
+            times_s[name] += pool.submit(_step_times_s, case, name, steps, torch.get_num_threads()).result()
+    return harness.timed_record(SEPARATE, case.name, case.baseline, times_s, case.batch_size)
 
 
-def _times_apart(case: StepCase, contender: str, steps: int, threads: int) -> list[float]:
+def _step_times_s(case: StepCase, contender: str, steps: int, threads: int) -> list[float]:
     torch.set_num_threads(threads)
     if contender.startswith("ours"):
         keep_freed_memory()
     run = case.prepare(contender, case.inputs())
     run()
-    times_ms = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        run()
-        times_ms.append(1e3 * (time.perf_counter() - start))
-    return times_ms
+    return timeit.repeat(run, number=1, repeat=steps)
 
 
-# --- the loop around the step -------------------------------------------------------------------------------
-
-
-def measure_loop(device: str, *, iterations: int) -> list[Row]:
+def measure_loop(device: str, *, iterations: int) -> Row:
     """Return the median time of the demo's step inside ``train``, and of a whole turn of the loop around it.
 
-    Logs are written as often as by default, samples and checkpoints not at all: a run writes them so rarely that
-    these few turns would say nothing of their share.
+    Logs are written as often as by default, samples and checkpoints not at all: a run writes them too rarely to show
+    in so few turns.
     """
     digits = RECIPES["digits"]()
     inside: list[float] = []
     starts: list[float] = []
+    waits: list[float] = []
     step = Trainer.step
 
     def timed(trainer: Trainer, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -348,7 +308,6 @@ def measure_loop(device: str, *, iterations: int) -> list[Row]:
         inside.append(time.perf_counter() - starts[-1] - sum(waits))
         waits.clear()
 
-    waits: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         config = replace(
             digits,
@@ -358,42 +317,27 @@ def measure_loop(device: str, *, iterations: int) -> list[Row]:
             network=replace(digits.network, num_classes=10),
             output=OutputConfig(sample_every=10**9, checkpoint_every=10**9),
         )
-        dataset = _RandomImages(config.network.resolution)
+        digits_folder = write_digits(Path(folder) / "digits")
+        dataset = open_dataset(digits_folder, config.network.resolution, config.images)
         setattr(Trainer, "step", timed)  # noqa: B010 (mypy forbids assigning to a method)
         try:
-            train(config, dataset, fingerprint="", progress=False)
+            train(config, dataset.in_memory(config.images.cache_mib), progress=False)
         finally:
             setattr(Trainer, "step", step)  # noqa: B010
-    skipped = 5  # the first turns are warmer-up than the others
-    turns_ms = [1e3 * (after - before) for before, after in itertools.pairwise(starts)][skipped:]
-    steps_ms = [1e3 * seconds for seconds in inside[:-1]][skipped:]
-    identity = {
-        "suite": LOOP,
-        "case": f"demo's networks, batch {config.batch_size}",
-        "baseline": "the step alone",
-    }
-    rows = []
-    for contender, samples in (("the step alone", steps_ms), ("the whole loop", turns_ms)):
-        timing = harness.Timing(samples)
-        rows.append(
-            {
-                **identity,
-                "batch_size": config.batch_size,
-                "contender": contender,
-                "status": "ok",
-                "time_ms": timing.median_ms(),
-                "time_quartiles_ms": list(timing.quartiles_ms()),
-                "samples": len(samples),
-                "time_ratio": sum(samples) / sum(steps_ms),
-            }
-        )
-    return rows
+    skipped = 5  # the first turns warm up
+    turns = [after - before for before, after in itertools.pairwise(starts)][skipped:]
+    alone, whole, steps = "the step alone", "the whole loop", inside[skipped:-1]
+    case = f"demo's networks, batch {config.batch_size}"
+    record = harness.timed_record(LOOP, case, alone, {alone: steps, whole: turns}, config.batch_size)
+    # The median turn writes no log; the sum does.
+    record["contenders"][whole]["time_ratio"] = sum(turns) / sum(steps)
+    return record
 
 
 def _without_waiting(
     batches: Iterator[tuple[Tensor, Tensor]], waits: list[float]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Take what waiting for images costs out of the step: it is the loop's."""
+    """Record the waits for images, which belong to the loop and not to the step."""
     while True:
         start = time.perf_counter()
         batch = next(batches)
@@ -401,103 +345,66 @@ def _without_waiting(
         yield batch
 
 
-class _RandomImages(ImageDataset):
-    """Images in memory, drawn at random."""
-
-    cached = True
-
-    def __init__(self, resolution: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        size = (2000, 3, resolution, resolution)
-        self._images = torch.randint(256, size, generator=generator, dtype=torch.uint8)
-        self.labels = torch.arange(len(self._images)) % 10
-        self.class_names, self.num_classes = tuple(map(str, range(10))), 10
-        self.resolution = resolution
-        self.failures = []
-
-    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a batch."""
-        chosen = torch.as_tensor(indices)
-        return self._images[chosen], self.labels[chosen]
-
-
-# --- the runs -----------------------------------------------------------------------------------------------
-
-PEERS = ("textbook", "BigGAN-PyTorch", "BigGAN-PyTorch toggled")
-
-
 def make_cases(
-    device: str,
-    *,
-    quick: bool = False,
-    full: bool = False,
-    compiled: bool = False,
-    checkpointed: bool = False,
-    peer: Path | None = None,
+    device: str, *, quick: bool = False, everything: bool = False, peer: Path | None = None
 ) -> list[StepCase]:
-    """Return every case for a device, the most telling first."""
+    """Return the cases for a device, the most valuable first; those in separate processes are not in turn."""
     if quick:
-        return [StepCase(STEP, 4, 32, 8, device, ("ours", "textbook"), peer, num_classes=10)]
-    ours: tuple[str, ...] = ("ours", "ours compiled") if compiled or device == "cuda" else ("ours",)
-    activations = []
-    if checkpointed:
-        # At full size the optimizers' state is the larger part of the memory, at this one activations are.
-        ours += ("ours checkpointed",)
-        activations = [StepCase(STEP, 16, 128, 32, device, (*ours, "textbook"))]
-    others: tuple[str, ...] = PEERS if peer else PEERS[:1]
+        return [StepCase(STEP, device, 4, 32, 8, ("ours", "textbook"), peer, num_classes=10)]
+    others = PEERS if peer else PEERS[:1]
     if device == "cuda":
-        others += ("textbook compiled",)
         size = (256, 128, 64)
         scaling = [(batch, 128, 64) for batch in (16, 64, 128)] + [(64, 64, 64), (32, 256, 64)]
+        names = ("ours", "ours compiled", *others, "textbook compiled")
+        cases = [StepCase(STEP, device, *size, names, peer, bf16=bf16) for bf16 in (True, False)]
     else:
         size = (4, 128, 64)
         scaling = [(batch, 64, 16) for batch in (1, 2, 4, 8, 16)]
         scaling += [(4, 64, width) for width in (8, 32, 64)] + [(4, size, 16) for size in (32, 128, 256)]
+        cases = [StepCase(STEP, device, *size, ("ours", *others), peer)]
+    if everything:
+        checkpointed = ("ours", "ours checkpointed", "textbook")
+        cases += [
+            # At full size most memory is the optimizers' state, at the smaller one activations.
+            *(StepCase(CHECKPOINTED, device, *sizes, checkpointed) for sizes in (size, (16, 128, 32))),
+            StepCase(COMPILED, device, *size, ("ours", "ours compiled", *others), peer),
+        ]
+    if everything and device == "cpu":
+        cases.append(StepCase(STEP, device, *size, ("ours", *others), peer, bf16=True))
+        cases.append(StepCase(SEPARATE, device, *size, ("ours", *others), peer))
     is_cuda = device == "cuda"
-    precisions = (is_cuda, not is_cuda) if is_cuda or full else (is_cuda,)
-    return [
-        *(StepCase(STEP, *size, device, ours + others, peer, bf16=bf16) for bf16 in precisions),
-        *activations,
-        *(StepCase(SCALING, *sizes, device, ("ours", "textbook"), bf16=is_cuda) for sizes in scaling),
+    cases += [StepCase(SCALING, device, *sizes, ("ours", "textbook"), bf16=is_cuda) for sizes in scaling]
+    return cases
+
+
+def plot_scaling(records: Sequence[Row], cases: Sequence[StepCase], path: Path) -> Path | None:
+    """Draw the time of an image's step against batch, width and resolution; None where there is nothing to draw."""
+    sizes = {case.name: case for case in cases}
+    timed = [
+        (sizes[record["case"]], name, row["time_ms"])
+        for record in records
+        if record["suite"] == SCALING
+        for name, row in record.get("contenders", {}).items()
+        if "time_ms" in row
     ]
-
-
-def add_rates(rows: Sequence[Row]) -> None:
-    """Add images a second to each timed row, and at full size the rate of the plainly written arithmetic."""
-    for row in rows:
-        if "time_ms" in row:
-            row["images_per_s"] = row["batch_size"] * 1e3 / row["time_ms"]
-            if (row.get("resolution"), row.get("base_width")) == (128, 64):
-                row["plain_gflop_per_s"] = row["images_per_s"] * GFLOP_PER_IMAGE
-
-
-def plot_scaling(rows: Sequence[Row], path: Path) -> Path | None:
-    """Draw the time of an image's step against batch, width and resolution; None where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = report.new_figure(12, 3.6) if timed else None
+    if figure is None:
         return None
-    timed = [row for row in rows if row["suite"] == SCALING and "time_ms" in row]
-    if not timed:
-        return None
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     keys = ("batch_size", "base_width", "resolution")
-    common = {key: max({row[key] for row in timed}, key=[row[key] for row in timed].count) for key in keys}
+    values = {key: [getattr(case, key) for case, _, _ in timed] for key in keys}
+    common = {key: max(set(found), key=found.count) for key, found in values.items()}
     for panel, varied in zip(figure.subplots(1, 3), keys, strict=True):
         fixed = [key for key in keys if key != varied]
-        for contender in dict.fromkeys(row["contender"] for row in timed):
+        for contender in dict.fromkeys(name for _, name, _ in timed):
             points = sorted(
-                (row[varied], row["time_ms"] / row["batch_size"])
-                for row in timed
-                if row["contender"] == contender and all(row[key] == common[key] for key in fixed)
+                (getattr(case, varied), time_ms / case.batch_size)
+                for case, name, time_ms in timed
+                if name == contender and all(getattr(case, key) == common[key] for key in fixed)
             )
             panel.plot([x for x, _ in points], [y for _, y in points], marker="o", label=contender)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log", base=2)
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_major_formatter("{x:g}")
+        for axis, set_scale in ((panel.xaxis, panel.set_xscale), (panel.yaxis, panel.set_yscale)):
+            set_scale("log", base=2)
+            axis.set_major_formatter("{x:g}")
         at = ", ".join(f"{key} {common[key]}" for key in fixed)
         panel.set_xlabel(f"{varied} ({at})".replace("_", " "))
         panel.set_ylabel("ms an image")
@@ -509,75 +416,22 @@ def plot_scaling(rows: Sequence[Row], path: Path) -> Path | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small networks, under half a minute")
-    parser.add_argument("--out", type=Path, help="the JSON file; Markdown and plots are written beside it")
-    parser.add_argument("--peer", type=Path, help="a checkout of BigGAN-PyTorch")
-    parser.add_argument("--only", type=re.compile, help='regular expression on "suite | case"')
-    parser.add_argument(
-        "--full", action="store_true", help="on the CPU also in bfloat16, and in processes apart"
-    )
-    parser.add_argument("--compiled", action="store_true", help="ours under torch.compile too, on the CPU")
-    parser.add_argument("--checkpointed", action="store_true", help="ours keeping few activations, too")
-    parser.add_argument("--minutes", type=float, default=15.0, help="start no case after so long")
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("There is no CUDA device here.")
-        return 2
-    default_out = harness.ROOT / "benchmarks" / "results" / f"step_{options.device}.json"
-    results = harness.Results(options.out or default_out, options.device)
-    settings = Settings(
-        max_rounds=7,
-        min_rounds=3,
-        target_s=0.5 if options.quick else 8.0,
-        memory=not options.no_memory,
-        memory_limit_s=300,
-    )
-    peer = options.peer.resolve() if options.peer else None
-    cases = [
-        case
-        for case in make_cases(
-            options.device,
-            quick=options.quick,
-            full=options.full,
-            compiled=options.compiled,
-            checkpointed=options.checkpointed,
-            peer=peer,
-        )
-        if options.only is None or options.only.search(f"{case.suite} | {case.name}")
-    ]
-    deadline = time.monotonic() + options.minutes * 60
-    fault = ""
-    for suite, with_memory in ((STEP, settings.memory), (SCALING, False)):
-        if not fault:
-            fault = harness.run_cases(
-                [case for case in cases if case.suite == suite],
-                results,
-                replace(settings, memory=with_memory),
-                budget_s=deadline - time.monotonic(),
-            )
-    if options.full and options.device == "cpu":
-        for case in [case for case in cases if case.suite == STEP and not case.bf16]:
-            rows = measure_apart(case, steps=4, rounds=2)
-            results.add(rows)
-            for row in rows:
-                print(harness.line_of(row))
-    if not fault and options.only is None:
-        rows = measure_loop(options.device, iterations=12 if options.quick else 60)
-        results.add(rows)
-        for row in rows:
-            print(harness.line_of(row))
-    add_rates(results.rows)
-    if not fault:
-        results.finish()
-    written = [results.path, *harness.write_report(results)]
-    scaling = plot_scaling(results.rows, results.path.with_name(f"{results.path.stem}_scaling.png"))
-    for path in [*written, *([scaling] if scaling else [])]:
-        print(f"Wrote {path}")
-    failed = harness.any_wrong(results.rows) or harness.any_of_ours_failed(results.rows)
-    return 1 if fault or failed else 0
+    options = harness.argument_parser("step", __doc__, peer=True).parse_args(arguments)
+    results = harness.open_results(options)
+    everything = options.only is not None
+    cases = make_cases(options.device, quick=options.quick, everything=everything, peer=options.peer)
+    in_turn = [case for case in cases if case.suite != SEPARATE]
+    settings = Settings(target_s=8.0, max_rounds=7, memory_limit_s=300)
+    harness.run_chosen(options, in_turn, settings, results)
+    for case in cases:
+        if case.suite == SEPARATE and harness.is_chosen(f"{case.suite} | {case.name}", options):
+            results.add(measure_separately(case, steps=4, rounds=2))
+    if harness.is_chosen(LOOP, options):
+        results.add(measure_loop(options.device, iterations=12 if options.quick else 60))
+    scaling = plot_scaling(results.cases, cases, results.path.with_name(f"{results.path.stem}_scaling.png"))
+    if scaling is not None:
+        print(f"Wrote {scaling}")
+    return results.finish()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Everything that a CUDA machine can tell in under 10 minutes: ``python -m benchmarks.gpu --out DIR``.
+"""What a CUDA machine can tell in under 10 minutes: ``python -m benchmarks.gpu --out DIR``.
 
-The tests marked gpu first, then every suite, the most valuable first. Each step is a process with a limit of its
-own, so that one that hangs takes nothing from the others; results are written as they come.
+The tests marked gpu first, then every suite, the most valuable first. Each step is a process with its own time limit,
+so that one that hangs does not take the others' time; results are written as they come.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -17,35 +16,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from benchmarks import harness
+from benchmarks import report
 
 # What compute-sanitizer looks at: small launches of every backend and of the fused block, forward and backward,
 # odd sizes.
 KERNELS = """
 import torch
 from sagan_layers import SelfAttention2d, functional
-from sagan_layers.ops import dispatch
 for dtype in (torch.float32, torch.bfloat16):
     for L, S, E, Ev in ((64, 16, 8, 32), (77, 19, 5, 33)):
-        for backend in dispatch.ATTENTION_BACKENDS:
-            shapes = ((2, E, L), (2, E, S), (2, Ev, S))
-            leaves = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
-            inputs = [leaf.transpose(1, 2) for leaf in leaves]
+        shapes = ((2, E, L), (2, E, S), (2, Ev, S))
+        leaves = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+        inputs = [leaf.transpose(1, 2) for leaf in leaves]
+        for backend in functional.explain_backends(*inputs):
             try:
-                functional.select_backend(*inputs, backend=backend.name)
+                functional.select_backend(*inputs, backend=backend)
             except ValueError as error:
                 print("refused:", error)
                 continue
-            y = functional.attention(*inputs, backend=backend.name)
+            y = functional.attention(*inputs, backend=backend)
             grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
             sum(grad.square().sum() for grad in grads).backward()
             torch.cuda.synchronize()
-            print("ran:", backend.name, dtype, L, S)
+            print("ran:", backend, dtype, L, S)
 for pool_size in (1, 2):
     for channels, height, width in ((64, 16, 16), (40, 10, 14)):
         block = SelfAttention2d(
@@ -65,30 +63,19 @@ for pool_size in (1, 2):
 
 @dataclass(frozen=True)
 class Step:
-    """One process of the run.
+    """One process of the run."""
 
-    Attributes:
-        name: its log is ``<name>.log``.
-        command: what runs, from the repository's root.
-        limit_s: after so long it is killed.
-        takes_minutes: whether it takes ``--minutes``, and so stops in good order by itself.
-        not_run: if not empty, why it cannot run here.
-        fine: exit statuses that are no failure.
-        variables: environment variables to set.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    limit_s: float
-    takes_minutes: bool = False
-    not_run: str = ""
-    fine: tuple[int, ...] = (0,)
-    variables: tuple[tuple[str, str], ...] = ()
+    name: str  # its log is ``<name>.log``
+    command: tuple[str, ...]  # what runs, from the repository's root
+    limit_s: float  # after so long it is killed
+    takes_minutes: bool = False  # whether it takes ``--minutes``, and so stops by itself
+    missing: str = ""  # if not empty, what it needs and is not here
+    variables: dict[str, str] = field(default_factory=dict)  # environment variables to set
 
 
 @dataclass
 class Outcome:
-    """What became of a step."""
+    """How a step ended."""
 
     name: str
     status: str
@@ -97,36 +84,26 @@ class Outcome:
 
 
 def make_steps(out: Path, peer: Path | None) -> list[Step]:
-    """Return the steps, the most valuable first; a new suite is one more line."""
-    python = sys.executable
+    """Return the steps, the most valuable first."""
+    python = (sys.executable, "-u", "-m")
 
     def suite(name: str, limit_s: float, *, takes_peer: bool = True) -> Step:
-        command = [python, "-u", "-m", f"benchmarks.bench_{name}", "--device", "cuda"]
+        command = [*python, f"benchmarks.bench_{name}", "--device", "cuda"]
         command += ["--out", str(out / f"{name}_cuda.json")]
         command += ["--peer", str(peer)] if peer and takes_peer else []
         return Step(name, tuple(command), limit_s, takes_minutes=True)
 
-    tests = [
-        python,
-        "-m",
-        "pytest",
-        "-v",  # a run that is killed leaves in its log what passed
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={out / 'gpu_tests.xml'}",
-    ]
-    resources = importlib.util.find_spec("benchmarks.kernel_resources")
-    sanitizer = shutil.which("compute-sanitizer")
-    # Torch asks the driver what it may refuse, and copes: no fault of a kernel.
-    memcheck = [sanitizer or "", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+    # With -v, a run that is killed leaves in its log what passed.
+    tests = ("pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={out / 'gpu_tests.xml'}")
+    sanitizer = shutil.which("compute-sanitizer") or ""
+    # Torch asks the driver for what it may refuse, and copes: that is no fault of a kernel.
+    memcheck = (sanitizer, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9")
     return [
         Step(
             "gpu_tests",
-            tuple(tests),
+            (*python, *tests),
             150,
-            not_run="" if importlib.util.find_spec("pytest") else "pytest is not installed",
+            missing="" if importlib.util.find_spec("pytest") else "pytest is not installed",
         ),
         suite("attention", 200),
         suite("step", 100),
@@ -135,117 +112,94 @@ def make_steps(out: Path, peer: Path | None) -> list[Step]:
         suite("resampling", 45, takes_peer=False),
         Step(
             "sanitizer",
-            (*memcheck, python, "-c", KERNELS),
+            (*memcheck, sys.executable, "-u", "-c", KERNELS),
             120,
-            not_run="" if sanitizer else "compute-sanitizer is not on the PATH",
+            missing="" if sanitizer else "compute-sanitizer is not on the PATH",
             # Within one cached block an access past a tensor's end would go unseen.
-            variables=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+            variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
+        # --check writes nothing: the committed record is of every chip.
         Step(
             "kernel_resources",
-            # --check writes nothing: the committed record is of every chip.
-            (python, "-u", "-m", "benchmarks.kernel_resources", "--check", "--arch", "90", "--jobs", "16"),
+            (*python, "benchmarks.kernel_resources", "--check", "--arch", "90", "--jobs", "16"),
             120,
-            not_run="" if resources else "there is no benchmarks.kernel_resources",
         ),
     ]
 
 
 def run_step(step: Step, out: Path, limit_s: float) -> Outcome:
-    """Run one step with its output in a log, and kill it with all it started when its time is over."""
-    if step.not_run:
-        return Outcome(step.name, "not run", reason=step.not_run)
+    """Run one step with its output in a log, and kill it with all that it started when its time is over."""
     command = list(step.command)
     if step.takes_minutes:
-        # The last case begun and the report come on top.
+        # The last case and the report come on top.
         command += ["--minutes", f"{max(limit_s - 45, limit_s / 2) / 60:.2f}"]
-    started = time.monotonic()
+    start = time.monotonic()
     log = out / f"{step.name}.log"
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(step.variables)}
     with log.open("w", encoding="utf-8") as stream:
-        try:
-            process = subprocess.Popen(
-                command,
-                cwd=harness.ROOT,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-        except OSError as error:
-            return Outcome(step.name, "failed", reason=str(error))
+        process = subprocess.Popen(
+            command,
+            cwd=report.ROOT,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **step.variables},
+            start_new_session=True,
+        )
         try:
             status = process.wait(timeout=limit_s)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             _kill(process)
-            return Outcome(
-                step.name, "timed out", time.monotonic() - started, f"killed after {limit_s:.0f} s"
-            )
-        except BaseException:
-            _kill(process)
-            raise
-    wall_s = time.monotonic() - started
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return Outcome(step.name, "timed out", time.monotonic() - start, f"killed after {limit_s:.0f} s")
+    wall_s = time.monotonic() - start
     if step.name == "gpu_tests" and status == 5:
         return Outcome(step.name, "not run", wall_s, "no test is marked gpu")
-    if status not in step.fine:
+    if status:
         return Outcome(step.name, "failed", wall_s, f"exit status {status}, see {log.name}")
     return Outcome(step.name, "ok", wall_s)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and those it started: it leads a session of its own."""
+    """Kill a process and those that it started: it leads its own session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def run_steps(steps: Sequence[Step], out: Path, budget_s: float) -> list[Outcome]:
-    """Run the steps within the budget; ``status.json`` in ``out`` says how far it is."""
+    """Run the steps within the budget; ``summary.md`` in ``out`` has the tables and outcomes so far."""
     deadline = time.monotonic() + budget_s
     outcomes: list[Outcome] = []
     for step in steps:
         limit_s = min(step.limit_s, deadline - time.monotonic())
-        if limit_s < 5 and not step.not_run:
-            outcome = Outcome(step.name, "not run", reason="the time was spent")
+        if step.missing or limit_s < 5:
+            outcome = Outcome(step.name, "not run", reason=step.missing or "no time was left")
         else:
             print(f"== {step.name} (at most {limit_s:.0f} s)", flush=True)
             outcome = run_step(step, out, limit_s)
-            log = out / f"{step.name}.log"
-            if log.exists():
-                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-                print("\n".join(lines[-200:]), flush=True)
+            lines = (out / f"{step.name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+            print("\n".join(lines[-200:]), flush=True)
         outcomes.append(outcome)
-        _write_status(out, outcomes)
         print(f"== {step.name}: {outcome.status} {outcome.reason} ({outcome.wall_s:.0f} s)", flush=True)
+        (out / "summary.md").write_text(summary(outcomes, out), encoding="utf-8")
     return outcomes
 
 
-def _write_status(out: Path, outcomes: Sequence[Outcome]) -> None:
-    data = {"environment": harness.environment("cuda"), "steps": [vars(outcome) for outcome in outcomes]}
-    partial = out / "status.json.partial"
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    partial.replace(out / "status.json")
-
-
 def summary(outcomes: Sequence[Outcome], out: Path) -> str:
-    """Return the tables of what was measured, and last what became of each step."""
-    parts = []
-    for path in sorted(out.glob("*_cuda.json")):
-        parts.append(harness.markdown(json.loads(path.read_text(encoding="utf-8"))))
+    """Return the tables of what was measured, and last the outcome of each step."""
+    parts = [path.read_text(encoding="utf-8") for path in sorted(out.glob("*_cuda.md"))]
     parts += ["| step | result | seconds | |", "|---|---|---:|---|"]
     parts += [f"| {each.name} | {each.status} | {each.wall_s:.0f} | {each.reason} |" for each in outcomes]
-    return "\n".join(parts)
+    return "\n".join(parts) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every step; return 0 if none failed, 1 if one did, 2 without CUDA."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=harness.ROOT / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--out", type=Path, default=report.ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--peer", type=Path, help="a checkout of BigGAN-PyTorch")
-    parser.add_argument(
-        "--only", nargs="+", metavar="STEP", help="these steps alone, such as those not reached before"
-    )
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="only these steps")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     steps = make_steps(out, options.peer.resolve() if options.peer else None)
@@ -258,12 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("There is no CUDA device here (torch.cuda.is_available() is false): nothing was run.")
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    for name, value in harness.environment("cuda").items():
+    for name, value in report.environment("cuda").items():
         print(f"{name}: {value}")
     outcomes = run_steps(steps, out, options.minutes * 60 - 10)
-    text = summary(outcomes, out)
-    (out / "summary.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    print(summary(outcomes, out))
     return 1 if any(outcome.status in ("failed", "timed out") for outcome in outcomes) else 0
 
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.kernel_resources            # all, writes results/kernel_resources.json and the docs' page
     python -m benchmarks.kernel_resources --docs     # only the page, from the JSON
-    python -m benchmarks.kernel_resources --check --arch 90 --kernel forward --dtype bf16
+    python -m benchmarks.kernel_resources --check --arch 90 --only 'forward .*bf16'
 
-A kernel file takes part by being named in ``KERNEL_MODULES`` and having ``compile_jobs()``, which yields
-(kernel, signature, constexprs, tile with num_warps and num_stages, label). A type that ends in ":16" stands for a
-pointer or number known to be a multiple of 16; pointers always are, as torch allocates them.
+A kernel file is measured if ``KERNEL_MODULES`` names it and it has ``compile_jobs()``, which yields (kernel, signature,
+constexprs, tile with num_warps and num_stages, label). A type that ends in ":16" is a pointer or number known to be a
+multiple of 16; pointers always are, as torch allocates them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "kernel_resources.json"
 PAGE = ROOT / "docs" / "kernel_resources.md"
 COMMAND = "python -m benchmarks.kernel_resources"
-# A file that does not exist (yet) is passed over.
 KERNEL_MODULES = (
     "sagan_layers.ops.attention_triton",
     "sagan_layers.ops.self_attention_triton",
@@ -62,56 +61,66 @@ CHIPS = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one configuration needs on one chip.
+class Usage:
+    """What one configuration needs on one chip."""
 
-    Attributes:
-        module: of the kernel.
-        label: names the configuration.
-        kernel: the Triton function's name.
-        arch: compute capability times ten.
-        tile: block sizes, warps and stages.
-        registers: of a thread.
-        spill_bytes: stack and local memory of a thread; kernels without arrays of their own have it from spills.
-        shared_bytes: of a block.
-        blocks_per_sm: how many fit at once.
-        warps_per_sm: the warps of those.
-        matrix_instructions: families in the machine code with their counts; sm_90 only.
-    """
+    registers: int  # of a thread
+    spill_bytes: int  # stack and local memory of a thread; a kernel without arrays has it from spills alone
+    shared_bytes: int  # of a block
 
-    module: str
-    label: str
-    kernel: str
-    arch: int
-    tile: dict[str, int]
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    blocks_per_sm: int
-    warps_per_sm: int
-    matrix_instructions: dict[str, int]
+    def blocks_per_sm(self, chip: Chip, num_warps: int) -> int:
+        """Return how many blocks fit on an SM at once."""
+        # Registers are handed to a warp in 256s; each block takes 1 KiB of shared memory for the system.
+        registers_per_warp = -(-self.registers * 32 // 256) * 256
+        return min(
+            chip.blocks,
+            chip.warps // num_warps,
+            chip.registers // (registers_per_warp * num_warps),
+            chip.shared_kib * 1024 // (self.shared_bytes + 1024),
+        )
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One configuration of a kernel, and what it needs."""
+
+    module: str  # of the kernel
+    kernel: str  # the Triton function's name
+    label: str  # names the configuration
+    tile: dict[str, int]  # block sizes, warps and stages
+    usage: dict[int, Usage]  # by compute capability times ten
+    matrix_instructions: dict[str, int]  # families in the machine code for sm_90 with their counts
 
     def complaints(self) -> list[str]:
         """Return what is wrong with this configuration."""
         found = []
-        limit = CHIPS[self.arch].shared_kib_per_block * 1024
-        if self.spill_bytes:
-            found.append(f"spills {self.spill_bytes} bytes a thread")
-        if self.shared_bytes > limit:
-            found.append(f"needs {self.shared_bytes} bytes of shared memory, the chip has {limit}")
-        if self.arch == 90 and not self.matrix_instructions and self.module not in WITHOUT_PRODUCTS:
-            found.append("has no matrix instructions")
-        return [f"sm_{self.arch} {self.label}: {what}" for what in found]
+        for arch, usage in self.usage.items():
+            limit = CHIPS[arch].shared_kib_per_block * 1024
+            if usage.spill_bytes:
+                found.append(f"sm_{arch} {self.label}: spills {usage.spill_bytes} bytes a thread")
+            if usage.shared_bytes > limit:
+                needed = f"needs {usage.shared_bytes} bytes of shared memory, the chip has {limit}"
+                found.append(f"sm_{arch} {self.label}: {needed}")
+        if 90 in self.usage and not self.matrix_instructions and self.module not in WITHOUT_PRODUCTS:
+            found.append(f"sm_90 {self.label}: has no matrix instructions")
+        return found
 
+    def occupancy(self, arch: int) -> tuple[int, int]:
+        """Return how many blocks, and how many warps, fit on an SM at once."""
+        blocks = self.usage[arch].blocks_per_sm(CHIPS[arch], self.tile["num_warps"])
+        return blocks, blocks * self.tile["num_warps"]
 
-def kernel_modules() -> list[str]:
-    """Return the kernel modules that exist."""
-    return [name for name in KERNEL_MODULES if _source(name).exists()]
+    def cells(self, arch: int) -> str:
+        """Return the cells of the tables on one chip, after the label."""
+        usage, (blocks, warps) = self.usage[arch], self.occupancy(arch)
+        tile = "x".join(map(str, self.tile.values()))
+        matrix = " ".join(f"{name} {count}" for name, count in self.matrix_instructions.items() if arch == 90)
+        return f"{tile} | {usage.registers} | {usage.shared_bytes / 1024:.1f} | {blocks} | {warps} | {matrix}"
 
 
 def source_hashes() -> dict[str, str]:
     """Return the SHA-256 of each kernel file."""
-    return {name: hashlib.sha256(_source(name).read_bytes()).hexdigest() for name in kernel_modules()}
+    return {name: hashlib.sha256(_source(name).read_bytes()).hexdigest() for name in KERNEL_MODULES}
 
 
 def _source(module: str) -> Path:
@@ -120,30 +129,19 @@ def _source(module: str) -> Path:
 
 def all_jobs() -> Iterator[tuple[str, Any]]:
     """Yield (module, (kernel, signature, constexprs, tile, label)) for everything that launchers can choose."""
-    for name in kernel_modules():
+    for name in KERNEL_MODULES:
         for job in importlib.import_module(name).compile_jobs():
             yield name, job
 
 
-def occupancy(chip: Chip, registers: int, shared_bytes: int, num_warps: int) -> int:
-    """Return how many blocks fit on an SM at once."""
-    # Registers are handed to a warp in 256s; each block takes 1 KiB of shared memory for the system.
-    registers_per_warp = -(-registers * 32 // 256) * 256
-    return min(
-        chip.blocks,
-        chip.warps // num_warps,
-        chip.registers // (registers_per_warp * num_warps),
-        chip.shared_kib * 1024 // (shared_bytes + 1024),
-    )
-
-
-def measure(module: str, job: tuple[Any, ...], arch: int) -> Row:
-    """Compile one configuration and read what it needs."""
+def measure(module: str, label: str, arch: int) -> tuple[Usage, dict[str, int]]:
+    """Compile one configuration; return what it needs, and its matrix instructions for sm_90."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, signature, constexprs, tile, label = job
+    job = next(job for name, job in all_jobs() if name == module and job[4] == label)
+    kernel, signature, constexprs, tile, _ = job
     attributes = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
         for name, kind in signature.items()
@@ -153,23 +151,10 @@ def measure(module: str, job: tuple[Any, ...], arch: int) -> Row:
     source = ASTSource(kernel, types, constexprs, attributes)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    assert compiled.metadata.num_warps == tile.num_warps
     usage, instructions = _inspect(compiled.asm["cubin"], disassemble=arch == 90)
-    warps = compiled.metadata.num_warps
-    shared = compiled.metadata.shared
-    blocks = occupancy(CHIPS[arch], usage["REG"], shared, warps)
-    return Row(
-        module,
-        label,
-        kernel.__name__,
-        arch,
-        asdict(tile),
-        usage["REG"],
-        usage["STACK"] + usage["LOCAL"],
-        shared,
-        blocks,
-        blocks * warps,
-        instructions,
-    )
+    spill_bytes = usage["STACK"] + usage["LOCAL"]
+    return Usage(usage["REG"], spill_bytes, compiled.metadata.shared), instructions
 
 
 def _tool(name: str) -> str:
@@ -196,33 +181,11 @@ def _inspect(cubin: bytes, disassemble: bool) -> tuple[dict[str, int], dict[str,
     return usage, dict(sorted(Counter(re.findall(r"\b(HGMMA|HMMA|DMMA)\b", code)).items()))
 
 
-def markdown(rows: list[Row]) -> str:
-    """Return the rows as a table, a line a configuration and chip."""
-    lines = [
-        "| configuration | chip | tile | registers | spill | shared KiB | blocks/SM | warps/SM | matrix |",
-        "|---|---|---|---:|---:|---:|---:|---:|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.label} | sm_{row.arch} | {_tile(row)} | {row.registers} | {row.spill_bytes} "
-            f"| {row.shared_bytes / 1024:.1f} | {row.blocks_per_sm} | {row.warps_per_sm} | {_matrix(row)} |"
-        )
-    return "\n".join(lines)
-
-
-def _tile(row: Row) -> str:
-    return "x".join(str(size) for size in row.tile.values())
-
-
-def _matrix(row: Row) -> str:
-    return " ".join(f"{name} {count}" for name, count in row.matrix_instructions.items())
-
-
 def page(record: dict[str, Any]) -> str:
     """Return the docs' page on what was recorded."""
-    rows = [Row(**row) for row in record["rows"]]
+    found = configurations(record)
     chips = ", ".join(f"sm_{arch} ({chip.name})" for arch, chip in CHIPS.items())
-    spilling = sum(row.spill_bytes > 0 for row in rows)
+    usages = [usage for each in found for usage in each.usage.values()]
     lines = [
         "# Kernel resources",
         "",
@@ -230,50 +193,48 @@ def page(record: dict[str, Any]) -> str:
         f"`{COMMAND}`, which compiles with Triton {record['triton']} for {chips} and reads the machine code.",
         "**Nothing on this page was run on a GPU**: these are registers and bytes, not times.",
         "",
-        f"{len(rows) // len(CHIPS)} configurations on {len(CHIPS)} chips; {spilling} of these {len(rows)} "
-        "spill registers.",
+        f"{len(found)} configurations on {len(CHIPS)} chips; {sum(each.spill_bytes > 0 for each in usages)} of these "
+        f"{len(usages)} spill registers.",
         "",
         "- *even*: NCHW feature maps whose sizes are multiples of 16, no masks. *masked*: channels adjacent, any",
         "  sizes.",
         "- A tile is the fields of the kernel file's `Tile` in order; the last two are warps and stages.",
         "- Blocks and warps are the most an SM holds at once, by registers and shared memory.",
-        "- HGMMA are Hopper's matrix instructions for a group of four warps, HMMA those of one warp; how often",
-        "  each stands in the code.",
+        "- HGMMA are Hopper's matrix instructions for a group of four warps, HMMA those of one warp; the number is how",
+        "  often each occurs in the code.",
         "",
         "## Summary",
         "",
         "| kernel | chip | configurations | registers | spill bytes | shared KiB | warps/SM |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    kernels = list(dict.fromkeys((row.module, row.kernel) for row in rows))
-    for kernel in kernels:
+    kernels: dict[tuple[str, str], list[Configuration]] = {}
+    for each in found:
+        kernels.setdefault((each.module, each.kernel), []).append(each)
+    for (_, kernel), these in kernels.items():
         for arch in CHIPS:
-            these = [row for row in rows if (row.module, row.kernel) == kernel and row.arch == arch]
-            if these:
-                lines.append(
-                    f"| {_title(kernel[1])} | sm_{arch} | {len(these)} "
-                    f"| {_range(row.registers for row in these)} "
-                    f"| {max(row.spill_bytes for row in these)} "
-                    f"| {_range(row.shared_bytes / 1024 for row in these)} "
-                    f"| {_range(row.warps_per_sm for row in these)} |"
-                )
-    for module in dict.fromkeys(module for module, _ in kernels):
-        path = _source(module).relative_to(ROOT)
-        lines += ["", f"## {path.name} on sm_90"]
-        for name in (name for other, name in kernels if other == module):
-            lines += [
-                "",
-                f"### {_title(name)}",
-                "",
-                "| configuration | tile | registers | shared KiB | blocks/SM | warps/SM | matrix instructions |",
-                "|---|---|---:|---:|---:|---:|---|",
+            on_chip = [each.usage[arch] for each in these]
+            cells = [
+                str(len(these)),
+                _range(usage.registers for usage in on_chip),
+                str(max(usage.spill_bytes for usage in on_chip)),
+                _range(usage.shared_bytes / 1024 for usage in on_chip),
+                _range(each.occupancy(arch)[1] for each in these),
             ]
-            lines += [
-                f"| {row.label} | {_tile(row)} | {row.registers} | {row.shared_bytes / 1024:.1f} "
-                f"| {row.blocks_per_sm} | {row.warps_per_sm} | {_matrix(row)} |"
-                for row in rows
-                if row.arch == 90 and (row.module, row.kernel) == (module, name)
-            ]
+            lines.append(f"| {_title(kernel)} | sm_{arch} | {' | '.join(cells)} |")
+    module = ""
+    for (module_of_kernel, kernel), these in kernels.items():
+        if module != module_of_kernel:
+            module = module_of_kernel
+            lines += ["", f"## {_source(module).name} on sm_90"]
+        lines += [
+            "",
+            f"### {_title(kernel)}",
+            "",
+            "| configuration | tile | registers | shared KiB | blocks/SM | warps/SM | matrix instructions |",
+            "|---|---|---:|---:|---:|---:|---|",
+            *(f"| {each.label} | {each.cells(90)} |" for each in these),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -287,16 +248,25 @@ def _range(numbers: Iterable[float]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _as_text(record: dict[str, Any]) -> str:
+def configurations(record: dict[str, Any]) -> list[Configuration]:
+    """Return what a record holds."""
+    return [
+        Configuration(**{**row, "usage": {int(arch): Usage(*each) for arch, each in row["usage"].items()}})
+        for row in record["configurations"]
+    ]
+
+
+def _as_text(found: list[Configuration]) -> str:
     """Return the record as JSON with a line a configuration."""
-    rows = ",\n".join(json.dumps(row) for row in record["rows"])
-    head = json.dumps({name: value for name, value in record.items() if name != "rows"}, indent=1)
-    return f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n'
+    import triton
 
-
-def _measure_by_label(module: str, label: str, arch: int) -> Row:
-    job = next(job for name, job in all_jobs() if name == module and job[4] == label)
-    return measure(module, job, arch)
+    rows = [
+        {**vars(each), "usage": {arch: astuple(usage) for arch, usage in each.usage.items()}}
+        for each in found
+    ]
+    head = json.dumps({"triton": triton.__version__, "sources": source_hashes()}, indent=1)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f'{head[:-2]},\n "configurations": [\n{lines}\n]}}\n'
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -305,9 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", type=int, choices=sorted(CHIPS), action="append", help="default: all")
-    parser.add_argument("--kernel", default="", help="only kernels whose module or name contains this")
-    parser.add_argument("--dtype", default="", help="only this dtype: bf16, fp16, fp32")
-    parser.add_argument("--label", action="append", help="only configurations whose label contains this")
+    parser.add_argument("--only", type=re.compile, help='regular expression on "module kernel label"')
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail on spills and what does not fit"
     )
@@ -319,41 +287,49 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("unset TRITON_INTERPRET: interpreted kernels are not compiled")
-    selected = [
-        (module, label, arch)
-        for module, (kernel, _, _, _, label) in all_jobs()
-        for arch in (chosen.arch or sorted(CHIPS))
-        if chosen.kernel in f"{module} {kernel.__name__}"
-        and chosen.dtype in label
-        and any(part in label for part in chosen.label or [""])
-    ]
-    if not selected:
+    jobs = {
+        (module, label): (kernel.__name__, asdict(tile))
+        for module, (kernel, _, _, tile, label) in all_jobs()
+        if chosen.only is None or chosen.only.search(f"{module} {kernel.__name__} {label}")
+    }
+    if not jobs:
         parser.error("nothing is selected")
-    rows = []
+    archs = chosen.arch or sorted(CHIPS)
+    tasks = [(module, label, arch) for module, label in jobs for arch in archs]
+    measured = {}
     with ProcessPoolExecutor(chosen.jobs) as pool:
-        for row in pool.map(_measure_by_label, *zip(*selected, strict=True)):
-            rows.append(row)
-            print(f"\r{len(rows)} of {len(selected)}", end="", file=sys.stderr, flush=True)
+        for task, result in zip(tasks, pool.map(measure, *zip(*tasks, strict=True)), strict=True):
+            measured[task] = result
+            print(f"\r{len(measured)} of {len(tasks)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    print(markdown(rows), flush=True)
-    complaints = [complaint for row in rows for complaint in row.complaints()]
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
+    found = [
+        Configuration(
+            module,
+            kernel,
+            label,
+            tile,
+            {arch: measured[module, label, arch][0] for arch in archs},
+            measured[module, label, 90][1] if 90 in archs else {},
+        )
+        for (module, label), (kernel, tile) in jobs.items()
+    ]
+    print(
+        "| configuration | chip | tile | registers | shared KiB | blocks/SM | warps/SM | matrix instructions |"
+    )
+    print("|---|---|---|---:|---:|---:|---:|---|")
+    for each in found:
+        for arch in archs:
+            print(f"| {each.label} | sm_{arch} | {each.cells(arch)} |")
+    complaints = [complaint for each in found for complaint in each.complaints()]
+    print("\n".join(complaints), file=sys.stderr, flush=True)
     if chosen.check:
         return int(bool(complaints))
-    if chosen.arch or chosen.kernel or chosen.dtype or chosen.label:
+    if chosen.arch or chosen.only:
         print("a selection: nothing written", file=sys.stderr)
         return 0
-    import triton
-
-    RESULTS.parent.mkdir(exist_ok=True)
-    record = {
-        "triton": triton.__version__,
-        "sources": source_hashes(),
-        "rows": [asdict(row) for row in rows],
-    }
-    RESULTS.write_text(_as_text(record))
-    PAGE.write_text(page(record))
+    text = _as_text(found)
+    RESULTS.write_text(text)
+    PAGE.write_text(page(json.loads(text)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Train a Self-Attention GAN on ImageNet, or any folder of images; sample from it; look at its attention."""
+"""Train a Self-Attention GAN on ImageNet or any folder of images, sample from it, and draw its attention."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sagan import commands
-from sagan.distributed import ToldByFirstError
+from sagan.cli import (
+    attention_maps,
+    compare,
+    demo,
+    evaluate,
+    make_images,
+    plot,
+    prepare,
+    report,
+    sample,
+    train,
+)
+from sagan.cli.parsing import parse
+from sagan.distributed import ReportedByMainError
 from sagan.errors import UserError
-from sagan.evaluation.command import Evaluate, run_evaluate
 from sagan.recipes import DEFAULT_RECIPE, RECIPES
 
 OVERVIEW = f"""\
@@ -18,15 +29,15 @@ SAGAN on ImageNet with sagan-layers.
   python examples/imagenet_sagan.py COMMAND [options]      (COMMAND --help lists its options)
 
   demo             learn handwritten digits: minutes on a CPU, nothing to download. Start here.
-  prepare          pack ImageNet (its archives, a folder tree, parquet shards) into one array, once
+  prepare          pack ImageNet (archives, folder tree or parquet shards) into one array, once
   train            train on a prepared set, or a folder of images: DATA/train/<class>/*.JPEG
   sample           images from a trained run: a labelled grid, or a folder for each class
   evaluate         FID, Inception Score, KID, intra-FID, precision and recall of a trained run
-  attention-maps   where chosen points of generated images look
-  plot             a run's curves, also while it trains
-  report           a run on one HTML page, with its pictures
+  attention-maps   attention maps of chosen points of generated images
+  plot             curves of a run, also while it trains
+  report           one HTML page about a run, with its pictures
   compare          several runs: figures over the iterations, and a table of the best of each
-  make-images      generated images in ImageNet's layouts, to try the others without ImageNet
+  make-images      synthetic images in ImageNet's layouts, to try the other commands without ImageNet
 
 Start:
   python examples/imagenet_sagan.py demo
@@ -40,17 +51,17 @@ Recipes for train (--recipe NAME, {DEFAULT_RECIPE} by default):
   {", ".join(list(RECIPES)[10:])}
 """
 
-# "train" is not among them: its recipe decides what its other options start from.
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
-    "demo": (commands.Demo, commands.run_demo_command),
-    "prepare": (commands.Prepare, commands.run_prepare),
-    "sample": (commands.Sample, commands.run_sample),
-    "evaluate": (Evaluate, run_evaluate),
-    "attention-maps": (commands.AttentionMaps, commands.run_attention_maps),
-    "plot": (commands.Plot, commands.run_plot),
-    "report": (commands.Report, commands.run_report),
-    "compare": (commands.Compare, commands.run_compare),
-    "make-images": (commands.MakeImages, commands.run_make_images),
+    "demo": (demo.Demo, demo.run),
+    "prepare": (prepare.Prepare, prepare.run),
+    "train": (train.Train, train.run),
+    "sample": (sample.Sample, sample.run),
+    "evaluate": (evaluate.Evaluate, evaluate.run),
+    "attention-maps": (attention_maps.AttentionMaps, attention_maps.run),
+    "plot": (plot.Plot, plot.run),
+    "report": (report.Report, report.run),
+    "compare": (compare.Compare, compare.run),
+    "make-images": (make_images.MakeImages, make_images.run),
 }
 
 
@@ -60,22 +71,22 @@ def main(arguments: Sequence[str]) -> int:
         print(OVERVIEW)
         return 0
     name, *options = arguments
-    try:
-        if name == "train":
-            return commands.run_train(commands.parse_train(options))
-        if name in COMMANDS:
-            kind, run = COMMANDS[name]
-            return run(commands.parse(kind, name, options))
+    if name not in COMMANDS:
         print(f"Unknown command {name!r}.\n\n{OVERVIEW}", file=sys.stderr)
-    except ToldByFirstError:
+        return 2
+    kind, run = COMMANDS[name]
+    try:
+        # The recipe gives the defaults of the other options.
+        default = train.from_recipe(options) if name == "train" else None
+        return run(parse(kind, name, options, default))
+    except ReportedByMainError:
         return 1
     except (UserError, OSError) as error:
         print(f"imagenet_sagan.py {name}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before or after the loop, which saves a checkpoint itself
+    except KeyboardInterrupt:  # outside the training loop, which saves a checkpoint
         print(f"imagenet_sagan.py {name}: interrupted", file=sys.stderr)
         return 130
-    return 2
 
 
 if __name__ == "__main__":

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_conditional_norm, bench_spectral_norm, bench_step, gpu, harness
-from benchmarks.harness import Case, Outputs, Refused, Row, Run, Settings
+from benchmarks import (
+    bench_attention,
+    bench_conditional_norm,
+    bench_resampling,
+    bench_spectral_norm,
+    bench_step,
+    gpu,
+    harness,
+    report,
+)
+from benchmarks.harness import Case, Outputs, Refused, Run, Settings
+from benchmarks.report import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = Settings(max_rounds=5, target_s=0.1, sample_ms=1.0, memory=False)
+WITH_MEMORY = Settings(max_rounds=3, target_s=0.1, sample_ms=1.0)
+needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 calls: list[str] = []
 
 
@@ -45,16 +61,15 @@ def wrong() -> Outputs:
     return {"y": torch.tensor([1.0, 1.0, 1.1])}
 
 
-def fails() -> Outputs:
-    raise RuntimeError("no kernel image is available\nand a long story")
+def raises(error: Exception) -> Run:
+    def run() -> Outputs:
+        raise error
 
-
-def runs_out() -> Outputs:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 999 GiB")
+    return run
 
 
 def ends_its_process() -> Outputs:
-    if os.getpid() != int(os.environ["BENCHMARK_TEST_PID"]):
+    if multiprocessing.parent_process() is not None:
         os._exit(7)
     return right()
 
@@ -65,15 +80,15 @@ RUNS: dict[str, Callable[[], Outputs]] = {
     "sleeps twice": sleeps(0.04),
     "allocates": allocates_64_mib,
     "wrong": wrong,
-    "fails": fails,
-    "runs out": runs_out,
+    "fails": raises(RuntimeError("no kernel image is available\nand a long story")),
+    "runs out": raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 999 GiB")),
     "ends": ends_its_process,
 }
 
 
 @dataclass(frozen=True)
 class ToyCase(Case):
-    names: tuple[str, ...]
+    names: tuple[str, ...] = ()
     suite: str = "toys"
     device: str = "cpu"
     label: str = "a toy"
@@ -81,9 +96,6 @@ class ToyCase(Case):
     @property
     def name(self) -> str:
         return self.label
-
-    def describe(self) -> Row:
-        return {"N": 3}
 
     def contenders(self) -> list[str]:
         return list(self.names)
@@ -100,225 +112,135 @@ class ToyCase(Case):
         return {"y": torch.ones(3, dtype=torch.float64)}
 
 
+def toy(*names: str, device: str = "cpu", label: str = "a toy") -> ToyCase:
+    return ToyCase("toys", device, names, label)
+
+
 def measure(*names: str, settings: Settings = FAST) -> dict[str, Row]:
-    return {row["contender"]: row for row in harness.measure_case(ToyCase(names), settings)}
+    rows: dict[str, Row] = harness.measure_case(toy(*names), settings)["contenders"]
+    return rows
 
 
-# --- measuring --------------------------------------------------------------------------------------------
+class TestMeasuring:
+    def test_a_contender_that_sleeps_twice_as_long_takes_twice_the_time(self) -> None:
+        rows = measure("textbook", "sleeps", "sleeps twice")
+        assert rows["sleeps"]["time_ms"] >= 20
+        assert 1.5 < rows["sleeps twice"]["time_ms"] / rows["sleeps"]["time_ms"] < 2.5
+        assert 0 <= rows["sleeps"]["iqr_ms"] < rows["sleeps"]["time_ms"]
+        assert rows["textbook"]["time_ratio"] == 1.0
+        assert rows["sleeps"]["time_ratio"] == rows["sleeps"]["time_ms"] / rows["textbook"]["time_ms"]
 
+    def test_median_spread_ratio_and_rate_are_those_of_the_times(self) -> None:
+        times_s = {"a": [0.001, 0.002, 0.003, 0.004, 0.1], "b": [0.001] * 3}
+        measurements = {name: harness.measurement(times, repeats=7) for name, times in times_s.items()}
+        row = harness.timed_rows(measurements, "b", images=6)["a"]
+        assert row == pytest.approx(
+            {"time_ms": 3.0, "iqr_ms": 2.0, "time_ratio": 3.0, "images_per_s": 2000.0, "status": "ok"}
+        )
 
-def test_a_contender_that_sleeps_twice_as_long_takes_twice_the_time() -> None:
-    rows = measure("sleeps", "sleeps twice")
-    assert rows["sleeps"]["time_ms"] >= 20
-    assert 1.5 < rows["sleeps twice"]["time_ms"] / rows["sleeps"]["time_ms"] < 2.5
-    first, third = rows["sleeps"]["time_quartiles_ms"]
-    assert first <= rows["sleeps"]["time_ms"] <= third
-    assert rows["sleeps"]["samples"] >= 3
+    def test_a_fast_contender_is_repeated_until_a_sample_is_long_enough(self) -> None:
+        settings = Settings(max_rounds=3, sample_ms=5.0)
+        timing = harness.time_contenders({"fast": right}, {"fast": {}}, "cpu", settings)["fast"]
+        assert timing.number_per_run >= 5
+        assert timing.median < 1e-3
 
+    def test_contenders_are_timed_in_turn(self) -> None:
+        order: list[str] = []
 
-def test_a_fast_contender_is_repeated_until_a_sample_is_long_enough() -> None:
-    timing = harness.time_contenders({"fast": right}, "cpu", Settings(max_rounds=3, sample_ms=5.0))["fast"]
-    assert timing.repeats >= 5
-    assert timing.median_ms() < 1.0
-
-
-def test_contenders_are_timed_in_turn() -> None:
-    order: list[str] = []
-
-    def logged(name: str) -> Run:
-        def run() -> Outputs:
+        def logged(name: str) -> Outputs:
             order.append(name)
             time.sleep(0.003)
             return {}
 
-        return run
+        settings = Settings(max_rounds=4, min_rounds=4, sample_ms=1.0)
+        runs = {name: partial(logged, name) for name in "abc"}
+        harness.time_contenders(runs, {name: {} for name in runs}, "cpu", settings)
+        turns = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+        assert len(turns) == 4
+        assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+        assert len(set(turns)) > 1  # the first one changes
 
-    settings = Settings(max_rounds=4, min_rounds=4, sample_ms=1.0)
-    harness.time_contenders({name: logged(name) for name in "abc"}, "cpu", settings)
-    turns = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
-    assert len(turns) == 4
-    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
-    assert len(set(turns)) > 1  # nobody is always first
+    @needs_proc
+    def test_peak_memory_is_that_of_each_contender_alone(self) -> None:
+        rows = measure("allocates", "textbook", settings=WITH_MEMORY)
+        assert 60 <= rows["allocates"]["peak_mib"] < 80
+        assert rows["textbook"]["peak_mib"] < 10
 
+    @needs_proc
+    def test_a_memory_process_that_dies_leaves_its_reason_and_the_time(self) -> None:
+        row = measure("ends", settings=WITH_MEMORY)["ends"]
+        assert (row["status"], row["peak_mib"]) == ("ok", None)
+        assert "terminated" in row["peak_mib_reason"]
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_peak_memory_is_that_of_each_contender_alone() -> None:
-    rows = measure("allocates", "textbook", settings=Settings(max_rounds=3, target_s=0.1, sample_ms=1.0))
-    assert 60 <= rows["allocates"]["peak_mib"] < 80
-    assert rows["textbook"]["peak_mib"] < 10
+    def test_a_wrong_contender_is_refused_before_it_is_timed(self) -> None:
+        calls.clear()
+        rows = measure("wrong", "textbook")
+        assert calls == ["wrong"]
+        assert rows["wrong"]["status"] == "wrong"
+        assert "y is off by" in rows["wrong"]["reason"]
+        assert "time_ms" not in rows["wrong"]
 
-
-def test_without_proc_memory_is_none_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent() -> None:
-        raise FileNotFoundError("/proc/self/clear_refs")
-
-    monkeypatch.setattr(harness, "_reset_peak", absent)
-    peak_mib, reason = harness.cpu_peak_mib(ToyCase(("textbook",)), "textbook", 60)
-    assert peak_mib is None
-    assert reason is not None
-    assert "clear_refs" in reason
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_a_memory_process_that_dies_leaves_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BENCHMARK_TEST_PID", str(os.getpid()))
-    peak_mib, reason = harness.cpu_peak_mib(ToyCase(("ends",)), "ends", 60)
-    assert peak_mib is None
-    assert reason is not None
-
-
-def test_a_wrong_contender_is_refused_before_it_is_timed() -> None:
-    calls.clear()
-    rows = measure("wrong", "textbook")
-    assert calls == ["wrong"]
-    assert rows["wrong"]["status"] == "wrong"
-    assert "y is off by" in rows["wrong"]["reason"]
-    assert "time_ms" not in rows["wrong"]
-    assert harness.any_wrong(rows.values())
-
-
-@pytest.mark.parametrize(
-    "outputs",
-    [{}, {"y": torch.ones(4)}, {"y": torch.full((3,), torch.nan)}, {"y": torch.zeros(3)}],
-    ids=["missing", "shape", "nan", "zeros"],
-)
-def test_a_missing_misshapen_or_nan_result_is_wrong(outputs: Outputs) -> None:
-    with pytest.raises(harness.WrongResultError, match="y "):
-        harness.compare(outputs, {"y": torch.ones(3)}, 1e-3)
-
-
-def test_contenders_that_cannot_run_leave_their_reason_and_the_others_run() -> None:
-    rows = measure("refuses", "fails", "runs out", "textbook")
-    assert (rows["refuses"]["status"], rows["refuses"]["reason"]) == ("refused", "the widths differ")
-    assert (rows["fails"]["status"], rows["fails"]["reason"]) == (
-        "failed",
-        "RuntimeError: no kernel image is available",
+    @pytest.mark.parametrize(
+        "outputs",
+        [{}, {"y": torch.ones(4)}, {"y": torch.full((3,), torch.nan)}, {"y": torch.zeros(3)}],
+        ids=["missing", "shape", "nan", "zeros"],
     )
-    assert rows["runs out"]["reason"] == "out of memory"
-    assert rows["textbook"]["status"] == "ok"
-    assert rows["textbook"]["time_ratio"] == 1.0
+    def test_a_missing_misshapen_or_nan_result_is_wrong(self, outputs: Outputs) -> None:
+        with pytest.raises(harness.WrongResultError, match="y "):
+            harness.compare(outputs, {"y": torch.ones(3)}, 1e-3)
 
+    def test_contenders_that_cannot_run_leave_their_reason_and_the_others_run(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        turns = iter([right, RUNS["runs out"]])
+        monkeypatch.setitem(RUNS, "runs out while timed", lambda: next(turns)())
+        rows = measure("refuses", "fails", "runs out", "runs out while timed", "textbook")
+        assert [(row["status"], row.get("reason")) for row in rows.values()] == [
+            ("refused", "the widths differ"),
+            ("failed", "RuntimeError: no kernel image is available"),
+            ("failed", "out of memory"),
+            ("failed", "out of memory"),
+            ("ok", None),
+        ]
 
-def test_a_contender_that_runs_out_of_memory_while_timed_loses_only_itself() -> None:
-    turns = iter([right, runs_out])
+    def test_after_a_fault_of_the_device_no_contender_is_blamed_and_earlier_results_stay(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        broken = [False]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RUNS, "runs out later", lambda: next(turns)())
-        rows = measure("runs out later", "textbook")
-    assert (rows["runs out later"]["status"], rows["runs out later"]["reason"]) == ("failed", "out of memory")
-    assert rows["textbook"]["status"] == "ok"
+        def synchronize() -> None:
+            if broken[0]:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+        def illegal() -> Outputs:
+            broken[0] = True
+            return right()
 
-def broken_cuda() -> None:
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        monkeypatch.setattr(harness, "_cuda_sampler", lambda: lambda run, repeats: 0.001)
+        monkeypatch.setitem(RUNS, "illegal", illegal)
+        results = report.Results(tmp_path / "toys.json", "cpu")
+        good, bad = toy("textbook", device="cuda"), toy("textbook", "illegal", "sleeps", device="cuda")
+        harness.run_cases([good, bad], results, FAST)
+        assert results.cases[0]["contenders"]["textbook"]["status"] == "ok"
+        assert results.cases[1]["status"] == "failed"
+        assert "illegal memory access" in results.cases[1]["reason"]
+        assert results.finish() == 1
 
-
-def test_a_fault_of_the_device_ends_the_run_and_keeps_what_there_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    breaks = [False]
-
-    def synchronize() -> None:
-        if breaks[0]:
-            broken_cuda()
-
-    def illegal() -> Outputs:
-        breaks[0] = True
-        return right()
-
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(torch.cuda, "empty_cache", synchronize)
-    monkeypatch.setattr(harness, "_cuda_sampler", lambda: harness._cpu_sample)
-    monkeypatch.setitem(RUNS, "illegal", illegal)
-    cases = [
-        ToyCase(names, device="cuda", label=label)
-        for label, names in (
-            ("good", ("textbook",)),
-            ("bad", ("textbook", "illegal", "sleeps")),
-            ("rest", ()),
-        )
-    ]
-    results = harness.Results(tmp_path / "toys.json", "cpu")
-    fault = harness.run_cases(cases, results, FAST)
-    assert "illegal memory access" in fault
-    assert [row["status"] for row in results.rows] == ["ok", "skipped", "failed", "skipped", "skipped"]
-    assert all("illegal memory access" in row["reason"] for row in results.rows[1:])
-
-
-def test_a_fault_while_timing_is_that_of_its_contender(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "synchronize", broken_cuda)
-    monkeypatch.setattr(harness, "_cuda_sampler", lambda: harness._cpu_sample)
-    runs = {"sleeps": sleeps(0.002), "fails": fails, "right": right}
-    timings = harness.time_contenders(runs, "cuda", FAST)
-    # A first sample was taken, as slow as a sample must be.
-    assert [timing.status for timing in timings.values()] == ["ok", "failed", "skipped"]
-    assert "no kernel image" in timings["fails"].reason
-    assert "illegal memory access" in timings["right"].reason
-
-
-def test_an_error_that_goes_away_is_no_fault_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([broken_cuda, lambda: None])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: next(answers)())
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert harness.device_fault("cuda") == ""
-
-
-def test_cuda_repeats_are_those_that_were_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def sample(run: Run, repeats: int) -> float:
-        asked.append(repeats)
-        return 0.001
-
-    monkeypatch.setattr(harness, "_cuda_sampler", lambda: sample)
-    assert harness.time_contenders({"fast": right}, "cuda", FAST)["fast"].repeats == max(asked) == 50
-
-
-@pytest.mark.parametrize(
-    ("contender", "status", "bad"),
-    [
-        ("ours", "failed", True),
-        ("ours: triton", "failed", True),
-        ("(all)", "failed", True),
-        ("textbook", "failed", False),
-        ("ours", "refused", False),
-        ("(all)", "skipped", False),
-    ],
-)
-def test_a_failure_of_ours_fails_the_benchmark(contender: str, status: str, bad: bool) -> None:
-    assert harness.any_of_ours_failed([{"contender": contender, "status": status}]) is bad
-
-
-# --- results ----------------------------------------------------------------------------------------------
-
-ENVIRONMENT = (
-    "date command device cpu cores_used load_average python torch triton sagan_layers commit dirty gpu driver"
-)
-
-
-def test_results_say_where_when_and_what_was_measured(tmp_path: Path) -> None:
-    results = harness.Results(tmp_path / "toys.json", "cpu")
-    harness.run_cases([ToyCase(("sleeps", "textbook", "fails"))], results, FAST)
-    assert json.loads(results.path.read_text())["complete"] is False
-    results.finish()
-    data = json.loads(results.path.read_text())
-    assert data["complete"] is True
-    assert set(ENVIRONMENT.split()) <= set(data["environment"])
-    assert data["environment"]["torch"] == torch.__version__
-    sleeper, _, failed = data["rows"]
-    assert {"suite", "case", "contender", "time_ms", "time_quartiles_ms", "time_ratio", "N"} <= set(sleeper)
-    text = harness.markdown(data)
-    assert "| a toy |" in text
-    assert "no kernel image" in text
-    assert failed["status"] == "failed"
-
-
-def test_past_the_budget_cases_are_recorded_as_skipped(tmp_path: Path) -> None:
-    results = harness.Results(tmp_path / "toys.json", "cpu")
-    cases = [ToyCase(("sleeps",)), ToyCase(("sleeps",), label="another")]
-    harness.run_cases(cases, results, FAST, budget_s=0.01)
-    assert [row["status"] for row in results.rows] == ["ok", "skipped"]
-    assert "budget" in results.rows[1]["reason"]
+    @pytest.mark.parametrize(
+        ("record", "bad"),
+        [
+            ({"contenders": {"ours": {"status": "failed"}}}, True),
+            ({"contenders": {"ours: triton": {"status": "failed"}}}, True),
+            ({"contenders": {"textbook": {"status": "failed"}}}, False),
+            ({"contenders": {"textbook": {"status": "wrong"}}}, True),
+            ({"contenders": {"ours": {"status": "refused"}}}, False),
+            ({"status": "failed"}, True),
+            ({"status": "skipped"}, False),
+        ],
+    )
+    def test_a_wrong_result_or_a_failure_of_ours_fails_the_benchmark(self, record: Row, bad: bool) -> None:
+        assert report.any_failure([record]) is bad
 
 
 KILLED_MIDWAY = """
@@ -327,285 +249,316 @@ sys.path.insert(0, "tests")
 import test_benchmarks as t
 from pathlib import Path
 t.RUNS["kills"] = lambda: os.kill(os.getpid(), 9)
-results = t.harness.Results(Path(sys.argv[1]), "cpu")
-t.harness.run_cases([t.ToyCase(("sleeps",)), t.ToyCase(("kills",), label="deadly")], results, t.FAST)
+results = t.report.Results(Path(sys.argv[1]), "cpu")
+t.harness.run_cases([t.toy("sleeps"), t.toy("kills", label="deadly")], results, t.FAST)
 """
 
 
-def run_python(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=300,
         # Benchmarks are not for Triton's interpreter, which the tests turn on.
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
     )
 
 
-def test_a_killed_run_leaves_what_it_has(tmp_path: Path) -> None:
-    done = run_python("-c", KILLED_MIDWAY, str(tmp_path / "toys.json"))
-    assert done.returncode == -9, done.stderr
-    data = json.loads((tmp_path / "toys.json").read_text())
-    assert data["complete"] is False
-    assert [row["status"] for row in data["rows"]] == ["ok"]
+def last_run(path: Path) -> Row:
+    run: Row = json.loads(path.read_text())["runs"][-1]
+    return run
 
 
-# --- the suite --------------------------------------------------------------------------------------------
+class TestResults:
+    def test_they_say_where_when_and_what_was_measured(self, tmp_path: Path) -> None:
+        path = tmp_path / "toys.json"
+        results = report.Results(path, "cpu")
+        harness.run_cases([toy("sleeps", "textbook", "fails")], results, FAST)
+        assert last_run(path)["complete"] is False
+        assert results.finish() == 0
+        run = last_run(path)
+        assert run["complete"] is True
+        assert {"date", "command", "cpu", "cores_used", "load_average", "commit", "dirty"} <= set(
+            run["environment"]
+        )
+        assert run["environment"]["torch"] == torch.__version__
+        (case,) = run["cases"]
+        assert {"time_ms", "iqr_ms", "time_ratio"} <= set(case["contenders"]["sleeps"])
+        text = path.with_suffix(".md").read_text()
+        assert "| a toy |" in text
+        assert "- (1) failed: RuntimeError: no kernel image is available" in text
+        assert len(path.read_text().splitlines()) == 5  # one a case
+
+    def test_past_the_budget_cases_are_recorded_as_skipped_and_appended_runs_keep_the_earlier(
+        self, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "toys.json"
+        results = report.Results(path, "cpu")
+        harness.run_cases([toy("sleeps"), toy("sleeps", label="another")], results, FAST, budget_s=0.01)
+        assert results.cases[0]["contenders"]["sleeps"]["status"] == "ok"
+        assert results.cases[1]["status"] == "skipped"
+        assert "budget" in results.cases[1]["reason"]
+        report.Results(path, "cpu", append=True).add({"suite": "toys", "case": "third", "contenders": {}})
+        runs = json.loads(path.read_text())["runs"]
+        assert [case["case"] for run in runs for case in run["cases"]] == ["a toy", "another", "third"]
+        assert "| another |" in path.with_suffix(".md").read_text()
+
+    def test_a_killed_run_leaves_what_it_has(self, tmp_path: Path) -> None:
+        done = run_python("-c", KILLED_MIDWAY, str(tmp_path / "toys.json"))
+        assert done.returncode == -9, done.stderr
+        run = last_run(tmp_path / "toys.json")
+        assert run["complete"] is False
+        assert [case["case"] for case in run["cases"]] == ["a toy"]
+
+    @pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*_cpu.json")), ids=lambda path: path.stem)
+    def test_those_in_the_tree_are_well_formed(self, path: Path) -> None:
+        runs = json.loads(path.read_text())["runs"]
+        assert path.with_suffix(".md").exists()
+        for run in runs:
+            assert {"cpu", "cores_used", "torch", "date", "command"} <= set(run["environment"])
+            assert re.fullmatch("[0-9a-f]{40}", run["environment"]["commit"])
+            for case in run["cases"]:
+                rows = case.get("contenders", {"all": case})
+                assert all(row["status"] == "ok" or row["reason"] for row in rows.values())
+                ratios = {name: row["time_ratio"] for name, row in rows.items() if "time_ratio" in row}
+                if case["suite"] != bench_step.LOOP:  # its ratio is of the sums
+                    base_ms = rows[case["baseline"]]["time_ms"] if ratios else None
+                    assert ratios == pytest.approx(
+                        {name: rows[name]["time_ms"] / base_ms for name in ratios}, rel=1e-4
+                    )
 
 
-def test_the_attention_suite_runs_end_to_end(tmp_path: Path) -> None:
-    out = tmp_path / "attention.json"
-    only = r"(core forward|block R1) \| N16"
-    done = run_python("-m", "benchmarks.bench_attention", "--quick", "--out", str(out), "--only", only)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    data = json.loads(out.read_text())
-    assert data["complete"] is True
-    assert {row["suite"] for row in data["rows"]} == {"core forward", "block R1"}
-    ours = [row for row in data["rows"] if row["contender"] == "ours"]
-    assert len(ours) == 2
-    for row in ours:
-        assert row["status"] == "ok"
-        assert row["time_ms"] > 0
-        assert row["relative_error"] < 1e-3
-        assert row["peak_mib"] is None or row["peak_mib"] > 0
-        assert row["served_by"]
-    table = out.with_suffix(".md").read_text()
-    assert "## block R1" in table
-    assert "textbook" in table
-
-
-def test_the_data_suite_runs_end_to_end(tmp_path: Path) -> None:
-    out = tmp_path / "data.json"
-    done = run_python("-m", "benchmarks.bench_data", "--quick", "--out", str(out))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    data = json.loads(out.read_text())
-    assert data["complete"] is True
-    assert {"ours: folder", "ours: tars", "ours: packed, fetch", "ours: packed, loader"} <= {
-        row["contender"] for row in data["rows"]
-    }
-    for row in data["rows"]:
-        assert row["images_per_s"] > 0
-        assert row["time_ms"] * row["images_per_s"] == pytest.approx(256e3)
-    assert "## random batches, warm" in out.with_suffix(".md").read_text()
-    assert "ours: tars" in harness.markdown(data)
-    assert (tmp_path / "data_rates.png").is_file()
-
-
-def test_the_evaluation_suite_agrees_with_the_others(tmp_path: Path) -> None:
-    pytest.importorskip("torchmetrics")
-    out = tmp_path / "evaluation.json"
-    done = run_python("-m", "benchmarks.bench_evaluation", "--quick", "--out", str(out))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    data = json.loads(out.read_text())
-    assert data["complete"] is True
-    differences = {
-        (row["suite"], row["contender"]): row["difference"] for row in data["rows"] if "difference" in row
-    }
-    assert {suite for suite, _ in differences} == {"FID", "Inception Score", "KID", "intra-FID"}
-    assert max(differences.values()) < 1e-6
-
-
-@pytest.mark.parametrize("suite", bench_attention.SUITES)
-@pytest.mark.parametrize("pool_size", [1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_baseline_computes_the_same_as_the_reference(suite: str, pool_size: int, dtype: str) -> None:
-    case = bench_attention.AttentionCase(suite, (2, 16, 6), pool_size, dtype, "cpu")
-    rows = {row["contender"]: row for row in harness.measure_case(case, FAST)}
-    for name in ("ours", "textbook", "SDPA", "SDPA padded"):
-        assert rows[name]["status"] == "ok" or suite == bench_attention.BLOCK_R1, rows[name]
-    assert not harness.any_wrong(rows.values())
-    assert rows["textbook"]["status"] == "ok"
-
-
-def test_the_check_covers_every_output_and_gradient() -> None:
-    case = bench_attention.AttentionCase(bench_attention.BLOCK_R1, (2, 16, 6), 2, "float32", "cpu")
-    expected = case.expected(case.inputs())
-    weights = {f"grad_parameter_{name}" for name in ("gamma", "theta", "phi", "g", "o")}
-    assert set(expected) == {"y", "slope", "grad_x", *weights}
-    assert all(tensor.norm() > 0 for tensor in expected.values())
-
-
-def test_the_floor_is_the_slowest_of_bytes_products_and_exponentials() -> None:
-    case = bench_attention.AttentionCase(bench_attention.CORE_FORWARD, (2, 64, 8), 1, "float32", "cpu")
-    fast = {"copy_bytes": 1e30, "matmul_flops_float32": 1e30, "exponentials": 1e30}
-    assert case.floor_ms({**fast, "exponentials": 1e6}) == pytest.approx(2 * 64 * 64 / 1e6 * 1e3)
-    assert case.floor_ms({**fast, "matmul_flops_float32": 1e6}) == pytest.approx(
-        2 * 2 * 64 * 64 * 40 / 1e6 * 1e3
+def tiny_step(*names: str, bf16: bool = False, batch_size: int = 2) -> bench_step.StepCase:
+    sizes = (batch_size, 32, 8)
+    return bench_step.StepCase(
+        bench_step.STEP, "cpu", *sizes, names or ("ours", "textbook"), num_classes=10, bf16=bf16
     )
-    assert case.floor_ms({**fast, "copy_bytes": 1e6}) == pytest.approx(2 * 64 * 80 * 4 / 1e6 * 1e3)
 
 
-def test_the_backend_that_auto_takes_is_the_one_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = bench_attention.AttentionCase(bench_attention.BLOCK_TRAINING, (2, 16, 6), 2, "float32", "cpu")
-    core = bench_attention.AttentionCase(bench_attention.CORE_TRAINING, (2, 16, 6), 2, "float32", "cpu")
-    assert "ours: fused" in block.contenders()
-    assert "ours: fused" not in core.contenders()
-    monkeypatch.setattr(bench_attention.dispatch, "_INTERPRETING", False)
-    rows = {row["contender"]: row for row in harness.measure_case(block, FAST)}
-    assert rows["ours"]["served_by"] == "reference"
-    assert "ours: reference" not in rows
-    assert (rows["ours: fused"]["status"], rows["ours: triton"]["status"]) == ("refused", "refused")
-    assert "run on CUDA" in rows["ours: fused"]["reason"]
-    for served_by, repeated in (("fused", "fused"), ("fused + triton", "fused"), ("triton", "triton")):
-        seen = {"ours": {"served_by": served_by}}
-        names = [name for name in block.contenders() if block.is_repeated(name, seen)]
-        assert names == [f"ours: {repeated}"]
+def attention(
+    suite: str, pool_size: int = 2, dtype: str = "float32", names: tuple[str, ...] = ()
+) -> bench_attention.AttentionCase:
+    return bench_attention.AttentionCase(suite, "cpu", (2, 16, 6), pool_size, dtype, names=names)
 
 
-def test_the_float32_rate_is_cublas_or_a_third_of_tf32_and_needs_no_clock() -> None:
-    times_s = {"copy": 1.0, "bfloat16": 1.0, "ieee": 9.0, "tf32": 1.0}
-    for clock in (None, "", "[N/A]"):
-        rates = bench_attention.make_rates(times_s, 8, 100, clock)
-        assert "exponentials" not in rates
-        assert rates["matmul_flops_float32"] == pytest.approx(2 * 8**3 / 3)
-        case = bench_attention.AttentionCase(bench_attention.CORE_FORWARD, (2, 64, 8), 1, "float32", "cpu")
-        assert case.floor_ms(rates) is not None
-    assert bench_attention.make_rates({"ieee": 2.0}, 8, 100, None)["matmul_flops_float32"] == 8**3
-    assert case.floor_ms(bench_attention.make_rates({}, 8, 100, None)) is None
+def norm(suite: str, channels_last: bool = False, dtype: str = "float32") -> bench_conditional_norm.NormCase:
+    return bench_conditional_norm.NormCase(suite, "cpu", (3, 5, 7), dtype, channels_last)
 
 
-def test_products_leave_the_switch_of_tf32_as_it_was() -> None:
-    before = torch.backends.cuda.matmul.allow_tf32
-    for allowed in (True, False):
-        (product,) = bench_attention._product(torch.eye(2), torch.eye(2), allow_tf32=allowed).values()
-        assert torch.equal(product, torch.eye(2))
-        assert torch.backends.cuda.matmul.allow_tf32 is before
+def discriminator(suite: str) -> bench_spectral_norm.DiscriminatorCase:
+    return bench_spectral_norm.DiscriminatorCase(suite, "cpu", 2, base_width=2, resolution=64)
 
 
-def test_every_spectral_norm_computes_the_same_network(tmp_path: Path) -> None:
-    for suite in bench_spectral_norm.SUITES:
-        case = bench_spectral_norm.DiscriminatorCase(suite, 2, "cpu", base_width=2, resolution=64)
-        rows = {row["contender"]: row for row in harness.measure_case(case, FAST)}
-        assert [row["status"] for row in rows.values()] == ["ok"] * len(case.contenders()), rows
-        assert ("without SN" in rows) == (suite == bench_spectral_norm.STEP)
+class TestSuites:
+    def test_attention_runs_end_to_end(self, tmp_path: Path) -> None:
+        out = tmp_path / "attention.json"
+        only = r"(core forward|block R1) \| N16"
+        done = run_python("-m", "benchmarks.bench_attention", "--quick", "--out", str(out), "--only", only)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stderr == ""
+        run = last_run(out)
+        assert run["complete"] is True
+        cases = {case["suite"]: case["contenders"] for case in run["cases"]}
+        assert set(cases) == {"core forward", "block R1"}
+        for rows in cases.values():
+            assert rows["ours"]["status"] == "ok"
+            assert rows["ours"]["relative_error"] < 1e-3
+            assert rows["ours"]["peak_mib"] is None or rows["ours"]["peak_mib"] > 0
+            assert f"ours: {rows['ours']['served_by']}" not in rows  # not measured twice
+        assert "ours: fused" not in cases["core forward"]
+        for name in ("ours: fused", "ours: triton"):
+            assert cases["block R1"][name]["status"] == "refused"
+            assert "run on CUDA" in cases["block R1"][name]["reason"]
+        assert "## block R1" in out.with_suffix(".md").read_text()
 
-
-def test_the_spectral_norm_suite_finds_a_wrong_sigma() -> None:
-    case = bench_spectral_norm.DiscriminatorCase("the call alone", 2, "cpu", base_width=2, resolution=64)
-    inputs = case.inputs()
-    outputs = case.prepare("ours: shared", inputs)()
-    name = next(iter(outputs))
-    outputs[name] = outputs[name] * 1.01
-    with pytest.raises(harness.WrongResultError, match=r"is off by 0\.01"):
-        harness.compare(outputs, case.expected(inputs), case.tolerance)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("suite", [bench_conditional_norm.PLAIN, bench_conditional_norm.WITH_RELU])
-def test_every_conditional_norm_computes_what_batch_norm_does(
-    suite: str, channels_last: bool, dtype: str
-) -> None:
-    case = bench_conditional_norm.NormCase(suite, (3, 5, 7), dtype, channels_last, "cpu")
-    rows = {row["contender"]: row for row in harness.measure_case(case, FAST)}
-    assert {row["status"] for row in rows.values()} == {"ok"}, rows
-
-
-def test_the_conditional_norm_suite_finds_a_wrong_gradient() -> None:
-    case = bench_conditional_norm.NormCase("norm", (3, 5, 7), "float32", False, "cpu")
-    inputs = case.inputs()
-    outputs = case.prepare("ours", inputs)()
-    outputs["grad_gain"] = outputs["grad_gain"] * 1.01
-    with pytest.raises(harness.WrongResultError, match=r"grad_gain is off by 0\.01"):
-        harness.compare(outputs, case.expected(inputs), case.tolerance)
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_every_step_computes_the_same_losses_and_gradients(bf16: bool) -> None:
-    case = bench_step.StepCase(
-        bench_step.STEP, 8, 32, 8, "cpu", ("ours", "textbook"), num_classes=10, bf16=bf16
-    )
-    rows = harness.measure_case(case, FAST)
-    assert [row["status"] for row in rows] == ["ok", "ok"], rows
-    bench_step.add_rates(rows)
-    assert rows[0]["images_per_s"] == pytest.approx(8e3 / rows[0]["time_ms"])
-
-
-def test_the_step_is_timed_in_processes_apart() -> None:
-    case = bench_step.StepCase(bench_step.STEP, 2, 32, 8, "cpu", ("ours", "textbook"), num_classes=10)
-    rows = bench_step.measure_apart(case, steps=2, rounds=1)
-    assert [(row["contender"], row["samples"]) for row in rows] == [("ours", 2), ("textbook", 2)]
-    assert rows[1]["time_ratio"] == 1.0
-    assert rows[0]["time_ratio"] == pytest.approx(rows[0]["time_ms"] / rows[1]["time_ms"])
-
-
-def test_the_step_suite_finds_a_wrong_loss() -> None:
-    case = bench_step.StepCase(bench_step.STEP, 2, 32, 8, "cpu", ("ours", "textbook"), num_classes=10)
-    inputs = case.inputs()
-    outputs = case.prepare("ours", inputs)()
-    outputs["d_loss"] = outputs["d_loss"] * 1.05
-    with pytest.raises(harness.WrongResultError, match=r"d_loss is off by 0\.05"):
-        harness.compare(outputs, case.expected(inputs), case.tolerance)
-
-
-def test_the_loop_and_the_scaling_of_the_step_are_reported(tmp_path: Path) -> None:
-    alone, whole = bench_step.measure_loop("cpu", iterations=8)
-    assert alone["time_ratio"] == 1.0
-    assert whole["time_ratio"] > 1.0
-    rows = [
-        {
-            "suite": bench_step.SCALING,
-            "contender": "ours",
-            "batch_size": batch,
-            "base_width": 16,
-            "resolution": 64,
-            "time_ms": 10.0 * batch,
+    @pytest.mark.parametrize("suite", ["data", "evaluation"])
+    def test_suites_of_the_trainer_run_end_to_end(self, suite: str, tmp_path: Path) -> None:
+        if suite == "evaluation":
+            pytest.importorskip("torchmetrics")
+        out = tmp_path / f"{suite}.json"
+        done = run_python("-m", f"benchmarks.bench_{suite}", "--quick", "--out", str(out))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stderr == ""
+        run = last_run(out)
+        assert run["complete"] is True
+        rows = {
+            (case["suite"], name): row for case in run["cases"] for name, row in case["contenders"].items()
         }
-        for batch in (1, 2)
-    ]
-    assert bench_step.plot_scaling([alone], tmp_path / "none.png") is None
-    plot = bench_step.plot_scaling(rows, tmp_path / "scaling.png")
-    assert plot is None or plot.stat().st_size > 10_000
+        if suite == "data":
+            assert {name for _, name in rows} >= {"ours: folder", "ours: tars", "ours: packed, loader"}
+            for row in rows.values():
+                assert row["time_ms"] * row["images_per_s"] == pytest.approx(256e3, rel=1e-4)
+        else:
+            found = {table for (table, _), row in rows.items() if row.get("difference", 1.0) < 1e-6}
+            assert found == {"FID", "Inception Score", "KID", "intra-FID"}
+            assert max(row.get("difference", 0.0) for row in rows.values()) < 1e-6
+
+    @pytest.mark.parametrize(
+        ("suite", "only"),
+        [
+            ("spectral_norm", "call alone . .* NCHW"),
+            ("conditional_norm", "ReLU . .* NCHW"),
+            ("resampling", "convolution . up|Generator"),
+            ("step", "^step "),
+        ],
+    )
+    def test_the_others_run_on_a_small_case(self, suite: str, only: str, tmp_path: Path) -> None:
+        module = importlib.import_module(f"benchmarks.bench_{suite}")
+        out = tmp_path / f"{suite}.json"
+        assert module.main(["--quick", "--no-memory", "--only", only, "--out", str(out)]) == 0
+        cases = last_run(out)["cases"]
+        assert {row["status"] for case in cases for row in case["contenders"].values()} == {"ok"}
+        assert all(re.search(only, f"{case['suite']} | {case['case']}") for case in cases)
+
+    @pytest.mark.parametrize("suite", bench_attention.SUITES)
+    @pytest.mark.parametrize("pool_size", [1, 2])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_every_attention_computes_the_same_as_the_reference(
+        self, suite: str, pool_size: int, dtype: str
+    ) -> None:
+        # Without "triton", which the interpreter would run for minutes.
+        names = ("ours", "ours: chunked", "ours: sdpa", "textbook", "SDPA", "SDPA padded", "BigGAN-PyTorch")
+        case = harness.measure_case(attention(suite, pool_size, dtype, names), FAST)
+        rows = case["contenders"]
+        for name in ("ours", "textbook", "SDPA", "SDPA padded"):
+            assert rows[name]["status"] == "ok" or suite == bench_attention.BLOCK_R1, rows[name]
+        assert rows["ours"]["status"] == rows["textbook"]["status"] == "ok"
+        assert not report.any_failure([case])
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            *(discriminator(suite) for suite in bench_spectral_norm.SUITES),
+            *(
+                norm(suite, channels_last, dtype)
+                for suite in (bench_conditional_norm.PLAIN, bench_conditional_norm.WITH_RELU)
+                for channels_last in (False, True)
+                for dtype in ("float32", "bfloat16")
+            ),
+            *(tiny_step(bf16=bf16, batch_size=8) for bf16 in (False, True)),
+        ],
+        ids=lambda case: f"{case.suite} {case.name}",
+    )
+    def test_every_other_contender_computes_the_expected_result(self, case: Case) -> None:
+        rows = harness.measure_case(case, FAST)["contenders"]
+        assert [row["status"] for row in rows.values()] == ["ok"] * len(rows), rows
+        assert case.baseline in rows
+
+    @pytest.mark.parametrize(
+        ("case", "contender", "output"),
+        [
+            (attention("block forward+backward"), "ours", "grad_parameter_phi"),
+            (discriminator("the call alone"), "ours: shared", "blocks.0.conv1"),
+            (norm("norm"), "ours", "grad_gain"),
+            (bench_resampling.make_cases("cpu", quick=True)[0], "ours", "grad_weight"),
+            (tiny_step(), "ours", "d_loss"),
+        ],
+        ids=["attention", "spectral_norm", "conditional_norm", "resampling", "step"],
+    )
+    def test_a_result_that_is_off_is_found(self, case: Case, contender: str, output: str) -> None:
+        inputs = case.inputs()
+        outputs = case.prepare(contender, inputs)()
+        outputs[output] = outputs[output] * (1 + 2 * case.tolerance)
+        with pytest.raises(harness.WrongResultError, match=rf"{output} is off by"):
+            harness.compare(outputs, case.expected(inputs), case.tolerance)
+
+    def test_the_check_of_r1_covers_every_output_and_gradient(self) -> None:
+        case = attention(bench_attention.BLOCK_R1)
+        expected = case.expected(case.inputs())
+        weights = {f"grad_parameter_{name}" for name in ("gamma", "theta", "phi", "g", "o")}
+        assert set(expected) == {"y", "slope", "grad_x", *weights}
+        assert all(tensor.norm() > 0 for tensor in expected.values())
+
+    @pytest.mark.parametrize("served_by", ["fused", "fused + triton", "triton"])
+    def test_the_backend_that_auto_was_seen_to_take_is_not_measured_again(self, served_by: str) -> None:
+        case = attention(bench_attention.BLOCK_TRAINING)
+        rows = {"ours": {"served_by": served_by}}
+        repeated = [name for name in case.contenders() if case.is_repeated(name, rows)]
+        assert repeated == [f"ours: {served_by.split()[0]}"]
 
 
-# --- the command for a GPU --------------------------------------------------------------------------------
+class TestFloors:
+    def case(self) -> bench_attention.AttentionCase:
+        return bench_attention.AttentionCase(bench_attention.CORE_FORWARD, "cpu", (2, 64, 8), 1, "float32")
+
+    @pytest.mark.parametrize(
+        ("slowest", "work"),
+        [
+            ("exponentials", 2 * 64 * 64),
+            ("matmul_flops_float32", 2 * 2 * 64 * 64 * 40),
+            ("copy_bytes", 2 * 64 * 80 * 4),
+        ],
+    )
+    def test_they_are_the_slowest_of_bytes_products_and_exponentials(self, slowest: str, work: int) -> None:
+        rates = dict.fromkeys(("copy_bytes", "matmul_flops_float32", "exponentials"), 1e30) | {slowest: 1e6}
+        assert self.case().floor_ms(rates) == pytest.approx(work / 1e6 * 1e3)
+
+    def test_the_float32_rate_is_cublas_or_a_third_of_tf32_and_needs_no_clock(self) -> None:
+        times_s = {"copy": 1.0, "bfloat16": 1.0, "ieee": 9.0, "tf32": 1.0}
+        for clock in (None, "", "[N/A]"):
+            rates = bench_attention.make_rates(times_s, 8, 100, clock)
+            assert "exponentials" not in rates
+            assert rates["matmul_flops_float32"] == pytest.approx(2 * 8**3 / 3)
+            assert self.case().floor_ms(rates) is not None
+        assert bench_attention.make_rates({"ieee": 2.0}, 8, 100, None)["matmul_flops_float32"] == 8**3
+        assert self.case().floor_ms(bench_attention.make_rates({}, 8, 100, None)) is None
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["benchmarks.gpu"],
-        ["benchmarks.bench_attention", "--device", "cuda"],
-        ["benchmarks.bench_spectral_norm", "--device", "cuda"],
-        ["benchmarks.bench_step", "--device", "cuda"],
-        ["benchmarks.bench_conditional_norm", "--device", "cuda"],
-        ["benchmarks.bench_resampling", "--device", "cuda"],
-    ],
-    ids=lambda c: c[0],
-)
-def test_without_cuda_the_command_says_so_and_fails(command: Sequence[str]) -> None:
-    done = run_python("-m", *command)
-    assert done.returncode == 2
-    assert done.stdout.startswith("There is no CUDA device here")
-    assert done.stderr == ""
+class TestStep:
+    def test_it_is_timed_in_separate_processes(self) -> None:
+        rows = bench_step.measure_separately(tiny_step(), steps=2, rounds=1)["contenders"]
+        assert list(rows) == ["ours", "textbook"]
+        assert rows["textbook"]["time_ratio"] == 1.0
+        assert rows["ours"]["images_per_s"] == pytest.approx(2e3 / rows["ours"]["time_ms"])
+
+    def test_the_loop_takes_longer_than_the_step_inside_it(self) -> None:
+        rows = bench_step.measure_loop("cpu", iterations=8)["contenders"]
+        assert rows["the step alone"]["time_ratio"] == 1.0
+        assert rows["the whole loop"]["time_ratio"] > 1.0
+
+    def test_scaling_is_drawn_where_it_was_measured(self, tmp_path: Path) -> None:
+        cases = [bench_step.StepCase(bench_step.SCALING, "cpu", batch, 64, 16, ("ours",)) for batch in (1, 2)]
+        records = [
+            {"suite": case.suite, "case": case.name, "contenders": {"ours": {"time_ms": 10.0}}}
+            for case in cases
+        ]
+        assert bench_step.plot_scaling([], cases, tmp_path / "none.png") is None
+        plot = bench_step.plot_scaling(records, cases, tmp_path / "scaling.png")
+        assert plot is None or plot.stat().st_size > 10_000
 
 
-def step(name: str, script: str, limit_s: float = 60, not_run: str = "") -> gpu.Step:
-    return gpu.Step(name, (sys.executable, "-c", script), limit_s, not_run=not_run)
+class TestGpuCommand:
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+    @pytest.mark.parametrize(
+        "name", ["gpu", *(f"bench_{suite}" for suite in ("attention", "step", "resampling"))]
+    )
+    def test_without_cuda_it_says_so_and_fails(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        module = importlib.import_module(f"benchmarks.{name}")
+        try:
+            status = module.main([] if name == "gpu" else ["--device", "cuda"])
+        except SystemExit as error:
+            status = error.code
+        assert status == 2
+        assert capsys.readouterr().out.startswith("There is no CUDA device here")
 
+    def test_a_step_that_hangs_or_fails_does_not_take_the_others_time(self, tmp_path: Path) -> None:
+        def step(name: str, script: str, limit_s: float = 60, missing: str = "") -> gpu.Step:
+            return gpu.Step(name, (sys.executable, "-u", "-c", script), limit_s, missing=missing)
 
-def test_a_step_that_hangs_fails_or_is_absent_takes_nothing_from_the_others(tmp_path: Path) -> None:
-    steps = [
-        step("hangs", "print('before'); import time; time.sleep(600)", limit_s=6),
-        step("fails", "raise SystemExit(3)"),
-        step("absent", "", not_run="the tool is missing"),
-        step("works", "print('measured')"),
-    ]
-    outcomes = {outcome.name: outcome for outcome in gpu.run_steps(steps, tmp_path, 500)}
-    assert [outcome.status for outcome in outcomes.values()] == ["timed out", "failed", "not run", "ok"]
-    assert outcomes["fails"].reason.startswith("exit status 3")
-    assert (tmp_path / "hangs.log").read_text() == "before\n"
-    recorded = json.loads((tmp_path / "status.json").read_text())["steps"]
-    assert [entry["name"] for entry in recorded] == list(outcomes)
-    assert "| absent | not run | 0 | the tool is missing |" in gpu.summary(list(outcomes.values()), tmp_path)
-
-
-def test_steps_past_the_budget_are_not_begun(tmp_path: Path) -> None:
-    (outcome,) = gpu.run_steps([step("late", "print('ran')")], tmp_path, 1)
-    assert (outcome.status, outcome.reason) == ("not run", "the time was spent")
+        steps = [
+            step("hangs", "print('before'); import time; time.sleep(600)", limit_s=6),
+            step("fails", "raise SystemExit(3)"),
+            step("absent", "", missing="the tool is missing"),
+            step("works", "print('measured')"),
+        ]
+        outcomes = {outcome.name: outcome for outcome in gpu.run_steps(steps, tmp_path, 500)}
+        assert [each.status for each in outcomes.values()] == ["timed out", "failed", "not run", "ok"]
+        assert outcomes["fails"].reason.startswith("exit status 3")
+        assert (tmp_path / "hangs.log").read_text() == "before\n"
+        written = (tmp_path / "summary.md").read_text()
+        assert "| absent | not run | 0 | the tool is missing |" in written
+        assert "| works | ok |" in written
+        (late,) = gpu.run_steps([step("late", "print('ran')")], tmp_path, 1)
+        assert (late.status, late.reason) == ("not run", "no time was left")

@@ -1,6 +1,8 @@
-"""The released TensorFlow code's networks into ours.
+"""Loaders of the released TensorFlow code's networks.
 
-Variables come as a mapping from TensorFlow name to array; optimizer slots and counters have to be left out of it.
+``variables`` maps TensorFlow names to arrays, without optimizer slots and counters. Only names below ``scope`` matter.
+Missing variables, unknown ones below the scope and wrong shapes raise a ValueError that names all of them; the network
+then does not change. It needs the size, classes and attention of the released one.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sagan.networks import DownBlock, FirstDownBlock, UpBlock
+from sagan.networks import DownBlock, UpBlock
 from sagan_layers.convert import TensorFlowLoader
 
 if TYPE_CHECKING:
@@ -22,17 +24,7 @@ if TYPE_CHECKING:
 def load_tensorflow_generator(
     generator: Generator, variables: Mapping[str, ArrayLike | Tensor], scope: str = "model"
 ) -> None:
-    """Load G's variables of the released code, ``g_snh0`` to ``g_snconv_last``.
-
-    Args:
-        generator: ours, of the same size, classes and places of attention.
-        variables: arrays by TensorFlow variable name; those of G alone below the scope.
-        scope: the name below which they are.
-
-    Raises:
-        ValueError: if variables are missing, left over below the scope or of the wrong shape; all are named, and
-            the generator is as before.
-    """
+    """Load G's variables of the released code, ``g_snh0`` to ``g_snconv_last``."""
     loader = TensorFlowLoader(variables, scope)
     _, height, width = generator.first_shape
     loader.add(generator.linear, "g_snh0", spatial=(height, width))
@@ -53,23 +45,13 @@ def load_tensorflow_generator(
 def load_tensorflow_discriminator(
     discriminator: Discriminator, variables: Mapping[str, ArrayLike | Tensor], scope: str = "model"
 ) -> None:
-    """Load D's variables of the released code, ``d_optimized_block1`` to ``d_embedding``.
-
-    Args:
-        discriminator: ours, of the same size, classes and places of attention.
-        variables: arrays by TensorFlow variable name; those of D alone below the scope.
-        scope: the name below which they are.
-
-    Raises:
-        ValueError: if variables are missing, left over below the scope or of the wrong shape; all are named, and
-            the discriminator is as before.
-    """
+    """Load D's variables of the released code, ``d_optimized_block1`` to ``d_embedding``."""
     loader = TensorFlowLoader(variables, scope)
     for number, block in enumerate([*discriminator.blocks, discriminator.last_block], 1):
         name = "d_optimized_block1" if number == 1 else f"d_block{number}"
         loader.add(block.conv1, f"{name}/sn_conv1")
         loader.add(block.conv2, f"{name}/sn_conv2")
-        if isinstance(block, (FirstDownBlock, DownBlock)):
+        if isinstance(block, DownBlock):
             loader.add(block.shortcut, f"{name}/sn_conv3")
     for number, mixer in enumerate(discriminator.mixers.values()):
         loader.add(mixer, _non_local("d", number))
@@ -78,5 +60,5 @@ def load_tensorflow_discriminator(
 
 
 def _non_local(network: str, number: int) -> str:
-    """TensorFlow's scope of the first attention, and of further ones as its name scopes count."""
+    """Return the scope of an attention layer: TensorFlow numbers all but the first."""
     return f"{network}_non_local" + (f"_{number}" if number else "")

@@ -1,7 +1,4 @@
-"""Several processes that train or evaluate as one: who this one is, and what they tell each other.
-
-``torchrun`` starts them and sets RANK, WORLD_SIZE, LOCAL_RANK and the address of the first. Without it there is one.
-"""
+"""Processes that train or evaluate together. ``torchrun`` starts them; without it there is one."""
 
 from __future__ import annotations
 
@@ -18,87 +15,88 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sagan.digests import tensor_bytes
 from sagan.errors import UserError
+from sagan.io import tensor_bytes
 from sagan_layers import SpectralNormLayer
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Processes:
+class World:
     """This process among those that work together.
 
     Attributes:
-        rank: its number, from 0; 0 writes files and talks.
-        count: how many there are.
-        device: where its networks are.
-        control: the group for messages between hosts, on the CPU whatever the networks are on.
+        rank: its number; rank 0 writes files and prints.
+        world_size: number of processes.
+        device: its device.
+        control: group for messages between hosts, always on the CPU.
     """
 
     rank: int
-    count: int
+    world_size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is the one that writes files and talks."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
-    def share(self, whole: Tensor, part: int, parts: int) -> Tensor:
-        """Return what this process takes of part ``part`` of a global batch, [N, ...] -> [N / parts / count, ...]."""
-        size = len(whole) // (parts * self.count)
-        start = (part * self.count + self.rank) * size
+    def shard(self, whole: Tensor, part: int, parts: int) -> Tensor:
+        """Return this rank's shard of a part of a global batch, [N, ...] -> [N / parts / world_size, ...]."""
+        size = len(whole) // (parts * self.world_size)
+        start = (part * self.world_size + self.rank) * size
         return whole[start : start + size]
 
-    def first_does(self, work: Callable[[], T]) -> T:
-        """Do something in the first process alone, and return its result in all; it must be what JSON can hold.
+    def run_on_main(self, work: Callable[[], T]) -> T:
+        """Return the result of a function that runs on rank 0 only; JSON must be able to hold it.
 
         Raises:
-            UserError: whatever the first process raised; the others raise :class:`ToldByFirstError`.
+            UserError: if rank 0 raised it or an OSError; the other ranks raise :class:`ReportedByMainError`.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return work()
         failed: UserError | OSError | None = None
-        answer = ""
-        if self.is_first:
+        message: list[str] = [""]
+        if self.is_main:
             try:
-                answer = json.dumps({"result": work()})
+                message = [json.dumps({"result": work()})]
             except (UserError, OSError) as error:
-                failed, answer = error, json.dumps({"error": str(error)})
-        told = json.loads(self.from_first(answer))
+                failed, message = error, [json.dumps({"error": str(error)})]
+        dist.broadcast_object_list(message, src=0, group=self.control)
         if failed is not None:
             raise failed
-        if "error" in told:
-            raise ToldByFirstError(told["error"])
-        result: T = told["result"]
+        answer = json.loads(message[0])
+        if "error" in answer:
+            raise ReportedByMainError(answer["error"])
+        result: T = answer["result"]
         return result
 
-    def wait(self) -> None:
-        """Return when all processes have come here."""
-        if self.count > 1:
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
             dist.barrier(group=self.control)
 
-    def largest(self, number: int) -> int:
-        """Return the largest of all processes' numbers; no process waits for its GPU."""
-        if self.count == 1:
+    def max_over_ranks(self, number: int) -> int:
+        """Return the largest of all ranks' numbers, without waiting for a GPU."""
+        if self.world_size == 1:
             return number
         numbers = torch.tensor([number])
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.control)
         return int(numbers.item())
 
-    def mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Return the means over all processes of numbers of the same names."""
-        if self.count == 1:
+    def mean_over_ranks(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Return the mean over all ranks of each number."""
+        if self.world_size == 1:
             return dict(numbers)
         values = torch.tensor(list(numbers.values()), dtype=torch.float64)
         dist.all_reduce(values, group=self.control)
-        return dict(zip(numbers, (values / self.count).tolist(), strict=True))
+        return dict(zip(numbers, (values / self.world_size).tolist(), strict=True))
 
     def average_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace floating-point tensors by their mean over the processes, in one message for each dtype."""
-        if self.count == 1:
+        """Replace floating-point tensors by their mean over the ranks, with one message for each dtype."""
+        if self.world_size == 1:
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
@@ -106,34 +104,34 @@ class Processes:
         for group in by_dtype.values():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
             dist.all_reduce(flat)
-            parts = torch.split(flat.div_(self.count), [tensor.numel() for tensor in group])
+            parts = torch.split(flat.div_(self.world_size), [tensor.numel() for tensor in group])
             for tensor, part in zip(group, parts, strict=True):
                 tensor.detach().copy_(part.view(tensor.shape))
 
     def gather_texts(self, text: str) -> list[str]:
-        """Return every process's text, by rank."""
-        if self.count == 1:
+        """Return all ranks' texts, by rank."""
+        if self.world_size == 1:
             return [text]
-        texts: list[str | None] = [None] * self.count
+        texts: list[str | None] = [None] * self.world_size
         dist.all_gather_object(texts, text, group=self.control)
         return [str(each) for each in texts]
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Return all processes' tensors by rank, in the first process; none in the others.
+        """Return all ranks' tensors by rank, on rank 0; an empty list elsewhere.
 
         Args:
-            tensor: on the CPU, of one shape in all processes.
+            tensor: on the CPU, with the same shape on all ranks.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return [tensor]
-        found = [torch.empty_like(tensor) for _ in range(self.count)] if self.is_first else None
+        found = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.is_main else None
         dist.gather(tensor.contiguous(), found, group=self.control)
         return found or []
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[dist.ProcessGroup | None]:
-        """Yield a group of this process alone, for what would otherwise gather over all of them."""
-        if self.count == 1:
+    def single_rank_group(self) -> Iterator[dist.ProcessGroup | None]:
+        """Yield a group of this process only, for code that gathers over a group."""
+        if self.world_size == 1:
             yield None
             return
         group = dist.new_group([self.rank], use_local_synchronization=True)
@@ -142,52 +140,44 @@ class Processes:
         finally:
             dist.destroy_process_group(group)
 
-    def from_first(self, text: str) -> str:
-        """Return the text of process 0."""
-        if self.count == 1:
-            return text
-        texts = [text]
-        dist.broadcast_object_list(texts, src=0, group=self.control)
-        return texts[0]
 
-
-class ToldByFirstError(UserError):
-    """What the first process says already."""
+class ReportedByMainError(UserError):
+    """An error that rank 0 reports; the other ranks stay silent."""
 
 
 class ProcessesDisagreeError(UserError):
-    """Processes that should hold the same numbers do not."""
+    """The ranks should hold the same numbers, but do not."""
 
 
 @contextlib.contextmanager
-def processes(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[Processes]:
-    """Join the other processes for a ``with`` block, as ``torchrun`` says; alone without it.
+def init_world(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started for a ``with`` block.
 
     Args:
-        device_name: "auto", "cpu" or "cuda"; each process takes the GPU of its LOCAL_RANK. A device with a number
-            ("cuda:1") is for a process alone.
-        timeout_minutes: after how long of waiting for another process this one gives up.
+        device_name: "auto", "cpu" or "cuda"; each process takes the GPU of its LOCAL_RANK. A device with a number, such
+            as "cuda:1", is for one process.
+        timeout_minutes: how long to wait for another process.
 
     Raises:
         UserError: if the environment is incomplete, or there are fewer GPUs than processes.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Processes(0, 1, pick_device(device_name))
+        yield World(0, 1, pick_device(device_name))
         return
     missing = [
         name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
     ]
     if missing:
         raise UserError(f"WORLD_SIZE is {count} but {', '.join(missing)} not set; start with torchrun")
-    device = _own_device(device_name, int(os.environ["LOCAL_RANK"]))
+    device = _local_device(device_name, int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         control = (
             dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
         )
-        yield Processes(dist.get_rank(), dist.get_world_size(), device, control)
+        yield World(dist.get_rank(), dist.get_world_size(), device, control)
     finally:
         dist.destroy_process_group()
 
@@ -196,7 +186,7 @@ def pick_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is the first GPU, or the CPU without one.
 
     Raises:
-        UserError: if there is no such device here.
+        UserError: if there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -209,7 +199,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _own_device(name: str, local_rank: int) -> torch.device:
+def _local_device(name: str, local_rank: int) -> torch.device:
     device = pick_device(name)
     if device.type != "cuda":
         return device
@@ -226,7 +216,7 @@ def _own_device(name: str, local_rank: int) -> torch.device:
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """Return the running means and variances of a network, those that move in training."""
+    """Return the running means and variances of a network."""
     return [
         buffer
         for name, buffer in network.named_buffers()
@@ -234,44 +224,38 @@ def running_statistics(network: nn.Module) -> list[Tensor]:
     ]
 
 
-def check_agreement(own: Processes, networks: Mapping[str, nn.Module]) -> None:
-    """Check that weights, spectral-norm vectors and running statistics are the same bits in all processes.
+def check_agreement(world: World, networks: Mapping[str, nn.Module]) -> None:
+    """Check that weights, spectral-norm vectors and running statistics have the same bits on all ranks.
 
     Args:
-        own: this process.
-        networks: by the names to call them in a message.
+        world: this process.
+        networks: networks by the names that the message uses.
 
     Raises:
-        ProcessesDisagreeError: naming the processes and what differs; in all processes alike.
+        ProcessesDisagreeError: on all ranks, naming the ranks and what differs.
     """
-    if own.count == 1:
+    if world.world_size == 1:
         return
-    digests = {
-        f"{name}'s {kind}": _digest(tensors)
-        for name, network in networks.items()
-        for kind, tensors in (
-            ("weights", list(network.parameters())),
-            ("spectral-norm vectors", _vectors(network)),
-            ("running statistics", running_statistics(network)),
+    digests = {}
+    for name, network in networks.items():
+        layers = [layer for layer in network.modules() if isinstance(layer, SpectralNormLayer)]
+        digests[f"{name}'s weights"] = _digest(network.parameters())
+        digests[f"{name}'s spectral-norm vectors"] = _digest(
+            vector for layer in layers for vector in (layer.weight_u, layer.weight_v)
         )
-    }
-    found = [text.split() for text in own.gather_texts(" ".join(digests.values()))]
+        digests[f"{name}'s running statistics"] = _digest(running_statistics(network))
+    found = [text.split() for text in world.gather_texts(" ".join(digests.values()))]
     different = [
         f"{what} of process {rank}"
         for index, what in enumerate(digests)
-        for rank, theirs in enumerate(found)
-        if theirs[index] != found[0][index]
+        for rank, digests_of_rank in enumerate(found)
+        if digests_of_rank[index] != found[0][index]
     ]
     if different:
         raise ProcessesDisagreeError(
-            f"expected the same numbers in all {own.count} processes, but these differ from process 0: "
+            f"expected the same numbers in all {world.world_size} processes, but these differ from process 0: "
             + "; ".join(different)
         )
-
-
-def _vectors(network: nn.Module) -> list[Tensor]:
-    layers = [layer for layer in network.modules() if isinstance(layer, SpectralNormLayer)]
-    return [vector for layer in layers for vector in (layer.weight_u, layer.weight_v)]
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

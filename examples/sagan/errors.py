@@ -1,26 +1,42 @@
-"""What a user can put right."""
+"""Errors that the user can fix, and the checks that raise them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
-    """Something that the user can put right; the message says what was expected and what was found.
+    """An error that the user can fix. The message says what was expected and what was found.
 
-    The command line shows the message alone. Any other exception is a fault of the program and keeps its
-    traceback.
+    The command line shows the message alone. Any other exception is a bug and keeps its traceback.
     """
 
 
-def is_taken(out: Path, *, besides: str | None = None) -> bool:
-    """Whether something lies where a folder is to be written, files whose names begin with ``besides`` apart."""
+def check_at_least(options: object, minimum: int, *names: str) -> None:
+    """Raise :class:`UserError` for an option that is set and below the minimum."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < minimum:
+            raise UserError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def check_choices(options: object) -> None:
+    """Raise :class:`UserError` for an option whose type is a ``Literal`` without its value."""
+    for name, kind in get_type_hints(type(options)).items():
+        choices, value = get_args(kind), getattr(options, name)
+        if get_origin(kind) is Literal and value not in choices:
+            raise UserError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def is_in_use(out: Path, *, ignored_prefix: str | None = None) -> bool:
+    """Whether ``out`` exists and is not an empty folder; ignores files whose names begin with a prefix."""
     if not out.is_dir():
         return out.exists()
-    return any(besides is None or not inside.name.startswith(besides) for inside in out.iterdir())
+    return any(ignored_prefix is None or not file.name.startswith(ignored_prefix) for file in out.iterdir())
 
 
 def check_is_new(out: Path) -> None:
-    """Raise :class:`UserError` where a folder is to be written and something is there already."""
-    if is_taken(out):
-        raise UserError(f"out: expected a folder that is not there yet or empty, got {out}")
+    """Raise :class:`UserError` if ``out`` exists and is not an empty folder."""
+    if is_in_use(out):
+        raise UserError(f"out: expected a new or empty folder, got {out}")

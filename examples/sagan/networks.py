@@ -1,7 +1,7 @@
 """SAGAN's generator and discriminator, from 32 to 256 pixels.
 
-The released code's networks for 128 pixels, carried to other sizes by one rule: the widest feature map is 16
-times the base width, and widths halve as the resolution doubles.
+At 128 pixels these are the released code's networks. One rule gives the other sizes: widths halve as the resolution
+doubles, from at most 16 times the base width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sagan.errors import UserError
+from sagan.errors import UserError, check_at_least, check_choices
 from sagan_layers import (
     ConditionalBatchNorm2d,
     ProjectionDiscriminatorHead,
@@ -26,7 +26,9 @@ from sagan_layers import (
 )
 
 RESOLUTIONS = (32, 64, 128, 256)
-_INITS: dict[str, Callable[[Tensor], Tensor] | None] = {
+Mixer = Literal["attention", "residual"]
+Init = Literal["xavier_uniform", "orthogonal", "normal", "default"]
+_DRAW_WEIGHT: dict[Init, Callable[[Tensor], Tensor] | None] = {
     "xavier_uniform": nn.init.xavier_uniform_,
     "orthogonal": nn.init.orthogonal_,
     "normal": partial(nn.init.normal_, std=0.02),
@@ -36,24 +38,24 @@ _INITS: dict[str, Callable[[Tensor], Tensor] | None] = {
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Everything that determines the two networks' shapes and start.
+    """Shapes and initial weights of both networks.
 
     Attributes:
         resolution: height and width of the images in pixels: 32, 64, 128 or 256.
-        base_width: channels of the feature map nearest to the image.
+        base_width: channels of the feature map with the highest resolution.
         num_classes: number of classes; 0 for an unconditional GAN, None to take the data's.
         latent_dim: size of z.
-        g_attention: resolutions of the feature maps after which G has attention.
+        g_attention: resolutions of the feature maps that G applies attention to.
         d_attention: the same for D.
-        mixer: what stands there: "attention", or a "residual" block of equal parameter count (paper, table 1).
-        g_spectral_norm: whether G's convolutions and linear layer are normalised.
-        d_spectral_norm: whether D's are, its head included.
-        sn_eps: epsilon of the spectral normalisation.
+        mixer: "attention", or in its place a "residual" block with as many parameters (paper, table 1).
+        g_spectral_norm: normalise G's convolutions and linear layer.
+        d_spectral_norm: normalise D's layers, its head included.
+        sn_eps: epsilon of spectral normalisation.
         bn_eps: epsilon of batch norm.
         bn_momentum: momentum of the conditional batch norms.
         last_bn_momentum: momentum of G's last, unconditional batch norm.
-        biased_running_var: whether running variances are biased, as TensorFlow's.
-        init: how convolutions, linear layers and embeddings start.
+        biased_running_var: keep biased running variances, as TensorFlow does.
+        init: initial weights of convolutions, linear layers and embeddings.
     """
 
     resolution: int = 128
@@ -62,7 +64,7 @@ class NetworkConfig:
     latent_dim: int = 128
     g_attention: tuple[int, ...] = (32,)
     d_attention: tuple[int, ...] = (32,)
-    mixer: Literal["attention", "residual"] = "attention"
+    mixer: Mixer = "attention"
     g_spectral_norm: bool = True
     d_spectral_norm: bool = True
     sn_eps: float = 1e-12
@@ -70,17 +72,14 @@ class NetworkConfig:
     bn_momentum: float = 0.001
     last_bn_momentum: float = 0.0001
     biased_running_var: bool = True
-    init: Literal["xavier_uniform", "orthogonal", "normal", "default"] = "xavier_uniform"
+    init: Init = "xavier_uniform"
 
     def __post_init__(self) -> None:
         if self.resolution not in RESOLUTIONS:
             raise UserError(f"resolution: expected one of {RESOLUTIONS}, got {self.resolution}")
-        if self.num_classes is not None and self.num_classes < 0:
-            raise UserError(f"num_classes: expected at least 0, got {self.num_classes}")
-        if self.base_width < 1 or self.latent_dim < 1:
-            raise UserError(
-                f"base_width, latent_dim: expected at least 1, got {self.base_width}, {self.latent_dim}"
-            )
+        check_choices(self)
+        check_at_least(self, 0, "num_classes")
+        check_at_least(self, 1, "base_width", "latent_dim")
         if not min(self.sn_eps, self.bn_eps) > 0:
             raise UserError(f"sn_eps, bn_eps: expected above 0, got {self.sn_eps}, {self.bn_eps}")
         momenta = (self.bn_momentum, self.last_bn_momentum)
@@ -95,18 +94,12 @@ class NetworkConfig:
                 raise UserError(
                     f"{name}: expected different resolutions out of {allowed}, got {list(chosen)}"
                 )
-        for name, value, choices in (
-            ("mixer", self.mixer, ("attention", "residual")),
-            ("init", self.init, tuple(_INITS)),
-        ):
-            if value not in choices:
-                raise UserError(f"{name}: expected one of {choices}, got {value!r}")
 
     @property
     def head_classes(self) -> int | None:
-        """The number of classes for the layers: None for an unconditional GAN."""
+        """The number of classes as the layers take it: None for an unconditional GAN."""
         if self.num_classes is None:
-            raise UserError("num_classes: expected a number, got None (it is taken from the data first)")
+            raise UserError("num_classes: expected a number, got None (take it from the data first)")
         return self.num_classes or None
 
 
@@ -125,6 +118,9 @@ def _discriminator_widths(config: NetworkConfig) -> list[tuple[int, int]]:
 class Generator(nn.Module):
     """G: latents and labels to images.
 
+    At 128 pixels: linear layer to 1024 x 4 x 4; up-blocks to 1024 x 8 x 8, 512 x 16 x 16, 256 x 32 x 32,
+    128 x 64 x 64 and 64 x 128 x 128, with attention after one of them; batch norm, ReLU, 3x3 convolution, tanh.
+
     Args:
         config: shapes and options; ``num_classes`` must be set.
 
@@ -138,26 +134,19 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoints_activations = False
-        sn = config.g_spectral_norm
-        widths = _generator_widths(config)
-        (first_resolution, width), *following = widths
+        linear, conv = _linear(config.g_spectral_norm, config), _conv(config.g_spectral_norm, config)
+        (first_resolution, width), *following = _generator_widths(config)
         self.first_shape = (width, first_resolution, first_resolution)
-        self.linear = _linear(config.latent_dim, width * first_resolution**2, sn, config.sn_eps)
+        self.linear = linear(config.latent_dim, width * first_resolution**2)
         self.blocks = nn.ModuleList()
         self.mixers = nn.ModuleDict()
-        for resolution, outputs in following:
-            self.blocks.append(UpBlock(width, outputs, config))
+        for resolution, out_channels in following:
+            self.blocks.append(UpBlock(width, out_channels, config))
             if resolution in config.g_attention:
-                self.mixers[str(resolution)] = _mixer(outputs, sn, config)
-            width = outputs
-        self.last_norm = ConditionalBatchNorm2d(
-            width,
-            eps=config.bn_eps,
-            momentum=config.last_bn_momentum,
-            biased_running_var=config.biased_running_var,
-            activation="relu",
-        )
-        self.last_conv = _conv(width, 3, 3, sn, config.sn_eps)
+                self.mixers[str(resolution)] = _mixer(out_channels, config.g_spectral_norm, config)
+            width = out_channels
+        self.last_norm = _norm(config, momentum=config.last_bn_momentum)(width)
+        self.last_conv = conv(width, 3, 3, padding=1)
         initialize(self, config.init)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -172,24 +161,17 @@ class Generator(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual block of G that doubles the resolution."""
+    """Residual block of G that doubles the resolution. The norms include the ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig) -> None:
         super().__init__()
-        norm = partial(
-            ConditionalBatchNorm2d,
-            num_classes=config.head_classes,
-            eps=config.bn_eps,
-            momentum=config.bn_momentum,
-            biased_running_var=config.biased_running_var,
-            activation="relu",
-        )
-        sn, eps = config.g_spectral_norm, config.sn_eps
+        conv = _conv(config.g_spectral_norm, config)
+        norm = _norm(config, num_classes=config.head_classes, momentum=config.bn_momentum)
         self.norm1 = norm(in_channels)
-        self.conv1 = _conv(in_channels, out_channels, 3, sn, eps, upsample=2)
+        self.conv1 = conv(in_channels, out_channels, 3, padding=1, upsample=2)
         self.norm2 = norm(out_channels)
-        self.conv2 = _conv(out_channels, out_channels, 3, sn, eps)
-        self.shortcut = _conv(in_channels, out_channels, 1, sn, eps, upsample=2)
+        self.conv2 = conv(out_channels, out_channels, 3, padding=1)
+        self.shortcut = conv(in_channels, out_channels, 1, upsample=2)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """[N, in, H, W] -> [N, out, 2H, 2W]."""
@@ -201,6 +183,9 @@ class UpBlock(nn.Module):
 
 class Discriminator(nn.Module):
     """D: images and labels to logits.
+
+    At 128 pixels: down-blocks to 64 x 64 x 64, 128 x 32 x 32, 256 x 16 x 16, 512 x 8 x 8 and 1024 x 4 x 4, with
+    attention after one of them; a last block that keeps the size; ReLU, sum over positions, projection head.
 
     Args:
         config: shapes and options; ``num_classes`` must be set.
@@ -215,19 +200,17 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoints_activations = False
-        sn = config.d_spectral_norm
         self.blocks = nn.ModuleList()
         self.mixers = nn.ModuleDict()
         width = 3
-        for resolution, outputs in _discriminator_widths(config):
-            block = DownBlock if self.blocks else FirstDownBlock
-            self.blocks.append(block(width, outputs, config))
+        for resolution, out_channels in _discriminator_widths(config):
+            self.blocks.append(DownBlock(width, out_channels, config, preactivation=len(self.blocks) > 0))
             if resolution in config.d_attention:
-                self.mixers[str(resolution)] = _mixer(outputs, sn, config)
-            width = outputs
+                self.mixers[str(resolution)] = _mixer(out_channels, config.d_spectral_norm, config)
+            width = out_channels
         self.last_block = LastBlock(width, config)
         self.head = ProjectionDiscriminatorHead(
-            width, config.head_classes, spectral_norm=sn, eps=config.sn_eps
+            width, config.head_classes, spectral_norm=config.d_spectral_norm, eps=config.sn_eps
         )
         initialize(self, config.init)
 
@@ -242,48 +225,38 @@ class Discriminator(nn.Module):
         return logits
 
 
-class FirstDownBlock(nn.Module):
-    """First block of D, without activation before its convolution; halves the resolution."""
-
-    def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig) -> None:
-        super().__init__()
-        sn, eps = config.d_spectral_norm, config.sn_eps
-        self.conv1 = _conv(in_channels, out_channels, 3, sn, eps)
-        self.conv2 = _conv(out_channels, out_channels, 3, sn, eps, downsample=2)
-        self.shortcut = _conv(in_channels, out_channels, 1, sn, eps, downsample=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in, H, W] -> [N, out, H/2, W/2]."""
-        main = self.conv2(torch.relu(self.conv1(x)))
-        y: Tensor = self.shortcut(x) + main
-        return y
-
-
 class DownBlock(nn.Module):
-    """Residual block of D that halves the resolution. Its shortcut takes the un-activated input."""
+    """Residual block of D that halves the resolution. Its shortcut takes the un-activated input.
 
-    def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig) -> None:
+    The first block of D has no ``preactivation``: its input is the image.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, config: NetworkConfig, *, preactivation: bool = True
+    ) -> None:
         super().__init__()
-        sn, eps = config.d_spectral_norm, config.sn_eps
-        self.conv1 = _conv(in_channels, out_channels, 3, sn, eps)
-        self.conv2 = _conv(out_channels, out_channels, 3, sn, eps, downsample=2)
-        self.shortcut = _conv(in_channels, out_channels, 1, sn, eps, downsample=2)
+        self.preactivation = preactivation
+        conv = _conv(config.d_spectral_norm, config)
+        self.conv1 = conv(in_channels, out_channels, 3, padding=1)
+        self.conv2 = conv(out_channels, out_channels, 3, padding=1, downsample=2)
+        self.shortcut = conv(in_channels, out_channels, 1, downsample=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H/2, W/2]."""
-        main = self.conv2(torch.relu(self.conv1(torch.relu(x))))
+        main = self.conv1(torch.relu(x) if self.preactivation else x)
+        main = self.conv2(torch.relu(main))
         y: Tensor = self.shortcut(x) + main
         return y
 
 
 class LastBlock(nn.Module):
-    """Last residual block of D; keeps the resolution and has the identity as its shortcut."""
+    """Last residual block of D. It keeps the resolution, and its shortcut is the identity."""
 
     def __init__(self, channels: int, config: NetworkConfig) -> None:
         super().__init__()
-        sn, eps = config.d_spectral_norm, config.sn_eps
-        self.conv1 = _conv(channels, channels, 3, sn, eps)
-        self.conv2 = _conv(channels, channels, 3, sn, eps)
+        conv = _conv(config.d_spectral_norm, config)
+        self.conv1 = conv(channels, channels, 3, padding=1)
+        self.conv2 = conv(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
@@ -292,19 +265,20 @@ class LastBlock(nn.Module):
 
 
 class ResidualMixer(nn.Module):
-    r"""The paper's control for attention: a residual block with as many parameters, in the same place.
+    r"""The paper's control for attention: a residual block with as many parameters in the same place.
 
     .. math:: y = x + \gamma\, W_2\, \mathrm{ReLU}(W_1\, \mathrm{ReLU}(x))
 
-    The paper does not say how the block is made. Two bias-free 1x1 convolutions with key plus value channels
-    between them have exactly the four convolutions' number of weights, and gamma is kept.
+    The paper does not specify the block. Two 1x1 convolutions without bias, with as many channels between them as
+    attention's keys and values have together, have exactly the weights of its four convolutions; gamma stays.
     """
 
-    def __init__(self, channels: int, spectral_norm: bool, sn_eps: float) -> None:
+    def __init__(self, channels: int, config: NetworkConfig, *, spectral_norm: bool = True) -> None:
         super().__init__()
         hidden = max(1, channels // 8) + max(1, channels // 2)
-        self.conv1 = _conv(channels, hidden, 1, spectral_norm, sn_eps, bias=False)
-        self.conv2 = _conv(hidden, channels, 1, spectral_norm, sn_eps, bias=False)
+        conv = _conv(spectral_norm, config)
+        self.conv1 = conv(channels, hidden, 1, bias=False)
+        self.conv2 = conv(hidden, channels, 1, bias=False)
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -315,15 +289,12 @@ class ResidualMixer(nn.Module):
 
 
 @torch.no_grad()
-def initialize(network: nn.Module, init: str) -> None:
-    """Draw the weights of convolutions, linear layers and embeddings; set their biases to zero.
+def initialize(network: nn.Module, init: Init) -> None:
+    """Draw the weights of convolutions, linear layers and embeddings, and set their biases to zero.
 
-    Args:
-        network: whose layers to draw.
-        init: "xavier_uniform", "orthogonal", "normal" (standard deviation 0.02), or "default" for torch's own,
-            biases included.
+    "default" leaves weights and biases as torch draws them.
     """
-    draw = _INITS[init]
+    draw = _DRAW_WEIGHT[init]
     if draw is None:
         return
     for layer in network.modules():
@@ -338,34 +309,29 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
-def _conv(
-    inputs: int,
-    outputs: int,
-    kernel_size: int,
-    spectral_norm: bool,
-    eps: float,
-    *,
-    bias: bool = True,
-    upsample: int = 1,
-    downsample: int = 1,
-) -> nn.Conv2d:
-    conv = partial(SNConv2d, eps=eps) if spectral_norm else ResamplingConv2d
-    return conv(
-        inputs,
-        outputs,
-        kernel_size,
-        padding=kernel_size // 2,
-        bias=bias,
-        upsample=upsample,
-        downsample=downsample,
+def _conv(spectral_norm: bool, config: NetworkConfig) -> Callable[..., nn.Conv2d]:
+    return partial(SNConv2d, eps=config.sn_eps) if spectral_norm else ResamplingConv2d
+
+
+def _linear(spectral_norm: bool, config: NetworkConfig) -> Callable[..., nn.Linear]:
+    return partial(SNLinear, eps=config.sn_eps) if spectral_norm else nn.Linear
+
+
+def _norm(
+    config: NetworkConfig, *, momentum: float, num_classes: int | None = None
+) -> Callable[[int], ConditionalBatchNorm2d]:
+    """Return a function from a number of channels to a batch norm followed by a ReLU."""
+    return partial(
+        ConditionalBatchNorm2d,
+        num_classes=num_classes,
+        eps=config.bn_eps,
+        momentum=momentum,
+        biased_running_var=config.biased_running_var,
+        activation="relu",
     )
-
-
-def _linear(inputs: int, outputs: int, spectral_norm: bool, eps: float) -> nn.Linear:
-    return SNLinear(inputs, outputs, eps=eps) if spectral_norm else nn.Linear(inputs, outputs)
 
 
 def _mixer(channels: int, spectral_norm: bool, config: NetworkConfig) -> nn.Module:
     if config.mixer == "attention":
         return SelfAttention2d(channels, spectral_norm=spectral_norm, eps=config.sn_eps)
-    return ResidualMixer(channels, spectral_norm, config.sn_eps)
+    return ResidualMixer(channels, config, spectral_norm=spectral_norm)

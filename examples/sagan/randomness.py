@@ -1,44 +1,60 @@
 """Random numbers that depend on what they are for, not on what was drawn before.
 
-So a resumed run draws what an uninterrupted one would, on any number of processes, with no state to keep.
+So a resumed run draws what an uninterrupted one would, on any number of processes, with no state to save.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Words = npt.NDArray[np.uint64]
 _MASK = 0xFFFFFFFFFFFFFFFF
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15
 
 
 def mixed_seed(*numbers: int) -> int:
-    """Spread integers from 0 over 63 bits, so that neighbours have unrelated generators."""
+    """Return a seed of 63 bits for some integers from 0; neighbours get unrelated seeds."""
     state = 0
     for number in numbers:
-        state = (state * 0x9E3779B97F4A7C15 + number + 1) & _MASK
-        for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
-            state = ((state ^ (state >> 30)) * multiplier) & _MASK
-        state ^= state >> 31
+        state = _scramble((state * _GOLDEN_RATIO + number + 1) & _MASK, second_shift=30)
     return state >> 1
+
+
+def splitmix64(states: Words) -> Words:
+    """Return the SplitMix64 output for each state: a bijection of 64-bit integers whose bits look random."""
+    scrambled: Words = _scramble(states + np.uint64(_GOLDEN_RATIO), second_shift=27)
+    return scrambled
+
+
+def _scramble(bits: Any, second_shift: int) -> Any:  # an int or Words
+    # Two shifts are in use. Another one would change the noise or the flips of runs that exist.
+    bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    bits = ((bits ^ (bits >> second_shift)) * 0x94D049BB133111EB) & _MASK
+    return bits ^ (bits >> 31)
 
 
 def training_noise(
     seed: int, iteration: int, update: int, *, count: int, latent_dim: int, labels_in_use: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the latents and labels of one update's generated images, those of the whole global batch.
+    """Return the latents and labels of one update's generated images, for the whole global batch.
 
-    Every process draws them all and takes its share: so 1, 2 or 4 processes train on the same noise.
+    Every process draws all of them and takes its share, so 1, 2 or 4 processes train on the same noise.
 
     Args:
-        seed: of the run.
+        seed: the run's seed.
         iteration: from 0.
-        update: which one of the iteration's, from 0.
+        update: number of the update within the iteration, from 0.
         count: images in the global batch.
         latent_dim: size of a latent.
         labels_in_use: int64 [K], the classes to draw from.
 
     Shape:
-        - latents: float32 [count, latent_dim], on the CPU, so that devices do not change them.
+        - latents: float32 [count, latent_dim], drawn on the CPU: the same numbers for every device.
         - labels: int64 [count].
     """
     generator = torch.Generator().manual_seed(mixed_seed(seed, iteration, update))

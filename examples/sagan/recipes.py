@@ -1,21 +1,23 @@
-"""A run's whole configuration, and the recipes that make one.
+"""The configuration of a run, and the recipes.
 
-A run is one frozen :class:`RunConfig`. A recipe is a function that returns it complete; what a user changes on
-the command line replaces single fields. Published results are of ImageNet at 128 pixels.
+A run is one frozen :class:`RunConfig`. A recipe is a function that returns a complete one. Options on the command
+line replace single fields. Published results are for ImageNet at 128 pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from sagan.data import RESAMPLE_FILTERS
-from sagan.errors import UserError
+from sagan.data import DataConfig
+from sagan.errors import UserError, check_at_least, check_choices
 from sagan.evaluation.config import TrainingEvaluationConfig
-from sagan.networks import NetworkConfig
+from sagan.networks import Mixer, NetworkConfig
+from sagan.train.losses import LossName
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -26,7 +28,7 @@ class OptimizerConfig:
 
     Attributes:
         g_lr: learning rate of G.
-        d_lr: learning rate of D (two time-scale update rule when different).
+        d_lr: learning rate of D; a different one makes this the two time-scale update rule (TTUR).
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
@@ -47,46 +49,16 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """How images are read. Of a prepared set only horizontal_flip and check count; the rest it says itself.
-
-    Attributes:
-        split: name of the folder below the root that holds the class folders, where there is one.
-        resample: filter of the antialiased resize: bilinear, bicubic, lanczos or box.
-        horizontal_flip: mirror half of the images, chosen anew in each epoch.
-        draft: let the JPEG decoder scale down: about twice as fast, not the same pixels.
-        check: preflight: "full" decodes every file, "headers" opens it, "auto" is full up to 100,000 files, or
-            "off". A prepared set is read whole and compared with its checksums by "full" alone.
-        cache_mib: keep decoded images in memory if they all fit into this many MiB.
-        workers: processes that decode, when the images are not in memory.
-    """
-
-    split: str = "train"
-    resample: str = "bilinear"
-    horizontal_flip: bool = False
-    draft: bool = False
-    check: Literal["auto", "full", "headers", "off"] = "auto"
-    cache_mib: int = 2048
-    workers: int = 2
-
-    def __post_init__(self) -> None:
-        if self.resample not in RESAMPLE_FILTERS:
-            raise UserError(f"resample: expected one of {', '.join(RESAMPLE_FILTERS)}, got {self.resample!r}")
-        if self.workers < 0 or self.cache_mib < 0:
-            raise UserError("workers, cache_mib: expected at least 0")
-
-
-@dataclass(frozen=True)
 class StepConfig:
-    """How an iteration is computed: speed and memory. What is computed changes with sync_batch_norm alone.
+    """Speed and memory of an iteration. Only sync_batch_norm changes what is computed.
 
     Attributes:
-        channels_last: memory format of weights and feature maps.
-        compile: compile both passes with torch.compile; the first iterations take minutes.
-        checkpoint_activations: keep each block's input alone for backward, and compute the rest again: less
-            memory for more time. Not together with compile.
-        tf32: let float32 products on CUDA round their factors to TF32 (in the precision fp32).
-        sync_batch_norm: G's batch statistics over all processes; the published recipes do without.
+        channels_last: use the channels-last memory format.
+        compile: compile both updates with torch.compile; the first iterations take minutes.
+        checkpoint_activations: save only each block's input for backward and recompute the rest: less memory, more
+            time. Not together with compile.
+        tf32: allow TF32 in float32 products on CUDA (with precision fp32).
+        sync_batch_norm: compute G's batch statistics over all processes; the published recipes do not.
     """
 
     channels_last: bool = True
@@ -102,19 +74,18 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """What a run does about its own faults.
+    """How a run reacts to NaNs, collapse and processes that disagree.
 
     Attributes:
-        on_nonfinite: what happens at a NaN or an infinity in a gradient. The update is never applied; the run
-            stops with a diagnosis ("stop"), or goes on ("skip").
-        most_skipped: iterations in a row that may be skipped before the run stops nevertheless.
-        on_collapse: what happens at a sign of collapse: "warn" says so, "stop" saves and ends the run, "off".
-        saturated_d_loss: a mean loss of D below this is a sign,
-        saturated_logs: when it is seen in so many logs in a row.
-        least_diversity: how little samples of one class may differ, as a share of what real images do.
+        on_nonfinite: reaction to a NaN or an infinity in a gradient. The update is never applied; "stop" ends the
+            run with a diagnosis, "skip" continues.
+        most_skipped: iterations in a row that may be skipped before the run stops.
+        on_collapse: reaction to a sign of collapse: "warn", "stop" (save a checkpoint and end the run) or "off".
+        saturated_d_loss: a mean loss of D below this is a sign of collapse,
+        saturated_logs: if it occurs in this many logs in a row.
+        least_diversity: smallest diversity of the samples of a class, as a share of that of real images.
         rising_evaluations: evaluations in a row that may become worse.
-        check_every: iterations between checks that all processes hold the same numbers (with each checkpoint
-            they are checked anyway).
+        check_every: iterations between checks that all processes hold the same weights (each checkpoint checks too).
     """
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -127,28 +98,24 @@ class HealthConfig:
     check_every: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("most_skipped", "saturated_logs", "rising_evaluations", "check_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_choices(self)
+        check_at_least(self, 1, "most_skipped", "saturated_logs", "rising_evaluations", "check_every")
         if not 0 <= self.least_diversity < 1:
             raise UserError(f"least_diversity: expected from 0 to below 1, got {self.least_diversity}")
-        for name, choices in (("on_nonfinite", ("stop", "skip")), ("on_collapse", ("warn", "stop", "off"))):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """What a run writes, and how often (in iterations).
+    """What a run writes, and how often.
 
     Attributes:
-        log_every: metrics, one line of metrics.jsonl each.
-        sample_every: a PNG grid of fixed latents, and one of where G's attention looks.
-        checkpoint_every: a checkpoint.
-        keep_checkpoints: how many of the last checkpoints stay (the best one stays besides).
+        log_every: iterations between logs, one line of metrics.jsonl each.
+        sample_every: iterations between sample grids (always of the same latents) and attention maps.
+        checkpoint_every: iterations between checkpoints.
+        keep_checkpoints: number of latest checkpoints to keep, in addition to the best.
         grid_rows: classes in the grid.
         grid_columns: images of each class in the grid.
-        tensorboard: write TensorBoard's files too, where it is installed.
+        tensorboard: write TensorBoard files too, if TensorBoard is installed.
     """
 
     log_every: int = 100
@@ -160,9 +127,7 @@ class OutputConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            if each.name != "tensorboard" and getattr(self, each.name) < 1:
-                raise UserError(f"{each.name}: expected at least 1, got {getattr(self, each.name)}")
+        check_at_least(self, 1, *(each.name for each in fields(self) if each.name != "tensorboard"))
 
 
 @dataclass(frozen=True)
@@ -170,28 +135,28 @@ class RunConfig:
     """One training run.
 
     Attributes:
-        recipe: name of the recipe that the other values come from; imagenet_sagan.py without arguments lists them.
-        data: a set that prepare made, or root of the images: DATA/train/<class>/*.JPEG or DATA/<class>/*.JPEG.
-        out: folder that the run writes to.
+        recipe: recipe that sets the other values; imagenet_sagan.py without arguments lists the recipes.
+        data: a prepared set, or the root of an image folder: DATA/train/<class>/*.JPEG or DATA/<class>/*.JPEG.
+        out: folder to write the run to.
         iterations: number of updates of G.
-        batch_size: images in each update, over all accumulated parts.
-        accumulation: parts that a batch is split into; gradients are summed before an update.
+        batch_size: images in each update, over all processes and accumulated parts.
+        accumulation: number of parts that a batch is split into; their gradients are summed.
         d_steps: updates of D for each update of G.
         loss: "hinge" or "softplus".
-        d_vectors_move_in_g_step: whether D's spectral normalisation also moves in G's update, as
-            BigGAN-PyTorch's does; the released code's moves on the real batch only.
+        d_vectors_move_in_g_step: also update the power-iteration vectors of D's spectral normalisation in G's
+            updates, as BigGAN-PyTorch does; the released code updates them on real batches only.
         ema_decay: decay of the moving average of G's weights; 0 for none.
         ema_start: iteration until which the average is a plain copy.
         precision: "fp32", or autocast to "bf16" or "fp16" (with a gradient scaler).
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        seed: of weights, latents, labels and the order of the images.
+        seed: seed of weights, latents, labels and the order of the images.
         network: the two networks.
         optimizer: Adam's settings.
         images: how images are read.
-        step: how an iteration is computed.
-        health: what the run does about its own faults.
-        output: what is written when.
-        evaluation: what is measured when; the best checkpoint is kept by it.
+        step: speed and memory of an iteration.
+        health: reaction to NaNs, collapse and processes that disagree.
+        output: what is written, and how often.
+        evaluation: what is measured, and how often; it also picks the best checkpoint.
     """
 
     recipe: str
@@ -201,7 +166,7 @@ class RunConfig:
     batch_size: int = 256
     accumulation: int = 1
     d_steps: int = 1
-    loss: Literal["hinge", "softplus"] = "hinge"
+    loss: LossName = "hinge"
     d_vectors_move_in_g_step: bool = False
     ema_decay: float = 0.0
     ema_start: int = 0
@@ -217,27 +182,24 @@ class RunConfig:
     evaluation: TrainingEvaluationConfig = field(default_factory=TrainingEvaluationConfig)
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "accumulation", "d_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_choices(self)
+        check_at_least(self, 1, "iterations", "batch_size", "accumulation", "d_steps")
+        check_at_least(self, 0, "ema_start", "seed")
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"accumulation: expected a divisor of batch_size = {self.batch_size}, got {self.accumulation}"
             )
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay: expected from 0 to below 1, got {self.ema_decay}")
-        if self.ema_start < 0:
-            raise UserError(f"ema_start: expected at least 0, got {self.ema_start}")
-        for name, choices in (("loss", ("hinge", "softplus")), ("precision", ("fp32", "bf16", "fp16"))):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
-        if self.seed < 0:
-            raise UserError(f"seed: expected at least 0, got {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested dictionaries of values that JSON can hold."""
-        values: dict[str, Any] = _plain(asdict(self))
+        """Return nested dictionaries of values that JSON can hold: lists for tuples, strings for paths."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         return values
+
+    def by_name(self) -> dict[str, Any]:
+        """Return the same values by dotted name, such as ``network.resolution``."""
+        return dict(_dotted(self.to_dict()))
 
 
 def paper() -> RunConfig:
@@ -249,44 +211,41 @@ def paper() -> RunConfig:
 
 
 def released_code() -> RunConfig:
-    """The released TensorFlow code: the paper with Adam's beta2 left at 0.999 and 2M steps.
+    """The released TensorFlow code: the paper with Adam's default beta2, 0.999, and 2M iterations.
 
     Published: nothing.
     """
     run = paper()
-    return replace(
-        run,
-        recipe="released_code",
-        iterations=2_000_000,
-        optimizer=replace(run.optimizer, beta2=0.999),
-    )
+    optimizer = replace(run.optimizer, beta2=0.999)
+    return replace(run, recipe="released_code", iterations=2_000_000, optimizer=optimizer)
 
 
 def best_known() -> RunConfig:
-    """The SAGAN launch script of BigGAN-PyTorch as mmgeneration trained it: the default.
+    """The default: BigGAN-PyTorch's SAGAN launch script as mmgeneration trained it.
 
-    Published: FID 12.83, IS 69.5 after 826k of 1M iterations. Against the paper: beta2 0.999, epsilon 1e-8 in
-    SN, torch's batch-norm momentum and unbiased running variance, D's vectors move in G's update too, and an
-    average of G's weights (0.999 from iteration 2000). These choices were not ablated one by one.
+    Published: FID 12.83, IS 69.5 after 826k of 1M iterations. Differences from the paper: beta2 0.999, epsilon 1e-8
+    in SN, torch's batch-norm momentum and unbiased running variance, D's vectors updated in G's updates too, and a
+    moving average of G's weights (0.999 from iteration 2000). Nobody has ablated these choices one by one.
     """
     run = paper()
+    network = replace(
+        run.network, sn_eps=1e-8, bn_momentum=0.1, last_bn_momentum=0.1, biased_running_var=False
+    )
     return replace(
         run,
         recipe="best_known",
         d_vectors_move_in_g_step=True,
         ema_decay=0.999,
         ema_start=2000,
-        network=replace(
-            run.network, sn_eps=1e-8, bn_momentum=0.1, last_bn_momentum=0.1, biased_running_var=False
-        ),
+        network=network,
         optimizer=replace(run.optimizer, beta2=0.999),
     )
 
 
 def sn_on_d_only() -> RunConfig:
-    """Paper, figure 3, baseline: SN in D alone, equal learning rates, 1:1 updates, no attention.
+    """Paper, figure 3, baseline: SN in D only, equal learning rates, 1:1 updates, no attention.
 
-    Published: unstable; collapses early. The paper does not give the learning rate; 1e-4 is taken for both.
+    Published: unstable; collapses early. The paper does not give the learning rate; this recipe uses 1e-4 for both.
     """
     run = sn_on_gd()
     return replace(run, recipe="sn_on_d_only", network=replace(run.network, g_spectral_norm=False))
@@ -295,7 +254,7 @@ def sn_on_d_only() -> RunConfig:
 def sn_on_gd() -> RunConfig:
     """Paper, figure 3: SN in G and D, equal learning rates, 1:1 updates, no attention.
 
-    Published: degrades from about 260k iterations. The paper does not give the learning rate; 1e-4 is taken.
+    Published: degrades from about 260k iterations. The paper does not give the learning rate; this recipe uses 1e-4.
     """
     run = sn_on_gd_ttur()
     return replace(run, recipe="sn_on_gd", optimizer=replace(run.optimizer, d_lr=run.optimizer.g_lr))
@@ -310,8 +269,8 @@ def sn_on_gd_ttur() -> RunConfig:
     return replace(run, recipe="sn_on_gd_ttur", network=replace(run.network, g_attention=(), d_attention=()))
 
 
-def table_1(mixer: Literal["attention", "residual"], resolution: int) -> RunConfig:
-    """Paper, table 1: attention, or a residual block of equal parameter count, at one feature map of G and D.
+def table_1(mixer: Mixer, resolution: int) -> RunConfig:
+    """Paper, table 1: attention, or a residual block with as many parameters, at one feature map of G and D.
 
     Published, FID / IS: attention 22.98 / 43.15 at 8, 22.14 / 45.94 at 16, 18.28 / 51.43 at 32, 18.65 / 52.52
     at 64; residual 42.13 / 23.17, 22.40 / 44.49, 27.33 / 38.50, 28.82 / 38.96.
@@ -328,8 +287,8 @@ def table_1(mixer: Literal["attention", "residual"], resolution: int) -> RunConf
 def digits() -> RunConfig:
     """The demo: scikit-learn's 1,797 handwritten digits at 32 pixels, minutes on two CPU cores.
 
-    The paper's losses, layers and TTUR at a small width, batch and a shorter horizon: higher learning rates,
-    faster running averages, an EMA for the samples.
+    The paper's losses, layers and TTUR with a small width and batch. For the short run: higher learning rates, faster
+    running averages, and an EMA for the samples.
     """
     return RunConfig(
         recipe="digits",
@@ -370,20 +329,24 @@ DEFAULT_RECIPE = "best_known"
 
 @dataclass(frozen=True)
 class Published:
-    """What was published for a recipe, of ImageNet at 128 pixels.
+    """Published results of a recipe on ImageNet at 128 pixels.
 
     Attributes:
         fid: Frechet Inception Distance.
-        inception_score: mean.
-        intra_fid: mean FID of the classes.
+        inception_score: mean Inception Score.
+        intra_fid: mean FID over the classes.
     """
 
     fid: float | None = None
     inception_score: float | None = None
     intra_fid: float | None = None
 
+    def figure(self, metric: str) -> float | None:
+        """Return the figure of a metric by its name in evaluations; None if it was not published."""
+        return {"fid": self.fid, "is": self.inception_score, "intra-fid": self.intra_fid}.get(metric)
 
-# Zhang et al., table 1 and table 2; of best_known, mmgeneration's model page.
+
+# Zhang et al., tables 1 and 2; for best_known, mmgeneration's model page.
 PUBLISHED: dict[str, Published] = {
     "best_known": Published(12.83, 69.5),
     "paper": Published(18.28, 51.43, 83.7),
@@ -405,18 +368,11 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
     Raises:
         UserError: if a field is missing, unknown or out of range.
     """
-    nested = {
-        "network": NetworkConfig,
-        "optimizer": OptimizerConfig,
-        "images": DataConfig,
-        "step": StepConfig,
-        "health": HealthConfig,
-        "output": OutputConfig,
-        "evaluation": TrainingEvaluationConfig,
-    }
     arguments = _fields_of(RunConfig, values)
-    for name, kind in nested.items():
-        arguments[name] = kind(**_fields_of(kind, arguments[name]))
+    for each in fields(RunConfig):
+        kind: Any = each.default_factory
+        if isinstance(kind, type) and is_dataclass(kind):
+            arguments[each.name] = kind(**_fields_of(kind, arguments[each.name]))
     arguments["out"] = Path(arguments["out"])
     arguments["data"] = None if arguments["data"] is None else Path(arguments["data"])
     return RunConfig(**arguments)
@@ -424,15 +380,16 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
 
 def differences(one: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return the fields in which two configurations differ, by dotted name, with both values."""
-    return dict(_differences(one.to_dict(), other.to_dict(), ""))
+    others = other.by_name()
+    return {name: (value, others[name]) for name, value in one.by_name().items() if value != others[name]}
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str) -> Any:
-    for name, value in one.items():
+def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
         if isinstance(value, dict):
-            yield from _differences(value, other[name], f"{prefix}{name}.")
-        elif value != other[name]:
-            yield prefix + name, (value, other[name])
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _fields_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -443,11 +400,3 @@ def _fields_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
             f"{kind.__name__}: unknown {sorted(set(values) - wanted)}, missing {sorted(wanted - set(values))}"
         )
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 from image_trees import WNIDS, write_image_tree
+from training_runs import changed
 
-from sagan.data import ImageFolderDataset, scan_image_tree
+from sagan.data import DataConfig, ImageFolderDataset, scan_image_tree
 from sagan.networks import NetworkConfig
-from sagan.recipes import DataConfig, OutputConfig, RunConfig
-from sagan.training import TrainingResult, train
+from sagan.recipes import OutputConfig, RunConfig
+from sagan.train.loop import TrainingResult, train
 
 Train = Callable[..., TrainingResult]
 
@@ -59,8 +61,22 @@ def run_training() -> Train:
         assert config.data is not None
         tree = scan_image_tree(config.data)
         dataset = ImageFolderDataset(tree, config.network.resolution, cache_mib=config.images.cache_mib)
-        arguments = {"fingerprint": tree.fingerprint(), "progress": False, **arguments}
-        return train(config, dataset, **arguments)
+        return train(config, dataset, **{"progress": False, **arguments})
+
+    return run
+
+
+@pytest.fixture
+def train_tiny(tiny_config: RunConfig, run_training: Train, tmp_path: Path) -> Train:
+    """``train_tiny(out, **settings)``: train the tiny run in ``tmp_path / out``, "run" by default.
+
+    Settings are arguments of ``train`` and changes of the configuration, as :func:`training_runs.changed` takes them.
+    """
+
+    def run(out: str = "run", **settings: Any) -> TrainingResult:
+        names = settings.keys() & inspect.signature(train).parameters.keys()
+        arguments = {name: settings.pop(name) for name in names}
+        return run_training(changed(tiny_config, out=tmp_path / out, **settings), **arguments)
 
     return run
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from sagan.distributed import Processes, processes
+from sagan.distributed import World, init_world
 
-Work = Callable[[Processes], dict[str, Any]]
+Work = Callable[[World], dict[str, Any]]
 
 
 def results_by_rank(
@@ -57,9 +57,9 @@ def _run(rank: int, work: Work, count: int, folder: str, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    with processes("cpu") as own:
-        torch.save(work(own), Path(folder) / f"{rank}.pt")
-        own.wait()
+    with init_world("cpu") as world:
+        torch.save(work(world), Path(folder) / f"{rank}.pt")
+        world.barrier()
 
 
 def _port(name: str, count: int) -> int:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from sagan import checkpoints
-from sagan.checkpoints import (
+from sagan.errors import UserError
+from sagan.train import checkpoint as checkpoints
+from sagan.train.checkpoint import (
     CheckpointError,
+    RunState,
     checkpoints_in,
     find_checkpoint,
     load_checkpoint,
@@ -20,11 +22,16 @@ from sagan.checkpoints import (
     save_best,
     save_checkpoint,
 )
-from sagan.errors import UserError
+
+
+def state(iteration: int = 1, **values: Any) -> RunState:
+    """Return what a checkpoint holds, with most values None."""
+    keys: Any = dict.fromkeys(RunState.__required_keys__)
+    return {**keys, "iteration": iteration, **values}
 
 
 def save(folder: Path, iteration: int, keep: int = 10) -> Path:
-    return save_checkpoint(folder, {"iteration": iteration}, iteration=iteration, keep=keep)
+    return save_checkpoint(folder, state(iteration), keep=keep)
 
 
 class TouchesAFile:
@@ -39,20 +46,30 @@ class TouchesAFile:
 
 class TestSaving:
     def test_contents_come_back_as_they_were(self, tmp_path: Path) -> None:
-        contents = {
-            "weights": {"a": torch.randn(3, 2), "half": torch.ones(2, dtype=torch.bfloat16)},
-            "numbers": [1, 2.5, None, True],
-            "names": ["n01440764", "ä"],
-            "random": torch.Generator().manual_seed(3).get_state(),
-        }
-        path = save_checkpoint(tmp_path / "new" / "folder", contents, iteration=12, keep=1)
+        saved = state(
+            12,
+            generator={"a": torch.randn(3, 2), "half": torch.ones(2, dtype=torch.bfloat16)},
+            alarm={"numbers": [1, 2.5, None, True]},
+            class_names=["n01440764", "ä"],
+            torch_rng=torch.Generator().manual_seed(3).get_state(),
+        )
+        path = save_checkpoint(tmp_path / "new" / "folder", saved, keep=1)
         found = load_checkpoint(path)
-        for name, tensor in contents["weights"].items():
-            assert found["weights"][name].equal(tensor)
-            assert found["weights"][name].dtype == tensor.dtype
-        assert found["numbers"] == contents["numbers"]
-        assert found["names"] == contents["names"]
-        assert found["random"].equal(contents["random"])
+        for name, tensor in saved["generator"].items():
+            assert found["generator"][name].equal(tensor)
+            assert found["generator"][name].dtype == tensor.dtype
+        assert found["torch_rng"].equal(saved["torch_rng"])
+        assert found["class_names"] == saved["class_names"]
+        assert found["alarm"] == saved["alarm"]
+        assert found.keys() == saved.keys()
+
+    def test_a_run_of_before_a_key_was_added_can_be_read(self, tmp_path: Path) -> None:
+        saved: Any = state()
+        for name in ("cuda_rng", "means_of_processes", "guard", "skipped"):
+            del saved[name]
+        found = load_checkpoint(save_checkpoint(tmp_path, saved, keep=1))
+        assert (found["cuda_rng"], found["means_of_processes"], found["skipped"]) == (None, [], 0)
+        assert found["guard"]["in_a_row"] == 0
 
     def test_file_names_sort_by_iteration(self, tmp_path: Path) -> None:
         paths = [save(tmp_path, iteration) for iteration in (1000, 9, 20, 1_000_000)]
@@ -104,7 +121,7 @@ class TestSaving:
 
     def test_the_best_one_is_replaced_and_never_deleted(self, tmp_path: Path) -> None:
         for iteration in (1, 2):
-            best = save_best(tmp_path, {"iteration": iteration})
+            best = save_best(tmp_path, state(iteration))
         for iteration in range(3, 8):
             save(tmp_path, iteration, keep=1)
         assert load_checkpoint(best)["iteration"] == 2
@@ -137,7 +154,7 @@ class TestFinding:
 class TestLoading:
     @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
     def test_a_torn_file_is_refused(self, tmp_path: Path, share: float) -> None:
-        path = save_checkpoint(tmp_path, {"weights": torch.randn(1000)}, iteration=1, keep=1)
+        path = save_checkpoint(tmp_path, state(generator={"weight": torch.randn(1000)}), keep=1)
         whole = path.read_bytes()
         path.write_bytes(whole[: int(len(whole) * share)])
         with pytest.raises(CheckpointError, match="is damaged: it is not the file that was written"):
@@ -149,7 +166,7 @@ class TestLoading:
         assert "\n" not in str(caught.value)
 
     def test_a_changed_bit_is_found(self, tmp_path: Path) -> None:
-        path = save_checkpoint(tmp_path, {"weights": torch.randn(1000)}, iteration=1, keep=1)
+        path = save_checkpoint(tmp_path, state(generator={"weight": torch.randn(1000)}), keep=1)
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
@@ -165,9 +182,9 @@ class TestLoading:
         paths[1].write_bytes(b"something else")
         path, contents = load_latest(tmp_path)
         assert (path, contents["iteration"]) == (paths[0], 1)
-        told = [record.getMessage() for record in caplog.records]
-        assert len(told) == 2
-        assert all("going on from iteration_000000001.pt, which is older" in text for text in told)
+        messages = [record.getMessage() for record in caplog.records]
+        assert len(messages) == 2
+        assert all("resuming from iteration_000000001.pt, which is older" in text for text in messages)
         paths[0].unlink()
         with pytest.raises(CheckpointError, match=r"000003\.pt is damaged.*000002\.pt is damaged"):
             load_latest(tmp_path)
@@ -193,7 +210,15 @@ class TestLoading:
         called(*arguments)
         assert trap.exists()  # the trap works
 
-    @pytest.mark.parametrize("contents", [{"weights": torch.ones(2)}, [1, 2], {"format": "another program"}])
+    @pytest.mark.parametrize(
+        "contents",
+        [
+            {"weights": torch.ones(2)},
+            [1, 2],
+            {"format": "another program"},
+            {"format": checkpoints.FORMAT, "version": checkpoints.VERSION, "iteration": 3},
+        ],
+    )
     def test_another_programs_file_is_refused(self, tmp_path: Path, contents: Any) -> None:
         path = tmp_path / "other.pt"
         torch.save(contents, path)

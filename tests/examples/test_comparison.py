@@ -1,4 +1,4 @@
-"""Runs side by side: what may be compared, what is told apart, and what is refused."""
+"""Comparison of runs: what is compared, what is kept apart, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from command_line import read_png, refused, succeed
 
-import imagenet_sagan
-from sagan.comparison import TABLE_1, Kind, compare_runs, read_runs
 from sagan.errors import UserError
 from sagan.recipes import PUBLISHED, RECIPES
+from sagan.report.comparison import TABLE_1, Kind, compare_runs, read_runs
 
 FID, IS = "fid50k-train-tfinception", "is50k-tfinception"
 
@@ -29,25 +27,27 @@ def write_run(folder: Path, recipe: str = "paper", **changes: Any) -> Path:
 
 
 def write_evaluation(
-    run: Path, iteration: int, identity: str = "0123456789ab", proxy: bool = False, **figures: float
-) -> None:
-    names = {"fid": FID, "is": IS, "kid": "kid50k-train-tfinception"}
-    values = {
-        "iteration": iteration,
-        "figures": {
-            ("proxy-" if proxy else "") + names[metric]: {"metric": metric, "value": value, "deviation": None}
-            for metric, value in figures.items()
-        },
-        "protocol": {"identity": identity, "proxy": proxy},
-    }
-    (run / "evaluation").mkdir(exist_ok=True)
+    run: Path, iteration: int, identity: str = "0123456789ab", proxy: bool = False, **metrics: float
+) -> Path:
+    figures = {}
+    for metric, value in metrics.items():
+        name = "proxy-" * proxy + {"fid": FID, "is": IS}[metric]
+        figures[name] = {"metric": metric, "value": value, "deviation": None}
+    protocol = {"identity": identity, "proxy": proxy}
     path = run / "evaluation" / f"iteration_{iteration:09d}_{identity}.json"
-    path.write_text(json.dumps(values))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"iteration": iteration, "figures": figures, "protocol": protocol}))
+    return path
 
 
 def cells(table: str, start: str) -> list[str]:
     (line,) = [line for line in table.splitlines() if line.startswith(f"| {start} |")]
     return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def table_of(*runs: Path) -> str:
+    """Compare the runs, and return the table."""
+    return compare_runs(runs, runs[0].parent / "out")[0].read_text()
 
 
 class TestTable:
@@ -58,59 +58,48 @@ class TestTable:
         write_evaluation(two, 100, fid=13.25)
         table, plot = compare_runs([one, two], tmp_path / "out")
         text = table.read_text()
-        assert cells(text, "one") == [
-            "one",
-            "paper",
-            "1,000,000",
-            "19.5 at 200 [18.28]",
-            "51 at 200 [51.43]",
-        ]
+        assert cells(text, "one") == ["one", "paper", "1,000,000", "19.5 at 200 [18.28]", "51 at 200 [51.43]"]
         assert cells(text, "two")[3:] == ["13.25 at 100 [12.83]", "not measured"]
-        pixels = np.asarray(Image.open(plot).convert("RGB"))
-        assert min(pixels.shape[:2]) > 300
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+        pixels = read_png(plot)
+        assert min(pixels.shape[1:]) > 300
+        assert pixels.flatten(1).unique(dim=1).size(1) > 50
 
-    def test_figures_of_two_protocols_are_told_apart(self, tmp_path: Path) -> None:
+    def test_figures_of_two_protocols_are_kept_apart(self, tmp_path: Path) -> None:
         one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
         write_evaluation(one, 100, "aaaaaaaaaaaa", fid=20.0)
         write_evaluation(two, 100, "bbbbbbbbbbbb", fid=10.0)
-        text = compare_runs([one, two], tmp_path / "out")[0].read_text()
-        assert "fid: 2 protocols, in columns of their own" in text
+        text = table_of(one, two)
+        assert "fid: 2 protocols, in separate columns" in text
         assert cells(text, "one")[3:] == ["20 at 100 [18.28]", "not measured"]
         assert cells(text, "two")[3:] == ["not measured", "10 at 100 [18.28]"]
 
-    def test_proxy_figures_stand_beside_nothing_published(self, tmp_path: Path) -> None:
-        run = write_run(tmp_path / "alone")
-        write_evaluation(run, 100, proxy=True, fid=3.0)
-        text = compare_runs([run], tmp_path / "out")[0].read_text()
-        assert cells(text, "alone")[3] == "3 at 100"
-        assert "they are no FIDs" in text
-
-    def test_other_resolutions_stand_beside_nothing_published(self, tmp_path: Path) -> None:
-        network = replace(RECIPES["paper"]().network, resolution=64)
+    @pytest.mark.parametrize(("resolution", "proxy"), [(128, True), (64, False)])
+    def test_proxy_figures_and_other_resolutions_are_not_compared_with_publications(
+        self, resolution: int, proxy: bool, tmp_path: Path
+    ) -> None:
+        network = replace(RECIPES["paper"]().network, resolution=resolution)
         run = write_run(tmp_path / "alone", network=network)
-        write_evaluation(run, 100, fid=3.0)
-        assert cells(compare_runs([run], tmp_path / "out")[0].read_text(), "alone")[3] == "3 at 100"
+        write_evaluation(run, 100, proxy=proxy, fid=3.0)
+        text = table_of(run)
+        assert cells(text, "alone")[3] == "3 at 100"
+        assert ("they are not FIDs" in text) == proxy
 
-    def test_what_differs_from_the_recipe_is_told_and_what_does_not_matter_is_not(
+    def test_differences_from_the_recipe_that_matter_and_missing_evaluations_are_named(
         self, tmp_path: Path
     ) -> None:
-        run = write_run(tmp_path / "run", seed=7, data=tmp_path, device="cuda")
-        write_evaluation(run, 100, fid=3.0)
-        text = compare_runs([run], tmp_path / "out")[0].read_text()
-        assert "- **run**: recipe paper with seed 7\n" in text
-
-    def test_a_run_that_was_not_evaluated_is_named(self, tmp_path: Path) -> None:
-        one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+        one = write_run(tmp_path / "one", seed=7, data=tmp_path, device="cuda")
         write_evaluation(one, 100, fid=3.0)
-        assert "**two was not evaluated.**" in compare_runs([one, two], tmp_path / "out")[0].read_text()
+        text = table_of(one, write_run(tmp_path / "two"))
+        assert "- **one**: recipe paper with seed 7\n- **two**: recipe paper without changes\n" in text
+        assert "**two was not evaluated.**" in text
+        assert "one was not evaluated" not in text
 
     def test_runs_of_table_1_are_arranged_as_in_the_paper(self, tmp_path: Path) -> None:
         runs = []
         for i, recipe in enumerate(("sn_on_gd_ttur", "attention_32", "residual_8")):
             runs.append(write_run(tmp_path / recipe, recipe))
             write_evaluation(runs[-1], 100, **{"fid": 20.0 + i, "is": 40.0 + i})
-        text = compare_runs(runs, tmp_path / "out")[0].read_text()
+        text = table_of(*runs)
         row = cells(text, f"FID ({FID})")
         assert len(row) == 1 + len(TABLE_1)
         assert row[1] == "20 / 22.96"
@@ -134,40 +123,30 @@ class TestReading:
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"protocol": {}}'])
     def test_a_broken_evaluation_is_named(self, tmp_path: Path, text: str) -> None:
         run = write_run(tmp_path / "run")
-        (run / "evaluation").mkdir()
-        (run / "evaluation" / "iteration_000000100_0123456789ab.json").write_text(text)
-        with pytest.raises(UserError, match=r"iteration_000000100_0123456789ab\.json"):
+        path = write_evaluation(run, 100)
+        path.write_text(text)
+        with pytest.raises(UserError, match=path.name):
             read_runs([run])
-
-    def test_what_is_no_run_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"found no config\.json"):
-            read_runs([tmp_path])
-
-    def test_one_run_twice_is_refused(self, tmp_path: Path) -> None:
-        run = write_run(tmp_path / "run")
-        with pytest.raises(UserError, match="one of them twice"):
-            read_runs([run, run / ".." / "run"])
-
-    def test_nothing_measured_is_refused_and_writes_nothing(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="none was evaluated"):
-            compare_runs([write_run(tmp_path / "run")], tmp_path / "out")
-        assert not (tmp_path / "out").exists()
 
 
 class TestCommand:
-    def test_it_prints_the_table_and_says_what_it_wrote(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_it_prints_the_table_and_says_what_it_wrote(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run")
         write_evaluation(run, 100, fid=3.0)
-        assert imagenet_sagan.main(["compare", str(run), "--out", str(tmp_path / "out")]) == 0
-        told = capsys.readouterr().out
-        assert "| run | paper |" in told
-        assert str(tmp_path / "out" / "comparison.png") in told
+        printed = succeed("compare", run, "--out", tmp_path / "out")
+        assert "| run | paper |" in printed
+        assert str(tmp_path / "out" / "comparison.png") in printed
 
-    def test_without_runs_it_asks_for_them(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert imagenet_sagan.main(["compare"]) == 1
-        assert "expected the folders of one or more" in capsys.readouterr().err
+    def test_what_cannot_be_compared_is_refused_and_nothing_is_written(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run")
+        for runs, message in (
+            ([], "expected the folders of one or more"),
+            ([tmp_path], "found no config.json"),
+            ([run, run / ".." / "run"], "one of them twice"),
+            ([run], "none was evaluated"),
+        ):
+            assert message in refused("compare", *runs, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 class TestPublished:

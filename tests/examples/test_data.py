@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import multiprocessing
 import pickle
 import random
 import shutil
 import tarfile
+import threading
+import time
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +32,7 @@ from image_trees import (
 from PIL import Image
 
 from sagan.data import (
+    DataConfig,
     DatasetError,
     ImageFolderDataset,
     ImageReadError,
@@ -36,9 +41,11 @@ from sagan.data import (
     decode_image,
     horizontal_flips,
     make_loader,
+    open_dataset,
     preflight,
     scan_image_tree,
 )
+from sagan.data.prefetch import prefetch
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,24 @@ def messy(tmp_path_factory: pytest.TempPathFactory) -> MessyTree:
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_image_tree(tmp_path_factory.mktemp("clean") / "tree", sizes=[(60, 45), (33, 47)])
+
+
+@pytest.fixture(scope="module")
+def dataset(clean: Path) -> ImageFolderDataset:
+    """Thirty images, decoded at each fetch."""
+    return ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=0)
+
+
+@pytest.fixture(scope="module")
+def cached(clean: Path) -> ImageFolderDataset:
+    """The same in memory."""
+    return ImageFolderDataset(scan_image_tree(clean), 8)
+
+
+def assert_same(some: Iterable[tuple], others: Iterable[tuple]) -> None:
+    """Assert that two streams of batches are the same."""
+    for batch, other in zip(some, others, strict=True):
+        assert all(map(torch.equal, batch, other))
 
 
 def small_tree(root: Path, class_names: tuple[str, ...] = ("cat", "dog"), images: int = 2) -> Path:
@@ -98,9 +123,7 @@ class TestLayout:
         assert tree.skipped == {"link to a folder that contains it": 1}
         assert [f.path for f in preflight(tree, resolution=8).unreadable] == ["dog/itself.jpg"]
 
-    def test_one_inner_folder_for_each_class_and_shared_inner_names_are_accepted(
-        self, tmp_path: Path
-    ) -> None:
+    def test_single_and_shared_inner_folders_are_accepted(self, tmp_path: Path) -> None:
         for name, inner in itertools.product(("n01", "n02"), ("2019", "2020")):
             small_tree(tmp_path / "years" / name, (inner,))
         for name in ("n01", "n02"):
@@ -132,134 +155,51 @@ class TestLayout:
             tree.without([tmp_path / "cat" / "9.jpg"])
 
 
-def wrong_missing(root: Path) -> Path:
-    return root / "nowhere" / "deep"
-
-
-def wrong_file(root: Path) -> Path:
-    (root / "x.txt").write_text("x")
-    return root / "x.txt"
-
-
-def wrong_tar_itself(root: Path) -> Path:
-    tarfile.open(root / "ILSVRC2012_img_train.tar", "w").close()
-    return root / "ILSVRC2012_img_train.tar"
-
-
-def wrong_one_big_tar(root: Path) -> Path:
-    return wrong_tar_itself(root).parent
-
-
-def wrong_class_tars(root: Path) -> Path:
-    (root / "train").mkdir()
-    for name in WNIDS[:2]:
-        tarfile.open(root / "train" / f"{name}.tar", "w").close()
-    return root
-
-
-def wrong_partly_unpacked(root: Path) -> Path:
-    tarfile.open(root / f"{WNIDS[2]}.tar", "w").close()
-    return small_tree(root, WNIDS[:2])
-
-
-def wrong_tars_inside_classes(root: Path) -> Path:
-    for name in WNIDS[:2]:
-        (root / name).mkdir()
-        tarfile.open(root / name / "all.tar", "w").close()
-    return root
-
-
-def wrong_flat(root: Path) -> Path:
-    (root / "a.jpg").write_bytes(jpeg_bytes())
-    return root
-
-
-def wrong_flat_train(root: Path) -> Path:
-    (root / "train").mkdir()
-    wrong_flat(root / "train")
-    (root / "val").mkdir()
-    return root
-
-
-def wrong_flat_val(root: Path) -> Path:
-    (root / "val").mkdir()
-    (root / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(jpeg_bytes())
-    return root / "val"
-
-
-def wrong_one_class_of_many(root: Path) -> Path:
-    return small_tree(root) / "cat"
-
-
-def wrong_splits(root: Path) -> Path:
-    small_tree(root / "Train")
-    small_tree(root / "val")
-    return root
-
-
-def wrong_split_inside_split(root: Path) -> Path:
-    small_tree(root / "imagenet" / "train")
-    small_tree(root / "cifar" / "train")
-    return root
-
-
-def wrong_one_class(root: Path) -> Path:
-    return small_tree(root, ("cat",))
-
-
-def wrong_root_of_root(root: Path) -> Path:
-    small_tree(root / "imagenet" / "train")
-    (root / "imagenet" / "val").mkdir()
-    return root
-
-
-def wrong_too_deep(root: Path) -> Path:
-    small_tree(root / "train" / "animals", ("cat", "dog"))
-    small_tree(root / "train" / "vehicles", ("bus", "car"))
-    return root
-
-
-def wrong_no_images(root: Path) -> Path:
-    (root / "cat").mkdir()
-    (root / "dog").mkdir()
-    (root / "dog" / "x.gif").write_bytes(b"GIF89a")
-    return root
-
-
-def wrong_nothing(root: Path) -> Path:
-    return root
+CAT_AND_DOG = ("cat/0.jpg", "cat/1.jpg", "dog/0.jpg", "dog/1.jpg")
 
 
 @pytest.mark.parametrize(
-    ("build", "found", "fix"),
+    ("files", "given", "found", "fix"),
     [
-        (wrong_missing, "does not exist", "check the spelling"),
-        (wrong_file, "a file, not a folder", "folder of class folders"),
-        (wrong_tar_itself, "an archive file", "tar -xf"),
-        (wrong_one_big_tar, "1 archive (ILSVRC2012_img_train.tar) and no class folders", "tar -xf"),
-        (wrong_class_tars, "2 archives (n01440764.tar, n01443537.tar)", "tar -xf"),
-        (wrong_partly_unpacked, "1 class archive not unpacked yet (n01484850.tar)", "unpack them"),
-        (wrong_tars_inside_classes, "without any image; files: 2 .tar", "tar -xf"),
-        (wrong_flat, "1 image directly in the folder (a.jpg)", "named after its class"),
-        (wrong_flat_train, "1 image directly in the folder (a.jpg)", "named after its class"),
-        (wrong_flat_val, "1 image directly in the folder", "validation images come flat"),
-        (wrong_one_class_of_many, "2 images directly in the folder", "give the folder above it"),
-        (wrong_splits, "the folders Train, val, which are parts of a data set", "/Train"),
-        (wrong_split_inside_split, "one level too deep", "move the inner folders up"),
-        (wrong_one_class, "only one class folder, cat, with 2 images", "needs two classes"),
-        (wrong_root_of_root, "only one class folder, imagenet", "/imagenet as ROOT"),
-        (wrong_too_deep, "4 folders inside them that hold images (in animals: cat, dog)", "move the inner"),
-        (wrong_no_images, "2 folders (cat, dog) without any image; files: 1 .gif", ".jpg, .jpeg"),
-        (wrong_nothing, "an empty folder", "class folders"),
+        ((), "nowhere/deep", "does not exist", "check the spelling"),
+        (("x.txt",), "x.txt", "a file, not a folder", "folder of class folders"),
+        (("ILSVRC2012_img_train.tar",), "ILSVRC2012_img_train.tar", "an archive file", "tar -xf"),
+        (("ILSVRC2012_img_train.tar",), "", "1 archive (ILSVRC2012_img_train.tar) and no class folders", "tar -xf"),
+        (("train/n01440764.tar", "train/n01443537.tar"), "", "2 archives (n01440764.tar, n01443537.tar)", "tar -xf"),
+        (("n01440764/0.jpg", "n01443537/0.jpg", "n01484850.tar"), "",
+         "1 class archive not unpacked yet (n01484850.tar)", "unpack them"),
+        (("n01440764/all.tar", "n01443537/all.tar"), "", "without any image; files: 2 .tar", "tar -xf"),
+        (("a.jpg",), "", "1 image directly in the folder (a.jpg)", "named after its class"),
+        (("train/a.jpg", "val/"), "", "1 image directly in the folder (a.jpg)", "named after its class"),
+        (("val/ILSVRC2012_val_00000001.JPEG",), "val", "1 image directly in the folder", "validation images come flat"),
+        (CAT_AND_DOG, "cat", "2 images directly in the folder", "give the folder above it"),
+        (("Train/cat/0.jpg", "Train/dog/0.jpg", "val/cat/0.jpg"), "",
+         "the folders Train, val, which are parts of a data set", "/Train"),
+        (("imagenet/train/cat/0.jpg", "imagenet/train/dog/0.jpg", "cifar/train/cat/0.jpg", "cifar/train/dog/0.jpg"),
+         "", "one level too deep", "move the inner folders up"),
+        (("cat/0.jpg", "cat/1.jpg"), "", "only one class folder, cat, with 2 images", "needs two classes"),
+        (("imagenet/train/cat/0.jpg", "imagenet/train/dog/0.jpg", "imagenet/val/"), "",
+         "only one class folder, imagenet", "/imagenet as ROOT"),
+        (("train/animals/cat/0.jpg", "train/animals/dog/0.jpg", "train/vehicles/bus/0.jpg", "train/vehicles/car/0.jpg"),
+         "", "4 folders inside them that hold images (in animals: cat, dog)", "move the inner"),
+        (("cat/", "dog/x.gif"), "", "2 folders (cat, dog) without any image; files: 1 .gif", ".jpg, .jpeg"),
+        ((), "", "an empty folder", "class folders"),
     ],
 )  # fmt: skip
-def test_wrong_layout_says_what_was_found_what_was_expected_and_the_fix(
-    tmp_path: Path, build, found: str, fix: str
+def test_wrong_layout_says_what_was_found_expected_and_the_fix(
+    tmp_path: Path, files: tuple[str, ...], given: str, found: str, fix: str
 ) -> None:
     root = tmp_path / "alone" / "root"  # the search for the fix looks at the folders beside
     root.mkdir(parents=True)
+    for name in files:
+        folder = root / name if name.endswith("/") else (root / name).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".tar"):
+            tarfile.open(root / name, "w").close()
+        elif not name.endswith("/"):
+            (root / name).write_bytes(jpeg_bytes())
     with pytest.raises(DatasetError) as caught:
-        scan_image_tree(build(root))
+        scan_image_tree(root / given)
     message = str(caught.value)
     assert isinstance(caught.value, ValueError)
     told, expected_and_fix = message.split("Expected:")
@@ -279,17 +219,15 @@ class TestPreflight:
         assert report.converted == messy.converted
         assert report.exif_rotated == messy.exif_rotated
         assert report.below_resolution == messy.below_32_pixels
-        assert report.empty_classes == (messy.empty_class,)
-        assert report.lost_classes == (messy.lost_class,)
+        assert report.empty_classes == [messy.empty_class]
+        assert report.lost_classes == [messy.lost_class]
         assert report.num_classes == len(messy.class_names)
         assert report.width_range is not None
         assert report.width_range[0] == 1
 
     @pytest.mark.parametrize("mode", ["full", "headers", "auto", "off"])
-    def test_readable_unreadable_and_skipped_add_up_to_the_files_on_disk(
-        self, messy: MessyTree, mode
-    ) -> None:
-        report = preflight(scan_image_tree(messy.root), resolution=32, mode=mode, threads=3)
+    def test_counts_add_up_to_the_files_on_disk(self, messy: MessyTree, mode) -> None:
+        report = preflight(scan_image_tree(messy.root), resolution=32, mode=mode)
         counted = report.num_readable + len(report.unreadable) + sum(report.skipped.values())
         assert counted == report.num_files == count_files(messy.root)
         assert sum(report.images_per_class.values()) == report.num_readable
@@ -302,13 +240,11 @@ class TestPreflight:
         assert {f.path for f in headers.unreadable} == set(messy.unreadable) - truncated
         assert headers.exif_rotated == messy.exif_rotated
         off = preflight(tree, resolution=32, mode="off")
-        assert off.unreadable == ()
+        assert off.unreadable == []
         assert off.width_range is None
         assert "not known" in off.format()
 
-    def test_auto_decodes_small_trees_and_opens_large_ones(
-        self, messy: MessyTree, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_auto_decodes_small_trees_only(self, messy: MessyTree, monkeypatch: pytest.MonkeyPatch) -> None:
         tree = scan_image_tree(messy.root)
         assert preflight(tree, resolution=32).mode == "full"
         monkeypatch.setattr("sagan.data.inspection.AUTO_DECODES_UP_TO", len(tree.paths) - 1)
@@ -346,30 +282,31 @@ class TestPreflight:
         assert sum(int(row[3]) for row in rows) == 24  # bins of 3; the last holds 25 alone
 
     def test_saved_report_lists_everything(self, messy: MessyTree, tmp_path: Path) -> None:
-        path = tmp_path / "new" / "report.json"
-        report = preflight(scan_image_tree(messy.root), resolution=32, report_path=path)
-        saved = json.loads(path.read_text())
-        assert saved == report.to_dict()
+        dataset = open_dataset(messy.root, 32, DataConfig())
+        check = dataset.check("auto", report_folder=tmp_path)
+        check.save(tmp_path)
+        saved = json.loads((tmp_path / "preflight.json").read_text())
         assert {entry["path"] for entry in saved["unreadable"]} == set(messy.unreadable)
-        assert str(path) in report.format(max_listed=1)
+        assert saved["images_per_class_max"] == max(saved["images_per_class"].values()) == 7
+        assert (saved["num_unreadable"], saved["num_skipped"]) == (5, sum(messy.skipped.values()))
+        assert f"The full report is in {tmp_path / 'preflight.json'}" in check.text
 
     def test_progress_bar_counts_all_images(self, clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        pytest.importorskip("tqdm")
         preflight(scan_image_tree(clean), resolution=8, mode="headers", progress=True)
         assert "30/30" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
-        ("arguments", "message"),
+        ("use", "arguments", "message"),
         [
-            ({"mode": "fast"}, "mode to be one of full, headers, auto, off, got 'fast'"),
-            ({"resolution": 0}, "resolution of at least 1 pixel, got 0"),
-            ({"resample": "nearest"}, "bilinear, bicubic, lanczos, box, got 'nearest'"),
-            ({"threads": 0}, "threads of at least 1 or None, got 0"),
+            (preflight, {"mode": "fast"}, "mode to be one of full, headers, auto, off, got 'fast'"),
+            (preflight, {"resolution": 0}, "resolution of at least 1 pixel, got 0"),
+            (preflight, {"resample": "nearest"}, "bilinear, bicubic, lanczos, box, got 'nearest'"),
+            (ImageFolderDataset, {"cache_mib": -1}, "cache_mib of at least 0, got -1"),
         ],
     )
-    def test_unknown_options_are_refused(self, clean: Path, arguments: dict, message: str) -> None:
+    def test_unknown_options_are_refused(self, clean: Path, use, arguments: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            preflight(scan_image_tree(clean), **{"resolution": 8, **arguments})
+            use(scan_image_tree(clean), **{"resolution": 8, **arguments})
 
     def test_terminal_never_sees_raw_newlines_of_file_names(self, tmp_path: Path) -> None:
         small_tree(tmp_path)
@@ -417,17 +354,15 @@ class TestDecoding:
         image = decode_image(saved(tmp_path, Image.fromarray(ramp)), 16)
         np.testing.assert_array_equal(image, np.broadcast_to(np.arange(256).reshape(16, 16), (3, 16, 16)))
 
-    def test_alpha_is_composited_on_white(self, tmp_path: Path) -> None:
+    def test_alpha_and_transparent_palettes_are_composited_on_white(self, tmp_path: Path) -> None:
         clear = saved(tmp_path, Image.new("RGBA", (4, 4), (200, 0, 0, 0)))
         assert decode_image(clear, 4).unique().tolist() == [255]
         half = saved(tmp_path, Image.new("LA", (4, 4), (0, 128)))
         assert decode_image(half, 4).unique().tolist() == [127]
-
-    def test_transparent_palette_is_composited_on_white(self, tmp_path: Path) -> None:
-        image = Image.new("P", (4, 4), 1)
-        image.putpalette([0, 0, 0, 10, 20, 30])
-        assert decode_image(saved(tmp_path, image), 4)[:, 0, 0].tolist() == [10, 20, 30]
-        path = saved(tmp_path, image, transparency=b"\xff\x00")
+        palette = Image.new("P", (4, 4), 1)
+        palette.putpalette([0, 0, 0, 10, 20, 30])
+        assert decode_image(saved(tmp_path, palette), 4)[:, 0, 0].tolist() == [10, 20, 30]
+        path = saved(tmp_path, palette, transparency=b"\xff\x00")
         assert decode_image(path, 4).unique().tolist() == [255]
 
     def test_cmyk_of_adobe_keeps_its_colours(self, tmp_path: Path) -> None:
@@ -448,12 +383,7 @@ class TestDecoding:
         ("resolution", "short_side"), [(128, 255), (127, 128), (64, 128), (32, 64), (31, 32)]
     )
     def test_draft_never_decodes_below_the_resolution(
-        self,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        size: tuple[int, int],
-        resolution: int,
-        short_side: int,
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size, resolution: int, short_side: int
     ) -> None:
         path = saved(tmp_path, Image.fromarray(smooth_pixels(np.random.default_rng(0), *size)), "x.jpg")
         cropped: list[int] = []
@@ -470,26 +400,21 @@ class TestDecoding:
         # JPEG rounds odd sizes up at 1/8, which shifts the crop by up to a quarter of a pixel.
         assert (full.int() - draft.int()).abs().float().mean() < 4
 
-    def test_decompression_bombs_are_unreadable_not_warnings(
+    @pytest.mark.filterwarnings("ignore")
+    def test_decompression_bombs_are_unreadable(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = saved(tmp_path, Image.new("L", (40, 40)))
         for limit in (1000, 500):  # beyond the limit Pillow warns, beyond twice the limit it raises
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                with pytest.raises(ImageReadError, match="bomb"):
-                    decode_image(path, 8)
-            assert not caught
+            with pytest.raises(ImageReadError, match="bomb"):
+                decode_image(path, 8)
 
     def test_damaged_exif_neither_warns_nor_hides_the_image(self, tmp_path: Path) -> None:
         exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x02\x01\x0e\0\x02\0\0\xff\xff\0\0\0\x1a"
         for damaged in (exif, b"Exif\0\0garbage"):
             path = saved(tmp_path, Image.new("RGB", (8, 8)), "x.jpg", exif=damaged)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                assert decode_image(path, 8).shape == (3, 8, 8)
-            assert not caught
+            assert decode_image(path, 8).shape == (3, 8, 8)
 
     def test_filters_of_warnings_are_as_before_after_many_threads_decoded(self, clean: Path) -> None:
         before = list(warnings.filters)
@@ -523,21 +448,18 @@ def with_truncated_images(root: Path, names: tuple[str, ...]) -> Path:
 
 
 class TestDataset:
-    def test_cached_and_uncached_serve_the_same(self, messy: MessyTree) -> None:
+    @pytest.mark.parametrize("cache_mib", [0, 2048])
+    def test_images_and_labels_are_those_of_the_files(self, messy: MessyTree, cache_mib: int) -> None:
         tree = scan_image_tree(messy.root)
         tree = tree.without(preflight(tree, resolution=16).unreadable_paths)
-        cached, uncached = (ImageFolderDataset(tree, 16, cache_mib=mib) for mib in (2048, 0))
-        assert (cached.cached, uncached.cached) == (True, False)
-        assert not cached.failures
+        dataset = ImageFolderDataset(tree, 16, cache_mib=cache_mib)
+        assert not dataset.failures
         indices = [5, 0, 0, len(tree.paths) - 1]
-        for a, b in zip(cached.fetch(indices), uncached.fetch(indices), strict=True):
-            assert torch.equal(a, b)
-        for index, (image, label) in zip(indices, cached.__getitems__(indices), strict=True):
+        items = dataset.__getitems__(indices)
+        assert [label for _, label in items] == tree.labels[indices].tolist()
+        for index, (image, _) in zip(indices, items, strict=True):
             assert torch.equal(image, decode_image(tree.paths[index], 16))
-            assert torch.equal(image, uncached[index][0])
-            assert label == tree.labels[index] == uncached[index][1]
-        assert cached.labels.tolist() == tree.labels.tolist()
-        assert cached.num_classes == len(cached.class_names) == 12
+        assert dataset.num_classes == len(dataset.class_names) == 12
 
     def test_cache_is_used_only_where_all_images_fit(self, clean: Path) -> None:
         tree = scan_image_tree(clean)
@@ -545,15 +467,14 @@ class TestDataset:
         assert ImageFolderDataset(tree, 16, cache_mib=needed).cached
         assert not ImageFolderDataset(tree, 16, cache_mib=needed * 0.999).cached
 
-    def test_batches_do_not_alias_the_cache(self, clean: Path) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
-        before = dataset[3][0].clone()
-        dataset[3][0].fill_(0)
-        dataset.fetch([3])[0].fill_(0)
-        assert torch.equal(dataset[3][0], before)
+    def test_batches_do_not_alias_the_cache(self, cached: ImageFolderDataset) -> None:
+        before = cached[3][0].clone()
+        cached[3][0].fill_(0)
+        cached.fetch([3])[0].fill_(0)
+        assert torch.equal(cached[3][0], before)
 
     @pytest.mark.parametrize("cache_mib", [0, 2048])
-    def test_unreadable_file_is_replaced_by_the_next_of_its_class_and_logged_once(
+    def test_the_next_of_its_class_replaces_an_unreadable_file(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, cache_mib: int
     ) -> None:
         root = with_truncated_images(small_tree(tmp_path, images=4), ("cat/1.jpg", "cat/2.jpg", "dog/3.jpg"))
@@ -571,7 +492,7 @@ class TestDataset:
         assert "truncated" in caplog.text
 
     @pytest.mark.parametrize("cache_mib", [0, 2048])
-    def test_class_without_readable_images_serves_another_with_its_own_label(
+    def test_a_class_without_readable_images_serves_another_class(
         self, tmp_path: Path, cache_mib: int
     ) -> None:
         root = with_truncated_images(small_tree(tmp_path), ("dog/0.jpg", "dog/1.jpg"))
@@ -590,19 +511,41 @@ class TestDataset:
         with pytest.raises(DatasetError, match="got none"):
             ImageFolderDataset(tree.without(tree.paths), 8)
 
-    def test_index_beyond_the_end_is_an_index_error(self, clean: Path) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
-        assert torch.equal(dataset[-1][0], dataset[29][0])
+    def test_index_beyond_the_end_is_an_index_error(self, cached: ImageFolderDataset) -> None:
+        assert torch.equal(cached[-1][0], cached[29][0])
         with pytest.raises(IndexError, match="below 30, got 30"):
-            dataset[30]
-
-    def test_negative_cache_is_refused(self, clean: Path) -> None:
-        with pytest.raises(ValueError, match="cache_mib of at least 0, got -1"):
-            ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=-1)
+            cached[30]
 
 
 def take(stream, count: int) -> list:
     return list(itertools.islice(stream, count))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+class TestPrefetch:
+    def test_results_come_in_order_and_errors_in_their_turn(self, threads: int) -> None:
+        def slow_at_first(number: int) -> int:
+            if number == 5:
+                raise ValueError("the sixth")
+            time.sleep(0.01 * (3 - number % 3))
+            return -number
+
+        results = prefetch(slow_at_first, range(10), threads=threads, depth=4)
+        assert take(results, 5) == [0, -1, -2, -3, -4]
+        with pytest.raises(ValueError, match="the sixth"):
+            next(results)
+        assert list(prefetch(abs, [], threads=threads, depth=4)) == []
+
+    def test_the_depth_bounds_the_work_and_threads_end_with_the_iterator(self, threads: int) -> None:
+        computed: list[int] = []
+        before = threading.active_count()
+        results = prefetch(computed.append, itertools.count(), threads=threads, depth=3)
+        next(results)
+        time.sleep(0.05)
+        assert sorted(computed) == [0, 1, 2, 3]
+        results.close()
+        assert threading.active_count() == before
+        assert sorted(computed) == [0, 1, 2, 3]
 
 
 def joined(batches: list[list[int]]) -> list[int]:
@@ -643,7 +586,6 @@ class TestSampler:
     def test_drop_last_drops_the_tail_of_each_epoch_and_otherwise_no_image_is_lost(self) -> None:
         dropped = take(ResumableBatchSampler(10, 4, 0), 2)
         assert len({index for batch in dropped for index in batch}) == 8
-        assert ResumableBatchSampler(10, 4, 0).epoch_of(2) == 1
         kept = joined(take(ResumableBatchSampler(10, 4, 0, drop_last=False), 5))
         assert sorted(kept[:10]) == sorted(kept[10:]) == list(range(10))
 
@@ -654,24 +596,11 @@ class TestSampler:
             assert sorted(stream[start : start + 3]) == [0, 1, 2]
 
     def test_far_batch_draws_one_permutation_of_a_million(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        drawn: list[int] = []
-        permutation = ResumableBatchSampler._permutation
-
-        def spy(self: ResumableBatchSampler, epoch: int) -> np.ndarray:
-            drawn.append(epoch)
-            return permutation(self, epoch)
-
-        monkeypatch.setattr(ResumableBatchSampler, "_permutation", spy)
+        drawn: list[list[int]] = []
+        default_rng = np.random.default_rng
+        monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or default_rng(seed))
         take(ResumableBatchSampler(1_281_167, 256, 0, start_batch=1_000_000), 2)
-        assert drawn == [199, 199] or drawn == [200, 200]
-
-    def test_numpy_and_torch_states_do_not_matter(self) -> None:
-        torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002
-        first = take(ResumableBatchSampler(50, 5, 3), 4)
-        torch.manual_seed(1)
-        np.random.seed(1)  # noqa: NPY002
-        assert take(ResumableBatchSampler(50, 5, 3), 4) == first
+        assert drawn == [[0, 199]]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -690,23 +619,19 @@ class TestSampler:
 
 
 class TestFlips:
-    def test_flip_depends_on_seed_epoch_and_index_alone(self) -> None:
-        indices, epochs = np.arange(1000), np.zeros(1000, dtype=np.int64)
-        flips = horizontal_flips(3, epochs, indices)
-        order = np.random.default_rng(0).permutation(1000)
-        np.testing.assert_array_equal(horizontal_flips(3, epochs, indices[order]), flips[order])
-        for other in (horizontal_flips(4, epochs, indices), horizontal_flips(3, epochs + 1, indices)):
-            assert 400 < (other != flips).sum() < 600
-
-    def test_half_of_the_images_are_flipped(self) -> None:
+    def test_flip_is_a_fair_coin_of_seed_epoch_and_index_alone(self) -> None:
         epochs, indices = np.divmod(np.arange(100_000), 1000)
-        assert abs(horizontal_flips(0, epochs, indices).mean() - 0.5) < 0.01
+        flips = horizontal_flips(3, epochs, indices)
+        assert abs(flips.mean() - 0.5) < 0.01
+        order = np.random.default_rng(0).permutation(100_000)
+        np.testing.assert_array_equal(horizontal_flips(3, epochs[order], indices[order]), flips[order])
+        for other in (horizontal_flips(4, epochs, indices), horizontal_flips(3, epochs + 1, indices)):
+            assert abs((other != flips).mean() - 0.5) < 0.01
 
-    def test_loader_mirrors_exactly_the_chosen_images(self, clean: Path) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
-        sampler = ResumableBatchSampler(len(dataset), 7, 5)
-        plain = take(make_loader(dataset, batch_size=7, seed=5), 9)
-        mirrored = take(make_loader(dataset, batch_size=7, seed=5, horizontal_flip=True), 9)
+    def test_loader_mirrors_exactly_the_chosen_images(self, cached: ImageFolderDataset) -> None:
+        sampler = ResumableBatchSampler(len(cached), 7, 5)
+        plain = take(make_loader(cached, batch_size=7, seed=5), 9)
+        mirrored = take(make_loader(cached, batch_size=7, seed=5, horizontal_flip=True), 9)
         seen = set()
         for number, ((before, labels), (after, same_labels)) in enumerate(zip(plain, mirrored, strict=True)):
             batch = sampler.batch_at(number)
@@ -719,36 +644,26 @@ class TestFlips:
 
 class TestLoader:
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_batches_are_those_of_the_sampler_and_resume(self, clean: Path, num_workers: int) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=0)
+    def test_batches_are_the_samplers_and_resume(self, dataset: ImageFolderDataset, num_workers: int) -> None:
         options = {"batch_size": 8, "seed": 2, "horizontal_flip": True}
         whole = take(make_loader(dataset, num_workers=num_workers, **options), 6)
-        resumed = take(make_loader(dataset, start_batch=4, **options), 2)
         for number, indices in enumerate(take(ResumableBatchSampler(len(dataset), 8, 2), 6)):
             images, labels = whole[number]
             assert images.shape == (8, 3, 8, 8)
             assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
             assert labels.tolist() == dataset.labels[indices].tolist()
-        for a, b in zip(resumed, whole[4:], strict=True):
-            assert torch.equal(a[0], b[0])
-            assert torch.equal(a[1], b[1])
+        assert_same(take(make_loader(dataset, start_batch=4, **options), 2), whole[4:])
 
-    def test_ranks_together_get_the_batches_of_one_process(self, clean: Path) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
-        alone = take(make_loader(dataset, batch_size=8, seed=0, horizontal_flip=True), 5)
-        ranks = [
-            take(
-                make_loader(dataset, batch_size=8, seed=0, horizontal_flip=True, rank=rank, num_replicas=4), 5
-            )
-            for rank in range(4)
-        ]
-        for number, (images, labels) in enumerate(alone):
-            assert torch.equal(torch.cat([rank[number][0] for rank in ranks]), images)
-            assert torch.equal(torch.cat([rank[number][1] for rank in ranks]), labels)
+    def test_ranks_together_get_the_batches_of_one_process(self, cached: ImageFolderDataset) -> None:
+        options = {"batch_size": 8, "seed": 0, "horizontal_flip": True}
+        ranks = [take(make_loader(cached, rank=rank, num_replicas=4, **options), 5) for rank in range(4)]
+        together = [tuple(map(torch.cat, zip(*shares, strict=True))) for shares in zip(*ranks, strict=True)]
+        assert_same(together, take(make_loader(cached, **options), 5))
 
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_global_random_states_are_neither_read_nor_moved(self, clean: Path, num_workers: int) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=0)
+    def test_global_random_states_are_neither_read_nor_changed(
+        self, dataset: ImageFolderDataset, num_workers: int
+    ) -> None:
         streams = []
         for seed in (0, 1):
             torch.manual_seed(seed)
@@ -760,8 +675,7 @@ class TestLoader:
             assert torch.equal(torch.get_rng_state(), before[0])
             assert random.getstate() == before[1]
             assert (np.random.get_state()[1] == before[2]).all()  # noqa: NPY002
-        for a, b in zip(*streams, strict=True):
-            assert torch.equal(a[0], b[0])
+        assert_same(*streams)
 
     def test_file_damaged_after_a_headers_preflight_does_not_stop_the_workers(self, tmp_path: Path) -> None:
         root = with_truncated_images(small_tree(tmp_path), ("cat/0.jpg",))
@@ -774,24 +688,49 @@ class TestLoader:
             assert torch.equal(image, good)
         assert (labels == 0).sum() == 2
 
-    @pytest.mark.parametrize("cache_mib", [0, 2048])
-    def test_workers_may_be_spawned(self, clean: Path, cache_mib: int) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8, cache_mib=cache_mib)
-        expected, _ = next(make_loader(dataset, batch_size=4, seed=0))
-        spawned = make_loader(dataset, batch_size=4, seed=0, num_workers=1, multiprocessing_context="spawn")
-        assert torch.equal(next(spawned)[0], expected)
+    @pytest.mark.parametrize("kind", ["dataset", "cached"])
+    def test_workers_may_be_spawned(self, request: pytest.FixtureRequest, kind: str) -> None:
+        options = {"dataset": request.getfixturevalue(kind), "batch_size": 4, "seed": 0}
+        spawned = make_loader(num_workers=1, multiprocessing_context="spawn", **options)
+        assert_same([next(spawned)], [next(make_loader(**options))])
 
-    def test_workers_end_with_the_iterator(self, clean: Path) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
-        loader = make_loader(dataset, batch_size=4, seed=0, num_workers=2)
+    def test_workers_end_with_the_iterator(self, cached: ImageFolderDataset) -> None:
+        before = set(multiprocessing.active_children())
+        loader = make_loader(cached, batch_size=4, seed=0, num_workers=2)
         next(loader)
-        workers = list(loader._workers)
+        workers = set(multiprocessing.active_children()) - before
+        assert len(workers) == 2
         del loader
         for worker in workers:
             worker.join(5)
             assert not worker.is_alive()
 
-    def test_pin_memory_without_an_accelerator_is_left_out_without_a_warning(self, clean: Path) -> None:
-        dataset = ImageFolderDataset(scan_image_tree(clean), 8)
-        images, _ = next(make_loader(dataset, batch_size=4, seed=0, pin_memory=True))
+    def test_pin_memory_is_ignored_without_an_accelerator(self, cached: ImageFolderDataset) -> None:
+        images, _ = next(make_loader(cached, batch_size=4, seed=0, pin_memory=True))
         assert images.is_pinned() == torch.accelerator.is_available()
+
+
+class TestOpening:
+    def test_a_folder_is_opened_checked_and_served_in_memory(self, messy: MessyTree) -> None:
+        config = DataConfig(resample="box", draft=True)
+        opened = open_dataset(messy.root, 16, config)
+        assert (opened.cached, opened.resample, opened.draft, opened.split) == (False, "box", True, "all")
+        checked = opened.without(opened.check("full").unreadable)
+        assert len(opened) - len(checked) == len(messy.unreadable)
+        in_memory, exact = checked.in_memory(2048), checked.for_evaluation()
+        assert (in_memory.cached, exact.cached, exact.draft) == (True, False, False)
+        assert not checked.in_memory(0).cached
+        assert_same([in_memory.fetch(range(9))], [checked.fetch(range(9))])
+        assert not torch.equal(exact.fetch(range(9))[0], checked.fetch(range(9))[0])
+        assert {each.fingerprint() for each in (checked, in_memory, exact)} == {checked.fingerprint()}
+        assert opened.fingerprint() != checked.fingerprint()
+
+    def test_identity_changes_with_file_and_filter(self, tmp_path: Path) -> None:
+        root = small_tree(tmp_path / "train").parent
+        dataset = open_dataset(root, 8, DataConfig())
+        assert dataset.split == "train"
+        identities = {dataset.identity(), open_dataset(root, 8, DataConfig(resample="box")).identity()}
+        (root / "train" / "cat" / "0.jpg").write_bytes(jpeg_bytes(7))
+        changed = open_dataset(root, 8, DataConfig())
+        assert len({*identities, changed.identity()}) == 3
+        assert changed.fingerprint() == dataset.fingerprint()

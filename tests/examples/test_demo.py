@@ -8,37 +8,38 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-from PIL import Image
+from command_line import read_png
 from torch import Tensor
+from training_runs import changed
 
-from sagan import demo
-from sagan.checkpoints import find_checkpoint, load_checkpoint
-from sagan.demo import Verdict, describe, run_demo
-from sagan.digits import Judge, train_judge
+from sagan.demo import run as demo
+from sagan.demo.digits import Judge, train_judge
+from sagan.demo.run import Verdict, describe, run_demo
 from sagan.recipes import RECIPES, RunConfig
-from sagan.training import Trainer, TrainingResult
+from sagan.train.checkpoint import find_checkpoint, load_checkpoint
+from sagan.train.loop import Trainer, TrainingResult
 
 PICTURES = ("samples.png", "attention_maps.png", "curves.png")
 
 
-def small_demo(out: Path, **changes: Any) -> RunConfig:
-    config = RECIPES["digits"]()
-    return replace(
-        config,
+def small_demo(out: Path) -> RunConfig:
+    return changed(
+        RECIPES["digits"](),
         out=out,
         iterations=4,
         batch_size=4,
         ema_start=1,
         device="cpu",
-        network=replace(config.network, base_width=2, latent_dim=4),
-        output=replace(config.output, log_every=2, sample_every=2, checkpoint_every=2),
-        **changes,
+        network__base_width=2,
+        network__latent_dim=4,
+        output__log_every=2,
+        output__sample_every=2,
+        output__checkpoint_every=2,
     )
 
 
@@ -61,28 +62,22 @@ def _fewer_samples_and_a_faster_judge() -> Iterator[None]:
         yield
 
 
-@dataclass
-class Finished:
-    """A demo that ran to its end."""
-
+class Demo(NamedTuple):
     config: RunConfig
     result: TrainingResult
-    verdict: Verdict
+    verdict: Verdict | None
     text: str
 
 
-def run_and_capture(config: RunConfig) -> tuple[TrainingResult, Verdict | None, str]:
+def run_and_capture(config: RunConfig) -> Demo:
     with contextlib.redirect_stdout(io.StringIO()) as text:
         result, verdict = run_demo(config, progress=False)
-    return result, verdict, text.getvalue()
+    return Demo(config, result, verdict, text.getvalue())
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    config = small_demo(tmp_path_factory.mktemp("demo") / "run")
-    result, verdict, text = run_and_capture(config)
-    assert verdict is not None
-    return Finished(config, result, verdict, text)
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    return run_and_capture(small_demo(tmp_path_factory.mktemp("demo") / "run"))
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -90,36 +85,26 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 class TestFinishedDemo:
-    def test_every_file_it_promises_is_there_and_every_file_there_is_promised(
-        self, finished: Finished
-    ) -> None:
-        promised = (
-            finished.text[finished.text.index("Written to") : finished.text.index("Next:")]
-            .replace(";", "\n")
-            .splitlines()[1:]
-        )
-        names = [line.split()[0].rstrip("/") for line in promised if line.strip()]
-        assert {"samples.png", "attention_maps.png", "curves.png", "verdict.json", "checkpoints"} <= set(
-            names
-        )
+    def test_every_file_it_promises_is_there_and_every_file_there_is_promised(self, finished: Demo) -> None:
+        promised = finished.text[finished.text.index("Written to") : finished.text.index("Next:")]
+        lines = promised.replace(";", "\n").splitlines()[1:]
+        names = [line.split()[0].rstrip("/") for line in lines if line.strip()]
+        assert {*PICTURES, "verdict.json", "checkpoints"} <= set(names)
         for name in names:
             assert (finished.config.out / name).exists(), name
         there = {path.name for path in finished.config.out.iterdir()}
         assert there - set(names) == {"digits", "preflight.json", "quality.jsonl"}
 
-    def test_pictures_are_readable(self, finished: Finished) -> None:
+    def test_pictures_are_readable(self, finished: Demo) -> None:
         for name in PICTURES:
-            with Image.open(finished.config.out / name) as image:
-                image.load()
-                assert image.format == "PNG"
-                assert min(image.size) > 300
-        with Image.open(finished.config.out / "samples.png") as samples:
-            assert samples.height == 10 * 34 + 2
+            assert min(read_png(finished.config.out / name).shape[1:]) > 300
+        assert read_png(finished.config.out / "samples.png").size(1) == 10 * 34 + 2
         grids = sorted(path.name for path in (finished.config.out / "samples").iterdir())
         assert grids == [f"iteration_{number:09d}.png" for number in (0, 2, 4)]
 
-    def test_verdict_is_written_as_it_is_returned(self, finished: Finished) -> None:
+    def test_verdict_is_written_as_it_is_returned(self, finished: Demo) -> None:
         verdict = finished.verdict
+        assert verdict is not None
         written = json.loads((finished.config.out / "verdict.json").read_text())
         assert written == {**vars(verdict), "share_by_class": list(verdict.share_by_class)}
         assert len(verdict.share_by_class) == 10
@@ -129,24 +114,21 @@ class TestFinishedDemo:
         assert 0 < verdict.frechet_real < verdict.frechet
         assert 0.3 < verdict.judge_accuracy <= 1
 
-    def test_quality_is_measured_at_every_grid(self, finished: Finished) -> None:
+    def test_quality_is_measured_at_every_grid(self, finished: Demo) -> None:
         rows = rows_of(finished.config.out / "quality.jsonl")
         assert [row["iteration"] for row in rows] == [0, 2, 4]
-        for row in rows:
-            assert 0 <= row["share"] <= 1
-            assert row["frechet"] > 0
-            assert math.isfinite(row["frechet"])
+        assert all(0 <= row["share"] <= 1 and 0 < row["frechet"] < math.inf for row in rows)
 
     def test_quality_measured_anew_after_a_crash_takes_the_place_of_what_was_there(
-        self, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, finished: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        observe = demo._quality_curve(_judges[0], tmp_path / "quality.jsonl")
+        observe = demo.quality_curve(_judges[0], tmp_path / "quality.jsonl")
         for iteration in (0, 2, 4, 2):
             monkeypatch.setattr(finished.result.trainer, "iteration", iteration)
             observe(finished.result.trainer)
         assert [row["iteration"] for row in rows_of(tmp_path / "quality.jsonl")] == [0, 2]
 
-    def test_the_run_is_on_the_digits_with_ten_classes(self, finished: Finished) -> None:
+    def test_the_run_is_on_the_digits_with_ten_classes(self, finished: Demo) -> None:
         state = load_checkpoint(find_checkpoint(finished.config.out))
         assert state["iteration"] == 4
         assert state["class_names"] == list("0123456789")
@@ -155,62 +137,52 @@ class TestFinishedDemo:
         report = json.loads((finished.config.out / "preflight.json").read_text())
         assert (report["num_readable"], report["num_unreadable"], report["num_classes"]) == (1797, 0, 10)
 
-    def test_it_says_what_it_does_and_how_to_go_on(self, finished: Finished) -> None:
+    def test_it_says_what_it_does_and_how_to_go_on(self, finished: Demo) -> None:
         for part in (
-            "1/4",
-            "2/4",
-            "3/4  Training SAGAN for 4 iterations of 4 images",
-            "4/4",
-            "VERDICT:",
-            f"--source {finished.config.out}",
-            "train --data /path/to/imagenet",
-            "The demo took",
+            *("1/4", "2/4", "3/4  Training SAGAN for 4 iterations of 4 images", "4/4", "VERDICT:"),
+            *(f"--source {finished.config.out}", "train --data /path/to/imagenet", "The demo took"),
         ):
             assert part in finished.text
 
-    def test_called_again_it_judges_and_draws_without_training(
-        self, finished: Finished, tmp_path: Path
-    ) -> None:
+    def test_called_again_it_judges_and_draws_without_training(self, finished: Demo, tmp_path: Path) -> None:
         out = finished.config.out
         unchanged = ("metrics.jsonl", "quality.jsonl", "config.json", "verdict.json", "samples.png")
         before = {name: (out / name).read_bytes() for name in unchanged}
         checkpoint = finished.result.checkpoint.read_bytes()
         for name in PICTURES:
             shutil.move(out / name, tmp_path / name)
-        result, verdict, text = run_and_capture(finished.config)
+        _, result, verdict, text = run_and_capture(finished.config)
         assert verdict == finished.verdict
         assert (result.iteration, result.interrupted) == (4, False)
-        assert "holds this run already: going on with it" in text
+        assert "already holds this run: resuming" in text
         assert {name: (out / name).read_bytes() for name in unchanged} == before
         assert result.checkpoint.read_bytes() == checkpoint
         assert all((out / name).exists() for name in PICTURES)
 
 
-def test_an_interrupted_demo_has_no_verdict_and_goes_on_when_called_again(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_demo_has_no_verdict_and_resumes(
+    finished: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished.config.out / "digits", tmp_path / "run" / "digits")
     config = small_demo(tmp_path / "run")
-    quality_curve = demo._quality_curve
+    quality_curve = demo.quality_curve
 
-    def interrupting(*args: Any) -> Any:
-        observe = quality_curve(*args)
-
-        def observe_and_interrupt(trainer: Trainer) -> None:
-            observe(trainer)
+    def interrupting(judge: Judge, path: Path) -> Callable[[Trainer], None]:
+        def observe(trainer: Trainer) -> None:
+            quality_curve(judge, path)(trainer)
             if trainer.iteration == 2:
                 signal.raise_signal(signal.SIGINT)
 
-        return observe_and_interrupt
+        return observe
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "_quality_curve", interrupting)
-        result, verdict, text = run_and_capture(config)
+        patch.setattr(demo, "quality_curve", interrupting)
+        _, result, verdict, text = run_and_capture(config)
     assert verdict is None
     assert (result.iteration, result.interrupted) == (2, True)
     assert "VERDICT" not in text
     assert not (config.out / "verdict.json").exists()
-    result, verdict, _ = run_and_capture(config)
+    _, result, verdict, _ = run_and_capture(config)
     assert (result.iteration, result.interrupted) == (4, False)
     assert verdict == finished.verdict
     for name in ("quality.jsonl", "samples.png"):
@@ -219,15 +191,8 @@ def test_an_interrupted_demo_has_no_verdict_and_goes_on_when_called_again(
 
 @pytest.mark.parametrize(("share", "word"), [(0.9, "goal 90%: reached"), (0.899, "goal 90%: NOT reached")])
 def test_verdict_in_words_says_whether_the_goal_is_reached(share: float, word: str) -> None:
-    verdict = Verdict(
-        share=share,
-        share_by_class=tuple(n / 10 for n in range(10)),
-        frechet=1.234,
-        frechet_real=0.056,
-        judge_accuracy=0.98,
-    )
-    text = describe(verdict)
+    text = describe(Verdict(share, tuple(n / 10 for n in range(10)), 1.234, 0.056, 0.98))
     assert word in text
     assert f"{share:.1%} of {demo.VERDICT_SAMPLES} generated digits" in text
     assert "3: 30%" in text
-    assert "features: 1.23 (a random half of the real ones: 0.06)" in text
+    assert "features: 1.23 (a random half of the real digits: 0.06)" in text

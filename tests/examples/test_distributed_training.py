@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from several_processes import results_by_rank
+from test_losses import hinge_with_r1
 from torch import Tensor
+from training_runs import set_gammas
 
 from sagan.data import ResumableBatchSampler
 from sagan.distributed import (
-    Processes,
     ProcessesDisagreeError,
+    World,
     check_agreement,
-    processes,
+    init_world,
     running_statistics,
 )
 from sagan.errors import UserError
 from sagan.networks import NetworkConfig
 from sagan.recipes import RunConfig, StepConfig
-from sagan.step import Trainer
+from sagan.train.losses import LOSSES, Losses, negative_logits
+from sagan.train.update import Trainer
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
@@ -32,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 COUNTS = (2, 4)
 BATCH = 8
-CASES = ("plain", "accumulated", "steps", "own statistics")
+CASES = ("plain", "accumulated", "steps", "gradient penalty", "separate statistics")
 
 
 def config_of(case: str) -> RunConfig:
@@ -53,15 +57,15 @@ def config_of(case: str) -> RunConfig:
             d_attention=(8,),
             bn_momentum=0.1,
         ),
-        step=StepConfig(sync_batch_norm=case != "own statistics"),
+        step=StepConfig(sync_batch_norm=case != "separate statistics"),
     )
 
 
 class Batches(Iterator[tuple[Tensor, Tensor]]):
     """This process's share of the parts of global batches, which are the same for any number of processes."""
 
-    def __init__(self, config: RunConfig, own: Processes) -> None:
-        self.config, self.own = config, own
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
         self.part = 0
         self.random = torch.Generator().manual_seed(1)
 
@@ -70,18 +74,17 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         size = BATCH // parts
         images = torch.randint(256, (size, 3, 32, 32), generator=self.random, dtype=torch.uint8)
         labels = torch.randint(3, (size,), generator=self.random)
-        return self.own.share(images, 0, 1), self.own.share(labels, 0, 1)
+        return self.world.shard(images, 0, 1), self.world.shard(labels, 0, 1)
 
 
-def train(case: str, own: Processes) -> dict[str, Tensor]:
+def train(case: str, world: World) -> dict[str, Tensor]:
     """Two iterations in float64; gradients of both networks after the first, and everything after the second."""
     config = config_of(case)
-    trainer = Trainer(config, torch.arange(3), own)
-    with torch.no_grad():  # at 0 the mixers are the identity
-        for network in (trainer.generator, trainer.discriminator):
-            for mixer in network.mixers.values():
-                mixer.gamma.fill_(0.7)
-    batches = Batches(config, own)
+    losses = {"hinge": Losses(hinge_with_r1, negative_logits)} if case == "gradient penalty" else {}
+    with mock.patch.dict(LOSSES, losses):
+        trainer = Trainer(config, torch.arange(3), world)
+    set_gammas(trainer)
+    batches = Batches(config, world)
     trainer.step(batches)
     results = {
         f"{name} gradient {parameter}": tensor.grad.clone()
@@ -92,33 +95,35 @@ def train(case: str, own: Processes) -> dict[str, Tensor]:
     trainer.step(batches)
     for name, network in trainer.networks.items():
         results |= {f"{name} {key}": value.clone() for key, value in network.state_dict().items()}
-    results |= {name: torch.tensor(value) for name, value in own.mean(trainer.means.now()).items()}
-    check_agreement(own, trainer.networks)
+    results |= {
+        name: torch.tensor(value) for name, value in world.mean_over_ranks(trainer.means.now()).items()
+    }
+    check_agreement(world, trainer.networks)
     return results
 
 
-def disagreement(own: Processes) -> str:
+def disagreement(world: World) -> str:
     """What is said when process 1 holds another vector and other statistics."""
-    trainer = Trainer(config_of("plain"), torch.arange(3), own)
-    if own.rank == 1:
+    trainer = Trainer(config_of("plain"), torch.arange(3), world)
+    if world.rank == 1:
         trainer.discriminator.blocks[0].conv1.weight_u[0] += 1e-12
         running_statistics(trainer.generator)[0][0] += 1e-12
     try:
-        check_agreement(own, {"G": trainer.generator, "D": trainer.discriminator})
+        check_agreement(world, {"G": trainer.generator, "D": trainer.discriminator})
     except ProcessesDisagreeError as error:
         return str(error)
     return "nothing"
 
 
-def work(own: Processes) -> dict[str, Any]:
+def work(world: World) -> dict[str, Any]:
     torch.set_default_dtype(torch.float64)
     return {
-        "identity": [own.rank, own.count],
-        "runs": {case: train(case, own) for case in CASES},
-        "disagreement": disagreement(own),
-        "largest": own.largest(10 * own.rank),
-        "texts": own.gather_texts(f"text {own.rank}"),
-        "first": own.from_first(f"text {own.rank}"),
+        "identity": [world.rank, world.world_size],
+        "runs": {case: train(case, world) for case in CASES},
+        "disagreement": disagreement(world),
+        "largest": world.max_over_ranks(10 * world.rank),
+        "texts": world.gather_texts(f"text {world.rank}"),
+        "first": world.run_on_main(lambda: f"text {world.rank}"),
     }
 
 
@@ -135,16 +140,16 @@ def double_precision() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize("case", [case for case in CASES if case != "own statistics"])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "separate statistics"])
 def test_gradients_and_weights_are_those_of_one_process(ranks: list[dict[str, Any]], case: str) -> None:
-    alone = train(case, Processes(0, 1, torch.device("cpu")))
+    alone = train(case, World(0, 1, torch.device("cpu")))
     assert sum(name.startswith("D gradient") for name in alone) > 20
     for results in ranks:
         found = results["runs"][case]
         assert found.keys() == alone.keys()
         for name, expected in alone.items():
             scale = max(1.0, expected.abs().max().item())
-            # Adam divides by the gradient's own size: what rounding leaves of a gradient of zero shows in weights.
+            # Adam divides by the size of the gradient, so rounding errors of a zero gradient show in weights.
             allowed = 1e-11 if "gradient" in name else 1e-7
             assert (found[name] - expected).abs().max() <= allowed * scale, name
 
@@ -159,7 +164,7 @@ def test_all_processes_hold_the_same_bits(ranks: list[dict[str, Any]], case: str
 def test_without_synchronised_batch_norm_the_gradients_are_others(ranks: list[dict[str, Any]]) -> None:
     runs = ranks[0]["runs"]
     name = "G gradient linear.weight"
-    assert not torch.allclose(runs["own statistics"][name], runs["plain"][name], rtol=1e-3)
+    assert not torch.allclose(runs["separate statistics"][name], runs["plain"][name], rtol=1e-3)
 
 
 def test_a_difference_is_an_error_that_names_the_process(ranks: list[dict[str, Any]]) -> None:
@@ -184,7 +189,7 @@ def test_messages_reach_every_process(ranks: list[dict[str, Any]]) -> None:
 def test_shares_of_all_processes_make_up_the_batch_in_order(count: int, parts: int) -> None:
     whole = torch.arange(BATCH)
     shares = [
-        Processes(rank, count, torch.device("cpu")).share(whole, part, parts)
+        World(rank, count, torch.device("cpu")).shard(whole, part, parts)
         for part in range(parts)
         for rank in range(count)
     ]
@@ -202,11 +207,15 @@ def test_images_come_in_the_same_order_on_any_number_of_processes(count: int) ->
 
 def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with processes("cpu") as own:
-        assert (own.rank, own.count, own.is_first, own.largest(3)) == (0, 1, True, 3)
-        assert (own.from_first("a"), own.gather_texts("a"), own.mean({"x": 2.0})) == ("a", ["a"], {"x": 2.0})
+    with init_world("cpu") as world:
+        assert (world.rank, world.world_size, world.is_main, world.max_over_ranks(3)) == (0, 1, True, 3)
+        assert (
+            world.run_on_main(lambda: "a"),
+            world.gather_texts("a"),
+            world.mean_over_ranks({"x": 2.0}),
+        ) == ("a", ["a"], {"x": 2.0})
         tensor = torch.ones(3)
-        own.average_([tensor])
+        world.average_([tensor])
         assert tensor.eq(1).all()
 
 
@@ -218,11 +227,11 @@ def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -
     refused = pytest.raises(
         UserError, match="WORLD_SIZE is 2 but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"
     )
-    with refused, processes("cpu"):
+    with refused, init_world("cpu"):
         pass
 
 
 def test_a_batch_that_does_not_divide_among_processes_is_refused() -> None:
     config = replace(config_of("plain"), batch_size=6)
     with pytest.raises(UserError, match="batch_size: expected a multiple of 4"):
-        Trainer(config, torch.arange(3), Processes(0, 4, torch.device("cpu")))
+        Trainer(config, torch.arange(3), World(0, 4, torch.device("cpu")))

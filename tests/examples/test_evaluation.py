@@ -1,97 +1,87 @@
-"""The evaluator, what it keeps of the reals, and several processes that evaluate as one."""
+"""The evaluator, its cache of real features, and several processes that evaluate as one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from feature_modules import SmallNetwork
 from several_processes import results_by_rank
-from torch import Tensor, nn
+from torch import Tensor
 
-from sagan.distributed import Processes
+from sagan.data import ImageDataset
+from sagan.distributed import World
 from sagan.errors import UserError
-from sagan.evaluation import report
-from sagan.evaluation.config import EvaluationConfig, TrainingEvaluationConfig
-from sagan.evaluation.evaluator import Evaluation, Evaluator, feature_network
-from sagan.evaluation.features import FeatureNetwork
-from sagan.evaluation.frechet import frechet_distance, frechet_distance_of_features
+from sagan.evaluation import results
+from sagan.evaluation.config import METRICS, EvaluationConfig, TrainingEvaluationConfig
+from sagan.evaluation.evaluator import Evaluator
+from sagan.evaluation.feature_networks import FeatureNetwork, proxy_network
+from sagan.evaluation.fid import Moments, frechet_distance_of_features, frechet_distance_of_moments
 from sagan.evaluation.protocol import FIGURES, Protocol, ProtocolError
-from sagan.evaluation.proxy import proxy_network
-from sagan.evaluation.reals import Reals
-from sagan.evaluation.reference import ReferenceError
-from sagan.evaluation.statistics import Moments
+from sagan.evaluation.real_features import RealFeaturesError
+from sagan.evaluation.real_images import RealImages
+from sagan.evaluation.results import Evaluation
 from sagan.networks import Generator, NetworkConfig
 from sagan.sampling import generate, sample_inputs
 
-ALL = ("fid", "is", "kid", "intra-fid", "pr")
-ALONE = Processes(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
 LABELS = torch.tensor([0, 1, 2])
+SUBJECT = results.Subject(Path("run"), 7, "paper", CPU)
 
 
-@dataclass
-class InMemory:
+class InMemory(ImageDataset):
     """Images of three classes, each with another brightness."""
 
-    images: Tensor
-    labels: Tensor
-    class_names: Sequence[str] = ("ant", "bee", "cat")
-    resolution: int = 32
+    class_names = ("ant", "bee", "cat")
+    num_classes = 3
+    resolution = 32
+    cached = True
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __init__(self, images: Tensor, labels: Tensor, name: str) -> None:
+        self.images, self.labels, self.name, self.failures = images, labels, name, []
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         return self.images[list(indices)], self.labels[list(indices)]
 
+    def fingerprint(self) -> str:
+        return self.name
 
-class Small(nn.Module):
-    """Features [N, 8] and logits [N, 4] of a fixed random convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        draws = torch.Generator().manual_seed(0)
-        self.register_buffer("weight", torch.randn(8, 3, 5, 5, generator=draws) / 8)
-        self.register_buffer("head", torch.randn(4, 8, generator=draws) * 3)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = nn.functional.conv2d(images.float() / 127.5 - 1, self.get_buffer("weight"), stride=3)
-        features = x.relu().mean((2, 3))
-        return features, features @ self.get_buffer("head").T
+    def check(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError
 
 
 def network() -> FeatureNetwork:
-    return FeatureNetwork(
-        Small(), name="small", digest="5" * 64, resize="none", device=torch.device("cpu"), resolution=32
-    )
+    return FeatureNetwork(SmallNetwork(), "small", digest="5" * 64, resize="none", device=CPU, resolution=32)
 
 
-def reals_of(count: int = 47, seed: int = 0) -> Reals:
+def real_images_of(count: int = 47, seed: int = 0) -> RealImages:
     draws = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     images = torch.randint(100, (count, 3, 32, 32), generator=draws, dtype=torch.uint8)
     images += (40 * labels).to(torch.uint8)[:, None, None, None]
-    return Reals(InMemory(images, labels), "train", f"in memory {count} {seed}")
+    return RealImages(InMemory(images, labels, f"in memory {count} {seed}"), "train")
 
 
-def generator_of(seed: int = 0, num_classes: int = 3) -> Generator:
+def generator_of(num_classes: int = 3, resolution: int = 32) -> Generator:
+    config = NetworkConfig(
+        resolution=resolution,
+        base_width=2,
+        num_classes=num_classes,
+        latent_dim=6,
+        g_attention=(16,),
+        d_attention=(),
+    )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = NetworkConfig(
-            resolution=32,
-            base_width=2,
-            num_classes=num_classes,
-            latent_dim=6,
-            g_attention=(16,),
-            d_attention=(),
-        )
+        torch.manual_seed(0)
         generator = Generator(config)
         for parameter in generator.parameters():  # so that images differ visibly
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -99,14 +89,14 @@ def generator_of(seed: int = 0, num_classes: int = 3) -> Generator:
 
 
 def evaluator_of(
-    folder: Path, own: Processes = ALONE, reals: Reals | None = None, **options: Any
+    folder: Path, world: World = ALONE, real_images: RealImages | None = None, **options: Any
 ) -> Evaluator:
-    options = {"metrics": ALL, "count": 53, "block_size": 10, "cache": folder / "cache", **options}
-    return Evaluator(EvaluationConfig(**options), reals or reals_of(), own, network=network())
+    options = {"metrics": METRICS, "count": 53, "block_size": 10, "cache": folder / "cache", **options}
+    return Evaluator(EvaluationConfig(**options), real_images or real_images_of(), world, network=network())
 
 
-def evaluate(folder: Path, own: Processes = ALONE, **options: Any) -> Evaluation:
-    return evaluator_of(folder, own, **options).evaluate(generator_of(), LABELS, weights="ema")
+def evaluate(folder: Path, world: World = ALONE, **options: Any) -> Evaluation:
+    return evaluator_of(folder, world, **options).evaluate(generator_of(), LABELS, weights="ema")
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +105,19 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
 
 
 class TestFigures:
-    def test_are_those_of_all_samples_and_all_reals_at_once(self, evaluation: Evaluation) -> None:
+    def test_are_those_of_all_samples_and_all_real_images_at_once(self, evaluation: Evaluation) -> None:
         latents, labels = sample_inputs(range(53), generator_of().config, 0, LABELS)
         features, _ = network()(generate(generator_of(), latents, labels, batch_size=10))
-        source = reals_of().source
-        real, _ = network()(source.fetch(range(47))[0])
-        one, other = Moments.of(real), Moments.of(features)
-        fid = frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
-        assert evaluation.figure("fid").value == pytest.approx(fid, rel=1e-5)
+        dataset = real_images_of().dataset
+        real, _ = network()(dataset.fetch(range(47))[0])
+        fid = frechet_distance_of_moments(Moments.of(real), Moments.of(features))
         by_class = [
-            frechet_distance_of_features(real[source.labels == label], features[labels == label])
+            frechet_distance_of_features(real[dataset.labels == label], features[labels == label])
             for label in range(3)
         ]
-        assert evaluation.by_class == pytest.approx(
-            dict(zip(("ant", "bee", "cat"), by_class, strict=True)), rel=1e-5
-        )
+        assert evaluation.figure("fid").value == pytest.approx(fid, rel=1e-5)
+        assert list(evaluation.by_class or ()) == ["ant", "bee", "cat"]
+        assert list((evaluation.by_class or {}).values()) == pytest.approx(by_class, rel=1e-5)
         assert evaluation.figure("intra-fid").value == pytest.approx(np.mean(by_class), rel=1e-5)
 
     def test_are_named_by_their_protocol(self, evaluation: Evaluation) -> None:
@@ -142,38 +130,39 @@ class TestFigures:
             "recall53-train-small",
         ]
         assert next(iter(evaluation.scalars())) == "evaluation/fid53-train-small"
-        for name in (figure.name for figure in evaluation.figures):
-            assert name in report.markdown_row(evaluation, SUBJECT)
+        for figure in evaluation.figures:
+            assert figure.name in results.markdown_row(evaluation, SUBJECT)
 
-    def test_a_score_is_better_when_less(self, evaluation: Evaluation) -> None:
+    def test_a_lower_score_is_better(self, evaluation: Evaluation) -> None:
         assert evaluation.score() == evaluation.figure("fid").value
         assert evaluation.score("is") == -evaluation.figure("is").value
         with pytest.raises(UserError, match="metric: expected one of fid, is, kid"):
             evaluation.score("pr")
 
-    def test_the_reals_own_are_told_and_written(self, evaluation: Evaluation, tmp_path: Path) -> None:
-        facts = evaluation.reals
+    def test_scores_of_the_real_images_are_shown_and_saved(
+        self, evaluation: Evaluation, tmp_path: Path
+    ) -> None:
+        facts = evaluation.real_facts
         assert facts.count == 47
         assert facts.inception_score is not None
         assert facts.inception_score[0] >= 1
         assert facts.half_distance is not None
         assert 0 < facts.half_distance < evaluation.figure("fid").value
-        table = report.table(evaluation, SUBJECT)
+        table = results.table(evaluation, SUBJECT)
         assert f"Inception Score {facts.inception_score[0]:.2f} +- {facts.inception_score[1]:.2f}" in table
         assert f"FID of a random half to the other {facts.half_distance:.4g}" in table
-        values = json.loads(report.save(evaluation, SUBJECT, tmp_path).read_text())
+        values = json.loads(results.save(evaluation, SUBJECT, tmp_path).read_text())
         assert values["reals"]["inception_score"] == list(facts.inception_score)
         assert values["reals"]["half_distance"] == facts.half_distance
         assert values["figures"]["is53-small"]["deviation"] == evaluation.figure("is").deviation
         assert values["protocol"]["identity"] == evaluation.protocol.identity
 
     def test_evaluated_again_adds_no_second_row(self, evaluation: Evaluation, tmp_path: Path) -> None:
-        for _ in range(2):
-            report.save(evaluation, SUBJECT, tmp_path)
-        report.save(evaluation, replace(SUBJECT, iteration=8), tmp_path)
-        assert len((tmp_path / report.RESULTS).read_text().splitlines()) == 4
+        for subject in (SUBJECT, SUBJECT, replace(SUBJECT, iteration=8)):
+            results.save(evaluation, subject, tmp_path)
+        assert len((tmp_path / results.RESULTS).read_text().splitlines()) == 4
 
-    def test_generator_and_random_state_are_as_before(self, tmp_path: Path) -> None:
+    def test_generator_and_random_state_do_not_change(self, tmp_path: Path) -> None:
         generator = generator_of().train()
         before = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
         state = torch.random.get_rng_state()
@@ -185,129 +174,113 @@ class TestFigures:
         for name, tensor in generator.state_dict().items():
             assert torch.equal(tensor, before[name]), name
 
-    def test_options_change_the_samples_as_their_names_say(
-        self, evaluation: Evaluation, tmp_path: Path
-    ) -> None:
-        seen = {evaluation.samples_checksum}
-        for options, part in (
+    def test_options_change_samples_and_names(self, evaluation: Evaluation, tmp_path: Path) -> None:
+        checksums = {evaluation.samples_checksum}
+        for options, name in (
             ({"bn_statistics": "batch"}, "fid53-train-small-batch"),
             ({"bn_statistics": "standing", "standing_batches": 3}, "fid53-train-small-standing"),
             ({"truncation": 0.5}, "fid53-train-small-trunc0.5"),
             ({"sample_seed": 1}, "fid53-train-small"),
         ):
             other = evaluate(tmp_path, metrics=("fid",), **options)
-            assert other.figure("fid").name == part
+            assert other.figure("fid").name == name
             assert other.protocol.identity != evaluation.protocol.identity
-            seen.add(other.samples_checksum)
-        assert len(seen) == 5
+            checksums.add(other.samples_checksum)
+        assert len(checksums) == 5
 
-    def test_classes_with_one_real_are_left_out_and_named(self, tmp_path: Path) -> None:
-        source = reals_of().source
-        keep = (source.labels != 2) | (torch.arange(47) == 2)
-        few = Reals(InMemory(source.fetch(range(47))[0][keep], source.labels[keep]), "train", "few of 2")
-        found = evaluate(tmp_path, reals=few, metrics=("intra-fid",))
-        assert found.classes_left_out == ("cat",)
+    def test_classes_with_one_real_image_are_skipped_and_named(self, tmp_path: Path) -> None:
+        dataset = real_images_of().dataset
+        keep = (dataset.labels != 2) | (torch.arange(47) == 2)
+        few = InMemory(dataset.fetch(range(47))[0][keep], dataset.labels[keep], "few of 2")
+        found = evaluate(tmp_path, real_images=RealImages(few, "train"), metrics=("intra-fid",))
+        assert found.skipped_classes == ("cat",)
         assert list(found.by_class or ()) == ["ant", "bee"]
-        assert "left out of intra-FID, with fewer than 2 reals: cat" in report.table(found, SUBJECT)
+        assert "skipped by intra-FID, with fewer than 2 real images: cat" in results.table(found, SUBJECT)
 
-    def test_a_proxys_figures_are_labelled_everywhere(self, tmp_path: Path) -> None:
+    def test_figures_of_the_proxy_are_labelled_everywhere(self, tmp_path: Path) -> None:
         config = EvaluationConfig(proxy=True, count=40, block_size=10, cache=tmp_path)
-        evaluator = Evaluator(config, reals_of(), ALONE)
+        evaluator = Evaluator(config, real_images_of(), ALONE)
         found = evaluator.evaluate(generator_of(), LABELS, weights="raw")
         assert [figure.name for figure in found.figures] == ["proxy-fid40-train-randomconv-raw"]
         assert list(found.scalars()) == ["evaluation/proxy-fid40-train-randomconv-raw"]
-        assert "PROXY figures" in report.table(found, SUBJECT)
-        assert " FID" not in report.table(found, SUBJECT).replace("published FIDs", "")
-        assert "proxy's Frechet distance" in report.about_reals(evaluator, tmp_path)
+        table = results.table(found, SUBJECT)
+        assert "PROXY figures" in table
+        assert " FID" not in table.replace("published FIDs", "")
+        assert "proxy's Frechet distance" in evaluator.describe_real_images()
         assert found.to_dict()["protocol"]["proxy"]
-
-
-SUBJECT = report.Subject(Path("run"), 7, "paper", "CPU")
 
 
 class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"metrics": ("fid", "fid")}, "metrics: expected different ones out of fid, is"),
-            ({"metrics": ("FID",)}, "metrics: expected different ones out of fid, is"),
+            ({"metrics": ("fid", "fid")}, "metrics: expected some of fid, is"),
+            ({"metrics": ("FID",)}, "metrics: expected some of fid, is"),
             ({"count": 19}, "count: expected at least 20, got 19"),
             ({"block_size": 0}, "block_size: expected at least 1, got 0"),
             ({"sample_seed": -1}, "sample_seed: expected at least 0, got -1"),
             ({"bn_statistics": "none"}, "bn_statistics: expected running, batch or standing"),
             ({"truncation": 0.0}, r"truncation: expected at least 0\.02"),
-            (
-                {"proxy": True, "inception_weights": Path("x")},
-                "expected one, got inception-weights and proxy",
-            ),
+            ({"proxy": True, "inception_weights": "x"}, "expected one, got inception-weights and proxy"),
             ({"proxy": True, "metrics": ("is",)}, "proxy network has no classes"),
-        ],
-    )
-    def test_options_out_of_range(self, options: dict[str, Any], message: str) -> None:
-        with pytest.raises(UserError, match=message):
-            EvaluationConfig(**options)
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
             ({"every": -1}, "every: expected at least 0, got -1"),
-            ({"every": 5}, "feature network: expected inception-weights .* got none. Nothing is downloaded"),
+            ({"every": 5}, "expected inception-weights .* or proxy; got none. Nothing is downloaded"),
             ({"proxy": True, "best_by": "is"}, "best_by: expected one of fid; got 'is'"),
             ({"metrics": ("pr",), "best_by": "pr"}, "best_by: expected one of precision, recall; got 'pr'"),
         ],
     )
-    def test_options_of_evaluation_in_training(self, options: dict[str, Any], message: str) -> None:
+    def test_options_out_of_range(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(UserError, match=message):
             TrainingEvaluationConfig(**options)
 
-    def test_no_network_at_all(self) -> None:
-        with pytest.raises(UserError, match=r"expected inception-weights .* or proxy; got none"):
-            feature_network(EvaluationConfig(), torch.device("cpu"), resolution=32)
-
     def test_no_logits_for_the_inception_score(self, tmp_path: Path) -> None:
-        proxy = proxy_network(torch.device("cpu"), resolution=32)
-        config = EvaluationConfig(cache=tmp_path)
+        proxy = proxy_network(CPU, resolution=32)
         with pytest.raises(UserError, match="the network randomconv has no logits"):
-            Evaluator(config, reals_of(), ALONE, network=proxy)
+            Evaluator(EvaluationConfig(cache=tmp_path), real_images_of(), ALONE, network=proxy)
 
-    def test_too_few_reals(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="reals: expected more than 3 images, got 3"):
-            evaluator_of(tmp_path, reals=reals_of(3))
+    def test_too_few_real_images(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="real images: expected more than 3, got 3"):
+            evaluator_of(tmp_path, real_images=real_images_of(3))
 
-    def test_too_few_samples_of_a_class(self, tmp_path: Path) -> None:
-        evaluator = evaluator_of(tmp_path, count=20)
-        with pytest.raises(UserError, match="at least 2 samples of each of 11 classes for intra-fid, got 20"):
-            evaluator.evaluate(generator_of(), torch.arange(11), weights="raw")
+    @pytest.mark.parametrize(
+        ("generator", "num_labels", "message"),
+        [
+            ({}, 27, "at least 2 samples of each of 27 classes for intra-fid, got 53"),
+            ({"num_classes": 0}, 1, "expected a run with classes for intra-fid"),
+            ({"resolution": 64}, 3, "expected images of 64 pixels as the generator's, got 32"),
+        ],
+    )
+    def test_unsuitable_generators(
+        self, generator: dict[str, int], num_labels: int, message: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(UserError, match=message):
+            evaluator_of(tmp_path).evaluate(
+                generator_of(**generator), torch.arange(num_labels), weights="raw"
+            )
 
-    def test_classes_without_classes(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="expected a run with classes for intra-fid"):
-            evaluator_of(tmp_path).evaluate(generator_of(num_classes=0), LABELS[:1], weights="raw")
 
-    def test_another_resolution(self, tmp_path: Path) -> None:
-        generator = Generator(replace(generator_of().config, resolution=64))
-        with pytest.raises(UserError, match="expected images of 64 pixels as the generator's, got 32"):
-            evaluator_of(tmp_path).evaluate(generator, LABELS, weights="raw")
-
-
-class TestReference:
-    def test_is_computed_once(self, tmp_path: Path) -> None:
+class TestCache:
+    def test_features_are_computed_once(self, tmp_path: Path) -> None:
         first, again = evaluator_of(tmp_path), evaluator_of(tmp_path)
-        assert (first.facts.from_cache, again.facts.from_cache) == (False, True)
-        assert replace(first.facts, from_cache=True) == again.facts
+        assert (first.real_facts.from_cache, again.real_facts.from_cache) == (False, True)
+        assert replace(first.real_facts, from_cache=True) == again.real_facts
         figures = [each.evaluate(generator_of(), LABELS, weights="raw").figures for each in (first, again)]
         assert figures[0] == figures[1]
         assert not list((tmp_path / "cache").glob("*.partial"))
 
-    def test_is_computed_anew_for_other_images_networks_or_all_features(self, tmp_path: Path) -> None:
-        evaluator_of(tmp_path, metrics=("fid",))
-        assert not evaluator_of(tmp_path, metrics=("fid",), reals=reals_of(seed=1)).facts.from_cache
-        assert not evaluator_of(tmp_path, metrics=("intra-fid",)).facts.from_cache  # wants features of all
-        assert evaluator_of(tmp_path, metrics=("intra-fid",)).facts.from_cache
-        assert evaluator_of(tmp_path, metrics=("fid",)).facts.from_cache
+    def test_other_images_and_features_of_all_images_are_computed(self, tmp_path: Path) -> None:
+        def from_cache(metric: str, **options: Any) -> bool:
+            return evaluator_of(tmp_path, metrics=(metric,), **options).real_facts.from_cache
+
+        assert not from_cache("fid")
+        assert not from_cache("fid", real_images=real_images_of(seed=1))
+        assert not from_cache("intra-fid")  # which needs the features of all images
+        assert from_cache("intra-fid")
+        assert from_cache("fid")
         assert len(list((tmp_path / "cache").iterdir())) == 2
 
     @pytest.mark.parametrize("name", ["manifest.json", "statistics.npz", "features.npy"])
-    def test_what_is_damaged_is_computed_anew_with_a_warning(
+    def test_damaged_files_are_computed_again_with_a_warning(
         self, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         expected = evaluate(tmp_path).figures
@@ -316,18 +289,16 @@ class TestReference:
         content[len(content) // 2] ^= 1
         path.write_bytes(content if name != "manifest.json" else content[:50])
         evaluator = evaluator_of(tmp_path)
-        assert not evaluator.facts.from_cache
+        assert not evaluator.real_facts.from_cache
         assert f"{name} is damaged" in caplog.text
         assert evaluator.evaluate(generator_of(), LABELS, weights="ema").figures == expected
-        assert evaluator_of(tmp_path).facts.from_cache
+        assert evaluator_of(tmp_path).real_facts.from_cache
 
-    def test_what_is_of_other_images_is_refused(self, tmp_path: Path) -> None:
+    def test_features_of_other_images_are_refused(self, tmp_path: Path) -> None:
         evaluator_of(tmp_path)
         [path] = (tmp_path / "cache").glob("*/manifest.json")
-        manifest = json.loads(path.read_text())
-        manifest["key"]["images"] = "others"
-        path.write_text(json.dumps(manifest))
-        with pytest.raises(ReferenceError, match="holds features of other images or another network: delete"):
+        path.write_text(path.read_text().replace("in memory", "elsewhere"))
+        with pytest.raises(RealFeaturesError, match="features of other images or another network: delete"):
             evaluator_of(tmp_path)
 
 
@@ -351,26 +322,26 @@ class TestProtocol:
         assert {metric: protocol.name(metric) for metric in FIGURES}
 
 
-def work(own: Processes) -> dict[str, Any]:
-    """Every kind of statistics in this process, and a refusal of the first."""
-    folder = Path(own.from_first(mkdtemp()))
+def work(world: World) -> dict[str, Any]:
+    """Every kind of batch-norm statistics in this process, and an error on rank 0."""
+    folder = Path(world.run_on_main(mkdtemp))
     found = {}
     for statistics in ("running", "batch", "standing"):
-        evaluation = evaluate(folder, own, bn_statistics=statistics, standing_batches=2)
+        evaluation = evaluate(folder, world, bn_statistics=statistics, standing_batches=2)
         found[statistics] = {
             "figures": [[figure.name, figure.value, figure.deviation] for figure in evaluation.figures],
             "by_class": evaluation.by_class,
             "samples": evaluation.samples_checksum,
-            "reals": [evaluation.reals.checksum, list(evaluation.reals.inception_score or ())],
-            "from_cache": evaluation.reals.from_cache,
+            "real": [evaluation.real_facts.checksum, list(evaluation.real_facts.inception_score or ())],
+            "from_cache": evaluation.real_facts.from_cache,
         }
-    own.wait()
-    if own.is_first:
+    world.barrier()
+    if world.is_main:
         for path in (folder / "cache").glob("*/manifest.json"):
             path.write_text(path.read_text().replace("in memory", "elsewhere"))
-    own.wait()
+    world.barrier()
     try:
-        evaluator_of(folder, own)
+        evaluator_of(folder, world)
     except UserError as error:
         found["refusal"] = f"{type(error).__name__}: {error}"
     return found
@@ -400,8 +371,8 @@ def test_all_processes_return_the_figures_of_one(
 
 @needs_gloo
 def test_a_refusal_reaches_all_processes(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
-    assert "ReferenceError: " in alone["refusal"]
-    assert "ReferenceError: " in ranks[0]["refusal"]
+    for found in (alone, ranks[0]):
+        assert "RealFeaturesError: " in found["refusal"]
     for found in ranks[1:]:
-        assert "ToldByFirstError: " in found["refusal"]
+        assert "ReportedByMainError: " in found["refusal"]
         assert "holds features of other images" in found["refusal"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +14,20 @@ import torch
 from image_trees import WNIDS, write_image_tree
 
 import imagenet_sagan
-from sagan.checkpoints import load_checkpoint
 from sagan.evaluation.config import TrainingEvaluationConfig
-from sagan.health import CollapseAlarm
-from sagan.logs import read_metrics, series
 from sagan.recipes import HealthConfig, RunConfig, config_from_dict
-from sagan.report import draw_run, write_report
-from sagan.step import Trainer
-from sagan.training import Score, TrainingResult
+from sagan.report.page import draw_run, write_report
+from sagan.train.checkpoint import load_checkpoint
+from sagan.train.collapse import CollapseAlarm
+from sagan.train.logs import read_metrics, series
+from sagan.train.loop import TrainingResult
+from sagan.train.output import Score
+from sagan.train.update import Trainer
 
 SMALL = [
     *("--device", "cpu", "--batch-size", "4", "--network.resolution", "32", "--network.base-width", "1"),
     *("--network.latent-dim", "4", "--network.g-attention", "16", "--network.d-attention", "8"),
-    *("--output.grid-columns", "2", "--output.no-tensorboard"),
+    *("--output.grid-columns", "2", "--output.log-every", "1", "--output.no-tensorboard"),
 ]
 
 
@@ -35,6 +37,18 @@ def main(*arguments: object) -> int:
 
 def written(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def train(data: Path, out: Path, *options: object) -> int:
+    return main("train", "--data", data, "--out", out, *SMALL, "--evaluation.cache", out / "cache", *options)
+
+
+def evaluate(source: Path, out: Path, *options: object) -> dict[str, Any]:
+    """Evaluate 24 images with the proxy, and return the JSON file."""
+    base = ("--source", source, "--out", out, "--proxy", "--count", 24, "--device", "cpu")
+    assert main("evaluate", *base, "--cache", out.parent / "cache", *options) == 0
+    [found] = written(out)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +62,7 @@ class TestEvaluate:
     def test_writes_figures_with_their_protocol_and_shows_them(
         self, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        options = ("--proxy", "--metrics", "fid", "intra-fid", "pr", "--count", 24, "--cache", tmp_path / "c")
-        assert main("evaluate", "--source", trained_run, *options, "--out", tmp_path, "--device", "cpu") == 0
-        [found] = written(tmp_path)
+        found = evaluate(trained_run, tmp_path / "out", "--metrics", "fid", "intra-fid", "pr")
         assert list(found["figures"]) == [
             f"proxy-{metric}24-train-randomconv" for metric in ("fid", "intra-fid", "precision", "recall")
         ]
@@ -58,42 +70,26 @@ class TestEvaluate:
         assert found["protocol"]["weights"] == "ema"
         assert sorted(found["by_class"]) == sorted(WNIDS[:3])
         shown = capsys.readouterr().out
-        assert "images of each class" in shown  # the reals are checked
-        assert "Features of 15 reals kept in" in shown
+        assert "images of each class" in shown  # the real images are checked
+        assert "Features of 15 real images saved in" in shown
         assert f"{found['figures']['proxy-fid24-train-randomconv']['value']:.3f}" in shown
-        assert found["protocol"]["identity"] in (tmp_path / "results.md").read_text()
+        assert found["protocol"]["identity"] in (tmp_path / "out" / "results.md").read_text()
 
     def test_a_prepared_set_gives_the_figures_of_the_folder_it_was_made_from(
         self, trained_run: Path, prepared: Path, tmp_path: Path
     ) -> None:
-        base = (
-            "--proxy",
-            "--count",
-            24,
-            "--cache",
-            tmp_path / "c",
-            "--device",
-            "cpu",
-            "--source",
-            trained_run,
-        )
-        assert main("evaluate", *base, "--out", tmp_path / "a") == 0
-        assert main("evaluate", *base, "--out", tmp_path / "b", "--data", prepared, "--split", "train") == 0
-        [folder], [packed] = written(tmp_path / "a"), written(tmp_path / "b")
+        folder = evaluate(trained_run, tmp_path / "a")
+        packed = evaluate(trained_run, tmp_path / "b", "--data", prepared, "--split", "train")
         assert packed["protocol"] == folder["protocol"]
         assert packed["figures"] == folder["figures"]
-        assert main("evaluate", *base, "--out", tmp_path / "c", "--data", prepared) == 0
-        [named] = written(tmp_path / "c")
+        named = evaluate(trained_run, tmp_path / "c", "--data", prepared)
         assert list(named["figures"]) == ["proxy-fid24-flowers32-randomconv"]
         assert named["reals"]["from_cache"]  # the same checksum
 
-    def test_the_size_of_blocks_is_no_part_of_the_protocol(self, trained_run: Path, tmp_path: Path) -> None:
-        found = []
-        for size in (50, 7):
-            out = tmp_path / f"{size}"
-            options = ("--proxy", "--count", 24, "--device", "cpu", "--cache", out / "cache", "--out", out)
-            assert main("evaluate", "--source", trained_run, "--block-size", size, *options) == 0
-            found += written(out)
+    def test_the_size_of_blocks_is_not_in_the_protocol(self, trained_run: Path, tmp_path: Path) -> None:
+        found = [
+            evaluate(trained_run, tmp_path / f"{size}" / "out", "--block-size", size) for size in (50, 7)
+        ]
         assert found[0]["protocol"] == found[1]["protocol"]
         [one], [other] = (each["figures"].values() for each in found)
         assert one["value"] == pytest.approx(other["value"], rel=1e-6)
@@ -103,35 +99,26 @@ class TestEvaluate:
         [
             ((), "feature network: expected inception-weights"),
             (("--inception-weights", "absent.pth"), "found no file at absent.pth"),
-            (
-                ("--proxy", "--weights", "ema", "--source", "absent"),
-                "expected a checkpoint or the folder of a run",
-            ),
+            (("--proxy", "--source", "absent"), "expected a checkpoint or the folder of a run"),
             (("--proxy", "--data", "absent"), "absent"),
         ],
     )
     def test_what_cannot_be_evaluated_is_refused_in_plain_words(
-        self,
-        trained_run: Path,
-        tmp_path: Path,
-        options: tuple[str, ...],
-        message: str,
-        capsys: pytest.CaptureFixture[str],
+        self, trained_run: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        arguments = ("--source", trained_run, "--device", "cpu", "--cache", tmp_path, *options)
-        assert main("evaluate", *arguments) == 1
+        assert main("evaluate", "--source", trained_run, "--device", "cpu", *options) == 1
         assert message in capsys.readouterr().err
 
     def test_other_classes_than_the_runs_are_refused_for_intra_fid(
         self, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        write_image_tree(tmp_path / "others", class_names=["a", "b"], images_per_class=4, sizes=[(32, 32)])
-        options = ("--proxy", "--count", 24, "--cache", tmp_path / "c", "--device", "cpu")
-        arguments = ("--source", trained_run, "--data", tmp_path / "others", *options)
-        assert main("evaluate", *arguments, "--metrics", "intra-fid") == 1
+        data = tmp_path / "others"
+        write_image_tree(data, class_names=["a", "b"], images_per_class=4, sizes=[(32, 32)])
+        found = evaluate(trained_run, tmp_path / "out", "--data", data)
+        assert list(found["figures"]) == ["proxy-fid24-all-randomconv"]
+        options = ("--proxy", "--metrics", "intra-fid", "--cache", tmp_path, "--device", "cpu")
+        assert main("evaluate", "--source", trained_run, "--data", data, *options) == 1
         assert "expected the run's 3 classes for intra-fid, found others" in capsys.readouterr().err
-        assert main("evaluate", *arguments, "--out", tmp_path / "out") == 0
-        assert list(written(tmp_path / "out")[0]["figures"]) == ["proxy-fid24-all-randomconv"]
 
 
 class TestInTraining:
@@ -141,10 +128,8 @@ class TestInTraining:
         """The folders of a run with evaluations and of one without."""
         folder = tmp_path_factory.mktemp("runs")
         evaluation = ("--evaluation.every", 2, "--evaluation.proxy", "--evaluation.count", 24)
-        cache = ("--evaluation.cache", folder / "cache")
-        base = ("train", "--data", prepared, "--iterations", 5, "--output.log-every", 1, *SMALL)
-        assert main(*base, "--out", folder / "with", *evaluation, *cache) == 0
-        assert main(*base, "--out", folder / "without") == 0
+        assert train(prepared, folder / "with", "--iterations", 5, *evaluation) == 0
+        assert train(prepared, folder / "without", "--iterations", 5) == 0
         return folder / "with", folder / "without"
 
     def test_leaves_the_curve_the_best_checkpoint_and_a_table(self, runs: tuple[Path, Path]) -> None:
@@ -170,9 +155,7 @@ class TestInTraining:
 
     def test_equals_evaluate_on_the_checkpoint(self, runs: tuple[Path, Path], tmp_path: Path) -> None:
         out, _ = runs
-        options = ("--proxy", "--count", 24, "--cache", tmp_path / "c", "--out", tmp_path, "--device", "cpu")
-        assert main("evaluate", "--source", out, *options) == 0
-        [found], in_training = written(tmp_path), written(out / "evaluation")[-1]
+        found, in_training = evaluate(out, tmp_path / "out"), written(out / "evaluation")[-1]
         for name in ("figures", "protocol", "samples_checksum"):
             assert found[name] == in_training[name]
 
@@ -181,53 +164,40 @@ class TestInTraining:
     ) -> None:
         _, out = runs
         evaluation = ("--evaluation.every", 1, "--evaluation.proxy", "--evaluation.count", 20)
-        options = ("--evaluation.cache", out / "cache", "--evaluation.metrics", "kid", "--resume")
-        base = ("train", "--data", prepared, "--out", out, "--output.log-every", 1, *SMALL)
-        assert main(*base, "--iterations", 6, *evaluation, *options) == 0
+        options = ("--evaluation.metrics", "kid", "--iterations", 6, "--resume")
+        assert train(prepared, out, *evaluation, *options) == 0
         assert "iteration       6  proxy-kid20-train-randomconv" in capsys.readouterr().out
         assert load_checkpoint(out / "checkpoints" / "best.pt")["iteration"] == 6
 
-    def test_compares_with_another_split_by_option(self, image_folder: Path, tmp_path: Path) -> None:
-        data = tmp_path / "data"
+    def test_compares_with_another_split_by_option(self, tmp_path: Path) -> None:
         for split in ("train", "val"):
-            write_image_tree(data / split, class_names=WNIDS[:3], images_per_class=4, sizes=[(32, 32)])
+            folder = tmp_path / "data" / split
+            write_image_tree(folder, class_names=WNIDS[:3], images_per_class=4, sizes=[(32, 32)])
         evaluation = ("--evaluation.every", 9, "--evaluation.proxy", "--evaluation.count", 24)
-        options = ("--evaluation.split", "val", "--evaluation.cache", tmp_path / "c", "--iterations", 1)
-        assert main("train", "--data", data, "--out", tmp_path / "run", *SMALL, *evaluation, *options) == 0
+        options = ("--evaluation.split", "val", "--iterations", 1)
+        assert train(tmp_path / "data", tmp_path / "run", *evaluation, *options) == 0
         assert list(written(tmp_path / "run" / "evaluation")[0]["figures"]) == ["proxy-fid24-val-randomconv"]
 
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            (("--evaluation.inception-weights", "absent.pth"), "found no file at absent.pth"),
-            (("--evaluation.feature-network", "absent.pt2"), "found no file at absent.pt2"),
-        ],
-    )
+    @pytest.mark.parametrize("option", ["inception-weights", "feature-network"])
     def test_a_missing_network_is_refused_before_anything_is_written(
-        self,
-        prepared: Path,
-        tmp_path: Path,
-        options: tuple[str, ...],
-        message: str,
-        capsys: pytest.CaptureFixture[str],
+        self, prepared: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        arguments = ("--data", prepared, "--out", tmp_path / "run", *SMALL, "--evaluation.every", 2, *options)
-        assert main("train", *arguments) == 1
-        assert message in capsys.readouterr().err
+        options = ("--evaluation.every", 2, f"--evaluation.{option}", "absent.pth")
+        assert train(prepared, tmp_path / "run", *options) == 1
+        assert "found no file at absent.pth" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
 
 class TestBest:
-    def test_is_kept_while_scores_are_of_one_kind_and_begun_anew_with_another(
+    def test_is_saved_among_scores_of_one_kind(
         self, tiny_config: RunConfig, run_training: Callable[..., TrainingResult], tmp_path: Path
     ) -> None:
-        nan = float("nan")
-        scores = {1: (nan, "fid"), 2: (3.0, "fid"), 3: (4.0, "fid"), 4: (50.0, "kid"), 5: (60.0, "kid")}
-        kept = []
+        scores = {1: (math.nan, "fid"), 2: (3.0, "fid"), 3: (4.0, "fid"), 4: (50.0, "kid"), 5: (60.0, "kid")}
+        saved = []
 
         def evaluate(trainer: Trainer) -> Score:
             best = tmp_path / "checkpoints" / "best.pt"
-            kept.append(load_checkpoint(best)["iteration"] if best.exists() else None)
+            saved.append(load_checkpoint(best)["iteration"] if best.exists() else None)
             value, of = scores[trainer.iteration]
             return Score(value, of, {f"evaluation/{of}": value})
 
@@ -235,12 +205,11 @@ class TestBest:
         config = replace(tiny_config, out=tmp_path, iterations=3, evaluation=evaluation)
         run_training(config, evaluate=evaluate)
         run_training(replace(config, iterations=5), evaluate=evaluate, resume=True)
-        assert kept == [None, None, 2, 2, 4]
+        assert saved == [None, None, 2, 2, 4]
         assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["best_score_of"] == "kid"
 
     def test_the_alarm_counts_scores_of_one_kind(self) -> None:
         alarm = CollapseAlarm(HealthConfig(rising_evaluations=2))
-        told = [
-            alarm.see_score(score, of) for score, of in ((1, "a"), (2, "a"), (9, "b"), (10, "b"), (11, "b"))
-        ]
-        assert [text is not None for text in told] == [False, False, False, False, True]
+        scores = ((1, "a"), (2, "a"), (9, "b"), (10, "b"), (11, "b"))
+        messages = [alarm.see_score(score, of) for score, of in scores]
+        assert [text is not None for text in messages] == [False, False, False, False, True]

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sagan.evaluation.frechet import (
-    frechet_distance,
+from sagan.evaluation.fid import (
+    Moments,
     frechet_distance_of_features,
-    frechet_distances_by_class,
+    frechet_distance_of_moments,
 )
 from sagan.evaluation.inception_score import InceptionScore, splits_in_order
-from sagan.evaluation.kernel_distance import kernel_distance
-from sagan.evaluation.neighbours import precision_and_recall
-from sagan.evaluation.statistics import Moments
+from sagan.evaluation.kid import kernel_inception_distance
+from sagan.evaluation.precision_recall import precision_and_recall
 
 
 def features_of(seed: int, count: int, width: int = 24, shift: float = 0.0) -> Tensor:
-    """Correlated features with means that are large against some deviations."""
+    """Correlated features with means that are large compared with some deviations."""
     draws = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(99)) / width**0.5
     return torch.randn(count, width, generator=draws) @ mixing * (1 + 0.2 * seed) + 3 + shift
 
 
 def direct_distance(a: Tensor, b: Tensor) -> float:
-    """The formula as it stands, by scipy's matrix root."""
+    """The formula, by scipy's matrix root."""
     a, b = a.double(), b.double()
     cov_a, cov_b = (np.atleast_2d(np.cov(x.numpy(), rowvar=False)) for x in (a, b))
     root = scipy.linalg.sqrtm(cov_a @ cov_b)
@@ -36,31 +37,14 @@ def direct_distance(a: Tensor, b: Tensor) -> float:
 
 
 def moments_distance(a: Tensor, b: Tensor) -> float:
-    one, other = Moments.of(a), Moments.of(b)
-    return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
-
-
-class Identity(nn.Module):
-    """Features as they are, for torchmetrics, which wants images."""
-
-    num_features = 24
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
+    return frechet_distance_of_moments(Moments.of(a), Moments.of(b))
 
 
 class TestFrechetDistance:
-    def test_is_the_formula_by_scipys_matrix_root(self) -> None:
+    @pytest.mark.parametrize("distance", [moments_distance, frechet_distance_of_features])
+    def test_is_the_formula_by_scipys_matrix_root(self, distance: Callable[[Tensor, Tensor], float]) -> None:
         a, b = features_of(1, 300), features_of(2, 250, shift=0.3)
-        assert moments_distance(a, b) == pytest.approx(direct_distance(a, b), rel=1e-10)
-
-    def test_is_torchmetrics_on_the_same_features(self) -> None:
-        metric = pytest.importorskip("torchmetrics.image.fid")
-        a, b = features_of(1, 300).double(), features_of(2, 250).double()
-        theirs = metric.FrechetInceptionDistance(feature=Identity())
-        theirs.update(a, real=True)
-        theirs.update(b, real=False)
-        assert moments_distance(a, b) == pytest.approx(float(theirs.compute()), rel=1e-8)
+        assert distance(a, b) == pytest.approx(direct_distance(a, b), rel=1e-10)
 
     def test_of_a_set_to_itself_is_zero_also_when_covariances_are_singular(self) -> None:
         a = features_of(1, 10)  # fewer samples than features
@@ -79,56 +63,24 @@ class TestFrechetDistance:
             torch.testing.assert_close(each.mean, whole.mean, rtol=1e-13, atol=0)
             torch.testing.assert_close(each.covariance, whole.covariance, rtol=1e-11, atol=1e-13)
 
-    def test_digits_are_kept_when_means_are_huge(self) -> None:
-        a, b = features_of(1, 300), features_of(2, 250)
-        assert moments_distance(a.double() + 1e5, b.double() + 1e5) == pytest.approx(
-            moments_distance(a, b), rel=1e-6
-        )
+    def test_huge_means_lose_no_digits(self) -> None:
+        a, b = features_of(1, 300).double(), features_of(2, 250).double()
+        assert moments_distance(a + 1e5, b + 1e5) == pytest.approx(moments_distance(a, b), rel=1e-6)
 
 
 class TestIntraFid:
     @pytest.mark.parametrize("counts", [(7, 5), (10, 24), (24, 25), (40, 12), (60, 70)])
     def test_gram_form_is_the_direct_formula(self, counts: tuple[int, int]) -> None:
         a, b = features_of(1, counts[0]), features_of(2, counts[1])
+        cov_a, cov_b = a.double().T.cov(), b.double().T.cov()
         # The direct root of a singular product loses half of its digits; by eigenvalues it keeps them.
-        values = torch.linalg.eigvals(torch.cov(a.double().T) @ torch.cov(b.double().T)).real
+        root_trace = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()
         direct = (a.double().mean(0) - b.double().mean(0)).square().sum()
-        direct += torch.cov(a.double().T).trace() + torch.cov(b.double().T).trace()
-        direct -= 2 * values.clamp_min(0).sqrt().sum()
+        direct += cov_a.trace() + cov_b.trace() - 2 * root_trace
         assert frechet_distance_of_features(a, b) == pytest.approx(float(direct), rel=1e-6)
-
-    def test_gram_form_is_scipys_matrix_root_where_that_exists(self) -> None:
-        a, b = features_of(1, 60), features_of(2, 70)
-        assert frechet_distance_of_features(a, b) == pytest.approx(direct_distance(a, b), rel=1e-8)
-
-    def test_is_a_distance_for_each_class(self) -> None:
-        sets = {label: (features_of(label, 9), features_of(label + 5, 8)) for label in (0, 3, 4)}
-        found = frechet_distances_by_class(
-            lambda label: sets[label][0], lambda label: sets[label][1], [0, 3, 4]
-        )
-        assert found.dtype == torch.float64
-        assert found.tolist() == [frechet_distance_of_features(*sets[label]) for label in (0, 3, 4)]
-
-    def test_too_few_samples_and_other_widths_are_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"features_a: expected .* at least 2 samples, got"):
-            frechet_distance_of_features(torch.zeros(1, 3), torch.zeros(2, 3))
-        with pytest.raises(ValueError, match="features_b: expected 3 features as in features_a, got 4"):
-            frechet_distance_of_features(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
 class TestInceptionScore:
-    @pytest.mark.filterwarnings("ignore:Metric `InceptionScore` will save", "ignore:std")
-    def test_is_torchmetrics_on_the_same_logits(self) -> None:
-        metric = pytest.importorskip("torchmetrics.image.inception")
-        logits = torch.randn(230, 24, generator=torch.Generator().manual_seed(3)).double() * 2
-        theirs = metric.InceptionScore(feature=Identity(), splits=1)
-        theirs.update(logits)
-        score = InceptionScore(24, splits=1)
-        for start in range(0, 230, 50):
-            block = logits[start : start + 50]
-            score.add(block, torch.zeros(len(block), dtype=torch.int64))
-        assert score.result()[0] == pytest.approx(float(theirs.compute()[0]), rel=1e-10)
-
     def test_mean_and_deviation_are_over_ten_splits_in_order(self) -> None:
         logits = torch.randn(203, 5, generator=torch.Generator().manual_seed(3)).double()
         score = InceptionScore(5)
@@ -140,13 +92,13 @@ class TestInceptionScore:
             direct.append(float((p * (p.log() - p.mean(0).log())).sum(1).mean().exp()))
         assert score.result() == (pytest.approx(np.mean(direct)), pytest.approx(np.std(direct)))
 
-    def test_is_one_for_the_same_answer_everywhere_and_the_number_of_classes_for_certain_different_ones(
-        self,
-    ) -> None:
-        for logits, expected in ((torch.ones(40, 4), 1.0), (100 * torch.eye(4).repeat(10, 1), 4.0)):
-            score = InceptionScore(4, splits=2)
-            score.add(logits, splits_in_order(0, 40, 40, 2))
-            assert score.result()[0] == pytest.approx(expected, rel=1e-9)
+    @pytest.mark.parametrize(
+        ("logits", "expected"), [(torch.ones(40, 4), 1.0), (100 * torch.eye(4).repeat(10, 1), 4.0)]
+    )
+    def test_ranges_from_one_to_the_number_of_classes(self, logits: Tensor, expected: float) -> None:
+        score = InceptionScore(4, splits=2)
+        score.add(logits, splits_in_order(0, 40, 40, 2))
+        assert score.result()[0] == pytest.approx(expected, rel=1e-9)
 
     def test_empty_splits_are_refused(self) -> None:
         score = InceptionScore(4)
@@ -155,29 +107,27 @@ class TestInceptionScore:
             score.result()
 
 
-class TestKernelDistance:
+class TestKernelInceptionDistance:
     def test_is_torchmetrics_where_the_subset_is_the_whole(self) -> None:
         metric = pytest.importorskip("torchmetrics.image.kid")
         a, b = features_of(1, 60).double(), features_of(2, 60).double()
         theirs = metric.poly_mmd(a, b)
-        assert kernel_distance(a, b, subsets=2, subset_size=60)[0] == pytest.approx(float(theirs), rel=1e-9)
+        assert kernel_inception_distance(a, b, subsets=2, subset_size=60)[0] == pytest.approx(
+            float(theirs), rel=1e-9
+        )
 
-    def test_subsets_average_to_the_whole_and_their_spread_is_told(self) -> None:
+    def test_subsets_average_to_the_whole_and_have_a_deviation(self) -> None:
         a, b = features_of(1, 200), features_of(2, 200)
-        whole, none = kernel_distance(a, b, subsets=1, subset_size=200)
-        mean, deviation = kernel_distance(a, b, subsets=100, subset_size=50)
+        whole, none = kernel_inception_distance(a, b, subsets=1, subset_size=200)
+        mean, deviation = kernel_inception_distance(a, b, subsets=100, subset_size=50)
         assert none == 0
         assert deviation > 0
         assert abs(mean - whole) < 4 * deviation / 10
 
-    def test_draws_leave_torchs_random_state_alone(self) -> None:
+    def test_torchs_random_state_does_not_change(self) -> None:
         before = torch.random.get_rng_state()
-        kernel_distance(features_of(1, 9), features_of(2, 9), subsets=2)
+        kernel_inception_distance(features_of(1, 9), features_of(2, 9), subsets=2)
         assert torch.equal(torch.random.get_rng_state(), before)
-
-    def test_one_sample_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="at least 2 samples in each set, got 1"):
-            kernel_distance(torch.zeros(1, 3), torch.zeros(5, 3))
 
 
 class TestPrecisionAndRecall:
@@ -200,6 +150,18 @@ class TestPrecisionAndRecall:
         assert precision_and_recall(a, a) == (1.0, 1.0)
         assert precision_and_recall(a, a + 1000) == (0.0, 0.0)
 
-    def test_too_few_samples_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="generated: expected more than 3 samples"):
-            precision_and_recall(torch.zeros(9, 2), torch.zeros(3, 2))
+
+@pytest.mark.parametrize(
+    ("metric", "shapes", "message"),
+    [
+        (frechet_distance_of_features, [(1, 3), (2, 3)], r"features_a: expected .* at least 2 samples, got"),
+        (frechet_distance_of_features, [(2, 3), (2, 4)], "features_b: expected 3 features as .*, got 4"),
+        (kernel_inception_distance, [(1, 3), (5, 3)], "at least 2 samples in each set, got 1"),
+        (precision_and_recall, [(9, 2), (3, 2)], "generated: expected more than 3 samples"),
+    ],
+)
+def test_too_few_samples_and_other_widths_are_refused(
+    metric: Callable[[Tensor, Tensor], object], shapes: list[tuple[int, int]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        metric(*map(torch.zeros, shapes))

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from feature_modules import SmallNetwork
 from torch import Tensor, nn
 
-from sagan.checkpoints import file_sha256
 from sagan.errors import UserError
-from sagan.evaluation.features import (
+from sagan.evaluation.feature_networks import (
     FeatureNetwork,
+    deterministic_float32,
     exported_network,
-    float32_alone,
+    proxy_network,
     tensorflow_inception,
 )
 from sagan.evaluation.inception import InceptionV3, load_inception, resize_like_tensorflow
-from sagan.evaluation.proxy import proxy_network
+from sagan.io import file_sha256
 
 CPU = torch.device("cpu")
+State = dict[str, Tensor]
+ANYTHING_SHA256 = hashlib.sha256(b"anything").hexdigest()
 
 
 def images_of(count: int, resolution: int = 32, seed: int = 0) -> Tensor:
@@ -29,41 +34,24 @@ def images_of(count: int, resolution: int = 32, seed: int = 0) -> Tensor:
     return torch.randint(256, (count, 3, resolution, resolution), generator=draws, dtype=torch.uint8)
 
 
-class Small(nn.Module):
-    """Features and logits of a random convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        draws = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(6, 3, 5, 5, generator=draws) / 8)
-        self.head = nn.Parameter(torch.randn(4, 6, generator=draws))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.nn.functional.conv2d(images.float() / 127.5 - 1, self.weight, stride=2)
-        features = x.relu().mean((2, 3))
-        return features, features @ self.head.T
-
-
 @pytest.fixture(scope="session")
-def random_inception() -> dict[str, Tensor]:
+def random_inception() -> State:
     """Random weights under the names of pt_inception-2015-12-05-6726825d.pth."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in InceptionV3().state_dict().items()}
     draws = torch.Generator().manual_seed(0)
-    state: dict[str, Tensor] = {}
+    state: State = {}
     for name, shape in shapes.items():
-        if name.endswith("num_batches_tracked"):
-            continue
         if name.endswith(("running_var", "bn.weight")):
             state[name] = torch.rand(shape, generator=draws) + 0.5
-        else:
+        elif not name.endswith("num_batches_tracked"):
             fan_in = max(1, shape[1:].numel()) if len(shape) > 1 else 100
             state[name] = torch.randn(shape, generator=draws) * (2 / fan_in) ** 0.5
     return state
 
 
 @pytest.fixture(scope="session")
-def inception_file(random_inception: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inception_file(random_inception: State, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inception") / "random.pth"
     torch.save(random_inception, path)
     return path
@@ -84,22 +72,18 @@ class TestTensorFlowResize:
         assert resize_like_tensorflow(row, 4)[0, 0, 0].tolist() == [0, 2, 4, 6]
         assert resize_like_tensorflow(row, 5)[0, 0, 0].tolist() == pytest.approx([0, 1.6, 3.2, 4.8, 6.4])
 
-    def test_the_same_size_is_left_alone(self) -> None:
+    def test_the_same_size_does_not_change(self) -> None:
         x = torch.rand(1, 3, 5, 5)
         assert resize_like_tensorflow(x, 5) is x
 
-    def test_differs_from_both_of_torchs_conventions(self) -> None:
-        x = images_of(1, 16).float()
-        own = resize_like_tensorflow(x, 23)
-        for aligned in (True, False):
-            theirs = torch.nn.functional.interpolate(x, size=(23, 23), mode="bilinear", align_corners=aligned)
-            assert (own - theirs).abs().max() > 1
+
+def assert_same_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() < 1e-4 * other.abs().max()
 
 
 class TestInception:
-    def test_batch_norm_folded_into_convolutions_changes_nothing(
-        self, inception_file: Path, random_inception: dict[str, Tensor]
-    ) -> None:
+    def test_folding_batch_norm_changes_nothing(self, inception_file: Path, random_inception: State) -> None:
         with torch.device("meta"):
             plain = InceptionV3()
         counters = {n: torch.tensor(0) for n in plain.state_dict() if n.endswith("num_batches_tracked")}
@@ -107,11 +91,9 @@ class TestInception:
         folded = load_inception(inception_file)
         assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
         with torch.no_grad():
-            expected, found = plain.eval()(images_of(2)), folded(images_of(2))
-        for one, other in zip(found, expected, strict=True):
-            assert (one - other).abs().max() < 1e-4 * other.abs().max()
+            assert_same_outputs(folded(images_of(2)), plain.eval()(images_of(2)))
 
-    def test_logits_leave_the_bias_out(self, inception_file: Path) -> None:
+    def test_logits_have_no_bias(self, inception_file: Path) -> None:
         network = load_inception(inception_file)
         with torch.no_grad():
             features, logits = network(images_of(2))
@@ -122,22 +104,15 @@ class TestInception:
         theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
         extractor = theirs.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(inception_file))
         with torch.no_grad():
-            expected = extractor(images_of(2))
-            found = load_inception(inception_file)(images_of(2))
-        for one, other in zip(found, expected, strict=True):
-            assert (one - other).abs().max() < 1e-4 * other.abs().max()
+            assert_same_outputs(load_inception(inception_file)(images_of(2)), extractor(images_of(2)))
 
-    def test_other_weights_than_the_published_are_not_called_by_its_name(self, inception_file: Path) -> None:
+    def test_other_weights_than_the_published_ones_get_another_name(self, inception_file: Path) -> None:
         network = tensorflow_inception(inception_file, CPU, resolution=32)
         assert network.digest == file_sha256(inception_file)
         assert network.name == f"inception-{network.digest[:8]}"
         assert (network.num_features, network.num_logits, network.proxy) == (2048, 1008, False)
 
-    def test_a_missing_file_is_refused_and_named(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"pt_inception-2015-12-05-6726825d\.pth .* found no file at"):
-            load_inception(tmp_path / "absent.pth")
-
-    def test_files_of_more_than_tensors_are_not_unpickled(self, tmp_path: Path) -> None:
+    def test_a_pickle_of_more_than_tensors_is_not_loaded(self, tmp_path: Path) -> None:
         path = tmp_path / "evil.pth"
         witness = tmp_path / "ran"
         path.write_bytes(pickle.dumps(_Evil(str(witness))))
@@ -145,8 +120,8 @@ class TestInception:
             load_inception(path)
         assert not witness.exists()
 
-    def test_other_networks_weights_are_refused_and_the_difference_named(
-        self, random_inception: dict[str, Tensor], tmp_path: Path
+    def test_other_weights_are_refused_with_the_difference(
+        self, random_inception: State, tmp_path: Path
     ) -> None:
         state = dict(random_inception)
         del state["Conv2d_1a_3x3.conv.weight"]
@@ -156,9 +131,9 @@ class TestInception:
         torch.save(state, path)
         with pytest.raises(UserError) as error:
             load_inception(path)
-        assert "Conv2d_1a_3x3.conv.weight is missing" in str(error.value)
-        assert "AuxLogits.fc.weight is unknown" in str(error.value)
-        assert "fc.weight is [1000, 2048], not [1008, 2048]" in str(error.value)
+        assert 'Missing key(s) in state_dict: "Conv2d_1a_3x3.conv.weight"' in str(error.value)
+        assert 'Unexpected key(s) in state_dict: "AuxLogits.fc.weight"' in str(error.value)
+        assert re.search(r"size mismatch for fc\.weight: .*1000, 2048.*1008, 2048", str(error.value))
         torch.save([torch.zeros(1)], path)
         with pytest.raises(UserError, match="expected a state dict of tensors"):
             load_inception(path)
@@ -176,7 +151,7 @@ class _Evil:
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("program") / "small.pt2"
     exported = torch.export.export(
-        Small(), (images_of(4),), dynamic_shapes={"images": {0: torch.export.Dim("count")}}
+        SmallNetwork(), (images_of(4),), dynamic_shapes={"images": {0: torch.export.Dim("count")}}
     )
     torch.export.save(exported, path)
     return path
@@ -187,25 +162,23 @@ class TestExportedNetwork:
         network = exported_network(program, CPU, sha256=file_sha256(program), resolution=32)
         features, logits = network(images_of(19))
         with torch.no_grad():
-            expected = Small()(images_of(19))
+            expected = SmallNetwork()(images_of(19))
         torch.testing.assert_close((features, logits), expected, rtol=1e-5, atol=1e-6)
         assert network.name == f"small-{file_sha256(program)[:8]}"
 
-    @pytest.mark.parametrize("sha256", [None, "0" * 64])
-    def test_is_not_looked_at_before_its_hash_is_given(self, tmp_path: Path, sha256: str | None) -> None:
+    @pytest.mark.parametrize(
+        ("sha256", "message"),
+        [
+            (None, f"can run code .* is {ANYTHING_SHA256}"),
+            ("0" * 64, f"can run code .* is {ANYTHING_SHA256}"),
+            (ANYTHING_SHA256, "is not an exported program"),
+        ],
+    )
+    def test_needs_its_hash_and_a_program(self, sha256: str | None, message: str, tmp_path: Path) -> None:
         path = tmp_path / "any.pt2"
         path.write_bytes(b"anything")
-        expected = hashlib.sha256(b"anything").hexdigest()
-        with pytest.raises(UserError, match=f"can run code .* is {expected}"):
+        with pytest.raises(UserError, match=message):
             exported_network(path, CPU, sha256=sha256, resolution=32)
-
-    def test_a_file_that_is_no_program_is_refused(self, tmp_path: Path) -> None:
-        path = tmp_path / "any.pt2"
-        path.write_bytes(b"anything")
-        with pytest.raises(UserError, match="is not an exported program"):
-            exported_network(path, CPU, sha256=file_sha256(path), resolution=32)
-        with pytest.raises(UserError, match="found no file at"):
-            exported_network(tmp_path / "absent", CPU, sha256=None, resolution=32)
 
     def test_a_program_for_other_images_is_refused(self, program: Path) -> None:
         with pytest.raises(UserError, match="for any number of 64x64"):
@@ -213,25 +186,30 @@ class TestExportedNetwork:
 
 
 class TestFeatureNetwork:
-    def test_outputs_of_another_shape_are_refused(self) -> None:
-        for module, found in ((nn.Identity(), r"\[2, 3, 8, 8\]"), (_Words(), "str")):
-            with pytest.raises(UserError, match=rf"expected features \[2, d\] for 2 images, got {found}"):
-                FeatureNetwork(module, name="x", digest="0", resize="", device=CPU, resolution=8)
-
-    def test_a_network_that_answers_nan_is_refused(self) -> None:
-        with pytest.raises(UserError, match="expected finite features, got a NaN or an infinity"):
-            FeatureNetwork(_Nan(), name="x", digest="0", resize="", device=CPU, resolution=8)
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
+            (lambda images: images, r"expected features \[2, d\] for 2 images, got \[2, 3, 8, 8\]"),
+            (lambda _: "words", r"expected features \[2, d\] for 2 images, got str"),
+            (lambda images: images.flatten(1) * torch.nan, "expected finite features, got a NaN or an infi"),
+        ],
+    )
+    def test_other_outputs_are_refused(self, function: Callable[[Tensor], object], message: str) -> None:
+        module = nn.Identity()
+        module.forward = function
+        with pytest.raises(UserError, match=message):
+            FeatureNetwork(module, name="x", digest="0", resize="", device=CPU, resolution=8)
 
     def test_without_logits_there_are_none(self) -> None:
         network = proxy_network(CPU, resolution=32)
         features, logits = network(images_of(9))
         assert (features.shape, logits.shape) == ((9, 536), (9, 0))
 
-    def test_settings_of_tf32_are_as_before_afterwards(self) -> None:
+    def test_tf32_is_off_inside_and_restored_after(self) -> None:
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = True
         try:
-            with float32_alone():
+            with deterministic_float32():
                 assert not torch.backends.cuda.matmul.allow_tf32
             assert torch.backends.cuda.matmul.allow_tf32
         finally:
@@ -239,26 +217,16 @@ class TestFeatureNetwork:
 
 
 class TestProxy:
-    def test_is_the_same_everywhere_and_says_that_it_is_one(self) -> None:
+    def test_is_the_same_everywhere_and_marked_as_proxy(self) -> None:
         network = proxy_network(CPU, resolution=32)
         assert network.proxy
         assert network.digest.startswith("ca9843cab9ab7096")
         assert proxy_network(CPU, resolution=128).digest == network.digest
 
-    def test_tells_noise_from_flat_images_more_than_two_noises(self) -> None:
+    def test_separates_noise_from_flat_images_more_than_from_other_noise(self) -> None:
         network = proxy_network(CPU, resolution=32)
         noise, other, flat = (
             network(each)[0].mean(0)
             for each in (images_of(20), images_of(20, seed=1), images_of(20) // 8 + 112)
         )
         assert (noise - flat).norm() > 10 * (noise - other).norm()
-
-
-class _Nan(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1).float() * float("nan")
-
-
-class _Words(nn.Module):
-    def forward(self, images: Tensor) -> str:
-        return "words"

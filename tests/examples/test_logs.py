@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from sagan.errors import UserError
-from sagan.logs import RunLog, read_metrics, series
-from sagan.report import draw_run, write_report
+from sagan.report.page import draw_run, write_report
+from sagan.train.logs import RunLog, read_metrics, series
 
 
 def test_rows_are_lines_and_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_tensorboard_gets_every_number_where_it_is_installed(
     board: Any = ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
-    monkeypatch.setattr("sagan.logs.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("sagan.train.logs.importlib.util.find_spec", lambda name: object())
     with RunLog(tmp_path, 4, tensorboard=True) as log:
         log.write({"iteration": 5, "g_loss": 1.5, "alarm": "text"})
     assert made == [(tmp_path / "tensorboard", 5)]

@@ -26,31 +26,38 @@ from image_trees import WNIDS, MessyTree, jpeg_bytes, write_image_tree, write_me
 from PIL import Image
 
 import imagenet_sagan
-from sagan.checkpoints import find_checkpoint, load_checkpoint
-from sagan.commands import INTERRUPTED
+from sagan.cli.parsing import INTERRUPTED
 from sagan.data import (
+    DataConfig,
     DatasetError,
+    ImageTree,
     PackedDataset,
     PackedError,
     decode_image,
     make_loader,
+    open_dataset,
     scan_image_tree,
     verify,
 )
-from sagan.data.threads import read_ahead
 from sagan.errors import UserError
 from sagan.prepare import Listing, Prepared, SourceOptions, list_source, packing, pool, prepare, staging
 from sagan.prepare.part import Part, PartResult
-from sagan.synthetic import (
+from sagan.prepare.synthetic import (
     SyntheticSet,
     add_member,
     ilsvrc_ids,
+    synthetic_jpeg,
     write_folder,
     write_layout,
     write_shard,
 )
+from sagan.train.checkpoint import find_checkpoint, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+Made = Callable[[str], Path]
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
 MADE = SyntheticSet(classes=4, images=6, val_images=3, scale=0.12)
 has_pyarrow = pytest.mark.skipif(
     importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow (the extra parquet)"
@@ -64,7 +71,7 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """``made(layout)``: the folder of the same generated images in that layout."""
     root = tmp_path_factory.mktemp("made")
 
@@ -82,15 +89,36 @@ def messy(tmp_path_factory: pytest.TempPathFactory) -> MessyTree:
 
 
 @pytest.fixture
-def sound(made: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A prepared set of 24 images of 8x8."""
-    return pack(made("folder"), tmp_path / "set").manifest.folder
+def source(made: Made) -> Path:
+    """24 training images in four classes."""
+    return made("folder")
 
 
-def pack(source: Path, out: Path, **options: Any) -> Prepared:
-    kind = SourceOptions(**{name: options.pop(name) for name in ("split", "kind") if name in options})
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where the set goes."""
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def sound(source: Path, out: Path) -> Path:
+    """A prepared set of them, of 8x8."""
+    return pack(source, out).manifest.folder
+
+
+def paths_of(images: ImageTree | Listing) -> list[str]:
+    """Return the paths below the root, class/file."""
+    table = images.paths if isinstance(images, ImageTree) else images.names
+    return [table.relative(index) for index in range(len(table))]
+
+
+def listed(source: Path | str, **options: Any) -> Listing:
+    return list_source(str(source), SourceOptions(**options))
+
+
+def pack(source: Path, out: Path, *, split: str = "train", **options: Any) -> Prepared:
     return prepare(
-        list_source(str(source), kind), out, **{"resolution": 8, "workers": 1, "part_size": 5, **options}
+        listed(source, split=split), out, **{"resolution": 8, "workers": 1, "part_size": 5, **options}
     )
 
 
@@ -98,48 +126,62 @@ def main(*arguments: object) -> int:
     return imagenet_sagan.main([str(argument) for argument in arguments])
 
 
+def tar(files: dict[str, bytes]) -> bytes:
+    """Return an archive of these files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            add_member(archive, name, data)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    path.write_bytes(tar(files))
+    return path
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def check_pixels(out: Path, root: Path, **options: Any) -> None:
+    """Assert that a set holds the decoded images of the files that it names."""
+    images, names = np.load(out / "images.npy"), (out / "names.txt").read_text().splitlines()
+    for pixels, name in zip(images, names, strict=True):
+        np.testing.assert_array_equal(pixels, decode_image(root / name, 8, **options))
 
 
 class TestSources:
     @pytest.mark.parametrize(("layout", "train", "val"), LAYOUTS)
     @pytest.mark.parametrize("split", ["train", "val"])
     def test_the_same_images_give_the_same_set_from_every_source(
-        self, made: Callable[[str], Path], tmp_path: Path, layout: str, train: str, val: str, split: str
+        self, made: Made, tmp_path: Path, layout: str, train: str, val: str, split: str
     ) -> None:
         expected = pack(made("folder"), tmp_path / "expected", split=split)
         source = made(layout) / (train if split == "train" else val)
         found = pack(source, tmp_path / "found", split=split, workers=2)
         assert found.manifest.checksum == expected.manifest.checksum
-        assert found.manifest.class_names == tuple(MADE.wnids)
+        assert found.manifest.class_names == MADE.wnids
         if (layout, split) != ("tars", "train"):  # a tar has no words
-            assert found.manifest.values["class_words"] == MADE.words
+            assert found.manifest.class_words == MADE.words
         files = [snapshot(each.manifest.folder) for each in (expected, found)]
         for name in ("images.npy", "labels.npy", "digests.npy", "names.txt"):
             assert files[0][name] == files[1][name]
         assert verify(tmp_path / "found") == []
 
-    def test_pixels_and_labels_are_those_of_the_folder_tree_in_sorted_order(
-        self, made: Callable[[str], Path], tmp_path: Path
-    ) -> None:
-        out = pack(made("folder"), tmp_path / "set", resample="lanczos").manifest.folder
-        tree = scan_image_tree(made("folder"))
+    def test_pixels_and_labels_are_those_of_the_sorted_tree(self, source: Path, tmp_path: Path) -> None:
+        out = pack(source, tmp_path / "set", resample="lanczos").manifest.folder
+        tree = scan_image_tree(source)
         images, labels = np.load(out / "images.npy", mmap_mode="r"), np.load(out / "labels.npy")
         assert (images.dtype, images.shape, labels.dtype) == (np.uint8, (24, 3, 8, 8), np.int64)
         assert labels.tolist() == tree.labels.tolist() == sorted(labels.tolist())
-        assert (out / "names.txt").read_text().splitlines() == [
-            path.relative_to(tree.root).as_posix() for path in tree.paths
-        ]
-        for pixels, path in zip(images, tree.paths, strict=True):
-            np.testing.assert_array_equal(pixels, decode_image(path, 8, resample="lanczos"))
+        assert (out / "names.txt").read_text().splitlines() == paths_of(tree)
+        check_pixels(out, tree.root, resample="lanczos")
 
-    def test_a_folder_of_class_archives_is_read_without_unpacking(
-        self, made: Callable[[str], Path], tmp_path: Path
-    ) -> None:
+    def test_a_folder_of_class_archives_is_read_without_unpacking(self, made: Made, tmp_path: Path) -> None:
         with tarfile.open(made("tars") / "ILSVRC2012_img_train.tar") as archive:
             archive.extractall(tmp_path / "in" / "train", filter="data")
-        listings = [list_source(str(tmp_path / "in" / name), SourceOptions()) for name in ("", "train")]
+        listings = [listed(tmp_path / "in" / name) for name in ("", "train")]
         assert [listing.kind for listing in listings] == ["class tars"] * 2
         sums = {
             prepare(listing, tmp_path / str(n), resolution=8, workers=1).manifest.checksum
@@ -147,44 +189,33 @@ class TestSources:
         }
         assert sums == {pack(made("folder"), tmp_path / "set").manifest.checksum}
 
-    def test_the_downloads_folder_itself_is_a_source_of_both_splits(
-        self, made: Callable[[str], Path]
-    ) -> None:
-        kinds = [
-            list_source(str(made("tars")), SourceOptions(split=split)).kind for split in ("train", "val")
-        ]
+    def test_the_downloads_folder_itself_is_a_source_of_both_splits(self, made: Made) -> None:
+        kinds = [listed(made("tars"), split=split).kind for split in ("train", "val")]
         assert kinds == ["class tars", "flat images"]
 
     def test_labels_follow_sorted_class_archives_and_empty_ones_keep_theirs(self, tmp_path: Path) -> None:
-        with tarfile.open(tmp_path / "t.tar", "w") as outer:
-            for wnid, images in ((WNIDS[2], 1), (WNIDS[0], 2), (WNIDS[1], 0)):
-                inner = io.BytesIO()
-                with tarfile.open(fileobj=inner, mode="w") as archive:
-                    for number in range(images):
-                        add_member(archive, f"{wnid}_{number}.JPEG", jpeg_bytes(number))
-                    add_member(archive, "notes.txt", b"x")
-                add_member(outer, f"{wnid}.tar", inner.getvalue())
-            add_member(outer, "README", b"x")
-        prepared = pack(tmp_path / "t.tar", tmp_path / "set")
-        assert prepared.manifest.class_names == WNIDS[:3]
-        assert prepared.manifest.values["images_per_class"] == [2, 0, 1]
+        archives = {
+            f"{wnid}.tar": tar(
+                {"notes.txt": b"x", **{f"{wnid}_{n}.JPEG": jpeg_bytes(n) for n in range(size)}}
+            )
+            for wnid, size in ((WNIDS[2], 1), (WNIDS[0], 2), (WNIDS[1], 0))
+        }
+        prepared = pack(write_tar(tmp_path / "t.tar", {**archives, "README": b"x"}), tmp_path / "set")
+        assert prepared.manifest.class_names == list(WNIDS[:3])
+        assert prepared.manifest.images_per_class == [2, 0, 1]
         assert prepared.report["empty_classes"] == [WNIDS[1]]
         assert prepared.report["not_images"] == {".txt": 3, "no extension": 1}
-
-    def test_any_folder_tree_is_a_source(self, tmp_path: Path) -> None:
-        write_image_tree(tmp_path / "src", class_names=("zebra", "Ant"), images_per_class=2, sizes=[(30, 20)])
-        assert pack(tmp_path / "src", tmp_path / "set").manifest.class_names == ("Ant", "zebra")
 
 
 @has_pyarrow
 class TestParquet:
     @pytest.mark.parametrize("named", [True, False])
-    def test_classes_without_wnids_keep_the_labels_and_names_of_the_metadata(
+    def test_classes_without_wnids_keep_the_metadatas_labels_and_names(
         self, tmp_path: Path, named: bool
     ) -> None:
         rows = [(f"{n}.jpg", n % 2, jpeg_bytes(n)) for n in range(4)]
         write_shard(tmp_path / "a.parquet", rows, ["zebra", "ant"] if named else None)
-        listing = list_source(str(tmp_path / "a.parquet"), SourceOptions())
+        listing = listed(tmp_path / "a.parquet")
         assert listing.class_names == (("zebra", "ant") if named else ("0", "1"))
         assert listing.labels.tolist() == [0, 0, 1, 1]
 
@@ -197,13 +228,13 @@ class TestParquet:
         rows.append((f"{WNIDS[0]}_9_{WNIDS[0]}.JPEG", 0, jpeg_bytes(99)))
         write_shard(tmp_path / "a.parquet", rows, ["second", "first"])
         prepared = pack(tmp_path / "a.parquet", tmp_path / "set")
-        assert prepared.manifest.class_names == WNIDS[:2]
-        assert prepared.manifest.values["class_words"] == ["first", "second"]
+        assert prepared.manifest.class_names == list(WNIDS[:2])
+        assert prepared.manifest.class_words == ["first", "second"]
         assert prepared.report["name_of_another_class"] == [
             {"file": f"{WNIDS[1]}/{WNIDS[0]}_9.JPEG", "detail": f"named after {WNIDS[0]}"}
         ]
 
-    def test_a_row_without_bytes_is_left_out_and_listed(self, tmp_path: Path) -> None:
+    def test_a_row_without_bytes_is_reported(self, tmp_path: Path) -> None:
         rows = [(None, n % 2, jpeg_bytes(n) if n else None) for n in range(4)]
         write_shard(tmp_path / "a.parquet", rows, ["a", "b"])
         prepared = pack(tmp_path / "a.parquet", tmp_path / "set")
@@ -213,8 +244,8 @@ class TestParquet:
     def test_parts_are_whole_row_groups(self, tmp_path: Path) -> None:
         rows = [(f"{n}.jpg", n % 2, jpeg_bytes(n)) for n in range(10)]
         write_shard(tmp_path / "a.parquet", rows, ["a", "b"], row_group_size=3)
-        listing = list_source(str(tmp_path / "a.parquet"), SourceOptions())
-        parts = listing.store.parts(4)
+        listing = listed(tmp_path / "a.parquet")
+        parts = listing.files.parts(4)
         assert [len(part) for part in parts] == [6, 4]
         assert sorted(np.concatenate(parts).tolist()) == list(range(10))
 
@@ -230,7 +261,7 @@ class TestParquet:
     ) -> None:
         write_shard(tmp_path / "train-0.parquet", rows, None)
         with pytest.raises(DatasetError, match=message):
-            list_source(str(tmp_path), SourceOptions(split=split))
+            listed(tmp_path, split=split)
 
     def test_other_columns_and_damaged_files_are_refused(self, tmp_path: Path) -> None:
         import pyarrow as pa
@@ -238,38 +269,34 @@ class TestParquet:
 
         pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t.parquet")
         with pytest.raises(DatasetError, match=r"column image of struct<bytes, path>.*got text: string"):
-            list_source(str(tmp_path / "t.parquet"), SourceOptions())
+            listed(tmp_path / "t.parquet")
         (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
         with pytest.raises(DatasetError, match="cannot read the parquet file"):
-            list_source(str(tmp_path / "t.parquet"), SourceOptions())
+            listed(tmp_path / "t.parquet")
 
 
-def test_without_pyarrow_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyarrow_the_message_names_the_extra(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1")
     with pytest.raises(DatasetError, match=r"needs pyarrow.*extra parquet"):
-        list_source(str(tmp_path), SourceOptions())
+        listed(tmp_path)
 
 
 class TestGroundTruth:
     """All forms name the same classes for the same validation images."""
 
     @pytest.fixture
-    def val(self, made: Callable[[str], Path], tmp_path: Path) -> Path:
+    def val(self, made: Made, tmp_path: Path) -> Path:
         """The validation archive alone in a folder."""
         shutil.copy(made("tars") / "ILSVRC2012_img_val.tar", tmp_path)
         return tmp_path / "ILSVRC2012_img_val.tar"
 
     def names(self, val: Path, **options: Path) -> list[str]:
-        listing = list_source(str(val), SourceOptions(split="val", **options))
-        return [listing.names.relative(index) for index in range(len(listing))]
+        return paths_of(listed(val, split="val", **options))
 
-    def test_every_form_gives_the_same_classes(
-        self, made: Callable[[str], Path], val: Path, tmp_path: Path
-    ) -> None:
-        tree = scan_image_tree(made("folder"), split="val")
-        expected = [tree.paths.relative(index) for index in range(len(tree.paths))]
+    def test_every_form_gives_the_same_classes(self, made: Made, val: Path, tmp_path: Path) -> None:
+        expected = paths_of(scan_image_tree(made("folder"), split="val"))
         devkit = made("tars") / "ILSVRC2012_devkit_t12"
         by_number = sorted((name.split("/")[1], name.split("/")[0]) for name in expected)
         (tmp_path / "wnids.txt").write_text("".join(f"{wnid}\n" for _, wnid in by_number))
@@ -293,13 +320,11 @@ class TestGroundTruth:
         for synsets in (devkit / "data" / "meta.mat", tmp_path / "synsets.txt"):
             assert self.names(val, ground_truth=numbers, synsets=synsets) == expected
 
-    def test_it_is_found_beside_the_images_and_named(
-        self, made: Callable[[str], Path], tmp_path: Path
-    ) -> None:
+    def test_it_is_found_beside_the_images_and_named(self, made: Made, tmp_path: Path) -> None:
         with tarfile.open(made("tars") / "ILSVRC2012_img_val.tar") as archive:
             archive.extractall(tmp_path / "CLS-LOC" / "val", filter="data")
         shutil.copy(made("tars") / "LOC_val_solution.csv", tmp_path)
-        listing = list_source(str(tmp_path / "CLS-LOC"), SourceOptions(split="val"))
+        listing = listed(tmp_path / "CLS-LOC", split="val")
         assert listing.kind == "flat images"
         assert f"classes from {tmp_path / 'LOC_val_solution.csv'}" in listing.describe()
         expected = scan_image_tree(made("folder"), split="val")
@@ -329,9 +354,7 @@ class TestGroundTruth:
         with pytest.raises(DatasetError, match=message):
             self.names(val, ground_truth=tmp_path / name)
 
-    def test_a_sorted_list_of_synsets_is_refused_for_the_kits_numbers(
-        self, val: Path, tmp_path: Path
-    ) -> None:
+    def test_a_sorted_list_of_synsets_is_refused(self, val: Path, tmp_path: Path) -> None:
         (tmp_path / "gt.txt").write_text("1\n" * 12)
         (tmp_path / "synsets.txt").write_text("n01440764\nn01443537\n")
         with pytest.raises(DatasetError, match=r"are sorted.*another order"):
@@ -341,33 +364,29 @@ class TestGroundTruth:
             self.names(val, ground_truth=tmp_path / "gt.txt", synsets=tmp_path / "meta.mat")
 
     def test_images_that_are_not_numbered_need_one_line_each(self, tmp_path: Path) -> None:
-        with tarfile.open(tmp_path / "v.tar", "w") as archive:
-            for name in ("b.jpg", "a.jpg"):
-                add_member(archive, name, jpeg_bytes())
-        (tmp_path / "gt.txt").write_text("n01443537\nn01440764\n")
-        assert self.names(tmp_path / "v.tar", ground_truth=tmp_path / "gt.txt") == [
-            "n01440764/b.jpg",
-            "n01443537/a.jpg",
-        ]
-        (tmp_path / "gt.txt").write_text("n01443537\n" * 3)
+        val, truth = (
+            write_tar(tmp_path / "v.tar", {"b.jpg": jpeg_bytes(), "a.jpg": jpeg_bytes()}),
+            tmp_path / "gt.txt",
+        )
+        truth.write_text("n01443537\nn01440764\n")
+        assert self.names(val, ground_truth=truth) == ["n01440764/b.jpg", "n01443537/a.jpg"]
+        truth.write_text("n01443537\n" * 3)
         with pytest.raises(DatasetError, match="which is which cannot be known"):
-            self.names(tmp_path / "v.tar", ground_truth=tmp_path / "gt.txt")
+            self.names(val, ground_truth=truth)
 
-    def test_words_are_taken_from_the_file_named_and_must_cover_the_classes(
-        self, made: Callable[[str], Path], tmp_path: Path
-    ) -> None:
+    def test_words_of_a_named_file_must_cover_the_classes(self, made: Made, tmp_path: Path) -> None:
         (tmp_path / "words.txt").write_text("".join(f"{wnid}\tword {wnid}\n" for wnid in MADE.wnids))
-        options = SourceOptions(words=tmp_path / "words.txt")
-        assert list_source(str(made("folder")), options).class_words == tuple(f"word {w}" for w in MADE.wnids)
+        listing = listed(made("folder"), words=tmp_path / "words.txt")
+        assert listing.class_words == tuple(f"word {wnid}" for wnid in MADE.wnids)
         (tmp_path / "words.txt").write_text("n00000001 x\n")
         with pytest.raises(DatasetError, match="no words for 4 of 4 classes"):
-            list_source(str(made("folder")), options)
+            listed(made("folder"), words=tmp_path / "words.txt")
 
 
 class TestWrongSources:
     def refused(self, source: Path | str, **options: Any) -> str:
         with pytest.raises(DatasetError) as caught:
-            list_source(str(source), SourceOptions(**options))
+            listed(source, **options)
         return str(caught.value)
 
     def test_nothing_there(self, tmp_path: Path) -> None:
@@ -375,9 +394,7 @@ class TestWrongSources:
         (tmp_path / "a.txt").touch()
         assert "parquet files only" in self.refused(tmp_path / "*.txt")
 
-    def test_compressed_truncated_and_foreign_archives(
-        self, made: Callable[[str], Path], tmp_path: Path
-    ) -> None:
+    def test_compressed_truncated_and_foreign_archives(self, made: Made, tmp_path: Path) -> None:
         archive = made("tars") / "ILSVRC2012_img_train.tar"
         with tarfile.open(tmp_path / "c.tar", "w:gz") as compressed:
             compressed.add(archive, archive.name)
@@ -385,30 +402,23 @@ class TestWrongSources:
         data = archive.read_bytes()
         (tmp_path / "t.tar").write_bytes(data[: len(data) // 2])
         assert "incomplete download?" in self.refused(tmp_path / "t.tar")
-        with tarfile.open(tmp_path / "f.tar", "w") as foreign:
-            add_member(foreign, "setup.py", b"x")
-        assert "its first file is setup.py" in self.refused(tmp_path / "f.tar")
-        with tarfile.open(tmp_path / "d.tar", "w") as nested:
-            add_member(nested, "cat/a.jpg", jpeg_bytes())
-        assert "holds folders of images" in self.refused(tmp_path / "d.tar")
-        assert "n########.tar" in self.refused(tmp_path / "f.tar", kind="class-tars")
+        foreign = write_tar(tmp_path / "f.tar", {"setup.py": b"x"})
+        assert "its first file is setup.py" in self.refused(foreign)
+        assert "n########.tar" in self.refused(foreign, kind="class-tars")
+        nested = write_tar(tmp_path / "d.tar", {"cat/a.jpg": jpeg_bytes()})
+        assert "holds folders of images" in self.refused(nested)
 
     def test_a_class_archive_that_ends_early_does_not_run_on_into_the_next(self, tmp_path: Path) -> None:
-        with tarfile.open(tmp_path / "t.tar", "w") as outer:
-            for wnid in WNIDS[:2]:
-                inner = io.BytesIO()
-                with tarfile.open(fileobj=inner, mode="w") as archive:
-                    add_member(archive, f"{wnid}_1.JPEG", jpeg_bytes())
-                data = inner.getvalue().rstrip(b"\0")
-                add_member(outer, f"{wnid}.tar", data + bytes(-len(data) % 512))
-        listing = list_source(str(tmp_path / "t.tar"), SourceOptions())
-        assert [listing.names.relative(n) for n in range(2)] == [f"{w}/{w}_1.JPEG" for w in WNIDS[:2]]
+        archives = {}
+        for wnid in WNIDS[:2]:
+            data = tar({f"{wnid}_1.JPEG": jpeg_bytes()}).rstrip(b"\0")
+            archives[f"{wnid}.tar"] = data + bytes(-len(data) % 512)
+        listing = listed(write_tar(tmp_path / "t.tar", archives))
+        assert paths_of(listing) == [f"{wnid}/{wnid}_1.JPEG" for wnid in WNIDS[:2]]
 
     def test_two_archives_of_a_class(self, tmp_path: Path) -> None:
-        with tarfile.open(tmp_path / "t.tar", "w") as outer:
-            for folder in ("a", "b"):
-                add_member(outer, f"{folder}/{WNIDS[0]}.tar", b"")
-        assert "got two of" in self.refused(tmp_path / "t.tar")
+        archives = {f"{folder}/{WNIDS[0]}.tar": tar({}) for folder in ("a", "b")}
+        assert "got two of" in self.refused(write_tar(tmp_path / "t.tar", archives))
 
     def test_wrong_folders_get_the_advice_of_the_folder_scan(self, tmp_path: Path) -> None:
         (tmp_path / "cat").mkdir()
@@ -418,10 +428,10 @@ class TestWrongSources:
 class TestBadFiles:
     @pytest.mark.parametrize("workers", [1, 2])
     def test_every_defect_is_listed_and_the_counts_add_up(
-        self, messy: MessyTree, tmp_path: Path, workers: int
+        self, messy: MessyTree, out: Path, workers: int
     ) -> None:
-        prepared = pack(messy.root, tmp_path / "set", resolution=32, workers=workers, part_size=4)
-        report = json.loads((tmp_path / "set" / "report.json").read_text())
+        prepared = pack(messy.root, out, resolution=32, workers=workers, part_size=4)
+        report = json.loads((out / "report.json").read_text())
         assert report == json.loads(json.dumps(prepared.report))
         reasons = {each["file"]: each["detail"] for each in report["unreadable"]}
         assert set(reasons) == set(messy.unreadable)
@@ -436,35 +446,22 @@ class TestBadFiles:
             f"{WNIDS[1]}/palette.JPEG": "holds PNG",
             f"{WNIDS[1]}/grey16.JPEG": "holds PNG",
         }
-        counts = prepared.manifest.values["counts"]
+        counts = prepared.manifest.counts
         assert counts["listed"] == counts["packed"] + counts["unreadable"] == report["listed"]
-        assert (
-            counts["packed"] == prepared.manifest.num_images == len(np.load(tmp_path / "set" / "labels.npy"))
-        )
-        text = (tmp_path / "set" / "report.txt").read_text()
+        assert counts["packed"] == prepared.manifest.num_images == len(np.load(out / "labels.npy"))
+        text = (out / "report.txt").read_text()
         for path in (*messy.unreadable, f"{WNIDS[0]}/cmyk.JPEG", messy.empty_class):
             assert path in text
-        assert verify(tmp_path / "set") == []
+        assert verify(out) == []
 
-    def test_what_is_kept_moves_up_over_what_is_left_out(self, messy: MessyTree, tmp_path: Path) -> None:
-        out = pack(messy.root, tmp_path / "set").manifest.folder
-        names = (out / "names.txt").read_text().splitlines()
-        images = np.load(out / "images.npy")
-        assert not set(names) & set(messy.unreadable)
-        assert len(names) == len(images)
-        for name, pixels in zip(names, images, strict=True):
-            np.testing.assert_array_equal(pixels, decode_image(messy.root / name, 8))
+    def test_readable_images_move_up_over_unreadable_ones(self, messy: MessyTree, tmp_path: Path) -> None:
+        check_pixels(pack(messy.root, tmp_path / "set").manifest.folder, messy.root)
 
     @pytest.mark.parametrize(
         ("moved_bytes", "dies_after"), [(1, 0), (1, 3), (384, 1), (384, 5), (2**20, 0), (2**20, 1)]
     )
-    def test_killed_while_moving_up_it_goes_on(
-        self,
-        messy: MessyTree,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        moved_bytes: int,
-        dies_after: int,
+    def test_killed_while_moving_up_it_resumes(
+        self, messy: MessyTree, tmp_path: Path, monkeypatch: Patch, moved_bytes: int, dies_after: int
     ) -> None:
         expected = pack(messy.root, tmp_path / "expected").manifest
         monkeypatch.setattr(staging, "MOVED_BYTES", moved_bytes)
@@ -490,15 +487,11 @@ class TestBadFiles:
         assert not (tmp_path / "set.partial").exists()
 
     @pytest.mark.parametrize("place", [0, 5])
-    def test_a_bad_image_at_either_end_is_left_out(self, tmp_path: Path, place: int) -> None:
+    def test_a_bad_image_at_either_end_is_not_packed(self, tmp_path: Path, place: int) -> None:
         root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=3, sizes=[(20, 20)])
-        paths = sorted(root.rglob("*.JPEG"))
-        paths[place].write_bytes(b"")
-        pack(root, tmp_path / "set")
-        images = np.load(tmp_path / "set" / "images.npy")
-        kept = [path for number, path in enumerate(paths) if number != place]
-        for pixels, path in zip(images, kept, strict=True):
-            np.testing.assert_array_equal(pixels, decode_image(path, 8))
+        sorted(root.rglob("*.JPEG"))[place].write_bytes(b"")
+        assert pack(root, tmp_path / "set").manifest.num_images == 5
+        check_pixels(tmp_path / "set", root)
         assert verify(tmp_path / "set") == []
 
     def test_nothing_readable_is_an_error(self, tmp_path: Path) -> None:
@@ -508,7 +501,7 @@ class TestBadFiles:
         with pytest.raises(UserError, match=r"none of 2 images .* can be read.*text file"):
             pack(tmp_path / "src", tmp_path / "set")
 
-    def test_mislabelled_files_are_listed_and_kept(self, tmp_path: Path) -> None:
+    def test_mislabelled_files_are_listed_and_packed(self, tmp_path: Path) -> None:
         root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=2, sizes=[(20, 20)])
         first, second = (root / name for name in WNIDS[:2])
         shutil.copy(first / f"{WNIDS[0]}_0.JPEG", second / f"{WNIDS[0]}_0.JPEG")
@@ -527,14 +520,11 @@ class TestBadFiles:
 
     def test_bad_images_in_archives_are_listed_as_those_in_folders(self, tmp_path: Path) -> None:
         sound = jpeg_bytes(1, 300, 200)
-        with tarfile.open(tmp_path / "t.tar", "w") as outer:
-            for wnid, data in zip(WNIDS[:2], (sound[: len(sound) // 2], b"<html>"), strict=True):
-                inner = io.BytesIO()
-                with tarfile.open(fileobj=inner, mode="w") as archive:
-                    add_member(archive, f"{wnid}_0.JPEG", data)
-                    add_member(archive, f"{wnid}_1.JPEG", sound)
-                add_member(outer, f"{wnid}.tar", inner.getvalue())
-        report = pack(tmp_path / "t.tar", tmp_path / "set").report
+        archives = {
+            f"{wnid}.tar": tar({f"{wnid}_0.JPEG": data, f"{wnid}_1.JPEG": sound})
+            for wnid, data in zip(WNIDS, (sound[: len(sound) // 2], b"<html>"), strict=False)
+        }
+        report = pack(write_tar(tmp_path / "t.tar", archives), tmp_path / "set").report
         assert [("truncated" in e["detail"], "text file" in e["detail"]) for e in report["unreadable"]] == [
             (True, False),
             (False, True),
@@ -542,44 +532,52 @@ class TestBadFiles:
 
     def test_a_source_that_changes_while_it_is_read_ends_the_run(self, tmp_path: Path) -> None:
         root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=2, sizes=[(20, 20)])
-        listing = list_source(str(root), SourceOptions())
+        listing = listed(root)
         (root / WNIDS[1] / f"{WNIDS[1]}_1.JPEG").unlink()
         with pytest.raises(DatasetError, match="any more"):
             prepare(listing, tmp_path / "set", resolution=8, workers=1)
 
 
+@pytest.fixture
+def interrupted(source: Path, out: Path, monkeypatch: Patch) -> Path:
+    """The folder of a set whose making was interrupted after two parts of five images."""
+    pack_part = packing.pack_part
+    done: list[Part] = []
+
+    def stops(part: Part) -> PartResult:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(part)
+        return pack_part(part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "pack_part", stops)
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, out)
+    return out
+
+
 class TestResume:
-    def test_killed_by_signal_9_it_goes_on_without_redoing_finished_parts(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_killed_it_resumes_without_redoing_finished_parts(
+        self, tmp_path: Path, monkeypatch: Patch
     ) -> None:
-        source = write_image_tree(
-            tmp_path / "src", class_names=WNIDS[:3], images_per_class=1, sizes=[(1600, 1200)]
-        )
+        source = tmp_path / "src"
+        write_image_tree(source, class_names=WNIDS[:3], images_per_class=1, sizes=[(1600, 1200)])
         for path in list(source.rglob("*.JPEG")):  # enough for a few seconds
             for number in range(99):
                 shutil.copy(path, path.with_name(f"{path.parent.name}_9{number:02d}.JPEG"))
-        command = [
-            *(sys.executable, "-W", "error", str(ROOT / "examples" / "imagenet_sagan.py"), "prepare"),
-            *("--source", str(source), "--out", str(tmp_path / "set"), "--resolution", "8"),
-            *("--part-size", "3", "--workers", "2"),
-        ]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-            "OMP_NUM_THREADS": "1",
-        }
+        program = [sys.executable, "-W", "error", str(ROOT / "examples" / "imagenet_sagan.py"), "prepare"]
+        options = {"source": source, "out": tmp_path / "set", "resolution": 8, "part-size": 3, "workers": 2}
         process = subprocess.Popen(
-            command,
-            env=environment,
+            [*program, *(f"--{name}={value}" for name, value in options.items())],
+            env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
         markers = tmp_path / "set.partial" / "parts"
         deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if markers.is_dir() and len(list(markers.glob("*.json"))) >= 4:
-                break
+        while process.poll() is None and time.monotonic() < deadline and len([*markers.glob("*.json")]) < 4:
             time.sleep(0.005)
         process.kill()
         _, errors = process.communicate()
@@ -620,22 +618,6 @@ class TestResume:
         os.killpg(group, signal.SIGKILL)
         pytest.fail("worker processes outlived the process that was killed")
 
-    def interrupted(self, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, parts: int = 2) -> None:
-        """Leave a run that ended after some parts."""
-        pack_part = packing.pack_part
-        left = [parts]
-
-        def stops(part: Part) -> PartResult:
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return pack_part(part)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(packing, "pack_part", stops)
-            with pytest.raises(KeyboardInterrupt):
-                pack(source, out)
-
     @pytest.mark.parametrize(
         ("options", "difference"),
         [
@@ -645,178 +627,146 @@ class TestResume:
         ],
     )
     def test_other_options_are_refused_with_the_difference(
-        self,
-        made: Callable[[str], Path],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        options: dict[str, Any],
-        difference: str,
+        self, source: Path, interrupted: Path, options: dict[str, Any], difference: str
     ) -> None:
-        self.interrupted(made("folder"), tmp_path / "set", monkeypatch)
         with pytest.raises(UserError, match=difference):
-            pack(made("folder"), tmp_path / "set", **options)
-        assert pack(made("folder"), tmp_path / "set", workers=2).reused == 10
+            pack(source, interrupted, **options)
+        assert pack(source, interrupted, workers=2).reused == 10
 
     def test_another_list_of_files_or_another_pillow_is_refused(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, source: Path, interrupted: Path, tmp_path: Path, monkeypatch: Patch
     ) -> None:
-        source = shutil.copytree(made("folder"), tmp_path / "src")
-        self.interrupted(source, tmp_path / "set", monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(packing.PIL, "__version__", "0.1")
             with pytest.raises(UserError, match=r"now 0\.1"):
-                pack(source, tmp_path / "set")
-        next(source.rglob("*.JPEG")).unlink()
+                pack(source, interrupted)
+        fewer = shutil.copytree(source, tmp_path / "src")
+        next(fewer.rglob("*.JPEG")).unlink()
         with pytest.raises(UserError, match=r"images was 24, now 23; source_fingerprint was"):
-            pack(source, tmp_path / "set")
+            pack(fewer, interrupted)
 
-    def test_a_damaged_finished_part_is_found_and_done_again(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        expected = pack(made("folder"), tmp_path / "expected").manifest.checksum
-        self.interrupted(made("folder"), tmp_path / "set", monkeypatch)
-        flip(tmp_path / "set.partial" / "set" / "images.npy", 128 + 7 * 3 * 8 * 8)  # in the second part
-        prepared = pack(made("folder"), tmp_path / "set")
-        assert prepared.manifest.checksum == expected
+    def test_a_damaged_finished_part_is_found_and_done_again(self, source: Path, interrupted: Path) -> None:
+        flip(interrupted.with_name("set.partial") / "set" / "images.npy", 128 + 7 * 3 * 8 * 8)  # second part
+        prepared = pack(source, interrupted)
+        assert prepared.manifest.checksum == pack(source, interrupted.with_name("whole")).manifest.checksum
         assert (prepared.packed, prepared.reused) == (19, 5)
 
-    def test_a_torn_marker_is_a_part_that_is_not_finished(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.interrupted(made("folder"), tmp_path / "set", monkeypatch)
-        marker = tmp_path / "set.partial" / "parts" / "00001.json"
+    def test_a_torn_marker_is_a_part_that_is_not_finished(self, source: Path, interrupted: Path) -> None:
+        marker = interrupted.with_name("set.partial") / "parts" / "00001.json"
         marker.write_text(marker.read_text()[:40])
-        assert pack(made("folder"), tmp_path / "set").reused == 5
-        assert verify(tmp_path / "set") == []
+        assert pack(source, interrupted).reused == 5
+        assert verify(interrupted) == []
 
-    def test_killed_before_the_set_gets_its_name_it_goes_on(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_killed_before_the_set_is_published_it_resumes(
+        self, source: Path, out: Path, monkeypatch: Patch
     ) -> None:
-        def stops(self: object) -> None:
-            raise KeyboardInterrupt
-
         with monkeypatch.context() as patch:
-            patch.setattr(staging.Staging, "publish", stops)
+            patch.setattr(staging.Staging, "publish", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                pack(made("folder"), tmp_path / "set")
-        assert not (tmp_path / "set").exists()
+                pack(source, out)
+        assert not out.exists()
         with pytest.raises(PackedError, match="manifest"):
-            PackedDataset(tmp_path / "set")
-        assert pack(made("folder"), tmp_path / "set").reused == 24
-        assert verify(tmp_path / "set") == []
+            PackedDataset(out)
+        assert pack(source, out).reused == 24
+        assert verify(out) == []
 
-    def test_a_finished_set_is_left_as_it_is_and_another_is_refused(
-        self, made: Callable[[str], Path], sound: Path
-    ) -> None:
+    def test_a_finished_set_is_left_as_it_is_and_another_is_refused(self, source: Path, sound: Path) -> None:
         before = snapshot(sound)
         (sound.parent / "set.partial").mkdir()  # as after a kill between the last two steps
-        assert pack(made("folder"), sound).packed == 0
+        assert pack(source, sound).packed == 0
         assert snapshot(sound) == before
         assert not (sound.parent / "set.partial").exists()
         with pytest.raises(UserError, match="resolution was 8, now 16"):
-            pack(made("folder"), sound, resolution=16)
+            pack(source, sound, resolution=16)
 
-    def test_two_at_once_on_one_folder_are_refused(self, made: Callable[[str], Path], tmp_path: Path) -> None:
-        script = (
-            "import sys; from pathlib import Path; from sagan.prepare.staging import Staging\n"
-            "with Staging(Path(sys.argv[1])).locked():\n    print('held', flush=True); sys.stdin.read()\n"
-        )
-        holder = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / "set")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match="another prepare is at work"):
-            pack(made("folder"), tmp_path / "set")
-        holder.communicate(b"")
-        assert pack(made("folder"), tmp_path / "set").packed == 24
+    def test_two_at_once_on_one_folder_are_refused(self, source: Path, out: Path) -> None:
+        with staging.Staging(out).locked(), pytest.raises(UserError, match="another prepare is at work"):
+            pack(source, out)
+        assert pack(source, out).packed == 24
 
 
 class TestSpaceAndPlaces:
-    def test_a_disk_too_small_is_refused_with_the_numbers_before_anything_is_written(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.fixture
+    def set_free(self, tmp_path: Path, monkeypatch: Patch) -> Callable[[int], None]:
+        """``set_free(bytes)``: let the disk have this much space."""
+        usage = shutil.disk_usage(tmp_path)
+        return lambda size: monkeypatch.setattr(
+            staging.shutil, "disk_usage", lambda path: usage._replace(free=size)
+        )
+
+    def test_a_disk_too_small_is_refused_before_anything_is_written(
+        self, source: Path, tmp_path: Path, set_free: Callable[[int], None]
     ) -> None:
-        usage = shutil.disk_usage(tmp_path)._replace(free=10_000_000)
-        monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+        set_free(10_000_000)
         with pytest.raises(UserError, match=r"expected 0\.07 GB free for 24 images of 8x8 .* got 0\.01 GB"):
-            pack(made("folder"), tmp_path / "set")
+            pack(source, tmp_path / "set")
         assert list(tmp_path.iterdir()) == []
 
-    def test_the_whole_of_imagenet_needs_63_gb(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        usage = shutil.disk_usage(tmp_path)._replace(free=0)
-        monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+    def test_the_whole_of_imagenet_needs_63_gb(self, out: Path, set_free: Callable[[int], None]) -> None:
+        set_free(0)
         with pytest.raises(UserError, match=r"63\.\d\d GB free for 1,281,167 images of 128x128"):
-            staging.Staging(tmp_path / "set").check_space(1_281_167, 128)
+            staging.Staging(out).check_space(1_281_167, 128)
 
-    def test_space_that_the_begun_set_takes_counts(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        place = staging.Staging(tmp_path / "set")
+    def test_space_that_the_begun_set_takes_counts(self, out: Path, set_free: Callable[[int], None]) -> None:
+        place = staging.Staging(out)
         place.folder.mkdir()
         place.begin({}, 64, 128)
         place.array.write_bytes(bytes(128 + 64 * 3 * 128**2))
         os.sync()
-        usage = shutil.disk_usage(tmp_path)._replace(free=staging.SPARE_BYTES + 64 * 256)
-        monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+        set_free(staging.SPARE_BYTES + 64 * 256)
         place.check_space(64, 128)
 
-    def test_a_disk_that_fills_up_all_the_same_ends_the_run_and_keeps_what_is_finished(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_a_disk_that_fills_up_keeps_finished_parts(
+        self, source: Path, out: Path, monkeypatch: Patch
     ) -> None:
-        calls = [0]
+        calls: list[dict[int, PartResult]] = []
+        finish_parts = staging.Staging.finish_parts
 
-        def full(self: object, results: dict[int, PartResult]) -> None:
-            calls[0] += 1
-            if calls[0] >= 3:
+        def full(self: staging.Staging, results: dict[int, PartResult]) -> None:
+            calls.append(results)
+            if len(calls) >= 3:
                 raise OSError(28, "No space left on device")
             finish_parts(self, results)
 
-        finish_parts = staging.Staging.finish_parts
         with monkeypatch.context() as patch:
             patch.setattr(packing, "MARK_EVERY_S", 0)
             patch.setattr(staging.Staging, "finish_parts", full)
             with pytest.raises(OSError, match="No space left"):
-                pack(made("folder"), tmp_path / "set")
-        assert pack(made("folder"), tmp_path / "set").reused == 10
+                pack(source, out)
+        assert pack(source, out).reused == 10
 
-    def test_a_folder_with_other_things_is_not_touched(
-        self, made: Callable[[str], Path], tmp_path: Path
-    ) -> None:
-        (tmp_path / "set").mkdir()
-        (tmp_path / "set" / "thesis.txt").write_text("mine")
-        with pytest.raises(UserError, match="not there yet or empty"):
-            pack(made("folder"), tmp_path / "set")
-        (tmp_path / "set" / "thesis.txt").unlink()
-        assert pack(made("folder"), tmp_path / "set").packed == 24
+    def test_a_folder_with_other_things_is_not_touched(self, source: Path, out: Path) -> None:
+        out.mkdir()
+        (out / "thesis.txt").write_text("mine")
+        with pytest.raises(UserError, match="expected a new or empty folder"):
+            pack(source, out)
+        (out / "thesis.txt").unlink()
+        assert pack(source, out).packed == 24
 
-    def test_a_worker_that_is_killed_ends_the_run_with_a_hint(
-        self, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_a_killed_worker_ends_the_run_with_a_hint(
+        self, source: Path, out: Path, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(packing, "pack_part", dies)
         with pytest.raises(UserError, match="a worker process was killed"):
-            pack(made("folder"), tmp_path / "set", workers=2)
+            pack(source, out, workers=2)
         monkeypatch.undo()
-        assert pack(made("folder"), tmp_path / "set").packed == 24
+        assert pack(source, out).packed == 24
 
     @pytest.mark.parametrize("workers", [1, 3])
     def test_tasks_are_all_done_and_none_is_taken_long_before_its_turn(self, workers: int) -> None:
         taken: list[int] = []
-
-        def tasks() -> Any:
-            for number in range(40):
-                taken.append(number)
-                yield number
-
-        ahead, done = [], []
-        for task, result in pool.run_tasks(abs, tasks(), workers):
-            ahead.append(len(taken) - len(done))
+        tasks = (taken.append(number) or number for number in range(40))
+        waiting, done = [], []
+        for task, result in pool.run_tasks(abs, tasks, workers):
+            waiting.append(len(taken) - len(done))
             done.append(task)
             assert result == task
         assert sorted(done) == list(range(40))
-        assert max(ahead) <= 2 * workers + workers
+        assert max(waiting) <= 2 * workers + workers
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def dies(part: Part) -> PartResult:
@@ -834,22 +784,17 @@ class TestVerify:
     @pytest.mark.parametrize(
         "name", ["images.npy", "labels.npy", "digests.npy", "names.txt", "report.json", "report.txt"]
     )
-    @pytest.mark.parametrize("place", [0, -1])
-    def test_one_flipped_bit_in_any_file_is_found(self, sound: Path, name: str, place: int) -> None:
+    def test_one_flipped_bit_in_any_file_is_found_and_so_is_a_missing_file(
+        self, sound: Path, name: str
+    ) -> None:
         assert verify(sound) == []
-        flip(sound / name, place)
-        wrong = " ".join(verify(sound))
-        assert name in wrong
-
-    def test_damaged_images_are_named(self, sound: Path) -> None:
-        names = (sound / "names.txt").read_text().splitlines()
-        flip(sound / "images.npy", 128 + 5 * 3 * 8 * 8 + 17)
-        assert verify(sound) == [f"1 of 24 images are damaged in images.npy: 5 ({names[5]})"]
-
-    @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "names.txt", "manifest.json"])
-    def test_a_missing_file_is_found(self, sound: Path, name: str) -> None:
-        (sound / name).unlink()
-        assert name in " ".join(verify(sound))
+        for place in (0, -1):
+            flip(sound / name, place)
+            assert name in " ".join(verify(sound))
+            flip(sound / name, place)
+        for each in (name, "manifest.json"):
+            (sound / each).unlink()
+            assert each in " ".join(verify(sound))
 
     def test_a_file_cut_short_is_found(self, sound: Path) -> None:
         data = (sound / "images.npy").read_bytes()
@@ -857,7 +802,7 @@ class TestVerify:
         wrong = " ".join(verify(sound))
         assert "expected 4,736 bytes, got 4,536" in wrong
         assert "2 of 24 images are damaged" in wrong
-        with pytest.raises(PackedError, match="not whole"):
+        with pytest.raises(PackedError, match="not complete"):
             PackedDataset(sound)
 
     @pytest.mark.parametrize(
@@ -890,19 +835,18 @@ class TestVerify:
             with pytest.raises(PackedError, match=message):
                 PackedDataset(sound)
 
-    def test_the_command_says_what_is_wrong_and_fails(
-        self, sound: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_command_says_what_is_wrong_and_fails(self, sound: Path, capsys: Capture) -> None:
         assert main("prepare", "--verify", sound) == 0
-        assert "Sound: every image" in capsys.readouterr().out
-        flip(sound / "images.npy", 2000)
+        assert "Intact: all images" in capsys.readouterr().out
+        names = (sound / "names.txt").read_text().splitlines()
+        flip(sound / "images.npy", 128 + 5 * 3 * 8 * 8 + 17)
         assert main("prepare", "--verify", sound) == 1
-        assert "1 of 24 images are damaged" in capsys.readouterr().out
+        assert f"1 of 24 images are damaged in images.npy: 5 ({names[5]})\n" in capsys.readouterr().out
         assert main("prepare", "--verify", sound.parent / "nowhere") == 1
 
 
 class TestManifest:
-    def test_it_says_what_was_made_from_what(self, made: Callable[[str], Path], sound: Path) -> None:
+    def test_it_says_what_was_made_from_what(self, made: Made, sound: Path) -> None:
         values = json.loads((sound / "manifest.json").read_text())
         assert (values["num_images"], values["num_classes"], values["images_per_class"]) == (24, 4, [6] * 4)
         assert (values["resolution"], values["filter"]) == (8, "bilinear")
@@ -915,10 +859,10 @@ class TestManifest:
         assert re.fullmatch("sha256:[0-9a-f]{64}", values["checksum"])
         assert {"python", "numpy", "pillow", "libjpeg", "sagan_layers"} <= set(values["versions"])
 
-    def test_the_checksum_changes_with_a_pixel_a_label_and_a_name(
-        self, made: Callable[[str], Path], tmp_path: Path, sound: Path
+    def test_the_checksum_changes_with_pixel_label_and_name(
+        self, made: Made, tmp_path: Path, sound: Path
     ) -> None:
-        sums = {PackedDataset(sound).fingerprint}
+        sums = {PackedDataset(sound).fingerprint()}
         source = shutil.copytree(made("folder") / "train", tmp_path / "src")
         first, second, *_ = sorted(source.iterdir())
         image = next(first.iterdir())
@@ -932,30 +876,37 @@ class TestManifest:
 
 
 class TestPackedDataset:
-    def test_it_serves_what_the_folder_dataset_serves(self, made: Callable[[str], Path], sound: Path) -> None:
-        tree = scan_image_tree(made("folder"))
-        dataset = PackedDataset(sound, 8)
+    @pytest.fixture
+    def dataset(self, sound: Path) -> PackedDataset:
+        return PackedDataset(sound)
+
+    def test_it_serves_what_the_folder_dataset_serves(self, source: Path, dataset: PackedDataset) -> None:
+        tree = scan_image_tree(source)
         assert dataset.class_names == tree.class_names
         assert (dataset.num_classes, dataset.resolution, len(dataset), dataset.cached) == (4, 8, 24, True)
         assert dataset.labels.tolist() == tree.labels.tolist()
         images, labels = dataset.fetch([23, 0, 0, 7])
         assert (images.dtype, images.shape, labels.dtype) == (torch.uint8, (4, 3, 8, 8), torch.int64)
-        for image, label, index in zip(images, labels.tolist(), [23, 0, 0, 7], strict=True):
+        assert labels.tolist() == tree.labels[[23, 0, 0, 7]].tolist()
+        for image, index in zip(images, [23, 0, 0, 7], strict=True):
             assert torch.equal(image, decode_image(tree.paths[index], 8))
-            assert torch.equal(image, dataset[index][0])
-            assert label == tree.labels[index] == dataset.__getitems__([index])[0][1]
         assert torch.equal(dataset[-1][0], images[0])
 
-    def test_batches_do_not_alias_the_file(self, sound: Path) -> None:
-        dataset = PackedDataset(sound)
+    def test_it_is_opened_like_any_data_set(self, sound: Path) -> None:
+        opened = open_dataset(sound, 8, DataConfig(resample="box", draft=True, cache_mib=0))
+        assert isinstance(opened, PackedDataset)
+        assert (opened.resample, opened.draft, opened.split) == ("bilinear", False, None)  # as it was made
+        assert opened.without(()) is opened.in_memory(0) is opened.for_evaluation() is opened
+        assert opened.identity() == opened.fingerprint() == opened.manifest.checksum
+
+    def test_batches_do_not_alias_the_file(self, sound: Path, dataset: PackedDataset) -> None:
         before = dataset[3][0].clone()
         dataset.fetch([3])[0].fill_(0)
         assert torch.equal(dataset[3][0], before)
         assert verify(sound) == []
 
     @pytest.mark.parametrize("index", [24, -25])
-    def test_an_index_beyond_the_end_is_an_index_error(self, sound: Path, index: int) -> None:
-        dataset = PackedDataset(sound)
+    def test_an_index_beyond_the_end_is_an_index_error(self, dataset: PackedDataset, index: int) -> None:
         with pytest.raises(IndexError, match="below 24"):
             dataset[index]
         with pytest.raises(IndexError, match="from 0 to 23"):
@@ -965,62 +916,21 @@ class TestPackedDataset:
         with pytest.raises(PackedError, match=r"expected images of 32x32 .* has 8x8.*--resolution 32"):
             PackedDataset(sound, 32)
 
-    def test_it_can_be_pickled(self, sound: Path) -> None:
-        dataset = PackedDataset(sound)
+    def test_it_can_be_pickled(self, dataset: PackedDataset) -> None:
         again = pickle.loads(pickle.dumps(dataset))
         assert len(pickle.dumps(dataset)) < 20_000
         assert torch.equal(again.fetch([4, 2])[0], dataset.fetch([4, 2])[0])
 
     @pytest.mark.parametrize(("num_workers", "context"), [(0, None), (1, "fork"), (1, "spawn")])
-    def test_the_loader_serves_the_same_batches_whoever_reads(
-        self, sound: Path, num_workers: int, context: str | None
+    def test_batches_are_the_same_whoever_reads(
+        self, dataset: PackedDataset, num_workers: int, context: str | None
     ) -> None:
-        dataset = PackedDataset(sound)
         options = {"batch_size": 5, "seed": 3, "horizontal_flip": True}
         loader = make_loader(dataset, num_workers=num_workers, multiprocessing_context=context, **options)
-        unhurried = PackedDataset(sound)
-        unhurried.batches_ahead = 0
-        for (images, labels), (same_images, same_labels), _ in zip(
-            loader, make_loader(unhurried, **options), range(12), strict=False
-        ):
-            assert torch.equal(images, same_images)
-            assert torch.equal(labels, same_labels)
-        del loader
-
-
-class TestReadAhead:
-    def test_items_come_in_order_and_errors_in_their_place(self) -> None:
-        def items() -> Any:
-            yield from range(5)
-            raise ValueError("the sixth")
-
-        found = []
-        with pytest.raises(ValueError, match="the sixth"):
-            found.extend(iter_into(found, read_ahead(items(), 2)))
-        assert found == list(range(5))
-
-    def test_no_more_than_asked_for_is_taken_and_the_thread_ends_with_the_iterator(self) -> None:
-        taken: list[int] = []
-
-        def items() -> Any:
-            for number in range(1000):
-                taken.append(number)
-                yield number
-
-        iterator = read_ahead(items(), 3)
-        assert next(iterator) == 0
-        time.sleep(0.05)
-        assert len(taken) <= 5
-        iterator.close()  # joins the thread
-        count = len(taken)
-        time.sleep(0.05)
-        assert len(taken) == count
-
-
-def iter_into(found: list[int], iterator: Any) -> Any:
-    for item in iterator:
-        found.append(item)
-    return ()
+        plain = PackedDataset(dataset.manifest.folder)
+        plain.prefetched_batches = 0
+        for batch, same, _ in zip(loader, make_loader(plain, **options), range(12), strict=False):
+            assert all(map(torch.equal, batch, same))
 
 
 class TestCommand:
@@ -1029,14 +939,12 @@ class TestCommand:
         *("--network.g-attention", "16", "--network.d-attention", "8", "--output.grid-columns", "2"),
     )
 
-    def test_from_generated_images_to_a_trained_run_and_its_resumption(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_from_generated_images_to_a_resumed_run(self, tmp_path: Path, capsys: Capture) -> None:
         made = ["--classes", 2, "--images", 5, "--val-images", 1, "--scale", 0.15]
         assert main("make-images", "--out", tmp_path / "src", *made) == 0
         assert "10 training and 2 validation images in 2 classes" in capsys.readouterr().out
         assert main("make-images", "--out", tmp_path / "src", *made) == 1
-        assert "out: expected a folder that is not there yet or empty" in capsys.readouterr().err
+        assert "out: expected a new or empty folder" in capsys.readouterr().err
         options = ["--source", tmp_path / "src", "--resolution", 32, "--workers", 1]
         assert main("prepare", *options, "--out", tmp_path / "set") == 0
         text = capsys.readouterr().out
@@ -1044,7 +952,7 @@ class TestCommand:
         assert "10 of 10 images (100.0%)" in text
         assert "10 images listed = 10 packed + 0 unreadable" in text
         assert main("prepare", *options, "--out", tmp_path / "set") == 0
-        assert "is finished already" in capsys.readouterr().out
+        assert "is already complete" in capsys.readouterr().out
 
         train = ["train", "--data", tmp_path / "set", *self.SMALL, "--network.resolution", 32]
         for name, steps in (("whole", (3,)), ("parts", (2, 3))):
@@ -1055,7 +963,7 @@ class TestCommand:
         states = [load_checkpoint(find_checkpoint(tmp_path / name)) for name in ("whole", "parts")]
         for name, weight in states[0]["generator"].items():
             assert torch.equal(weight, states[1]["generator"][name])
-        assert states[0]["fingerprint"] == PackedDataset(tmp_path / "set").fingerprint
+        assert states[0]["fingerprint"] == PackedDataset(tmp_path / "set").fingerprint()
         assert states[0]["class_names"] == ["n01440764", "n01450771"]
         manifest = (tmp_path / "set" / "manifest.json").read_bytes()
         assert (tmp_path / "whole" / "data_manifest.json").read_bytes() == manifest
@@ -1069,9 +977,9 @@ class TestCommand:
         assert (tmp_path / "whole" / "data_manifest.json").read_bytes() == manifest  # of the run still
 
     def test_training_refuses_another_resolution_and_a_damaged_set(
-        self, made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, source: Path, tmp_path: Path, capsys: Capture
     ) -> None:
-        pack(made("folder"), tmp_path / "set", resolution=32, resample="box")
+        pack(source, tmp_path / "set", resolution=32, resample="box")
         train = ["train", "--data", tmp_path / "set", "--out", tmp_path / "run", *self.SMALL]
         assert main(*train) == 1
         assert "expected images of 128x128 pixels, the set in" in capsys.readouterr().err
@@ -1092,45 +1000,38 @@ class TestCommand:
             (["--source", "x"], "out: expected --out"),
             (["--source", "nowhere", "--out", "x"], "nothing is at nowhere"),
             (["--source", "x", "--out", "x", "--resolution", "0"], "resolution: expected at least 1"),
+            (["--source", "x", "--out", "x", "--workers", "-1"], "workers: expected at least 1, got -1"),
+            (["--source", "x", "--out", "x", "--part-size", "-1"], "part_size: expected at least 1, got -1"),
         ],
     )
     def test_wrong_options_end_with_a_plain_message(
-        self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+        self, arguments: list[str], message: str, capsys: Capture
     ) -> None:
         assert main("prepare", *arguments) == 1
         captured = capsys.readouterr()
         assert message in captured.err
         assert "Traceback" not in captured.err
 
-    def test_workers_and_part_size_must_be_positive(
-        self, made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    def test_ctrl_c_keeps_finished_parts_and_says_so(
+        self, source: Path, out: Path, monkeypatch: Patch, capsys: Capture
     ) -> None:
-        source = ["--source", made("folder"), "--out", tmp_path / "set"]
-        for option in ("--workers", "--part-size"):
-            assert main("prepare", *source, option, -1) == 1
-            assert f"{option[2:].replace('-', '_')}: expected at least 1, got -1" in capsys.readouterr().err
-
-    def test_ctrl_c_keeps_what_is_finished_and_says_so(
-        self,
-        made: Callable[[str], Path],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        def stops(part: Part) -> PartResult:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(packing, "pack_part", stops)
-        options = ["--source", made("folder"), "--out", tmp_path / "set", "--workers", 1]
-        assert main("prepare", *options) == INTERRUPTED
-        assert "The same command goes on" in capsys.readouterr().out
+        monkeypatch.setattr(packing, "pack_part", interrupt)
+        assert main("prepare", "--source", source, "--out", out, "--workers", 1) == INTERRUPTED
+        assert "The same command resumes" in capsys.readouterr().out
 
 
 class TestSynthetic:
-    def test_the_same_seed_gives_the_same_files_and_another_others(self, tmp_path: Path) -> None:
+    def test_the_same_seed_gives_the_same_files_and_another_others(self, out: Path) -> None:
         sets = [replace(MADE, images=1, seed=seed) for seed in (0, 0, 1)]
         files = [{name: data for name, _, data in each.train()} for each in sets]
         assert files[0] == files[1] != files[2]
+
+    def test_many_images_are_made_by_several_processes(self) -> None:
+        made = SyntheticSet(classes=2, images=200, scale=0.02)
+        files = [(label, data) for _, label, data in made.train()]
+        for place in (0, 199, 200, 399):
+            label, number = divmod(place, 200)
+            assert files[place] == (label, synthetic_jpeg(0, label, number, 0.02))
 
     def test_sizes_and_bytes_are_like_those_of_imagenet(self) -> None:
         made = SyntheticSet(classes=2, images=8)
@@ -1147,18 +1048,13 @@ class TestSynthetic:
         with pytest.raises(UserError, match="expected"):
             SyntheticSet(**wrong)
 
-    def test_a_listing_knows_its_source_apart(self, made: Callable[[str], Path], tmp_path: Path) -> None:
-        def fingerprint(root: Path) -> str:
-            listing: Listing = list_source(str(root), SourceOptions())
-            return listing.fingerprint
-
-        write_folder(tmp_path / "a", MADE)
-        assert fingerprint(tmp_path / "a") == fingerprint(made("folder"))
-        next((tmp_path / "a" / "train").rglob("*.JPEG")).rename(
-            tmp_path / "a" / "train" / MADE.wnids[0] / "x.JPEG"
-        )
-        renamed = fingerprint(tmp_path / "a")
-        assert renamed != fingerprint(made("folder"))
-        with (tmp_path / "a" / "train" / MADE.wnids[0] / "x.JPEG").open("ab") as file:
-            file.write(b"x")
-        assert fingerprint(tmp_path / "a") != renamed
+    def test_a_listing_knows_its_source_apart(self, made: Made, tmp_path: Path) -> None:
+        root = tmp_path / "a"
+        write_folder(root, MADE)
+        fingerprints = [listed(made("folder")).fingerprint, listed(root).fingerprint]
+        assert fingerprints[0] == fingerprints[1]
+        image = next((root / "train").rglob("*.JPEG"))
+        image = image.rename(image.with_name("x.JPEG"))
+        fingerprints.append(listed(root).fingerprint)
+        image.write_bytes(image.read_bytes() + b"x")
+        assert len({*fingerprints, listed(root).fingerprint}) == 3

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
+from sagan.data import DataConfig
 from sagan.errors import UserError
-from sagan.networks import NetworkConfig
 from sagan.recipes import (
     DEFAULT_RECIPE,
     RECIPES,
-    DataConfig,
     OptimizerConfig,
     OutputConfig,
     RunConfig,
@@ -57,44 +56,29 @@ PAPER = {
     "images.horizontal_flip": False,
 }
 NO_ATTENTION: dict[str, Any] = {"network.g_attention": [], "network.d_attention": []}
-BEST_KNOWN = {
-    "d_vectors_move_in_g_step": True,
-    "ema_decay": 0.999,
-    "ema_start": 2000,
-    "network.sn_eps": 1e-8,
-    "network.bn_momentum": 0.1,
-    "network.last_bn_momentum": 0.1,
-    "network.biased_running_var": False,
-    "optimizer.beta2": 0.999,
-}
 # What each recipe changes against the paper.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "paper": {},
     "released_code": {"iterations": 2_000_000, "optimizer.beta2": 0.999},
-    "best_known": BEST_KNOWN,
+    "best_known": {
+        "d_vectors_move_in_g_step": True,
+        "ema_decay": 0.999,
+        "ema_start": 2000,
+        "network.sn_eps": 1e-8,
+        "network.bn_momentum": 0.1,
+        "network.last_bn_momentum": 0.1,
+        "network.biased_running_var": False,
+        "optimizer.beta2": 0.999,
+    },
     "sn_on_d_only": {**NO_ATTENTION, "network.g_spectral_norm": False, "optimizer.d_lr": 1e-4},
     "sn_on_gd": {**NO_ATTENTION, "optimizer.d_lr": 1e-4},
     "sn_on_gd_ttur": NO_ATTENTION,
     **{
-        f"{mixer}_{size}": {
-            "network.mixer": mixer,
-            "network.g_attention": [size],
-            "network.d_attention": [size],
-        }
+        f"{mixer}_{n}": {"network.mixer": mixer, "network.g_attention": [n], "network.d_attention": [n]}
         for mixer in ("attention", "residual")
-        for size in (8, 16, 32, 64)
+        for n in (8, 16, 32, 64)
     },
 }
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            result.update(flat(value, f"{prefix}{name}."))
-        else:
-            result[prefix + name] = value
-    return result
 
 
 class TestRecipes:
@@ -104,26 +88,12 @@ class TestRecipes:
 
     @pytest.mark.parametrize("name", list(PUBLISHED))
     def test_values_are_the_published_ones(self, name: str) -> None:
-        values = flat(RECIPES[name]().to_dict())
+        values = RECIPES[name]().by_name()
         expected = {**PAPER, **PUBLISHED[name]}
         assert {key: values[key] for key in expected} == expected
-        unnamed = {
-            key: value
-            for key, value in values.items()
-            if key not in expected
-            and not key.startswith(("images.", "output.", "health.", "step.", "evaluation."))
-        }
-        assert unnamed == {
-            "recipe": name,
-            "data": None,
-            "out": "runs/sagan",
-            "device": "auto",
-            "seed": 0,
-        }
-
-    def test_table_1_at_32_is_the_paper_but_for_its_name(self) -> None:
-        found = differences(RECIPES["paper"](), RECIPES["attention_32"]())
-        assert found == {"recipe": ("paper", "attention_32")}
+        groups = ("images.", "output.", "health.", "step.", "evaluation.")
+        others = {key: values[key] for key in values.keys() - expected if not key.startswith(groups)}
+        assert others == {"recipe": name, "data": None, "out": "runs/sagan", "device": "auto", "seed": 0}
 
     def test_digits_differ_from_the_paper_where_its_docstring_says(self) -> None:
         run = RECIPES["digits"]()
@@ -143,18 +113,14 @@ class TestRunConfig:
     @EVERY_RECIPE
     def test_round_trip_through_json(self, name: str) -> None:
         config = replace(RECIPES[name](), data=Path("some/where"))
-        again = config_from_dict(json.loads(json.dumps(config.to_dict())))
-        assert again == config
-        assert asdict(again) == asdict(config)
-
-    def test_a_missing_data_folder_survives_the_round_trip(self) -> None:
-        assert config_from_dict(RunConfig(recipe="paper").to_dict()).data is None
+        assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert config_from_dict(RECIPES[name]().to_dict()).data is None
 
     @pytest.mark.parametrize("group", [None, "network", "optimizer", "images", "output"])
     def test_unknown_and_missing_fields_are_refused_by_name(self, group: str | None) -> None:
         values = RunConfig(recipe="paper").to_dict()
         part = values if group is None else values[group]
-        removed = next(key for key in part if key not in ("network", "optimizer", "images", "output"))
+        removed = next(iter(part))
         value = part.pop(removed)
         with pytest.raises(UserError, match=rf"unknown \[\], missing \['{removed}'\]"):
             config_from_dict(values)
@@ -168,14 +134,11 @@ class TestRunConfig:
         with pytest.raises(UserError, match="resolution"):
             config_from_dict(values)
 
-    @pytest.mark.parametrize(
-        "config",
-        [RunConfig(recipe="paper"), NetworkConfig(), OptimizerConfig(), DataConfig(), OutputConfig()],
-    )
-    def test_configurations_are_frozen(self, config: Any) -> None:
-        name = next(iter(asdict(config)))
-        with pytest.raises(FrozenInstanceError):
-            setattr(config, name, 1)
+    def test_configurations_are_frozen(self) -> None:
+        run = RunConfig(recipe="paper")
+        for config in (run, run.network, run.optimizer, run.images, run.step, run.health, run.output):
+            with pytest.raises(FrozenInstanceError):
+                setattr(config, next(iter(asdict(config))), 1)
 
     def test_differences_name_fields_by_their_dotted_path_with_both_values(self) -> None:
         one = RECIPES["paper"]()
@@ -209,7 +172,7 @@ class TestRunConfig:
             (OutputConfig, {"keep_checkpoints": 0}, "keep_checkpoints: expected at least 1, got 0"),
         ],
     )
-    def test_settings_out_of_range_are_refused_by_name(
+    def test_values_out_of_range_are_refused_by_name(
         self, kind: Any, changes: dict[str, Any], message: str
     ) -> None:
         required = {"recipe": "paper"} if kind is RunConfig else {}

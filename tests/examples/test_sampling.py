@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from training_runs import assert_same
 
-from sagan.checkpoints import CheckpointError, find_checkpoint, load_checkpoint
 from sagan.errors import UserError
 from sagan.networks import Generator, NetworkConfig
-from sagan.recipes import RunConfig
 from sagan.sampling import (
     TrainedGenerator,
     generate,
@@ -23,7 +21,8 @@ from sagan.sampling import (
     sample_inputs,
     to_uint8,
 )
-from sagan.training import TrainingResult
+from sagan.train.checkpoint import find_checkpoint, load_checkpoint
+from sagan.train.loop import TrainingResult
 
 CPU = torch.device("cpu")
 NETWORK = NetworkConfig(resolution=32, base_width=2, num_classes=3, latent_dim=6, d_attention=())
@@ -34,10 +33,9 @@ def trained(trained_run: Path) -> TrainedGenerator:
     return load_generator(trained_run, CPU)
 
 
-def made(trained: TrainedGenerator, count: int, **settings: Any) -> dict[int, tuple[Tensor, int]]:
-    settings = {"seed": 0, "batch_size": 4, **settings}
+def made(trained: TrainedGenerator, count: int) -> dict[int, tuple[Tensor, int]]:
     found: dict[int, tuple[Tensor, int]] = {}
-    for numbers, images, labels in numbered_samples(trained, count, **settings):
+    for numbers, images, labels in numbered_samples(trained.generator, count, seed=0, batch_size=4):
         assert len(numbers) == len(images) == len(labels)
         for number, image, label in zip(numbers, images, labels.tolist(), strict=True):
             assert number not in found
@@ -45,14 +43,8 @@ def made(trained: TrainedGenerator, count: int, **settings: Any) -> dict[int, tu
     return found
 
 
-def assert_same_samples(some: dict[int, tuple[Tensor, int]], others: dict[int, tuple[Tensor, int]]) -> None:
-    for number, (image, label) in some.items():
-        assert torch.equal(image, others[number][0]), number
-        assert label == others[number][1]
-
-
 class TestInputs:
-    def test_a_sample_depends_on_seed_and_number_alone(self) -> None:
+    def test_a_sample_depends_only_on_seed_and_number(self) -> None:
         latents, labels = sample_inputs(range(10), NETWORK, 5)
         for number in (0, 3, 9):
             alone, label = sample_inputs([number], NETWORK, 5)
@@ -77,11 +69,6 @@ class TestInputs:
         assert correlations.abs().max() < 0.7  # 80,000 pairs at a deviation of 1/8
         assert correlations.std().item() == pytest.approx(1 / 8, rel=0.1)
 
-    def test_seed_and_number_do_not_stand_in_for_each_other(self) -> None:
-        latents = [sample_inputs([number], NETWORK, seed)[0] for seed, number in ((0, 1), (1, 0), (1, 1))]
-        assert not torch.equal(latents[0], latents[1])
-        assert not torch.equal(latents[0], latents[2])
-
     def test_classes_are_gone_through_in_turn(self) -> None:
         _, labels = sample_inputs(range(5), NETWORK, 0, torch.tensor([2, 0]))
         assert labels.tolist() == [2, 0, 2, 0, 2]
@@ -96,16 +83,12 @@ class TestInputs:
 
 class TestNumberedSamples:
     @pytest.mark.parametrize("count", [1, 4, 6, 9])
-    def test_samples_do_not_depend_on_how_many_are_asked_for(
-        self, trained: TrainedGenerator, count: int
-    ) -> None:
-        samples = made(trained, count)
+    def test_samples_do_not_depend_on_their_count(self, trained: TrainedGenerator, count: int) -> None:
+        samples, more = made(trained, count), made(trained, 13)
         assert sorted(samples) == list(range(count))
-        assert_same_samples(samples, made(trained, 13))
+        assert_same(samples, {number: more[number] for number in samples})
 
-    def test_every_block_is_made_full_so_that_its_arithmetic_is_the_same(
-        self, trained: TrainedGenerator
-    ) -> None:
+    def test_every_block_is_full_so_that_its_arithmetic_is_the_same(self, trained: TrainedGenerator) -> None:
         sizes: list[int] = []
         hook = trained.generator.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
         with hook:
@@ -113,42 +96,15 @@ class TestNumberedSamples:
             made(trained, 1)
         assert sizes == [4, 4, 4]
 
-    @pytest.mark.parametrize("processes", [2, 3, 5])
-    def test_processes_make_each_sample_once_and_the_same(
-        self, trained: TrainedGenerator, processes: int
-    ) -> None:
-        alone = made(trained, 13)
-        shared = [made(trained, 13, rank=rank, num_processes=processes) for rank in range(processes)]
-        assert sum(map(len, shared)) == 13
-        for part in shared:
-            assert_same_samples(part, alone)
-        assert {number for part in shared for number in part} == set(range(13))
-
-    def test_seeds_give_other_images_and_numbers_too(self, trained: TrainedGenerator) -> None:
-        one, other = made(trained, 6), made(trained, 6, seed=1)
-        assert not any(torch.equal(one[number][0], other[number][0]) for number in range(6))
-        images = torch.stack([image for image, _ in one.values()]).flatten(1)
+    def test_numbers_give_other_images(self, trained: TrainedGenerator) -> None:
+        images = torch.stack([image for image, _ in made(trained, 6).values()])
         assert len(images.unique(dim=0)) == 6
 
-    def test_labels_go_through_the_classes_that_had_images(self, trained: TrainedGenerator) -> None:
-        assert [label for _, label in made(trained, 5).values()] == [0, 1, 2, 0, 1]
-        chosen = made(trained, 3, labels_in_use=torch.tensor([2]))
-        assert [label for _, label in chosen.values()] == [2, 2, 2]
-        fewer = replace(trained, labels_in_use=torch.tensor([0, 2]))
-        assert [label for _, label in made(fewer, 4).values()] == [0, 2, 0, 2]
-
-    def test_images_are_those_of_the_generator_for_latents_and_labels(
-        self, trained: TrainedGenerator
-    ) -> None:
+    def test_images_are_the_generators_for_latents_and_labels(self, trained: TrainedGenerator) -> None:
         latents, labels = sample_inputs(range(4), trained.config.network, 0)
         with torch.no_grad():
             expected = to_uint8(trained.generator(latents, labels))
         assert torch.equal(torch.stack([image for image, _ in made(trained, 4).values()]), expected)
-
-    def test_the_generator_is_not_changed(self, trained: TrainedGenerator) -> None:
-        before = {name: value.clone() for name, value in trained.generator.state_dict().items()}
-        made(trained, 6)
-        assert all(value.equal(before[name]) for name, value in trained.generator.state_dict().items())
 
 
 class TestGenerate:
@@ -173,11 +129,6 @@ class TestGenerate:
             generate(network, latents, torch.tensor([0, 9]), batch_size=2)
         assert network.training
 
-    def test_generators_without_classes_are_given_no_labels(self) -> None:
-        network = Generator(replace(NETWORK, num_classes=0))
-        latents, labels = sample_inputs(range(2), network.config, 0)
-        assert generate(network, latents, labels, batch_size=2).shape == (2, 3, 32, 32)
-
     def test_pixels_are_rounded_and_clamped(self) -> None:
         values = torch.tensor([-2.0, -1.0, -0.999, 0.0, 1 / 127.5, 0.999, 1.0, 2.0])
         assert to_uint8(values).tolist() == [0, 0, 0, 128, 128, 255, 255, 255]
@@ -187,49 +138,32 @@ class TestGenerate:
 
 
 class TestLoading:
-    def test_what_a_run_knows_of_itself_is_loaded(self, trained_run: Path, trained: TrainedGenerator) -> None:
+    def test_what_a_checkpoint_says_is_loaded(self, trained_run: Path, trained: TrainedGenerator) -> None:
         assert trained.iteration == 4
         assert trained.class_names == ["n01440764", "n01443537", "n01484850"]
         assert trained.labels_in_use.tolist() == [0, 1, 2]
         assert trained.config.out == trained_run
         assert not trained.generator.training
+        from_file = load_generator(find_checkpoint(trained_run), CPU)
+        assert_same(from_file.generator.state_dict(), trained.generator.state_dict())
 
     def test_average_and_raw_weights_are_told_apart(self, trained_run: Path) -> None:
         state = load_checkpoint(find_checkpoint(trained_run))
         name = "blocks.0.conv1.weight"
-        loaded = {
-            weights: load_generator(trained_run, CPU, weights=weights) for weights in ("auto", "ema", "raw")
-        }
-        weights = {key: each.generator.get_parameter(name) for key, each in loaded.items()}
-        assert torch.equal(weights["ema"], state["average"][f"module.{name}"])
-        assert torch.equal(weights["auto"], weights["ema"])
-        assert torch.equal(weights["raw"], state["generator"][name])
-        assert not torch.equal(weights["raw"], weights["ema"])
-        assert {key: each.averaged for key, each in loaded.items()} == {
-            "auto": True,
-            "ema": True,
-            "raw": False,
-        }
+        auto, ema, raw = (load_generator(trained_run, CPU, weights=kind) for kind in ("auto", "ema", "raw"))
+        weights = [each.generator.get_parameter(name) for each in (auto, ema, raw)]
+        assert torch.equal(weights[0], weights[1])
+        assert torch.equal(weights[1], state["average"][f"module.{name}"])
+        assert torch.equal(weights[2], state["generator"][name])
+        assert not torch.equal(weights[2], weights[1])
+        assert [each.averaged for each in (auto, ema, raw)] == [True, True, False]
 
-    def test_without_an_average_raw_weights_are_taken_and_ema_is_refused(
-        self, tiny_config: RunConfig, run_training: Callable[..., TrainingResult], tmp_path: Path
+    def test_without_an_average_raw_weights_are_taken(
+        self, train_tiny: Callable[..., TrainingResult]
     ) -> None:
-        run = run_training(replace(tiny_config, iterations=1, ema_decay=0.0, out=tmp_path / "run"))
+        run = train_tiny(iterations=1, ema_decay=0.0)
         loaded = load_generator(run.out, CPU)
         assert not loaded.averaged
-        assert_state_equal(loaded.generator, run.trainer.generator)
+        assert_same(loaded.generator.state_dict(), run.trainer.generator.state_dict())
         with pytest.raises(UserError, match="expected a run with a moving average for 'ema'"):
             load_generator(run.out, CPU, weights="ema")
-
-    def test_a_checkpoint_file_is_accepted(self, trained_run: Path, trained: TrainedGenerator) -> None:
-        assert_state_equal(load_generator(find_checkpoint(trained_run), CPU).generator, trained.generator)
-
-    def test_a_folder_without_checkpoints_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="without checkpoints"):
-            load_generator(tmp_path, CPU)
-
-
-def assert_state_equal(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    theirs = other.state_dict()
-    for name, value in one.state_dict().items():
-        assert torch.equal(value, theirs[name]), name

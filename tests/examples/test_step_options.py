@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import Batches, assert_same, make_trainer
 from torch import Tensor, nn
+from training_runs import Batches, assert_same, make_trainer
 
 from sagan.recipes import RunConfig
-from sagan.step import Trainer
+from sagan.train.update import Trainer
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -24,7 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-# Adam's own divides by the gradient's size, so that where a gradient is zero, rounding decides about the step.
+# A large epsilon: else Adam divides by the size of the gradient, and where that is zero, rounding decides the step.
 SMOOTH = {"optimizer__eps": 1.0, "optimizer__g_lr": 0.1, "optimizer__d_lr": 0.1}
 
 

@@ -1,12 +1,10 @@
-"""The training loop: what moves when, what is written, and that resuming is exact."""
+"""Training: what an iteration changes and what stands still, and what a run writes when."""
 
 from __future__ import annotations
 
 import copy
 import json
-import signal
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +14,21 @@ import torch.nn.functional as F
 from image_trees import jpeg_bytes
 from PIL import Image
 from torch import Tensor, nn
+from training_runs import Batches, assert_same, make_trainer, metrics_of
 
-from sagan.checkpoints import CheckpointError, checkpoints_in, find_checkpoint, load_checkpoint
-from sagan.data import ImageFolderDataset, scan_image_tree
-from sagan.distributed import Processes, pick_device
+from sagan.data import make_loader
+from sagan.distributed import pick_device
 from sagan.errors import UserError
 from sagan.networks import NetworkConfig
 from sagan.randomness import training_noise
 from sagan.recipes import RunConfig, config_from_dict
-from sagan.step import Trainer
-from sagan.training import TrainingError, TrainingResult
-from sagan_layers import DiscriminatorPass, GeneratorPass, SpectralNormLayer
+from sagan.train.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint
+from sagan.train.guard import TrainingError
+from sagan.train.loop import TrainingResult
+from sagan.train.update import Trainer
+from sagan_layers import SpectralNormLayer
 
-ALONE = Processes(0, 1, torch.device("cpu"))
-TIMINGS = {"images_per_s", "data_wait_share", "seconds_left"}
 Train = Callable[..., TrainingResult]
-
-
-def changed(config: RunConfig, **changes: Any) -> RunConfig:
-    """Return the configuration with fields replaced; ``network__init`` is ``network.init``."""
-    for name, value in changes.items():
-        group, _, inner = name.rpartition("__")
-        config = replace(
-            config, **({group: replace(getattr(config, group), **{inner: value})} if group else {name: value})
-        )
-    return config
-
-
-def make_trainer(config: RunConfig, **changes: Any) -> Trainer:
-    trainer = Trainer(changed(config, **changes), torch.arange(3), ALONE)
-    with torch.no_grad():  # at 0 the mixers are the identity
-        for network in (trainer.generator, trainer.discriminator):
-            for mixer in network.mixers.values():
-                mixer.gamma.fill_(0.7)
-    return trainer
-
-
-class Batches(Iterator[tuple[Tensor, Tensor]]):
-    """Random images with labels, the same at every run; counts how many were taken."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.taken = 0
-        self.random = torch.Generator().manual_seed(1)
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        self.taken += 1
-        images = torch.randint(256, (self.size, 3, 32, 32), generator=self.random, dtype=torch.uint8)
-        return images, torch.randint(3, (self.size,), generator=self.random)
 
 
 def copies(network: nn.Module) -> dict[str, Tensor]:
@@ -84,47 +49,8 @@ def move_vectors_once(network: nn.Module) -> dict[str, Tensor]:
     return vectors(network)
 
 
-def assert_same(one: Any, other: Any, where: str = "") -> None:
-    """Compare nested dictionaries and lists; tensors bit for bit."""
-    assert type(one) is type(other), where
-    if isinstance(one, Tensor):
-        assert one.dtype == other.dtype, where
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert list(one) == list(other), where
-        for name in one:
-            assert_same(one[name], other[name], f"{where}/{name}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for number, (left, right) in enumerate(zip(one, other, strict=True)):
-            assert_same(left, right, f"{where}/{number}")
-    else:
-        assert one == other, where
-
-
 def differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return any(not torch.equal(one[name], other[name]) for name in one)
-
-
-def metrics_of(out: Path, *, timings: bool = False) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row[name] for name in row if timings or name not in TIMINGS} for row in rows]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Compare the latest checkpoints (but for where they lie), the metrics but for timings, and every grid."""
-    first, second = load_checkpoint(find_checkpoint(one)), load_checkpoint(find_checkpoint(other))
-    for state in (first, second):
-        del state["config"]["out"]
-    assert first["iteration"] > 0
-    assert {"generator", "discriminator", "average", "g_optimizer", "d_optimizer", "means"} <= set(first)
-    assert_same(first, second)
-    assert metrics_of(one) == metrics_of(other)
-    grids = [sorted((out / "samples").iterdir()) for out in (one, other)]
-    assert [path.name for path in grids[0]] == [path.name for path in grids[1]]
-    assert all(
-        left.read_bytes() == right.read_bytes() for left, right in zip(grids[0], grids[1], strict=True)
-    )
 
 
 class TestSchedule:
@@ -149,11 +75,11 @@ class TestSchedule:
         def are_unchanged(network: nn.Module, before: list[Tensor]) -> list[bool]:
             return [torch.equal(p, old) for p, old in zip(network.parameters(), before, strict=True)]
 
-        trainer._update_discriminator(Batches(4))
+        trainer.update_discriminator(Batches(4))
         assert all(are_unchanged(trainer.generator, g_weights))
         assert not any(are_unchanged(trainer.discriminator, d_weights)[:5])
         d_weights = [p.detach().clone() for p in trainer.discriminator.parameters()]
-        trainer._update_generator()
+        trainer.update_generator()
         assert all(are_unchanged(trainer.discriminator, d_weights))
         assert not all(are_unchanged(trainer.generator, g_weights))
 
@@ -175,7 +101,7 @@ class TestSchedule:
         seen: list[tuple[Tensor, Tensor]] = []
         trainer.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
         pixels, labels = next(Batches(4))
-        trainer._update_discriminator(Batches(4))
+        trainer.update_discriminator(Batches(4))
         assert len(seen) == 1
         images, all_labels = seen[0]
         assert images.shape == (8, 3, 32, 32)
@@ -209,7 +135,7 @@ class TestGradients:
         trainer.discriminator.register_forward_hook(
             lambda module, *_: during.extend(p.requires_grad for p in module.parameters())
         )
-        trainer._update_generator()
+        trainer.update_generator()
         assert during
         assert not any(during)
         assert all(p.grad is None for p in trainer.discriminator.parameters())
@@ -228,7 +154,7 @@ class TestGradients:
 
         monkeypatch.setattr(trainer.generator, "forward", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
-            trainer._update_generator()
+            trainer.update_generator()
         assert [p is frozen for p in trainer.discriminator.parameters() if not p.requires_grad] == [True]
 
     @pytest.mark.parametrize("loss", ["hinge", "softplus"])
@@ -238,8 +164,8 @@ class TestGradients:
         trainer = make_trainer(tiny_config, loss=loss)
         logits: list[Tensor] = []
         trainer.discriminator.register_forward_hook(lambda *args: logits.append(args[2]))
-        trainer._update_discriminator(Batches(4))
-        trainer._update_generator()
+        trainer.update_discriminator(Batches(4))
+        trainer.update_generator()
         real, fake = logits[0].detach().chunk(2)
         if loss == "hinge":
             expected = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
@@ -256,7 +182,6 @@ class TestGradients:
     def test_accumulated_gradients_are_those_of_one_large_batch(
         self, tiny_config: RunConfig, sn: bool
     ) -> None:
-        """Without batch norm, which sees the parts alone."""
         gradients = []
         for accumulation in (1, 2, 4):
             trainer = make_trainer(
@@ -266,31 +191,19 @@ class TestGradients:
                 d_vectors_move_in_g_step=True,
                 loss="softplus",
                 optimizer__d_lr=1e-12,
+                optimizer__g_lr=1e-12,
             )
-            self.replace_generator(trainer)
+            trainer.generator.eval()  # batch norm would see each part alone
             pixels, labels = next(Batches(4))
             size = 4 // accumulation
-            trainer._update_discriminator(zip(pixels.split(size), labels.split(size), strict=True))
-            trainer._update_generator()
+            trainer.update_discriminator(zip(pixels.split(size), labels.split(size), strict=True))
+            trainer.update_generator()
             parameters = [*trainer.discriminator.parameters(), *trainer.generator.parameters()]
             gradients.append([p.grad.clone() for p in parameters])
         for several in gradients[1:]:
             for one, summed in zip(gradients[0], several, strict=True):
                 torch.testing.assert_close(summed, one, rtol=1e-4, atol=1e-6)
         assert max(gradient.abs().max() for gradient in gradients[0]) > 1e-2
-
-    @staticmethod
-    def replace_generator(trainer: Trainer) -> None:
-        """Put a generator without batch norm in place."""
-        torch.manual_seed(4)
-        network = nn.Sequential(nn.Linear(6, 3 * 32 * 32), nn.Tanh(), nn.Unflatten(1, (3, 32, 32)))
-        forward = network.forward
-        network.forward = lambda latents, labels: forward(latents)
-        trainer.generator = network
-        losses = trainer._d_pass._loss, trainer._g_pass._loss
-        trainer._d_pass = DiscriminatorPass(network, trainer.discriminator, losses[0])
-        trainer._g_pass = GeneratorPass(network, trainer.discriminator, losses[1])
-        trainer.g_optimizer = torch.optim.Adam(network.parameters(), 1e-12, fused=True)
 
 
 class TestVectors:
@@ -309,7 +222,7 @@ class TestVectors:
     ) -> None:
         trainer = make_trainer(tiny_config, accumulation=accumulation)
         before, expected = vectors(trainer.discriminator), move_vectors_once(trainer.discriminator)
-        trainer._update_discriminator(Batches(4 // accumulation))
+        trainer.update_discriminator(Batches(4 // accumulation))
         assert differ(before, vectors(trainer.discriminator))
         assert_same(vectors(trainer.discriminator), expected)
 
@@ -321,7 +234,7 @@ class TestVectors:
         trainer = make_trainer(tiny_config, accumulation=accumulation, d_vectors_move_in_g_step=moves)
         before = vectors(trainer.discriminator)
         expected = move_vectors_once(trainer.discriminator) if moves else before
-        trainer._update_generator()
+        trainer.update_generator()
         assert_same(vectors(trainer.discriminator), expected)
         assert differ(before, vectors(trainer.discriminator)) == moves
 
@@ -398,258 +311,26 @@ class TestPrecision:
         assert not make_trainer(tiny_config, precision=precision).scaler.is_enabled()
 
 
-RESUME_CASES = {
-    "cached, everything on": {
-        "d_steps": 2,
-        "accumulation": 2,
-        "d_vectors_move_in_g_step": True,
-        "images__horizontal_flip": True,
-    },
-    "decoded here": {"images__cache_mib": 0, "images__workers": 0},
-    "decoded by workers": {"images__cache_mib": 0, "images__workers": 2, "d_steps": 2},
-    "unconditional, no average, bf16": {"network__num_classes": 0, "ema_decay": 0.0, "precision": "bf16"},
-    "fp16, softplus, residual": {"precision": "fp16", "loss": "softplus", "network__mixer": "residual"},
-    "late average": {"ema_start": 3, "batch_size": 6},
-}
-
-
-class TestResuming:
-    @pytest.mark.parametrize("case", list(RESUME_CASES))
-    def test_a_run_in_two_parts_is_the_uninterrupted_run_bit_for_bit(
-        self, case: str, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        settings = {"output__log_every": 2, "output__sample_every": 2, **RESUME_CASES[case]}
-        config = changed(tiny_config, **settings)
-        whole = run_training(changed(config, out=tmp_path / "whole", iterations=4))
-        assert (whole.iteration, whole.interrupted) == (4, False)
-        parts = changed(config, out=tmp_path / "parts", iterations=2)
-        run_training(parts)
-        torch.manual_seed(999)  # whatever another program did before
-        torch.randn(7)
-        again = run_training(changed(parts, iterations=4), resume=True)
-        assert (again.iteration, again.interrupted) == (4, False)
-        assert_same_run(whole.out, again.out)
-        assert_same(whole.trainer.state_dict()["generator"], again.trainer.state_dict()["generator"])
-
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_a_signal_between_logs_loses_nothing(
-        self, number: int, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        config = changed(tiny_config, iterations=5, output__log_every=3, output__sample_every=2)
-        whole = run_training(changed(config, out=tmp_path / "whole"))
-
-        def send_signal(trainer: Trainer) -> None:
-            if trainer.iteration == 2:
-                signal.raise_signal(number)
-
-        handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-        parts = changed(config, out=tmp_path / "parts")
-        stopped = run_training(parts, observe=send_signal)
-        assert (stopped.iteration, stopped.interrupted) == (2, True)
-        assert stopped.checkpoint == find_checkpoint(parts.out)
-        assert metrics_of(parts.out) == []
-        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
-        run_training(parts, resume=True)
-        assert_same_run(whole.out, parts.out)
-        assert [row["iteration"] for row in metrics_of(parts.out)] == [3, 5]
-
-    def test_a_signal_before_the_first_iteration_leaves_a_run_to_resume(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        config = changed(tiny_config, iterations=3)
-        whole = run_training(changed(config, out=tmp_path / "whole"))
-        parts = changed(config, out=tmp_path / "parts")
-        stopped = run_training(parts, observe=lambda _: signal.raise_signal(signal.SIGTERM))
-        assert stopped.interrupted
-        assert load_checkpoint(stopped.checkpoint)["iteration"] == stopped.iteration < 3
-        run_training(parts, resume=True)
-        assert_same_run(whole.out, parts.out)
-
-    def test_a_second_signal_acts_as_usual(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        def send_two(_: Trainer) -> None:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                run_training(changed(tiny_config, out=tmp_path / "run"), observe=send_two)
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def test_after_a_crash_the_lines_and_iterations_since_the_checkpoint_are_made_again(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        config = changed(
-            tiny_config, iterations=5, output__log_every=1, output__sample_every=4, output__checkpoint_every=2
-        )
-        whole = run_training(changed(config, out=tmp_path / "whole"))
-
-        def crash(trainer: Trainer) -> None:
-            if trainer.iteration == 4:
-                raise RuntimeError("power cut")
-
-        parts = changed(config, out=tmp_path / "parts")
-        with pytest.raises(RuntimeError, match="power cut"):
-            run_training(parts, observe=crash)
-        assert load_checkpoint(find_checkpoint(parts.out))["iteration"] == 2
-        assert [row["iteration"] for row in metrics_of(parts.out)] == [1, 2, 3, 4]
-        with (parts.out / "metrics.jsonl").open("a") as file:
-            file.write('{"iteration": 5, "d_lo')  # a torn line
-        run_training(parts, resume=True)
-        assert_same_run(whole.out, parts.out)
-
-    def test_a_finished_run_resumes_to_itself(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        config = changed(tiny_config, out=tmp_path / "run")
-        first = run_training(config)
-        before = first.checkpoint.read_bytes()
-        again = run_training(config, resume=True)
-        assert (again.iteration, again.interrupted, again.checkpoint) == (2, False, first.checkpoint)
-        assert first.checkpoint.read_bytes() == before
-        assert [row["iteration"] for row in metrics_of(first.out)] == [2]
-
-    def test_where_how_long_and_how_often_may_change(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path, image_folder: Path
-    ) -> None:
-        run_training(changed(tiny_config, out=tmp_path / "run"))
-        (tmp_path / "run").rename(tmp_path / "moved")
-        (tmp_path / "link").symlink_to(image_folder)
-        other = changed(
-            tiny_config,
-            out=tmp_path / "moved",
-            data=tmp_path / "link",
-            iterations=3,
-            images__workers=1,
-            images__cache_mib=0,
-            images__check="off",
-            output__log_every=1,
-        )
-        assert run_training(other, resume=True).iteration == 3
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"batch_size": 2}, "batch_size was 4, now 2"),
-            ({"seed": 1}, "seed was 0, now 1"),
-            ({"optimizer__d_lr": 0.5}, r"optimizer\.d_lr was 0\.0004, now 0\.5"),
-            ({"network__base_width": 3}, r"network\.base_width was 2, now 3"),
-            ({"network__g_attention": (8,)}, r"network\.g_attention was \[8, 16\], now \[8\]"),
-            ({"images__horizontal_flip": False}, r"images\.horizontal_flip was True, now False"),
-            ({"images__resample": "box"}, r"images\.resample was 'bilinear', now 'box'"),
-            ({"precision": "bf16", "d_steps": 2}, "d_steps was 1, now 2; precision was 'fp32', now 'bf16'"),
-        ],
+def test_discriminator_learns_to_tell_noise_from_flat_images(tiny_config: RunConfig) -> None:
+    trainer = make_trainer(
+        tiny_config, network__base_width=4, optimizer__g_lr=1e-12, optimizer__d_lr=4e-3, d_steps=5
     )
-    def test_another_configuration_is_refused_by_what_differs(
-        self,
-        changes: dict[str, Any],
-        message: str,
-        tiny_config: RunConfig,
-        trained_run: Path,
-        run_training: Train,
-    ) -> None:
-        config = config_from_dict(load_checkpoint(find_checkpoint(trained_run))["config"])
-        before = (trained_run / "config.json").read_bytes(), (trained_run / "metrics.jsonl").read_bytes()
-        config = changed(config, optimizer=tiny_config.optimizer)  # differs in both learning rates
-        with pytest.raises(CheckpointError, match="made with another configuration") as caught:
-            run_training(changed(config, **changes), resume=True)
-        assert "optimizer.g_lr was 0.02, now 0.0001" in str(caught.value)
-        config = config_from_dict(load_checkpoint(find_checkpoint(trained_run))["config"])
-        if "optimizer__d_lr" in changes:
-            message = message.replace(r"0\.0004", r"0\.02")
-        with pytest.raises(CheckpointError, match=message):
-            run_training(changed(config, **changes), resume=True)
-        after = (trained_run / "config.json").read_bytes(), (trained_run / "metrics.jsonl").read_bytes()
-        assert after == before
-
-    def test_other_images_are_refused(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path, image_folder: Path
-    ) -> None:
-        data = tmp_path / "data"
-        for path in sorted(image_folder.rglob("*.JPEG")):
-            copied = data / path.relative_to(image_folder)
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            copied.write_bytes(path.read_bytes())
-        config = changed(tiny_config, data=data, out=tmp_path / "run")
-        run_training(config)
-        (data / "train" / "n01440764" / "one_more.JPEG").write_bytes(jpeg_bytes())
-        with pytest.raises(CheckpointError, match="made with other images than those found now"):
-            run_training(config, resume=True)
-
-    def test_nothing_to_resume_is_an_error(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        with pytest.raises(CheckpointError, match=r"expected a checkpoint .* found no file or folder"):
-            run_training(changed(tiny_config, out=tmp_path / "run"), resume=True)
-        assert not (tmp_path / "run").exists()
-
-    def test_a_torn_checkpoint_is_refused(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        config = changed(tiny_config, out=tmp_path / "run")
-        path = run_training(config).checkpoint
-        path.write_bytes(path.read_bytes()[:5000])
-        with pytest.raises(CheckpointError, match="is damaged"):
-            run_training(config, resume=True)
-
-    def test_a_torn_latest_checkpoint_is_passed_over(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        config = changed(tiny_config, iterations=4, output__checkpoint_every=2)
-        whole = run_training(changed(config, out=tmp_path / "whole"))
-        parts = changed(config, out=tmp_path / "parts")
-        path = run_training(parts).checkpoint
-        path.write_bytes(path.read_bytes()[:5000])
-        run_training(parts, resume=True)
-        assert "going on from iteration_000000002.pt, which is older" in caplog.text
-        assert_same_run(whole.out, parts.out)
-
-    def test_changes_are_accepted_when_told(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        run_training(changed(tiny_config, out=tmp_path / "run"))
-        other = changed(tiny_config, out=tmp_path / "run", iterations=3, optimizer__d_lr=0.5)
-        with pytest.raises(CheckpointError, match="--accept-changes"):
-            run_training(other, resume=True)
-        assert run_training(other, resume=True, accept_changes=True).iteration == 3
-        assert json.loads((tmp_path / "run" / "config.json").read_text())["optimizer"]["d_lr"] == 0.5
-
-    def test_a_run_is_never_overwritten(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        config = changed(tiny_config, out=tmp_path / "run")
-        before = run_training(config).checkpoint.read_bytes()
-        with pytest.raises(CheckpointError, match="holds a run already; go on with it by --resume"):
-            run_training(config)
-        assert find_checkpoint(config.out).read_bytes() == before
-
-    def test_other_seeds_give_other_runs(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        configs = [changed(tiny_config, out=tmp_path / f"{n}", seed=seed) for n, seed in enumerate((0, 0, 1))]
-        states = [run_training(config).trainer.state_dict() for config in configs]
-        assert_same(states[0]["generator"], states[1]["generator"])
-        assert differ(states[0]["generator"], states[2]["generator"])
+    batches = Batches(4)
+    trainer.step(batches)
+    before = trainer.means.take()
+    for _ in range(8):
+        trainer.step(batches)
+        after = trainer.means.take()
+    assert after["d_loss"] < 0.5 * before["d_loss"]
+    assert after["real_logits"] - after["fake_logits"] > 1
 
 
 class TestOutput:
-    def test_every_file_is_written_when_its_time_comes(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        config = changed(
-            tiny_config,
-            out=tmp_path / "run",
-            iterations=7,
-            output__log_every=3,
-            output__sample_every=4,
-            output__checkpoint_every=2,
-            output__keep_checkpoints=2,
-        )
-        result = run_training(config)
-        rows = metrics_of(config.out, timings=True)
+    def test_every_file_is_written_when_its_time_comes(self, train_tiny: Train) -> None:
+        every = {"output__log_every": 3, "output__sample_every": 4, "output__checkpoint_every": 2}
+        result = train_tiny(iterations=7, output__keep_checkpoints=2, **every)
+        out = result.out
+        rows = metrics_of(out, timings=True)
         assert [row["iteration"] for row in rows] == [3, 6, 7]
         for row in rows:
             assert {"d_loss", "g_loss", "real_logits", "fake_logits"} <= set(row)
@@ -658,73 +339,52 @@ class TestOutput:
             assert 0 <= row["data_wait_share"] <= 1
         assert rows[0]["seconds_left"] > 0 == rows[-1]["seconds_left"]
         assert rows[-1]["gamma_g_16"] == result.trainer.generator.mixers["16"].gamma.item() != 0
-        samples = sorted(path.name for path in (config.out / "samples").iterdir())
-        assert samples == [f"iteration_{number:09d}.png" for number in (0, 4, 7)]
-        kept = [path.name for path in sorted((config.out / "checkpoints").iterdir())]
-        assert [name for name in kept if name.endswith(".pt")] == [
-            "iteration_000000006.pt",
-            "iteration_000000007.pt",
-        ]
-        attention = sorted(path.name for path in (config.out / "attention").iterdir())
-        assert attention == samples
         assert {"sigma_g.linear", "sigma_d.blocks.0.conv1", "sigma_d.head.embedding"} <= set(rows[0])
-        assert result.checkpoint == find_checkpoint(config.out)
-        assert config_from_dict(json.loads((config.out / "config.json").read_text())) == config
+        samples = sorted(path.name for path in (out / "samples").iterdir())
+        assert samples == [f"iteration_{number:09d}.png" for number in (0, 4, 7)]
+        assert sorted(path.name for path in (out / "attention").iterdir()) == samples
+        kept = sorted(path.name for path in (out / "checkpoints").glob("*.pt"))
+        assert kept == ["iteration_000000006.pt", "iteration_000000007.pt"]
+        assert result.checkpoint == find_checkpoint(out)
+        assert config_from_dict(json.loads((out / "config.json").read_text())) == result.trainer.config
         state = load_checkpoint(result.checkpoint)
         assert state["class_names"] == ["n01440764", "n01443537", "n01484850"]
         assert state["labels_in_use"].tolist() == [0, 1, 2]
 
-    def test_grids_have_a_class_in_each_row_and_the_same_latents_throughout(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
-        config = changed(
-            tiny_config,
-            out=tmp_path / "run",
-            optimizer__g_lr=1e-12,
-            network__bn_momentum=0.0,
-            network__last_bn_momentum=0.0,
-            network__g_spectral_norm=False,
-        )
-        run_training(config)
-        grids = [Image.open(path).tobytes() for path in sorted((config.out / "samples").iterdir())]
+    def test_grids_have_a_class_in_each_row_and_the_same_latents_throughout(self, train_tiny: Train) -> None:
+        still = {"optimizer__g_lr": 1e-12, "network__g_spectral_norm": False}
+        still |= {"network__bn_momentum": 0.0, "network__last_bn_momentum": 0.0}
+        folder = train_tiny(**still).out / "samples"
+        grids = [Image.open(path).tobytes() for path in sorted(folder.iterdir())]
         assert len(grids) == 2
         assert grids[0] == grids[1]  # G stood still, so only other latents could differ
-        with Image.open(config.out / "samples" / "iteration_000000000.png") as grid:
+        with Image.open(folder / "iteration_000000000.png") as grid:
             assert grid.height == 3 * (32 + 2) + 2
             assert grid.width > 2 * (32 + 2) + 2  # two columns, and the names before them
 
-    def test_observer_sees_the_trainer_at_every_grid(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
+    def test_observer_sees_the_trainer_at_every_grid(self, train_tiny: Train) -> None:
         seen: list[int] = []
-        config = changed(tiny_config, out=tmp_path / "run", iterations=3, output__sample_every=2)
-        run_training(config, observe=lambda trainer: seen.append(trainer.iteration))
+        train_tiny(
+            iterations=3, output__sample_every=2, observe=lambda trainer: seen.append(trainer.iteration)
+        )
         assert seen == [0, 2, 3]
 
     def test_progress_is_a_line_for_each_log_where_there_is_no_terminal(
-        self,
-        tiny_config: RunConfig,
-        run_training: Train,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
+        self, train_tiny: Train, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        config = changed(tiny_config, out=tmp_path / "run", iterations=2, output__log_every=1)
-        run_training(config, progress=True)
+        train_tiny(output__log_every=1, progress=True)
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[:2] for line in lines] == [["iteration", "1"], ["iteration", "2"]]
         for line in lines:
             for part in ("D ", "G ", "gamma_g_16", "img/s", "left"):
                 assert part in line
 
-    def test_classes_without_images_are_never_generated(
-        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path
-    ) -> None:
+    def test_classes_without_images_are_never_generated(self, train_tiny: Train, tmp_path: Path) -> None:
         for name in ("a", "b", "c", "d"):
             (tmp_path / "data" / name).mkdir(parents=True)
             if name not in ("b", "d"):
                 (tmp_path / "data" / name / "0.jpg").write_bytes(jpeg_bytes())
-        config = changed(tiny_config, data=tmp_path / "data", out=tmp_path / "run", network__num_classes=4)
-        result = run_training(config)
+        result = train_tiny(data=tmp_path / "data", network__num_classes=4)
         assert load_checkpoint(result.checkpoint)["labels_in_use"].tolist() == [0, 2]
         for name in ("blocks.0.norm1.weight", "blocks.0.norm1.bias"):
             table = result.trainer.generator.get_parameter(name)
@@ -732,32 +392,42 @@ class TestOutput:
             assert (table[[1, 3]] == start).all()
             assert (table[[0, 2]] != start).any()
 
+    def test_the_loader_of_a_cached_data_set_starts_no_worker(
+        self, train_tiny: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[int] = []
 
-class TestAlarms:
+        def recording(*args: Any, **settings: Any) -> Any:
+            asked.append(settings["num_workers"])
+            return make_loader(*args, **settings)
+
+        monkeypatch.setattr("sagan.train.loop.make_loader", recording)
+        for cache_mib in (100, 0):
+            train_tiny(str(cache_mib), iterations=1, images__cache_mib=cache_mib, images__workers=1)
+        assert asked == [0, 1]
+
+
+class TestErrors:
     @pytest.mark.parametrize("checkpoint_every", [1, 100])
     def test_a_loss_that_is_not_finite_stops_the_run_and_is_in_no_checkpoint(
-        self, checkpoint_every: int, tiny_config: RunConfig, run_training: Train, tmp_path: Path
+        self, checkpoint_every: int, train_tiny: Train, tmp_path: Path
     ) -> None:
-        config = changed(
-            tiny_config,
-            out=tmp_path / "run",
-            iterations=9,
-            output__log_every=4,
-            output__sample_every=2,
-            output__checkpoint_every=checkpoint_every,
-        )
-
         def poison(trainer: Trainer) -> None:
             if trainer.iteration == 2:
                 with torch.no_grad():
                     trainer.discriminator.head.linear.bias.fill_(float("nan"))
 
+        every = {
+            "output__log_every": 4,
+            "output__sample_every": 2,
+            "output__checkpoint_every": checkpoint_every,
+        }
         with pytest.raises(
             TrainingError,
             match=r"losses or gradients not finite in 2 updates, the first in iteration 3 \(.*D: head\.linear\.bias",
         ):
-            run_training(config, observe=poison)
-        for path in checkpoints_in(config.out / "checkpoints"):
+            train_tiny(iterations=9, observe=poison, **every)
+        for path in checkpoints_in(tmp_path / "run" / "checkpoints"):
             state = load_checkpoint(path)
             assert state["iteration"] <= 2
             assert all(torch.isfinite(total) for total in state["means"]["sums"].values())
@@ -776,44 +446,3 @@ class TestAlarms:
     def test_the_number_of_classes_must_be_known(self, tiny_config: RunConfig) -> None:
         with pytest.raises(UserError, match="num_classes: expected a number"):
             make_trainer(tiny_config, network=NetworkConfig(resolution=32, d_attention=()))
-
-
-def test_discriminator_learns_to_tell_noise_from_flat_images(tiny_config: RunConfig) -> None:
-    trainer = make_trainer(
-        tiny_config, network__base_width=4, optimizer__g_lr=1e-12, optimizer__d_lr=4e-3, d_steps=5
-    )
-    batches = Batches(4)
-    trainer.step(batches)
-    before = trainer.means.take()
-    for _ in range(8):
-        trainer.step(batches)
-        after = trainer.means.take()
-    assert after["d_loss"] < 0.5 * before["d_loss"]
-    assert after["real_logits"] - after["fake_logits"] > 1
-
-
-def test_the_loader_of_a_cached_data_set_starts_no_worker(
-    tiny_config: RunConfig, image_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from sagan import training
-
-    asked: list[int] = []
-    make_loader = training.make_loader
-
-    def recording(*args: Any, **settings: Any) -> Any:
-        asked.append(settings["num_workers"])
-        return make_loader(*args, **settings)
-
-    monkeypatch.setattr(training, "make_loader", recording)
-    for cache_mib in (100, 0):
-        config = changed(
-            tiny_config,
-            iterations=1,
-            out=tmp_path / str(cache_mib),
-            images__cache_mib=cache_mib,
-            images__workers=1,
-        )
-        tree = scan_image_tree(image_folder)
-        dataset = ImageFolderDataset(tree, 32, cache_mib=cache_mib)
-        training.train(config, dataset, fingerprint="x", progress=False)
-    assert asked == [0, 1]

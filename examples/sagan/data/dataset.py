@@ -1,60 +1,96 @@
-"""Images as a map-style dataset that serves whole batches; those of a tree, kept decoded in memory where they fit."""
+"""What every data set of images offers to training and evaluation."""
 
 from __future__ import annotations
 
 import abc
-import logging
 from collections.abc import Sequence
-from itertools import chain
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sagan.data.decoding import ImageReadError, check_decode_options, read_pixels
-from sagan.data.inspection import UnreadableFile
-from sagan.data.threads import map_ranges
-from sagan.data.tree import DatasetError, ImageTree
+from sagan.data.inspection import CheckMode, UnreadableFile
+from sagan.io import atomic_write_text
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class DatasetCheck:
+    """The result of `ImageDataset.check`: what to print, and the report for a run's folder."""
+
+    text: str
+    unreadable: Sequence[str]  # files that cannot be used, as `ImageDataset.without` takes them
+    report_name: str
+    report: str
+
+    def save(self, folder: Path) -> None:
+        """Write the report into a run's folder."""
+        atomic_write_text(folder / self.report_name, self.report)
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
-    """Square uint8 images with labels, of which a batch is fetched at once.
+    """Square uint8 images with labels, served a batch at a time."""
 
-    Attributes:
-        class_names: names by label.
-        num_classes: number of classes.
-        labels: int64 [N], the label of each index.
-        resolution: side of the images in pixels, R.
-        failures: files found unreadable so far, in this process.
-        batches_ahead: how many batches are worth fetching ahead on a thread where no worker processes do.
-    """
+    class_names: tuple[str, ...]  # by label
+    labels: Tensor  # int64 [N], the label of each index
+    resolution: int  # side of the images in pixels, R
+    resample: str = "bilinear"
+    draft: bool = False  # whether JPEG files may be decoded at a fraction of their size
+    split: str | None = (
+        None  # "train", "val" or the like, "all" if the source has no parts; None if not known
+    )
+    failures: list[UnreadableFile]  # files found unreadable so far, in this process
+    prefetched_batches = 0  # how many are worth fetching ahead on a thread if there are no worker processes
 
-    class_names: tuple[str, ...]
-    num_classes: int
-    labels: Tensor
-    resolution: int
-    failures: list[UnreadableFile]
-    batches_ahead = 0
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
 
     @property
     @abc.abstractmethod
     def cached(self) -> bool:
-        """Whether every image is at hand without decoding, so that loader workers have nothing to do."""
+        """Whether no image needs decoding, so that loader workers have nothing to do."""
 
     @abc.abstractmethod
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a batch.
+        """Return images, uint8 [N, 3, R, R] in new memory, and labels, int64 [N], of indices from 0 to len - 1."""
 
-        Args:
-            indices: N of them, each 0 to len - 1.
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Return text that changes when an image or a class is added, removed or renamed.
 
-        Returns:
-            images uint8 [N, 3, R, R] in memory of their own, and labels int64 [N].
+        A checkpoint stores it, so that a resumed run can tell whether a batch number still means the same images.
         """
+
+    def identity(self) -> str:
+        """Return text that changes when any pixel may have changed; cached features are found by it."""
+        return self.fingerprint()
+
+    @abc.abstractmethod
+    def check(
+        self, mode: CheckMode, *, report_folder: Path | None = None, progress: bool = False
+    ) -> DatasetCheck:
+        """Look at the images before they are used, as closely as `mode` says; see `preflight`.
+
+        The text names `report_folder`, where the caller will save the report.
+
+        Raises:
+            DatasetError: the set cannot be used at all.
+        """
+
+    def without(self, unreadable: Sequence[str]) -> ImageDataset:
+        """Return this set without the files that a check found unreadable; labels stay as they are."""
+        assert not unreadable
+        return self
+
+    def in_memory(self, cache_mib: float, *, progress: bool = False) -> ImageDataset:
+        """Return this set with its images decoded in memory, if that saves work and they fit into `cache_mib`."""
+        return self
+
+    def for_evaluation(self) -> ImageDataset:
+        """Return this set with its images decoded in full and not cached: an evaluation reads each image once."""
+        return self
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,148 +105,3 @@ class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
         """Return `[self[i] for i in indices]`, fetched at once; DataLoader calls this."""
         images, labels = self.fetch(indices)
         return list(zip(images.unbind(0), labels.tolist(), strict=True))
-
-
-class ImageFolderDataset(ImageDataset):
-    """Images of a tree as uint8 tensors [3, R, R] with their labels.
-
-    If all decoded images together take at most `cache_mib`, they are decoded here, once, into one tensor, and
-    every fetch reads from it. Otherwise each fetch decodes its files.
-
-    A file that turns out unreadable does not stop training: its index serves the next readable image of the
-    same class (round to the class's start; if the class has none, the next readable image of any class, with
-    that image's own label). The choice depends on the files alone. Each such file is logged once as a
-    warning, and listed in `failures`; DataLoader workers log and list in their own process. With
-    `tree.without(report.unreadable_paths)` from a full preflight there are none.
-    """
-
-    def __init__(
-        self,
-        tree: ImageTree,
-        resolution: int,
-        *,
-        resample: str = "bilinear",
-        draft: bool = False,
-        cache_mib: float = 2048,
-        threads: int | None = None,
-        progress: bool = False,
-    ) -> None:
-        """Decode the images if they fit into `cache_mib`.
-
-        Args:
-            tree: the images to serve.
-            resolution: side of the images in pixels, R.
-            resample: see `decode_image`.
-            draft: see `decode_image`.
-            cache_mib: most memory for decoded images, in MiB; 0 keeps none.
-            threads: threads that fill the cache; None takes one for each CPU.
-            progress: draw a progress bar while the cache is filled.
-
-        Raises:
-            ValueError: an option is not one that is served.
-            DatasetError: there is no image, or none that can be read.
-        """
-        check_decode_options(resolution, resample)
-        if cache_mib < 0:
-            raise ValueError(f"expected cache_mib of at least 0, got {cache_mib}")
-        if len(tree.paths) == 0:
-            raise DatasetError(
-                f"expected at least one readable image in {tree.root}, got none. "
-                "Likely fix: read the preflight report, which lists each unreadable file with its reason."
-            )
-        self.tree = tree
-        self.class_names = tree.class_names
-        self.num_classes = tree.num_classes
-        self.labels = torch.from_numpy(tree.labels.copy())
-        self.resolution = resolution
-        self.failures = []
-        self._resample = resample
-        self._draft = draft
-        self._failed: set[int] = set()
-        self._cache: Tensor | None = None
-        # The index whose image is served for each index: its own, unless that file failed.
-        self._served = torch.arange(len(tree.paths))
-        if self.cache_mib_needed <= cache_mib:
-            self._fill_cache(threads, progress)
-
-    @property
-    def cache_mib_needed(self) -> float:
-        """Memory that all images take when decoded, in MiB."""
-        return len(self) * 3 * self.resolution**2 / 2**20
-
-    @property
-    def cached(self) -> bool:
-        """Whether every image is in memory."""
-        return self._cache is not None
-
-    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a batch; see `ImageDataset.fetch`.
-
-        Raises:
-            DatasetError: no image of the whole data set can be read.
-        """
-        wanted = torch.as_tensor(indices, dtype=torch.int64)
-        if self._cache is not None:
-            served = self._served[wanted]
-            return self._cache[served], self.labels[served]
-        images = torch.empty((len(wanted), 3, self.resolution, self.resolution), dtype=torch.uint8)
-        sources = [self._decode_into(images[row].numpy(), index) for row, index in enumerate(wanted.tolist())]
-        return images, self.labels[sources]
-
-    def _decode_into(self, pixels: npt.NDArray[np.uint8], index: int) -> int:
-        """Write the image that `index` serves, and return the index it is of."""
-        source = index
-        while True:
-            if source not in self._failed:
-                try:
-                    pixels[...] = self._read(source)
-                    return source
-                except ImageReadError as error:
-                    self._record_failure(source, error)
-            source = self._next_readable(index)
-
-    def _read(self, index: int) -> npt.NDArray[np.uint8]:
-        pixels, _ = read_pixels(
-            self.tree.paths[index], self.resolution, resample=self._resample, draft=self._draft
-        )
-        return pixels
-
-    def _next_readable(self, index: int) -> int:
-        """Return the first index after `index` not known to fail, in its class if there is one."""
-        label = self.tree.labels[index]
-        start, end = np.searchsorted(self.tree.labels, [label, label + 1]).tolist()
-        same_class = chain(range(index + 1, end), range(start, index))
-        for candidate in chain(same_class, range(end, len(self)), range(start)):
-            if candidate not in self._failed:
-                return candidate
-        raise DatasetError(
-            f"expected at least one readable image in {self.tree.root}, got none of {len(self)}; "
-            f"the first failed with: {self.failures[0].reason}. Likely fix: run the preflight in mode 'full'."
-        )
-
-    def _record_failure(self, index: int, error: ImageReadError) -> None:
-        self._failed.add(index)
-        self.failures.append(UnreadableFile(self.tree.paths.relative(index), error.reason))
-        logger.warning("%s; the next image of its class takes its place", error)
-
-    def _fill_cache(self, threads: int | None, progress: bool) -> None:
-        cache = torch.empty((len(self), 3, self.resolution, self.resolution), dtype=torch.uint8)
-        pixels = cache.numpy()
-
-        def decode(indices: range) -> list[tuple[int, ImageReadError]]:
-            errors = []
-            for index in indices:
-                try:
-                    pixels[index] = self._read(index)
-                except ImageReadError as error:
-                    errors.append((index, error))
-            return errors
-
-        for errors in map_ranges(
-            decode, len(self), threads=threads, progress=progress, description="decoding images"
-        ):
-            for index, error in errors:
-                self._record_failure(index, error)
-        for index in sorted(self._failed):
-            self._served[index] = self._next_readable(index)
-        self._cache = cache

@@ -1,4 +1,4 @@
-"""One image file to one square uint8 tensor, whatever its colour mode and orientation."""
+"""Decodes one image file of any colour mode and orientation into a square uint8 array."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +20,14 @@ from torch import Tensor
 
 from sagan.data.layout import DatasetError
 
-RESAMPLE_FILTERS: dict[str, Image.Resampling] = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-}
+Resample = Literal["bilinear", "bicubic", "lanczos", "box"]
+RESAMPLE_FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Resample)}
 
-# The content decides, not the name: ImageNet has a PNG named .JPEG. EPS, which runs a program, is left out.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+# The content decides, not the name: ImageNet has a PNG named .JPEG. EPS is missing because it runs a program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
-ORIENTATION_TAG = 0x0112
-TRANSPOSE_FOR_ORIENTATION: dict[int, Image.Transpose] = {
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE_FOR_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -41,8 +37,8 @@ TRANSPOSE_FOR_ORIENTATION: dict[int, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Damage outside the pixels, and conversions that are done on purpose; damage to the pixels raises.
-HARMLESS_WARNINGS = (
+# Damage outside the pixels, and conversions done on purpose; damage to the pixels raises.
+_HARMLESS_WARNINGS = (
     r"(Possibly c|C)orrupt EXIF",
     r"Metadata Warning, tag",
     r"Tag offset too large",
@@ -55,7 +51,7 @@ HARMLESS_WARNINGS = (
 
 
 class ImageReadError(DatasetError):
-    """One file could not be decoded; `reason` says why, without the path."""
+    """A file cannot be decoded; `reason` says why, without the path."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"expected a readable image at {path}, got: {reason}")
@@ -68,8 +64,7 @@ class ImageReadError(DatasetError):
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What a file says of its image: size in pixels as displayed, Pillow's mode and name of the file's format,
-    what has to be converted."""
+    """An image as displayed: size in pixels, Pillow's mode and format name, and what has to be converted."""
 
     width: int
     height: int
@@ -79,48 +74,38 @@ class ImageFacts:
     is_rotated: bool
 
     def conversions(self) -> list[str]:
-        """Return which conversions to RGB the image needs, none for a plain RGB image."""
-        found = []
-        if self.mode.startswith(("1", "L", "I", "F")) and self.mode != "LAB":
-            found.append("greyscale")
-        if self.mode.startswith("I"):
-            found.append("16-bit")
-        if self.mode == "CMYK":
-            found.append("CMYK")
-        if self.mode in ("P", "PA"):
-            found.append("palette")
-        if self.has_alpha:
-            found.append("alpha")
-        if not found and self.mode not in ("RGB", "RGBX"):
-            found.append(self.mode)
-        return found
+        """Return the conversions to RGB that the image needs."""
+        needed = {
+            "greyscale": self.mode.startswith(("1", "L", "I", "F")) and self.mode != "LAB",
+            "16-bit": self.mode.startswith("I"),
+            "CMYK": self.mode == "CMYK",
+            "palette": self.mode in ("P", "PA"),
+            "alpha": self.has_alpha,
+        }
+        found = [name for name, applies in needed.items() if applies]
+        return found or ([] if self.mode in ("RGB", "RGBX") else [self.mode])
 
 
 def decode_image(
     path: Path | str, resolution: int, *, resample: str = "bilinear", draft: bool = False
 ) -> Tensor:
-    """Return a file's image as a square RGB tensor.
+    """Return a file's image as a square RGB tensor, uint8 [3, R, R].
 
     In this order: rotate as EXIF says, convert to RGB, crop the centre to the short side, resize with
     antialiasing. Alpha is composited on white. 16-bit greyscale is scaled to 8 bits, not clipped. CMYK is
-    converted as Pillow does it (Adobe's inverted CMYK included; no colour profile is applied). Of several
-    frames the first counts.
+    converted as Pillow does it (including Adobe's inverted CMYK; no colour profile is applied). Only the first frame
+    of an animation counts. The content, not the name, decides the format.
 
     Args:
-        path: the file; its content, not its name, decides the format.
+        path: the file.
         resolution: side of the result in pixels, R.
-        resample: `"bilinear"`, `"bicubic"`, `"lanczos"` or `"box"`; each is widened when it shrinks an image.
+        resample: name of the filter.
         draft: let JPEG decode at 1/2, 1/4 or 1/8 of its size where that stays at or above `resolution`. About
-            twice as fast, and slightly different pixels: for training only, never for reference statistics of
-            a metric.
-
-    Returns:
-        uint8 [3, R, R].
+            twice as fast, but slightly different pixels: for training only, never for a metric's statistics.
 
     Raises:
-        ImageReadError: the file cannot be decoded, or is so large that Pillow takes it for a decompression
-            bomb.
-        ValueError: `resolution` or `resample` is not one that is served.
+        ImageReadError: the file cannot be decoded, or is so large that Pillow suspects a decompression bomb.
+        ValueError: `resolution` or `resample` is not supported.
     """
     check_decode_options(resolution, resample)
     pixels, _ = read_pixels(Path(path), resolution, resample=resample, draft=draft)
@@ -128,11 +113,7 @@ def decode_image(
 
 
 def check_decode_options(resolution: int, resample: str) -> None:
-    """Check the options of `decode_image`.
-
-    Raises:
-        ValueError: `resolution` is below 1, or `resample` is unknown.
-    """
+    """Raise ValueError if `resolution` is below 1 or `resample` is unknown."""
     if resolution < 1:
         raise ValueError(f"expected resolution of at least 1 pixel, got {resolution}")
     if resample not in RESAMPLE_FILTERS:
@@ -142,27 +123,16 @@ def check_decode_options(resolution: int, resample: str) -> None:
 def read_pixels(
     path: Path, resolution: int, *, resample: str, draft: bool, data: bytes | None = None
 ) -> tuple[npt.NDArray[np.uint8], ImageFacts]:
-    """Return what `decode_image` does, as an array uint8 [3, R, R], and the facts of the file.
-
-    Args:
-        path: the file, or its name if its bytes are given.
-        resolution: see `decode_image`.
-        resample: see `decode_image`.
-        draft: see `decode_image`.
-        data: the file's bytes, if they are at hand.
-
-    Raises:
-        ImageReadError: the file cannot be decoded.
-    """
+    """Do what `decode_image` does, with a file's contents if given; return uint8 [3, R, R] and the file's facts."""
     file = path if data is None else io.BytesIO(data)
-    with _reading(path, data), Image.open(file, formats=FORMATS) as image:
+    with _reading(path, data), Image.open(file, formats=_FORMATS) as image:
         size, mode = image.size, image.mode
         if draft:
             image.draft(None, (resolution, resolution))
         image.load()
         orientation = _orientation(image)
         facts = _facts(image, size, mode, orientation)
-        upright = image.transpose(TRANSPOSE_FOR_ORIENTATION[orientation]) if facts.is_rotated else image
+        upright = image.transpose(_TRANSPOSE_FOR_ORIENTATION[orientation]) if facts.is_rotated else image
         rgb = _to_rgb(upright)
         side = min(rgb.size)
         left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
@@ -172,12 +142,8 @@ def read_pixels(
 
 
 def read_header(path: Path) -> ImageFacts:
-    """Return the facts of a file from its header; its pixels may still be damaged.
-
-    Raises:
-        ImageReadError: the file is not an image, or too large.
-    """
-    with _reading(path), Image.open(path, formats=FORMATS) as image:
+    """Return the facts of a file from its header alone, or raise ImageReadError."""
+    with _reading(path), Image.open(path, formats=_FORMATS) as image:
         # PNG may hold EXIF behind its pixels; asking for that would decode them.
         orientation = _orientation(image) if image.format != "PNG" or "exif" in image.info else 1
         return _facts(image, image.size, image.mode, orientation)
@@ -189,16 +155,16 @@ def _facts(image: Image.Image, size: tuple[int, int], mode: str, orientation: in
         "transparency" in image.info and not mode.startswith("I")
     )
     return ImageFacts(
-        width, height, mode, image.format or "", has_alpha, orientation in TRANSPOSE_FOR_ORIENTATION
+        width, height, mode, image.format or "", has_alpha, orientation in _TRANSPOSE_FOR_ORIENTATION
     )
 
 
 def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # damaged EXIF raises almost anything, and the pixels are still good
         return 1
-    return orientation if orientation in TRANSPOSE_FOR_ORIENTATION else 1
+    return orientation if orientation in _TRANSPOSE_FOR_ORIENTATION else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -237,21 +203,16 @@ def _reason(error: Exception, path: Path, data: bytes | None) -> str:
         if data is None:
             with path.open("rb") as file:
                 data = file.read(64)
-        return _why_unidentified(data[:64])
+        if not data:
+            return "empty file"
+        if all(byte >= 32 or byte in b"\t\r\n" for byte in data[:64]):
+            return f"not an image: a text file that starts with {data[:24].decode('utf-8', 'backslashreplace')!r}"
+        return f"not an image in a supported format; first bytes {data[:8].hex(' ')}"
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"larger than Pillow's limit against decompression bombs ({error})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{error}" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
-
-
-def _why_unidentified(start: bytes) -> str:
-    if not start:
-        return "empty file"
-    if all(byte >= 32 or byte in b"\t\r\n" for byte in start):
-        text = start[:24].decode("utf-8", "backslashreplace")
-        return f"not an image: a text file that starts with {text!r}"
-    return f"not an image in a format that is read here; first bytes {start[:8].hex(' ')}"
 
 
 _warnings_lock = threading.Lock()
@@ -261,12 +222,12 @@ _saved_filters: warnings.catch_warnings[None] | None = None
 
 @contextmanager
 def pillow_warnings() -> Iterator[None]:
-    """Raise on decompression bombs and pass over harmless damage, while any thread reads.
+    """Raise on decompression bombs and ignore warnings of harmless damage, while any thread reads.
 
-    Reading does this for each file; around many files it saves setting the filters up for each.
+    Every read enters this; entering it around many reads saves setting the filters up for each.
 
-    `warnings.catch_warnings` swaps a list that all threads share, so the first reader in enters it and the
-    last one out leaves it; entered by each thread, it could restore another's filters for good.
+    `warnings.catch_warnings` swaps a list that all threads share. So only the first reader enters it and only the last
+    one leaves it: if each thread did, one could restore another's filters for good.
     """
     global _readers, _saved_filters
     with _warnings_lock:
@@ -274,7 +235,7 @@ def pillow_warnings() -> Iterator[None]:
         if _readers == 1:
             _saved_filters = warnings.catch_warnings()
             _saved_filters.__enter__()
-            for message in HARMLESS_WARNINGS:
+            for message in _HARMLESS_WARNINGS:
                 warnings.filterwarnings("ignore", message=message, category=UserWarning)
             warnings.simplefilter("error", Image.DecompressionBombWarning)
     try:
@@ -288,7 +249,7 @@ def pillow_warnings() -> Iterator[None]:
 
 
 def _forget_readers() -> None:
-    """Start afresh in a forked process: threads that read in the parent do not exist there."""
+    """Reset the count in a forked process, where the parent's reading threads do not exist."""
     global _warnings_lock, _readers, _saved_filters
     _warnings_lock, _readers, _saved_filters = threading.Lock(), 0, None
 

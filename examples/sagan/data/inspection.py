@@ -1,4 +1,4 @@
-"""Look at every file before the first training step, and report in plain words what is there."""
+"""Checks every file of a folder before the first training step, and reports in plain words what is there."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from sagan.data.decoding import ImageFacts, ImageReadError, check_decode_options, read_header, read_pixels
-from sagan.data.threads import map_ranges
+from sagan.data.prefetch import map_ranges
 from sagan.data.tree import ImageTree
 
-PreflightMode = Literal["full", "headers", "auto", "off"]
+CheckMode = Literal["full", "headers", "auto", "off"]
 
 AUTO_DECODES_UP_TO = 100_000
-CLASSES_WITH_A_BAR_EACH = 20
-BAR_WIDTH = 40
+_CLASSES_WITH_A_BAR_EACH = 20
+_BAR_WIDTH = 40
 
-WHAT_WAS_DONE = {
+_WHAT_WAS_DONE = {
     "full": "every image decoded",
     "headers": "every image opened, none decoded, so a damaged one may still turn up in training",
     "off": "no image opened, so sizes, colour modes and damage are not known",
@@ -36,56 +37,36 @@ class UnreadableFile:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class PreflightReport:
     """What a tree of images holds.
 
     `num_files == num_readable + len(unreadable) + sum(skipped.values())`: every file on disk is in one of the
-    three.
-
-    Attributes:
-        root: the folder that holds the class folders.
-        mode: what was done: `"full"`, `"headers"` or `"off"`.
-        resolution: training resolution in pixels.
-        num_files: files below `root`.
-        num_readable: images that training can use (in mode "off": all with an image's extension).
-        images_per_class: readable images by class name, in the order of the labels.
-        empty_classes: class folders without a file that has an image's extension. They keep their labels.
-        lost_classes: class folders whose images are all unreadable. They keep their labels.
-        unreadable: files that training has to leave out.
-        skipped: files that are not images, by extension or reason; see `ImageTree.skipped`.
-        skipped_examples: up to 20 of them.
-        width_range: least and greatest width of the readable images in pixels, as displayed; None in mode
-            "off".
-        height_range: likewise.
-        modes: readable images by Pillow's mode.
-        converted: images by the conversion to RGB they need: greyscale, 16-bit, CMYK, palette, alpha. One
-            image may count under several.
-        exif_rotated: images that EXIF says to rotate or mirror.
-        below_resolution: images whose short side is less than `resolution`; they are enlarged.
-        seconds: time taken.
-        report_path: where the report was saved as JSON, if it was.
+    three. Empty and lost classes keep their labels.
     """
 
-    root: Path
-    mode: str
-    resolution: int
-    num_files: int
-    num_readable: int
-    images_per_class: Mapping[str, int]
-    empty_classes: tuple[str, ...]
-    lost_classes: tuple[str, ...]
-    unreadable: tuple[UnreadableFile, ...]
-    skipped: Mapping[str, int]
-    skipped_examples: tuple[str, ...]
-    width_range: tuple[int, int] | None
-    height_range: tuple[int, int] | None
-    modes: Mapping[str, int]
-    converted: Mapping[str, int]
-    exif_rotated: int
-    below_resolution: int
-    seconds: float
-    report_path: Path | None
+    root: Path  # the folder that holds the class folders
+    mode: str  # what was done: "full", "headers" or "off"
+    resolution: int  # of training, in pixels
+    num_files: int  # below `root`
+    skipped: Mapping[str, int]  # see `ImageTree.skipped`
+    skipped_examples: Sequence[str]
+    num_readable: int = 0  # images that training can use (in mode "off": all with an image's extension)
+    images_per_class: dict[str, int] = field(
+        default_factory=dict
+    )  # readable ones, in the order of the labels
+    empty_classes: list[str] = field(default_factory=list)  # without image files
+    lost_classes: list[str] = field(default_factory=list)  # with unreadable image files only
+    unreadable: list[UnreadableFile] = field(default_factory=list)
+    width_range: tuple[int, int] | None = None  # of readable images as displayed; None in mode "off"
+    height_range: tuple[int, int] | None = None
+    modes: Counter[str] = field(default_factory=Counter)  # readable images by Pillow's mode
+    converted: Counter[str] = field(
+        default_factory=Counter
+    )  # by conversion to RGB; one may count under several
+    exif_rotated: int = 0  # images that EXIF says to rotate or mirror
+    below_resolution: int = 0  # images whose short side is less than `resolution`; they are enlarged
+    seconds: float = 0.0
 
     @property
     def num_classes(self) -> int:
@@ -94,51 +75,26 @@ class PreflightReport:
 
     @property
     def unreadable_paths(self) -> list[Path]:
-        """Paths to leave out, as `ImageTree.without` takes them."""
+        """Paths of the unreadable files, as `ImageTree.without` takes them."""
         return [self.root / file.path for file in self.unreadable]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the whole report as values that JSON can hold; nothing is shortened."""
-        counts = list(self.images_per_class.values())
-        return {
-            "root": str(self.root),
-            "mode": self.mode,
-            "resolution": self.resolution,
-            "num_classes": self.num_classes,
-            "num_files": self.num_files,
-            "num_readable": self.num_readable,
-            "num_unreadable": len(self.unreadable),
-            "num_skipped": sum(self.skipped.values()),
-            "images_per_class_min": min(counts),
-            "images_per_class_median": median(counts),
-            "images_per_class_max": max(counts),
-            "images_per_class": dict(self.images_per_class),
-            "empty_classes": list(self.empty_classes),
-            "lost_classes": list(self.lost_classes),
-            "unreadable": [{"path": file.path, "reason": file.reason} for file in self.unreadable],
-            "skipped": dict(self.skipped),
-            "skipped_examples": list(self.skipped_examples),
-            "width_range": self.width_range and list(self.width_range),
-            "height_range": self.height_range and list(self.height_range),
-            "modes": dict(self.modes),
-            "converted": dict(self.converted),
-            "exif_rotated": self.exif_rotated,
-            "below_resolution": self.below_resolution,
-            "seconds": round(self.seconds, 3),
-        }
+    def add(self, facts: ImageFacts) -> None:
+        """Count a readable image."""
+        self.width_range = widen(self.width_range, facts.width)
+        self.height_range = widen(self.height_range, facts.height)
+        self.modes[facts.mode] += 1
+        self.converted.update(facts.conversions())
+        self.exif_rotated += facts.is_rotated
+        self.below_resolution += min(facts.width, facts.height) < self.resolution
 
-    def format(self, *, max_listed: int = 20) -> str:
-        """Return the report as text for people.
-
-        Args:
-            max_listed: how many unreadable files to list by name.
-        """
+    def format(self, *, max_listed: int = 20, saved_as: Path | None = None) -> str:
+        """Return the report as text for people, which names ``saved_as`` as the file of the full report."""
         counts = list(self.images_per_class.values())
         num_skipped = sum(self.skipped.values())
         readable = "images" if self.mode == "off" else "readable images"
         lines = [
             f"Images in {self.root}",
-            f"  checked            {self.mode}: {WHAT_WAS_DONE[self.mode]} ({self.seconds:.1f} s)",
+            f"  checked            {self.mode}: {_WHAT_WAS_DONE[self.mode]} ({self.seconds:.1f} s)",
             f"  files              {self.num_files:,} = {self.num_readable:,} {readable}"
             f" + {len(self.unreadable):,} unreadable + {num_skipped:,} not images",
             f"  classes            {self.num_classes:,}",
@@ -155,58 +111,62 @@ class PreflightReport:
             lines.append(f"  not images         {_counts(self.skipped)}")
             lines.append(f"                     such as {_names(self.skipped_examples, 5)}")
         lines += ["", *_histogram(self.images_per_class)]
-        if self.empty_classes:
-            lines += ["", _classes_without_images(self.empty_classes, "hold no image file")]
-        if self.lost_classes:
-            lines += ["", _classes_without_images(self.lost_classes, "hold unreadable files only")]
+        for names, what in (
+            (self.empty_classes, "hold no image file"),
+            (self.lost_classes, "hold unreadable files only"),
+        ):
+            if names:
+                lines += [
+                    "",
+                    f"Class folders that {what} ({len(names):,}): {_names(names, 20)}",
+                    "  They keep their labels, so that no other label shifts, but training never sees an image of "
+                    "them. Remove the folders if they are not meant to be classes.",
+                ]
         if self.unreadable:
-            lines += ["", f"{len(self.unreadable):,} unreadable, left out of training:"]
+            lines += ["", f"{len(self.unreadable):,} unreadable, not used in training:"]
             lines += [f"  {printable(f.path)}: {printable(f.reason)}" for f in self.unreadable[:max_listed]]
             left = len(self.unreadable) - max_listed
             if left > 0:
-                where = f", all in {self.report_path}" if self.report_path else ""
+                where = f", all in {saved_as}" if saved_as else ""
                 lines.append(f"  and {left:,} more{where}")
-        if self.report_path:
-            lines += ["", f"The full report is in {self.report_path}"]
+        if saved_as:
+            lines += ["", f"The full report is in {saved_as}"]
         return "\n".join(lines)
 
-    def save(self, path: Path) -> None:
-        """Write `to_dict()` as JSON; missing folders are made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+    def to_json(self) -> str:
+        """Return the full report as JSON."""
+        counts = list(self.images_per_class.values())
+        values = {
+            **vars(self),
+            "root": str(self.root),
+            "unreadable": [vars(file) for file in self.unreadable],
+            "num_classes": self.num_classes,
+            "num_unreadable": len(self.unreadable),
+            "num_skipped": sum(self.skipped.values()),
+            "images_per_class_min": min(counts),
+            "images_per_class_median": median(counts),
+            "images_per_class_max": max(counts),
+            "seconds": round(self.seconds, 3),
+        }
+        return json.dumps(values, indent=2) + "\n"
 
 
 def preflight(
     tree: ImageTree,
     *,
     resolution: int,
-    mode: PreflightMode = "auto",
+    mode: CheckMode = "auto",
     resample: str = "bilinear",
-    threads: int | None = None,
     progress: bool = False,
-    report_path: Path | None = None,
 ) -> PreflightReport:
-    """Look at every image of a tree and report what training will meet.
+    """Look at every image of a tree and report what training will find; a bad file is listed with its reason.
 
-    No file stops it: each that cannot be used is listed with its reason. Train on
-    `tree.without(report.unreadable_paths)`.
-
-    Args:
-        tree: the images.
-        resolution: training resolution in pixels.
-        mode: `"full"` decodes every file as training will, `"headers"` opens every file, `"off"` opens none,
-            `"auto"` is "full" up to 100,000 files and "headers" above.
-        resample: see `decode_image`.
-        threads: threads that read; None takes one for each CPU.
-        progress: draw a progress bar if tqdm is installed.
-        report_path: save the report here as JSON.
-
-    Raises:
-        ValueError: an option is not one that is served.
+    Train on `tree.without(report.unreadable_paths)`. The mode `"full"` decodes every file as training will,
+    `"headers"` opens every file, `"off"` opens none, and `"auto"` is "full" up to 100,000 files and "headers" above.
     """
     check_decode_options(resolution, resample)
-    if mode not in get_args(PreflightMode):
-        raise ValueError(f"expected mode to be one of {', '.join(get_args(PreflightMode))}, got {mode!r}")
+    if mode not in get_args(CheckMode):
+        raise ValueError(f"expected mode to be one of {', '.join(get_args(CheckMode))}, got {mode!r}")
     if mode == "auto":
         mode = "full" if len(tree.paths) <= AUTO_DECODES_UP_TO else "headers"
 
@@ -221,81 +181,39 @@ def preflight(
             return error.reason
 
     start = time.perf_counter()
-    tally = _Tally(resolution)
-    kept = tree
+    report = PreflightReport(tree.root, mode, resolution, tree.num_files, tree.skipped, tree.skipped_examples)
     if mode != "off":
         results = map_ranges(
             lambda indices: [(index, look(index)) for index in indices],
             len(tree.paths),
-            threads=threads,
             progress=progress,
             description=f"preflight ({mode})",
         )
-        for chunk in results:
-            for index, fact in chunk:
-                if isinstance(fact, str):
-                    tally.unreadable.append(UnreadableFile(tree.paths.relative(index), fact))
-                else:
-                    tally.add(fact)
-        kept = tree.without(tree.root / file.path for file in tally.unreadable)
-    before, after = tree.images_per_class().tolist(), kept.images_per_class().tolist()
-    report = PreflightReport(
-        root=tree.root,
-        mode=mode,
-        resolution=resolution,
-        num_files=tree.num_files,
-        num_readable=len(kept.paths),
-        images_per_class=dict(zip(tree.class_names, after, strict=True)),
-        empty_classes=tuple(name for name, count in zip(tree.class_names, before, strict=True) if count == 0),
-        lost_classes=tuple(
-            name for name, b, a in zip(tree.class_names, before, after, strict=True) if b and not a
-        ),
-        unreadable=tuple(tally.unreadable),
-        skipped=tree.skipped,
-        skipped_examples=tree.skipped_examples,
-        width_range=tally.width_range,
-        height_range=tally.height_range,
-        modes=dict(tally.modes),
-        converted=dict(tally.converted),
-        exif_rotated=tally.exif_rotated,
-        below_resolution=tally.below_resolution,
-        seconds=time.perf_counter() - start,
-        report_path=report_path,
-    )
-    if report_path is not None:
-        report.save(report_path)
+        for index, found in chain.from_iterable(results):
+            if isinstance(found, str):
+                report.unreadable.append(UnreadableFile(tree.paths.relative(index), found))
+            else:
+                report.add(found)
+    readable = tree.without(report.unreadable_paths)
+    report.num_readable = len(readable.paths)
+    listed, left = tree.images_per_class().tolist(), readable.images_per_class().tolist()
+    for name, before, after in zip(tree.class_names, listed, left, strict=True):
+        report.images_per_class[name] = after
+        if after == 0:
+            (report.lost_classes if before else report.empty_classes).append(name)
+    report.seconds = time.perf_counter() - start
     return report
 
 
-@dataclass
-class _Tally:
-    resolution: int
-    unreadable: list[UnreadableFile] = field(default_factory=list)
-    width_range: tuple[int, int] | None = None
-    height_range: tuple[int, int] | None = None
-    modes: Counter[str] = field(default_factory=Counter)
-    converted: Counter[str] = field(default_factory=Counter)
-    exif_rotated: int = 0
-    below_resolution: int = 0
-
-    def add(self, facts: ImageFacts) -> None:
-        self.width_range = widen(self.width_range, facts.width)
-        self.height_range = widen(self.height_range, facts.height)
-        self.modes[facts.mode] += 1
-        self.converted.update(facts.conversions())
-        self.exif_rotated += facts.is_rotated
-        self.below_resolution += min(facts.width, facts.height) < self.resolution
-
-
 def widen(span: tuple[int, int] | None, value: int) -> tuple[int, int]:
-    """Return the least range that holds a range (or nothing) and a value."""
+    """Return the smallest range that holds a range (or nothing) and a value."""
     return (value, value) if span is None else (min(span[0], value), max(span[1], value))
 
 
 def _histogram(images_per_class: Mapping[str, int]) -> list[str]:
     """Return a bar for each class, or for many classes a bar for each range of counts."""
     largest = max(images_per_class.values())
-    if len(images_per_class) <= CLASSES_WITH_A_BAR_EACH:
+    if len(images_per_class) <= _CLASSES_WITH_A_BAR_EACH:
         width = max(len(printable(name)) for name in images_per_class)
         return ["images of each class:"] + [
             f"  {printable(name):<{width}} {count:>9,} {_bar(count, largest)}"
@@ -317,15 +235,7 @@ def _histogram(images_per_class: Mapping[str, int]) -> list[str]:
 
 
 def _bar(count: int, largest: int) -> str:
-    return "#" * -(-count * BAR_WIDTH // max(largest, 1))
-
-
-def _classes_without_images(names: Sequence[str], what: str) -> str:
-    return (
-        f"Class folders that {what} ({len(names):,}): {_names(names, 20)}\n"
-        "  They keep their labels, so that no other label shifts, but training never sees an image of them. "
-        "Remove the folders if they are not meant to be classes."
-    )
+    return "#" * -(-count * _BAR_WIDTH // max(largest, 1))
 
 
 def _counts(counts: Mapping[str, int]) -> str:

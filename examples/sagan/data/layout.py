@@ -1,8 +1,9 @@
-"""Is this a folder of class folders? If not, say what it is and how to mend it."""
+"""Checks that a folder holds class folders; if not, says what was found and how to fix it."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from sagan.errors import UserError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
-ARCHIVE_EXTENSIONS = (".tar", ".gz", ".tgz", ".zip", ".7z", ".bz2", ".xz")
-SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
-NOT_CLASSES = ("__MACOSX", "lost+found")
+_ARCHIVE_EXTENSIONS = (".tar", ".gz", ".tgz", ".zip", ".7z", ".bz2", ".xz")
+_SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
+_SYSTEM_FOLDERS = ("__MACOSX", "lost+found")
+_CLASS_ARCHIVE = re.compile(r"n\d{8}\.tar")
 
-EXPECTED = """\
+_EXPECTED = """\
     ROOT/
       train/                     (this level may be left out)
         n01440764/               one folder for each class, two classes or more
@@ -23,22 +25,21 @@ EXPECTED = """\
         n01443537/
           ..."""
 
-UNPACK_TRAIN = (
+_UNPACK_LOOP = 'for t in n*.tar; do mkdir -p "${t%.tar}" && tar -xf "$t" -C "${t%.tar}"; done'
+_UNPACK_TRAIN = (
     "unpack the archives. For ILSVRC2012_img_train.tar: "
-    "mkdir -p train && tar -xf ILSVRC2012_img_train.tar -C train && cd train && "
-    'for t in n*.tar; do mkdir -p "${t%.tar}" && tar -xf "$t" -C "${t%.tar}"; done'
+    "mkdir -p train && tar -xf ILSVRC2012_img_train.tar -C train && cd train && " + _UNPACK_LOOP
 )
 
 
 class DatasetError(UserError):
-    """The data set on disk is not what training needs; says what was found, expected, and the likely fix."""
+    """The data set on disk cannot be used; the message says what was found, expected, and the likely fix."""
 
 
-def layout_error(path: Path, *, found: str, fix: str) -> DatasetError:
-    """Return the error for a folder with a wrong layout, in the form that all of them share."""
+def _layout_error(path: Path, found: str, fix: str) -> DatasetError:
     return DatasetError(
         f"cannot use {path} as a folder of training images.\n"
-        f"Found: {found}\nExpected:\n{EXPECTED}\nLikely fix: {fix}"
+        f"Found: {found}\nExpected:\n{_EXPECTED}\nLikely fix: {fix}"
     )
 
 
@@ -48,8 +49,13 @@ def has_image_extension(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is left aside: a leading dot, or a system's own folder."""
-    return name.startswith(".") or name in NOT_CLASSES
+    """Return whether a file or folder is hidden: its name starts with a dot, or an operating system made it."""
+    return name.startswith(".") or name in _SYSTEM_FOLDERS
+
+
+def is_class_archive(name: str) -> bool:
+    """Return whether a file is ILSVRC's archive of one class, n########.tar."""
+    return _CLASS_ARCHIVE.fullmatch(name) is not None
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -61,11 +67,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:
-    """Return a folder's entries sorted by name.
-
-    Raises:
-        DatasetError: the folder cannot be listed.
-    """
+    """Return a folder's entries sorted by name, or raise DatasetError."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -77,28 +79,20 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def find_base(root: Path, split: str) -> Path:
-    """Return the folder that holds the class folders: `root/split` or `root`.
-
-    Raises:
-        DatasetError: neither can be one, as seen from their direct contents.
-    """
+    """Return the folder that holds the class folders, `root/split` or `root`; raise DatasetError if neither can."""
     try:
-        kind = "folder" if root.is_dir() else "file" if root.exists() else "nothing"
+        exists, is_dir = root.exists(), root.is_dir()
     except OSError as error:
-        raise layout_error(
-            root, found=f"that it may not be read ({error.strerror}).", fix="check its permissions."
-        ) from error
-    if kind == "nothing":
+        found = f"that it may not be read ({error.strerror})."
+        raise _layout_error(root, found, "check its permissions.") from error
+    if not exists:
         above = next(folder for folder in root.absolute().parents if folder.is_dir())
-        raise layout_error(
-            root,
-            found=f"nothing: the path does not exist. The nearest folder above it is {above}.",
-            fix="check the spelling, and that the disk or volume is mounted.",
-        )
-    if kind == "file":
-        if _is_archive(root.name):
-            raise layout_error(root, found="an archive file, not a folder.", fix=UNPACK_TRAIN)
-        raise layout_error(root, found="a file, not a folder.", fix="give the folder of class folders.")
+        found = f"nothing: the path does not exist. The nearest folder above it is {above}."
+        raise _layout_error(root, found, "check the spelling, and that the disk or volume is mounted.")
+    if not is_dir and _is_archive(root.name):
+        raise _layout_error(root, "an archive file, not a folder.", _UNPACK_TRAIN)
+    if not is_dir:
+        raise _layout_error(root, "a file, not a folder.", "give the folder of class folders.")
     folders, _ = _split_contents(root)
     has_split = split in folders and not _is_class_among_classes(root, split, folders)
     base = root / split if has_split else root
@@ -107,8 +101,8 @@ def find_base(root: Path, split: str) -> Path:
 
 
 def _is_class_among_classes(root: Path, split: str, folders: Sequence[str]) -> bool:
-    """Return whether `root/split` is a class that happens to be called so: it and others hold images."""
-    others = [name for name in folders if name.lower() not in SPLIT_NAMES]
+    """Return whether `root/split` is a class that happens to have this name: it and others hold images."""
+    others = [name for name in folders if name.lower() not in _SPLIT_NAMES]
     return _holds_images(root / split) and any(_holds_images(root / name) for name in others)
 
 
@@ -117,88 +111,73 @@ def _check_direct_contents(base: Path, split: str) -> None:
     images = [name for name in files if has_image_extension(name)]
     archives = [name for name in files if _is_archive(name)]
     if not folders and archives:
-        raise layout_error(
-            base,
-            found=f"{_count(archives, 'archive')} ({_some(archives)}) and no class folders.",
-            fix=UNPACK_TRAIN,
-        )
-    class_archives = [name for name in archives if _looks_like_class_archive(name)]
-    missing = [name for name in class_archives if name.removesuffix(".tar") not in folders]
+        found = f"{_count(archives, 'archive')} ({_some(archives)}) and no class folders."
+        raise _layout_error(base, found, _UNPACK_TRAIN)
+    missing = [n for n in archives if is_class_archive(n) and n.removesuffix(".tar") not in folders]
     if folders and missing:
-        raise layout_error(
+        raise _layout_error(
             base,
-            found=f"{_count(folders, 'class folder')}, and {_count(missing, 'class archive')} "
+            f"{_count(folders, 'class folder')}, and {_count(missing, 'class archive')} "
             f"not unpacked yet ({_some(missing)}). Training now would number the classes wrongly.",
-            fix='unpack them: for t in n*.tar; do mkdir -p "${t%.tar}" && tar -xf "$t" -C "${t%.tar}"; done',
+            f"unpack them: {_UNPACK_LOOP}",
         )
     if not folders and images:
         raise _flat_error(base, images)
-    if folders and all(name.lower() in SPLIT_NAMES for name in folders):
-        raise layout_error(
+    if folders and all(name.lower() in _SPLIT_NAMES for name in folders):
+        nearest = next((name for name in folders if name.lower().startswith(split.lower())), folders[0])
+        raise _layout_error(
             base,
-            found=f"the folders {_some(folders)}, which are parts of a data set, not classes.",
-            fix=f"add a folder named {split}; to train on another part, give it as ROOT: "
-            f"{base / _nearest(folders, split)}.",
+            f"the folders {_some(folders)}, which are parts of a data set, not classes.",
+            f"add a folder named {split}; to train on another part, give it as ROOT: {base / nearest}.",
         )
     if not folders:
-        found = f"{_contents(base)}." if files else "an empty folder."
-        raise layout_error(base, found=found, fix="give the folder that holds the class folders.")
+        contents = f"{_count(folders, 'folder')} (none) and {_count(files, 'file')} ({_some(files)})."
+        found = contents if files else "an empty folder."
+        raise _layout_error(base, found, "give the folder that holds the class folders.")
 
 
 def _flat_error(base: Path, images: Sequence[str]) -> DatasetError:
     found = f"{_count(images, 'image')} directly in the folder ({_some(images)}) and no class folders."
     above = base.absolute().parent
+    fix = "move each image into a folder named after its class."
     if base.name.lower() in ("val", "valid", "validation", "test") or images[0].startswith("ILSVRC2012_val"):
-        fix = (
-            "move each image into a folder named after its class. ImageNet's validation images come flat; "
-            "their classes are listed in ILSVRC2012_validation_ground_truth.txt of its development kit."
+        fix += (
+            " ImageNet's validation images come flat; their classes are listed in "
+            "ILSVRC2012_validation_ground_truth.txt of its development kit."
         )
-    elif base.name.lower() not in SPLIT_NAMES and _looks_like_base(above):
+    elif base.name.lower() not in _SPLIT_NAMES and _looks_like_base(above):
         fix = f"this looks like one class of many; give the folder above it, {above}."
-    else:
-        fix = "move each image into a folder named after its class."
-    return layout_error(base, found=found, fix=fix)
+    return _layout_error(base, found, fix)
 
 
 def check_classes(
     base: Path, class_names: Sequence[str], images: Sequence[str], skipped: Mapping[str, int]
 ) -> None:
-    """Check what a scan of `base` found.
+    """Raise DatasetError if a scan found no images, one class only, or class folders one level deeper.
 
-    Args:
-        base: the folder that was scanned.
-        class_names: names of its folders.
-        images: every image's path below `base`.
-        skipped: counts of the other files by extension.
-
-    Raises:
-        DatasetError: there are no images, only one class, or the class folders lie one level deeper.
+    `images` are paths below `base`; `skipped` counts the other files.
     """
     if not images:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items()) or "no files at all"
         found = f"{_count(class_names, 'folder')} ({_some(class_names)}) without any image; files: {kinds}."
         fix = f"images must end in one of {', '.join(IMAGE_EXTENSIONS)} (any case)."
-        if any(kind in ARCHIVE_EXTENSIONS for kind in skipped):
-            fix = UNPACK_TRAIN
-        raise layout_error(base, found=found, fix=fix)
+        raise _layout_error(base, found, _UNPACK_TRAIN if any(map(_is_archive, skipped)) else fix)
     nested = _nested_classes(images)
     if nested is not None and len(nested) > 1:
         example = next(iter(nested))
         inner = [name for names in nested.values() for name in names]
-        raise layout_error(
+        raise _layout_error(
             base,
-            found=f"no image directly in any of {_count(class_names, 'folder')} ({_some(class_names)}), but "
+            f"no image directly in any of {_count(class_names, 'folder')} ({_some(class_names)}), but "
             f"{_count(inner, 'folder')} inside them that hold images "
-            f"(in {example}: {_some(nested[example])}). The class folders seem to lie one level too deep.",
-            fix=f"move the inner folders up into {base}, or give one of {_some(list(nested))} as ROOT. "
+            f"(in {example}: {_some(nested[example])}). The class folders seem to be one level too deep.",
+            f"move the inner folders up into {base}, or give one of {_some(list(nested))} as ROOT. "
             "If the inner folders only sort the images of one class, move the images up instead.",
         )
     if len(class_names) == 1:
-        raise layout_error(
-            base,
-            found=f"only one class folder, {class_names[0]}, with {_count(images, 'image')}.",
-            fix=_suggest(base, otherwise="a class-conditional model needs two classes or more; add some."),
-        )
+        found = f"only one class folder, {class_names[0]}, with {_count(images, 'image')}."
+        enough = "a class-conditional model needs two classes or more; add some."
+        raise _layout_error(base, found, _suggest(base, otherwise=enough))
 
 
 def _nested_classes(images: Sequence[str]) -> dict[str, list[str]] | None:
@@ -215,7 +194,7 @@ def _nested_classes(images: Sequence[str]) -> dict[str, list[str]] | None:
             return None
         inner.setdefault(first, set()).add(second)
     names = [name for seconds in inner.values() for name in seconds]
-    are_splits = all(name.lower() in SPLIT_NAMES for name in names)
+    are_splits = all(name.lower() in _SPLIT_NAMES for name in names)
     if not are_splits and (len(set(names)) < len(names) or len(names) == len(inner)):
         return None
     return {first: sorted(seconds) for first, seconds in inner.items()}
@@ -236,7 +215,7 @@ def _suggest(base: Path, *, otherwise: str) -> str:
 
 def _looks_like_base(folder: Path) -> bool:
     folders, _ = _split_contents(folder)
-    if len(folders) < 2 or all(name.lower() in SPLIT_NAMES for name in folders):
+    if len(folders) < 2 or all(name.lower() in _SPLIT_NAMES for name in folders):
         return False
     return any(_holds_images(folder / name) for name in folders[:5])
 
@@ -246,26 +225,13 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _split_contents(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the folders and of the files directly in `folder`, hidden ones left out."""
+    """Return the names of the folders and of the files directly in `folder`, without hidden ones."""
     entries = [entry for entry in list_folder(folder) if not is_hidden(entry.name)]
     return [e.name for e in entries if is_folder(e)], [e.name for e in entries if not is_folder(e)]
 
 
-def _nearest(names: Sequence[str], wanted: str) -> str:
-    return next((name for name in names if name.lower().startswith(wanted.lower())), names[0])
-
-
 def _is_archive(name: str) -> bool:
-    return name.lower().endswith(ARCHIVE_EXTENSIONS)
-
-
-def _looks_like_class_archive(name: str) -> bool:
-    return name.startswith("n") and name[1:9].isdigit() and name[9:] == ".tar"
-
-
-def _contents(folder: Path) -> str:
-    folders, files = _split_contents(folder)
-    return f"{_count(folders, 'folder')} ({_some(folders)}) and {_count(files, 'file')} ({_some(files)})"
+    return name.lower().endswith(_ARCHIVE_EXTENSIONS)
 
 
 def _count(names: Sequence[str], noun: str) -> str:

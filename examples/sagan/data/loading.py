@@ -1,11 +1,11 @@
-"""An endless, resumable stream of batches: the order is a pure function of (seed, epoch, position)."""
+"""An endless, resumable stream of batches; their order depends on (seed, epoch, position) alone."""
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,25 +14,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sagan.data.dataset import ImageDataset
-from sagan.data.threads import read_ahead
+from sagan.data.prefetch import prefetch
+from sagan.randomness import splitmix64
 
 Indices = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class IndexBatch:
-    """One rank's share of a batch: dataset indices and the epoch each belongs to, int64 [N] both."""
+class IndexBatch(NamedTuple):
+    """One rank's share of a batch: dataset indices and the epoch of each, both int64 [N]."""
 
     indices: Indices
     epochs: Indices
 
 
 class ResumableBatchSampler(Sampler[list[int]]):
-    """Endless batches of indices, of which batch k is the same wherever the stream is started.
+    """Endless batches of indices; batch k is the same wherever the stream starts.
 
     Each epoch visits the images in a permutation drawn from (seed, epoch). The global batch k is split into
-    `num_replicas` equal parts that follow each other, so 1, 2 or 4 processes see the same images in the same
-    steps.
+    `num_replicas` equal consecutive parts, so 1, 2 or 4 processes see the same images in the same steps.
     """
 
     def __init__(
@@ -47,16 +46,9 @@ class ResumableBatchSampler(Sampler[list[int]]):
     ) -> None:
         """Describe the stream; nothing is drawn yet.
 
-        Args:
-            num_items: number of images.
-            batch_size: images in a global batch, over all replicas.
-            seed: 0 or more.
-            start_batch: number of the first batch, for resuming.
-            drop_last: leave out the images of an epoch that do not fill a batch. If False, a batch runs on
-                into the next epoch, as it also does when there are fewer images than `batch_size`. All
-                batches are full.
-            rank: this process, 0 to num_replicas - 1.
-            num_replicas: number of processes.
+        `batch_size` counts the images in a global batch, over all replicas. All batches are full: the images at the
+        end of an epoch that do not fill one are dropped, or, if not `drop_last` or if there are fewer images than
+        `batch_size`, the batch continues into the next epoch.
 
         Raises:
             ValueError: an argument is out of range, or `num_replicas` does not divide `batch_size`.
@@ -91,11 +83,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
             yield batch.indices.tolist()
 
     def batches(self) -> Iterator[IndexBatch]:
-        """Yield this rank's part of batch start_batch, start_batch + 1, and so on without end."""
-        number = self.start_batch
-        while True:
-            yield self.batch_at(number)
-            number += 1
+        """Return this rank's part of batch start_batch, start_batch + 1, and so on without end."""
+        return map(self.batch_at, itertools.count(self.start_batch))
 
     def batch_at(self, number: int) -> IndexBatch:
         """Return this rank's part of global batch `number`, N = batch_size / num_replicas indices."""
@@ -108,10 +97,6 @@ class ResumableBatchSampler(Sampler[list[int]]):
             indices[chosen] = self._permutation(epoch)[places[chosen]]
         return IndexBatch(indices, epochs)
 
-    def epoch_of(self, number: int) -> float:
-        """Return how many epochs lie before global batch `number`."""
-        return number * self.batch_size / self._items_per_epoch
-
     def _permutation(self, epoch: int) -> Indices:
         if epoch not in self._latest:
             self._latest = {epoch: np.random.default_rng([self.seed, epoch]).permutation(self.num_items)}
@@ -119,28 +104,11 @@ class ResumableBatchSampler(Sampler[list[int]]):
 
 
 def horizontal_flips(seed: int, epochs: Indices, indices: Indices) -> npt.NDArray[np.bool_]:
-    """Return whether each image is mirrored: a fair coin that depends on (seed, epoch, index) alone.
-
-    Args:
-        seed: 0 or more.
-        epochs: int64 [N].
-        indices: int64 [N].
-
-    Returns:
-        bool [N].
-    """
+    """Return whether each image is mirrored, bool [N]: a fair coin that depends on (seed, epoch, index) alone."""
     mixed = np.full(len(indices), seed, dtype=np.uint64)
     for part in (epochs, indices):
-        mixed = _splitmix64(mixed ^ part.astype(np.uint64))
+        mixed = splitmix64(mixed ^ part.astype(np.uint64))
     return (mixed >> np.uint64(63)).astype(np.bool_)
-
-
-def _splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Return the SplitMix64 output for each state: a bijection of 64-bit integers whose bits look random."""
-    z = state + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def make_loader(
@@ -155,34 +123,26 @@ def make_loader(
     rank: int = 0,
     num_replicas: int = 1,
     pin_memory: bool = False,
-    prefetch_factor: int = 2,
     multiprocessing_context: str | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return an endless iterator over batches that neither reads nor moves torch's global random state.
+    """Return an endless iterator over batches that neither reads nor changes torch's global random state.
 
-    Worker processes start at once and live until the iterator is deleted, epochs do not restart them. A
-    dataset that is cached in memory needs none; one that asks for it is read ahead on a thread.
+    Worker processes start at once and live until the iterator is deleted; epochs do not restart them. A data set that
+    is cached needs none. Without workers, `ImageDataset.prefetched_batches` are fetched ahead on a thread.
 
     Args:
         dataset: the images.
-        batch_size: images in a global batch; this process gets batch_size / num_replicas of them.
-        seed: of the order and the flips.
+        batch_size, drop_last, rank, num_replicas: see `ResumableBatchSampler`.
+        seed: seed of the order and the flips.
         start_batch: number of the first batch; a resumed run passes the number of batches it has consumed.
         num_workers: processes that decode; 0 decodes in the caller.
         horizontal_flip: mirror each image with probability 1/2, decided by (seed, epoch, index).
-        drop_last: see `ResumableBatchSampler`.
-        rank: this process.
-        num_replicas: number of processes that train together.
-        pin_memory: copy batches to pinned memory, so that they reach a GPU asynchronously; without an
-            accelerator there is nothing to pin for, and it is left out.
-        prefetch_factor: batches that each worker prepares ahead.
+        pin_memory: copy batches to pinned memory, so that copies to a GPU are asynchronous; ignored without an
+            accelerator.
         multiprocessing_context: `"fork"`, `"spawn"` or `"forkserver"`; None takes Python's default.
 
     Returns:
         Iterator of (images uint8 [N, 3, R, R], labels int64 [N]).
-
-    Raises:
-        ValueError: an argument is out of range; see `ResumableBatchSampler`.
     """
     sampler = ResumableBatchSampler(
         len(dataset), batch_size, seed, start_batch=start_batch, drop_last=drop_last, rank=rank,
@@ -191,38 +151,28 @@ def make_loader(
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
         _Batches(dataset, seed, horizontal_flip),
         batch_size=None,
-        sampler=_KeysOf(sampler),
+        sampler=sampler.batches(),
         num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory and torch.accelerator.is_available(),
         generator=torch.Generator().manual_seed(seed),
-        prefetch_factor=prefetch_factor if num_workers else None,
         multiprocessing_context=multiprocessing_context if num_workers else None,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_ignore_signals,
     )
-    if num_workers == 0 and dataset.batches_ahead:
-        return read_ahead(loader, dataset.batches_ahead)
+    if num_workers == 0 and dataset.prefetched_batches:
+        batches = iter(loader)
+        return prefetch(lambda _: next(batches), itertools.count(), depth=dataset.prefetched_batches)
     return iter(loader)
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ignore what a terminal or a scheduler sends to all processes: the trainer's last step needs its batches."""
+def _ignore_signals(worker: int) -> None:
+    """Ignore the signals that a terminal or scheduler sends to all processes: the trainer finishes its step first."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-class _KeysOf(Sampler[IndexBatch]):
-    """Hands whole batches with their epochs to the DataLoader."""
-
-    def __init__(self, sampler: ResumableBatchSampler) -> None:
-        self._sampler = sampler
-
-    def __iter__(self) -> Iterator[IndexBatch]:
-        return self._sampler.batches()
-
-
 class _Batches(Dataset[tuple[Tensor, Tensor]]):
-    """A dataset whose key is a batch of indices, fetched at once rather than image by image."""
+    """A data set whose key is a batch of indices, fetched at once rather than image by image."""
 
     def __init__(self, dataset: ImageDataset, seed: int, horizontal_flip: bool) -> None:
         self._dataset = dataset
@@ -237,5 +187,5 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
         return images, labels
 
 
-def _unchanged(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:  # a lambda could not be sent to spawned workers
     return batch

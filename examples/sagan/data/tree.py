@@ -1,4 +1,4 @@
-"""Which images a folder holds: one class for each subfolder, every file accounted for, no file opened."""
+"""Lists the images of a folder with one subfolder for each class; counts every other file, opens none."""
 
 from __future__ import annotations
 
@@ -7,28 +7,42 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
 from sagan.data import layout
-from sagan.data.layout import IMAGE_EXTENSIONS, DatasetError
 
-__all__ = ["IMAGE_EXTENSIONS", "DatasetError", "ImageTree", "PathTable", "scan_image_tree"]
+_OUTSIDE_CLASSES = "image outside a class folder"
+_LINK_LOOP = "link to a folder that contains it"
 
-HIDDEN = "hidden"
-OUTSIDE_CLASSES = "image outside a class folder"
-LINK_LOOP = "link to a folder that contains it"
-NO_EXTENSION = "no extension"
+
+class SkippedFiles:
+    """Counts files that are not images by kind, and keeps the names of the first 20."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: list[str] = []
+
+    def add(self, path: str, kind: str | None = None) -> None:
+        """Count a file; its kind is "hidden", its extension in lower case, or "no extension" unless given."""
+        name = PurePosixPath(path).name
+        if kind is None:
+            kind = (
+                "hidden" if layout.is_hidden(name) else PurePosixPath(name).suffix.lower() or "no extension"
+            )
+        self.counts[kind] += 1
+        if len(self.examples) < 20:
+            self.examples.append(path)
 
 
 class PathTable(Sequence[Path]):
-    """Paths below one root, held as one block of bytes.
+    """Paths below one root in one block of bytes.
 
-    A list of 1.28 million `Path` objects takes some 400 MB, and each DataLoader worker copies it page by page
-    as reference counts change; this takes about 50 MB and is never copied.
+    A list of 1.28 million `Path` objects takes about 400 MB, and each DataLoader worker copies it page by page as
+    reference counts change; this takes about 50 MB and is never copied.
     """
 
     def __init__(self, root: Path, relative: Iterable[str]) -> None:
@@ -58,28 +72,31 @@ class PathTable(Sequence[Path]):
         return self.root / self.relative(index)
 
 
+def names_digest(class_names: Sequence[str], paths: PathTable) -> hashlib._Hash:
+    """Return a running SHA-256 of class names and relative paths."""
+    digest = hashlib.sha256()
+    for name in (*class_names, "", *map(paths.relative, range(len(paths)))):
+        digest.update(os.fsencode(name) + b"\0")
+    return digest
+
+
 @dataclass(frozen=True, eq=False)
 class ImageTree:
     """The images of one folder, with their labels.
 
-    Attributes:
-        root: the folder that holds the class folders.
-        class_names: folder names in sorted order; a class's label is its place here. A class folder without
-            images keeps its place, so that it cannot shift the labels of the others.
-        paths: every file with an image extension, sorted by class, then by path.
-        labels: int64 [number of images], non-decreasing.
-        skipped: files that are not images, counted by extension (lower case), or by `"hidden"` (a name that
-            starts with a dot, or lies in such a folder), `"image outside a class folder"`, `"no extension"`,
-            or `"link to a folder that contains it"`.
-        skipped_examples: up to 20 of them, below `root`.
+    A class's label is its place in `class_names`. A class folder without images keeps its place, so that it cannot
+    shift the labels of the others. `skipped` counts files that are not images by extension (lower case), or as
+    `"no extension"`, `"hidden"` (also in a hidden folder), `"image outside a class folder"` or `"link to a folder
+    that contains it"`.
     """
 
-    root: Path
-    class_names: tuple[str, ...]
-    paths: PathTable
-    labels: npt.NDArray[np.int64]
+    root: Path  # the folder that holds the class folders
+    split: str  # the part of the data set that it is, "all" if the data set has no parts
+    class_names: tuple[str, ...]  # folder names in sorted order
+    paths: PathTable  # every file with an image extension, sorted by class, then by path
+    labels: npt.NDArray[np.int64]  # [number of images], non-decreasing
     skipped: Mapping[str, int]
-    skipped_examples: tuple[str, ...]
+    skipped_examples: tuple[str, ...]  # up to 20 of them, below `root`
 
     @property
     def num_classes(self) -> int:
@@ -96,10 +113,7 @@ class ImageTree:
         return np.bincount(self.labels, minlength=self.num_classes).astype(np.int64)
 
     def without(self, excluded: Iterable[Path]) -> ImageTree:
-        """Return this tree without some of its images; classes and labels stay as they are.
-
-        Args:
-            excluded: paths as they stand in `paths`.
+        """Return this tree without some of its `paths`; classes and labels stay as they are.
 
         Raises:
             ValueError: a path is not in the tree.
@@ -111,107 +125,76 @@ class ImageTree:
         strangers = unwanted.difference(names)
         if strangers:
             raise ValueError(f"expected images of the tree at {self.root}, got {min(strangers)}")
-        kept = [index for index, name in enumerate(names) if name not in unwanted]
-        paths = PathTable(self.root, (names[index] for index in kept))
-        return replace(self, paths=paths, labels=self.labels[kept])
+        rest = [index for index, name in enumerate(names) if name not in unwanted]
+        paths = PathTable(self.root, (names[index] for index in rest))
+        return replace(self, paths=paths, labels=self.labels[rest])
 
     def fingerprint(self) -> str:
-        """Return 64 hex digits that change when a class or an image is added, removed or renamed.
-
-        A checkpoint that stores it can tell on resume whether a batch number still means the same images.
-        File contents are not read.
-        """
-        digest = hashlib.sha256()
-        for name in (*self.class_names, "", *map(self.paths.relative, range(len(self.paths)))):
-            digest.update(os.fsencode(name) + b"\0")
-        return digest.hexdigest()
+        """Return 64 hex digits that change when a class or an image is added, removed or renamed; no file is read."""
+        return names_digest(self.class_names, self.paths).hexdigest()
 
 
 def scan_image_tree(root: Path | str, *, split: str = "train") -> ImageTree:
     """List the images of a folder that holds one folder for each class.
 
-    `root/<split>/<class>/*.JPEG` and `root/<class>/*.JPEG` are both read. Images may lie deeper inside a
-    class folder. Links are followed. Extensions count in any case; see `IMAGE_EXTENSIONS`.
-
-    Args:
-        root: the data set's folder.
-        split: subfolder to prefer if there is one.
-
-    Returns:
-        The images, sorted, with labels 0 to num_classes - 1 in the order of the class folders' names.
+    Reads `root/<split>/<class>/*.JPEG` or `root/<class>/*.JPEG`, also deeper inside a class folder. Follows links.
+    Extensions count in any case; see `IMAGE_EXTENSIONS`.
 
     Raises:
-        DatasetError: the folder is not laid out like this; the message says what was found and the likely
-            fix.
+        DatasetError: the folder has another layout; the message says what was found and the likely fix.
     """
     base = layout.find_base(Path(root).expanduser(), split)
-    found = _Found(base)
+    skipped = SkippedFiles()
     class_names: list[str] = []
     names: list[str] = []
     labels: list[int] = []
     for entry in layout.list_folder(base):
         if layout.is_hidden(entry.name):
-            found.skip_all(entry)
+            _skip_all(entry, base, skipped)
         elif layout.is_folder(entry):
-            images = found.images_below(entry.path, entry.name)
+            images = _images_below(entry.path, entry.name, base, skipped)
             labels.extend([len(class_names)] * len(images))
             class_names.append(entry.name)
             names.extend(images)
-        elif layout.has_image_extension(entry.name):
-            found.skip(OUTSIDE_CLASSES, entry.name)
         else:
-            found.skip_by_extension(entry.name)
-    layout.check_classes(base, class_names, names, found.skipped)
+            skipped.add(entry.name, _OUTSIDE_CLASSES if layout.has_image_extension(entry.name) else None)
+    layout.check_classes(base, class_names, names, skipped.counts)
     return ImageTree(
         root=base,
+        split=split if base.name == split else "all",
         class_names=tuple(class_names),
         paths=PathTable(base, names),
         labels=np.asarray(labels, dtype=np.int64),
-        skipped=dict(sorted(found.skipped.items())),
-        skipped_examples=tuple(found.examples),
+        skipped=dict(sorted(skipped.counts.items())),
+        skipped_examples=tuple(skipped.examples),
     )
 
 
-class _Found:
-    """Walks folders below `base` and keeps count of what is not an image."""
+def _skip_all(entry: os.DirEntry[str], base: Path, skipped: SkippedFiles) -> None:
+    """Count a hidden file, or every file of a hidden folder."""
+    if not entry.is_dir(follow_symlinks=False):
+        skipped.add(Path(entry.path).relative_to(base).as_posix(), "hidden")
+        return
+    for folder, _, files in os.walk(entry.path):
+        for name in files:
+            skipped.add((Path(folder) / name).relative_to(base).as_posix(), "hidden")
 
-    def __init__(self, base: Path) -> None:
-        self.base = base
-        self.skipped: Counter[str] = Counter()
-        self.examples: list[str] = []
 
-    def skip(self, kind: str, relative: str) -> None:
-        self.skipped[kind] += 1
-        if len(self.examples) < 20:
-            self.examples.append(relative)
-
-    def skip_by_extension(self, relative: str) -> None:
-        self.skip(Path(relative).suffix.lower() or NO_EXTENSION, relative)
-
-    def skip_all(self, entry: os.DirEntry[str]) -> None:
-        """Count a hidden file, or every file of a hidden folder."""
-        if not entry.is_dir(follow_symlinks=False):
-            self.skip(HIDDEN, Path(entry.path).relative_to(self.base).as_posix())
-            return
-        for folder, _, files in os.walk(entry.path):
-            for name in files:
-                self.skip(HIDDEN, (Path(folder) / name).relative_to(self.base).as_posix())
-
-    def images_below(self, folder: str, relative: str) -> list[str]:
-        """Return the images in and below `folder`, sorted, as paths below the base."""
-        images: list[str] = []
-        # Entries of os.scandir, unlike paths, know files from folders without a stat call for each.
-        for entry in layout.list_folder(Path(folder)):
-            name = f"{relative}/{entry.name}"
-            if layout.is_hidden(entry.name):
-                self.skip_all(entry)
-            elif layout.is_folder(entry):
-                if entry.is_symlink() and Path(folder).resolve().is_relative_to(Path(entry.path).resolve()):
-                    self.skip(LINK_LOOP, name)
-                else:
-                    images.extend(self.images_below(entry.path, name))
-            elif layout.has_image_extension(entry.name):
-                images.append(name)
+def _images_below(folder: str, relative: str, base: Path, skipped: SkippedFiles) -> list[str]:
+    """Return the images in and below `folder`, sorted, as paths below the base."""
+    images: list[str] = []
+    # Entries of os.scandir, unlike paths, know files from folders without a stat call for each.
+    for entry in layout.list_folder(Path(folder)):
+        name = f"{relative}/{entry.name}"
+        if layout.is_hidden(entry.name):
+            _skip_all(entry, base, skipped)
+        elif layout.is_folder(entry):
+            if entry.is_symlink() and Path(folder).resolve().is_relative_to(Path(entry.path).resolve()):
+                skipped.add(name, _LINK_LOOP)
             else:
-                self.skip_by_extension(name)
-        return images
+                images.extend(_images_below(entry.path, name, base, skipped))
+        elif layout.has_image_extension(entry.name):
+            images.append(name)
+        else:
+            skipped.add(name)
+    return images

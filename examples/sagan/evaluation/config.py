@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from sagan.errors import UserError
+from sagan.errors import UserError, check_at_least
 from sagan.evaluation.inception_score import SPLITS
 
 Metric = Literal["fid", "is", "kid", "intra-fid", "pr"]
-METRICS: tuple[Metric, ...] = ("fid", "is", "kid", "intra-fid", "pr")
-PROXY_COUNT = 5000
+BatchNormStatistics = Literal["running", "batch", "standing"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+NUM_SAMPLES, NUM_SAMPLES_PROXY = 50_000, 5000
 NO_NETWORK = (
-    "feature network: expected inception-weights with the file pt_inception-2015-12-05-6726825d.pth (pytorch-fid "
-    "and torch-fidelity publish it), feature-network with an exported program, or proxy; got none. Nothing is "
-    "downloaded"
+    "feature network: expected inception-weights (the file pt_inception-2015-12-05-6726825d.pth, which pytorch-fid and "
+    "torch-fidelity publish), feature-network (an exported program) or proxy; got none. Nothing is downloaded"
 )
-_PATHS = ("inception_weights", "feature_network", "cache", "data")
 
 
 @dataclass(frozen=True)
@@ -25,29 +24,29 @@ class EvaluationConfig:
     """What to evaluate, and how.
 
     Attributes:
-        metrics: which figures: fid, is (Inception Score), kid, intra-fid (mean over classes of the FID of each), pr
-            (precision and recall); by default fid and is, with --proxy fid.
-        count: generated images; None for 50,000, or 5,000 with --proxy.
-        sample_seed: of the generated images; image i depends on it and i alone.
+        metrics: fid, is (Inception Score), kid, intra-fid (mean over classes of the FID of each), pr (precision and
+            recall); by default fid and is, with --proxy fid.
+        count: images to generate; None for 50,000, or 5,000 with --proxy.
+        sample_seed: seed of the generated images; image i depends on the seed and i only.
         block_size: images at a time in each process.
-        bn_statistics: batch norm of G: "running" averages of training, each block's own ("batch"), or "standing"
-            ones gathered anew over --standing-batches blocks.
+        bn_statistics: batch-norm statistics of G: "running" averages from training, those of each block of images
+            ("batch"), or "standing" ones gathered over --standing-batches blocks.
         standing_batches: blocks for standing statistics.
-        truncation: draw coordinates of latents beyond this anew; None for plain normal latents.
+        truncation: redraw coordinates of latents beyond this; None for plain normal latents.
         inception_weights: the file pt_inception-2015-12-05-6726825d.pth.
-        feature_network: instead of Inception, a program saved by torch.export.save (.pt2).
-        feature_network_sha256: of that file, to say that you trust it.
-        proxy: a small random network and fewer images, for small machines; its figures are no FIDs.
-        cache: folder for features of the reals; by default below the user's cache folder.
-        data: a prepared set, or root of the real images, to compare with; by default the run's.
-        split: folder below it that holds them, for a prepared set their name in figures; by default the run's.
+        feature_network: a program saved by torch.export.save (.pt2), in place of Inception.
+        feature_network_sha256: SHA-256 of that file, which says that you trust it.
+        proxy: use a small random network and fewer images, for small machines; its figures are not FIDs.
+        cache: folder for features of the real images; by default below the user's cache folder.
+        data: prepared set or folder with the real images; by default the run's.
+        split: subfolder with the real images, or for a prepared set its name in figures; by default the run's.
     """
 
     metrics: tuple[Metric, ...] = ()
     count: int | None = None
     sample_seed: int = 0
     block_size: int = 50
-    bn_statistics: Literal["running", "batch", "standing"] = "running"
+    bn_statistics: BatchNormStatistics = "running"
     standing_batches: int = 100
     truncation: float | None = None
     inception_weights: Path | None = None
@@ -59,34 +58,29 @@ class EvaluationConfig:
     split: str | None = None
 
     def __post_init__(self) -> None:
-        for each in fields(EvaluationConfig):  # from JSON, lists and strings
-            value = getattr(self, each.name)
-            if each.name in _PATHS and isinstance(value, str):
-                object.__setattr__(self, each.name, Path(value))
-            elif each.name == "metrics":
-                object.__setattr__(self, each.name, tuple(value))
+        for name in ("inception_weights", "feature_network", "cache", "data"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))  # JSON holds strings
         if len(set(self.metrics)) != len(self.metrics) or set(self.metrics) - set(METRICS):
             raise UserError(
-                f"metrics: expected different ones out of {', '.join(METRICS)}; got {list(self.metrics)}"
+                f"metrics: expected some of {', '.join(METRICS)}, each once; got {list(self.metrics)}"
             )
-        least = 2 * SPLITS
-        if self.num_samples < least:
-            raise UserError(f"count: expected at least {least}, got {self.count}")
-        for name, smallest in (("block_size", 1), ("standing_batches", 1), ("sample_seed", 0)):
-            if getattr(self, name) < smallest:
-                raise UserError(f"{name}: expected at least {smallest}, got {getattr(self, name)}")
-        if self.bn_statistics not in ("running", "batch", "standing"):
+        if self.num_samples < 2 * SPLITS:
+            raise UserError(f"count: expected at least {2 * SPLITS}, got {self.count}")
+        check_at_least(self, 1, "block_size", "standing_batches")
+        check_at_least(self, 0, "sample_seed")
+        if self.bn_statistics not in get_args(BatchNormStatistics):
             raise UserError(f"bn_statistics: expected running, batch or standing, got {self.bn_statistics!r}")
         if self.truncation is not None and not self.truncation >= 0.02:
             raise UserError(f"truncation: expected at least 0.02, got {self.truncation}")
-        if len(self.networks) > 1:
-            raise UserError(f"feature network: expected one, got {' and '.join(self.networks)}")
+        if len(self.network_options) > 1:
+            raise UserError(f"feature network: expected one, got {' and '.join(self.network_options)}")
         if self.proxy and "is" in self.metrics:
             raise UserError("metrics: the proxy network has no classes, so there is no 'is' with --proxy")
 
     @property
-    def networks(self) -> list[str]:
-        """The options given that name a feature network: one, or none so far."""
+    def network_options(self) -> list[str]:
+        """The options given that name a feature network; at most one."""
         options = {
             "inception-weights": self.inception_weights is not None,
             "feature-network": self.feature_network is not None,
@@ -104,7 +98,7 @@ class EvaluationConfig:
         """How many images to generate."""
         if self.count is not None:
             return self.count
-        return PROXY_COUNT if self.proxy else 50_000
+        return NUM_SAMPLES_PROXY if self.proxy else NUM_SAMPLES
 
 
 @dataclass(frozen=True)
@@ -112,9 +106,9 @@ class TrainingEvaluationConfig(EvaluationConfig):
     """Evaluation during training.
 
     Attributes:
-        every: iterations between evaluations, with one at the end; 0 for none.
-        best_by: figure that decides which checkpoint is the best: fid, is, kid, intra-fid, precision or recall; by
-            default the first of the metrics.
+        every: iterations between evaluations, with one more at the end; 0 for none.
+        best_by: figure that picks the best checkpoint: fid, is, kid, intra-fid, precision or recall; by default the
+            first of the metrics.
     """
 
     every: int = 0
@@ -122,8 +116,7 @@ class TrainingEvaluationConfig(EvaluationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every < 0:
-            raise UserError(f"every: expected at least 0, got {self.every}")
+        check_at_least(self, 0, "every")
         figures = [
             name
             for metric in self.chosen_metrics
@@ -131,5 +124,5 @@ class TrainingEvaluationConfig(EvaluationConfig):
         ]
         if self.best_by is not None and self.best_by not in figures:
             raise UserError(f"best_by: expected one of {', '.join(figures)}; got {self.best_by!r}")
-        if self.every and not self.networks:
+        if self.every and not self.network_options:
             raise UserError(NO_NETWORK)

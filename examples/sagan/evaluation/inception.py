@@ -1,11 +1,13 @@
-"""The Inception-v3 that FID and the Inception Score are defined by: TensorFlow's of 2015-12-05.
+"""The Inception-v3 that defines FID and the Inception Score: TensorFlow's of 2015-12-05.
 
-Its weights come as a file of tensors, under the names that pytorch-fid and torch-fidelity use. It is not torchvision's
-network: pooling, resize, the range of the input and the 1008 logits differ.
+Its weights come as a file of tensors with the names of pytorch-fid and torch-fidelity. torchvision's network differs in
+pooling, resize, the range of the input and the number of logits.
 """
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,33 +15,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sagan.checkpoints import load_plain
 from sagan.errors import UserError
+from sagan.io import load_plain
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256_START = "6726825d"
 NUM_FEATURES = 2048
 NUM_LOGITS = 1008
 INPUT_SIZE = 299
+_EPS = 0.001
 
 
 @dataclass(frozen=True)
 class _Conv:
-    """A convolution in a branch: its name, width, kernel, and stride; padded so that stride 1 keeps the size."""
+    """A convolution in a branch; its kernel is padded so that stride 1 keeps the size."""
 
     name: str
     outputs: int
-    kernel: tuple[int, int]
+    height: int
+    width: int
     stride: int = 1
 
     def make(self, inputs: int) -> _ConvNorm:
-        padding = (self.kernel[0] // 2, self.kernel[1] // 2) if self.stride == 1 else (0, 0)
-        return _ConvNorm(inputs, self.outputs, self.kernel, self.stride, padding)
+        padding = (self.height // 2, self.width // 2) if self.stride == 1 else (0, 0)
+        return _ConvNorm(inputs, self.outputs, (self.height, self.width), self.stride, padding)
 
 
-# A branch is a sequence of pools ("average", "max", "halve"), convolutions, and pairs of convolutions that both take
-# what comes before them.
-_Branch = list[str | _Conv | tuple[_Conv, _Conv]]
+# A branch is a sequence of pools ("average", "max", "halve"), convolutions, and pairs of parallel convolutions.
+_Branch = Sequence[str | _Conv | tuple[_Conv, _Conv]]
 
 
 class InceptionV3(nn.Module):
@@ -47,8 +50,8 @@ class InceptionV3(nn.Module):
 
     Shape:
         - images: uint8 [N, 3, H, W].
-        - Output: features of the last pooling [N, 2048], and logits [N, 1008] without the bias, which the
-          Inception Score leaves out.
+        - Output: features of the last pooling [N, 2048], and logits [N, 1008] without the bias, as the Inception
+          Score takes them.
     """
 
     def __init__(self) -> None:
@@ -61,16 +64,24 @@ class InceptionV3(nn.Module):
         self.Mixed_5b = _block_5(192, pooled=32)
         self.Mixed_5c = _block_5(256, pooled=64)
         self.Mixed_5d = _block_5(288, pooled=64)
-        self.Mixed_6a = _block_6a(288)
+        self.Mixed_6a = _Mixed(
+            288,
+            [_Conv("branch3x3", 384, 3, 3, stride=2)],
+            _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3, 2)),
+            ["halve"],
+        )
         self.Mixed_6b = _block_6(inner=128)
         self.Mixed_6c = _block_6(inner=160)
         self.Mixed_6d = _block_6(inner=160)
         self.Mixed_6e = _block_6(inner=192)
-        self.Mixed_7a = _block_7a(768)
+        self.Mixed_7a = _Mixed(
+            768,
+            _chain("branch3x3", (192, 1, 1), (320, 3, 3, 2)),
+            _chain("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2)),
+            ["halve"],
+        )
         self.Mixed_7b = _block_7(1280, pool="average")
-        self.Mixed_7c = _block_7(
-            2048, pool="max"
-        )  # as in TensorFlow's graph; the paper has an average here too
+        self.Mixed_7c = _block_7(2048, pool="max")  # as in TensorFlow's graph; the paper has "average"
         self.fc = nn.Linear(NUM_FEATURES, NUM_LOGITS)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,14 +98,6 @@ class InceptionV3(nn.Module):
         features = x.mean((2, 3))
         return features, F.linear(features, self.fc.weight)
 
-    @torch.no_grad()
-    def fold_batch_norm(self) -> InceptionV3:
-        """Put batch norm into the convolutions before it, for good, and return this network."""
-        for layer in self.modules():
-            if isinstance(layer, _ConvNorm):
-                layer.fold_batch_norm()
-        return self
-
 
 class _ConvNorm(nn.Module):
     """Convolution, batch norm, ReLU."""
@@ -109,28 +112,25 @@ class _ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        self.bn: nn.Module = nn.BatchNorm2d(outputs, eps=0.001)
+        self.bn: nn.Module = nn.BatchNorm2d(outputs, eps=_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.bn(self.conv(x)).relu_()
         return y
 
+    @torch.no_grad()
     def fold_batch_norm(self) -> None:
-        norm = self.bn
-        if not isinstance(norm, nn.BatchNorm2d):
-            return
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        bias = norm.bias.double() - norm.running_mean.double() * gain
-        weight = self.conv.weight.double() * gain.view(-1, 1, 1, 1)
-        self.conv.weight.copy_(weight)
+        """Fold batch norm into the convolution, in place."""
+        norm = {name: tensor.double() for name, tensor in self.bn.state_dict().items()}
+        gain = norm["weight"] / (norm["running_var"] + _EPS).sqrt()
+        bias = norm["bias"] - norm["running_mean"] * gain
+        self.conv.weight.copy_(self.conv.weight.double() * gain.view(-1, 1, 1, 1))
         self.conv.bias = nn.Parameter(bias.to(self.conv.weight))
         self.bn = nn.Identity()
 
 
 class _Mixed(nn.Module):
-    """Branches over the same input, their outputs one after the other along the channels."""
+    """Branches over the same input, concatenated along the channels."""
 
     def __init__(self, inputs: int, *branches: _Branch) -> None:
         super().__init__()
@@ -159,98 +159,58 @@ class _Mixed(nn.Module):
 
 
 def _pool(kind: str, x: Tensor) -> Tensor:
-    if kind == "average":  # over the pixels that exist, as TensorFlow's
+    if kind == "average":  # without the padding, as TensorFlow's
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     return F.max_pool2d(x, 3, 2) if kind == "halve" else F.max_pool2d(x, 3, 1, 1)
+
+
+def _chain(prefix: str, *convs: tuple[int, ...]) -> _Branch:
+    """Return convolutions named prefix_1, prefix_2, ..., each given as (outputs, height, width[, stride])."""
+    return [_Conv(f"{prefix}_{number}", *conv) for number, conv in enumerate(convs, 1)]
 
 
 def _block_5(inputs: int, pooled: int) -> _Mixed:
     return _Mixed(
         inputs,
-        [_Conv("branch1x1", 64, (1, 1))],
-        [_Conv("branch5x5_1", 48, (1, 1)), _Conv("branch5x5_2", 64, (5, 5))],
-        [
-            _Conv("branch3x3dbl_1", 64, (1, 1)),
-            _Conv("branch3x3dbl_2", 96, (3, 3)),
-            _Conv("branch3x3dbl_3", 96, (3, 3)),
-        ],
-        ["average", _Conv("branch_pool", pooled, (1, 1))],
-    )
-
-
-def _block_6a(inputs: int) -> _Mixed:
-    return _Mixed(
-        inputs,
-        [_Conv("branch3x3", 384, (3, 3), 2)],
-        [
-            _Conv("branch3x3dbl_1", 64, (1, 1)),
-            _Conv("branch3x3dbl_2", 96, (3, 3)),
-            _Conv("branch3x3dbl_3", 96, (3, 3), 2),
-        ],
-        ["halve"],
+        [_Conv("branch1x1", 64, 1, 1)],
+        _chain("branch5x5", (48, 1, 1), (64, 5, 5)),
+        _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3)),
+        ["average", _Conv("branch_pool", pooled, 1, 1)],
     )
 
 
 def _block_6(inner: int) -> _Mixed:
     return _Mixed(
         768,
-        [_Conv("branch1x1", 192, (1, 1))],
-        [
-            _Conv("branch7x7_1", inner, (1, 1)),
-            _Conv("branch7x7_2", inner, (1, 7)),
-            _Conv("branch7x7_3", 192, (7, 1)),
-        ],
-        [
-            _Conv("branch7x7dbl_1", inner, (1, 1)),
-            _Conv("branch7x7dbl_2", inner, (7, 1)),
-            _Conv("branch7x7dbl_3", inner, (1, 7)),
-            _Conv("branch7x7dbl_4", inner, (7, 1)),
-            _Conv("branch7x7dbl_5", 192, (1, 7)),
-        ],
-        ["average", _Conv("branch_pool", 192, (1, 1))],
-    )
-
-
-def _block_7a(inputs: int) -> _Mixed:
-    return _Mixed(
-        inputs,
-        [_Conv("branch3x3_1", 192, (1, 1)), _Conv("branch3x3_2", 320, (3, 3), 2)],
-        [
-            _Conv("branch7x7x3_1", 192, (1, 1)),
-            _Conv("branch7x7x3_2", 192, (1, 7)),
-            _Conv("branch7x7x3_3", 192, (7, 1)),
-            _Conv("branch7x7x3_4", 192, (3, 3), 2),
-        ],
-        ["halve"],
+        [_Conv("branch1x1", 192, 1, 1)],
+        _chain("branch7x7", (inner, 1, 1), (inner, 1, 7), (192, 7, 1)),
+        _chain("branch7x7dbl", (inner, 1, 1), (inner, 7, 1), (inner, 1, 7), (inner, 7, 1), (192, 1, 7)),
+        ["average", _Conv("branch_pool", 192, 1, 1)],
     )
 
 
 def _block_7(inputs: int, pool: str) -> _Mixed:
     return _Mixed(
         inputs,
-        [_Conv("branch1x1", 320, (1, 1))],
+        [_Conv("branch1x1", 320, 1, 1)],
         [
-            _Conv("branch3x3_1", 384, (1, 1)),
-            (_Conv("branch3x3_2a", 384, (1, 3)), _Conv("branch3x3_2b", 384, (3, 1))),
+            _Conv("branch3x3_1", 384, 1, 1),
+            (_Conv("branch3x3_2a", 384, 1, 3), _Conv("branch3x3_2b", 384, 3, 1)),
         ],
         [
-            _Conv("branch3x3dbl_1", 448, (1, 1)),
-            _Conv("branch3x3dbl_2", 384, (3, 3)),
-            (_Conv("branch3x3dbl_3a", 384, (1, 3)), _Conv("branch3x3dbl_3b", 384, (3, 1))),
+            _Conv("branch3x3dbl_1", 448, 1, 1),
+            _Conv("branch3x3dbl_2", 384, 3, 3),
+            (_Conv("branch3x3dbl_3a", 384, 1, 3), _Conv("branch3x3dbl_3b", 384, 3, 1)),
         ],
-        [pool, _Conv("branch_pool", 192, (1, 1))],
+        [pool, _Conv("branch_pool", 192, 1, 1)],
     )
 
 
 def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
     """Resize as TensorFlow 1's ``resize_bilinear``: bilinear, no antialiasing, pixel i samples at i * old / new.
 
-    Neither of ``F.interpolate``'s conventions is this one: it aligns the first pixels' centres, and the last row
-    and column are repeated beyond the edge.
-
-    Args:
-        images: float [N, C, H, W].
-        size: height and width of the result.
+    ``F.interpolate`` has no such convention: this one aligns the centres of the first pixels, and repeats the last row
+    and column beyond the edge. ``images`` are float [N, C, H, W]; the result is ``size`` pixels high and wide.
     """
     for axis in (3, 2):  # in TensorFlow's order, to the last bit
         old = images.size(axis)
@@ -267,13 +227,10 @@ def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
 
 
 def load_inception(path: Path) -> InceptionV3:
-    """Return the network with the weights of a file, in evaluation, batch norm folded into the convolutions.
-
-    Args:
-        path: of a state dict of tensors such as pt_inception-2015-12-05-6726825d.pth.
+    """Return the network with the weights of a file (a state dict), in evaluation mode, with batch norm folded.
 
     Raises:
-        UserError: if there is no such file, it holds more than tensors, or they are another network's.
+        UserError: if there is no such file, it holds more than tensors, or the tensors are another network's.
     """
     if not path.is_file():
         raise UserError(
@@ -284,24 +241,20 @@ def load_inception(path: Path) -> InceptionV3:
         tensors = load_plain(path)
     except UserError as error:
         raise UserError(f"inception weights: {path} is not a readable file of tensors ({error})") from error
-    network = InceptionV3()
-    wanted = network.state_dict()
     if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):
         raise UserError(f"inception weights: expected a state dict of tensors in {path}")
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
-    problems = [f"{name} is missing" for name in wanted if name not in tensors and name not in counters]
-    problems += [f"{name} is unknown" for name in tensors if name not in wanted]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, not {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    network = InceptionV3()
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        # torch lists missing and unknown names in a line each, and each other shape
+        differences = [textwrap.shorten(line, 300) for line in str(error).splitlines()[1:4]]
         raise UserError(
             f"inception weights: {path} is not TensorFlow's Inception-v3 of 2015-12-05 ({WEIGHTS_FILE}): "
-            f"{'; '.join(problems[:3])}{more}"
-        )
-    network.load_state_dict({name: wanted[name] for name in counters} | tensors)
-    network.eval().requires_grad_(False).fold_batch_norm()
+            f"{' '.join(differences)}"
+        ) from error
+    network.eval().requires_grad_(False)
+    for layer in network.modules():
+        if isinstance(layer, _ConvNorm):
+            layer.fold_batch_norm()
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -9,15 +9,10 @@ SPLITS = 10
 
 
 class InceptionScore:
-    r"""exp of the mean Kullback-Leibler divergence of class probabilities from their mean, in each of several splits.
+    r"""The exponential of the mean divergence of class probabilities from their mean, in each of several splits.
 
     .. math:: \mathrm{IS} = \exp\, \mathbb{E}_x \mathrm{KL}(p(y|x) \,\|\, p(y))
         = \exp\Big(\frac{1}{n}\sum_{i,y} p_{iy} \log p_{iy} - \sum_y \bar p_y \log \bar p_y\Big)
-
-    Args:
-        num_logits: number of classes of the network.
-        splits: number of splits.
-        device: of the sums.
 
     Reference:
         Salimans et al., Improved Techniques for Training GANs.
@@ -29,7 +24,7 @@ class InceptionScore:
         self.probabilities = torch.zeros(splits, num_logits, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, splits: Tensor) -> None:
-        """Add logits [n, classes] and the split of each, int64 [n]."""
+        """Add logits [n, num_logits] and the split of each, int64 [n]."""
         log_probabilities = logits.to(self.probabilities).log_softmax(1)
         probabilities = log_probabilities.exp()
         negative_entropies = (probabilities * log_probabilities).sum(1)
@@ -41,7 +36,7 @@ class InceptionScore:
             self.probabilities[split] += probabilities[chosen].sum(0)
 
     def result(self) -> tuple[float, float]:
-        """Return mean and standard deviation (over the number of splits, not one less) of the splits' scores.
+        """Return mean and standard deviation (divided by the number of splits) of the splits' scores.
 
         Raises:
             ValueError: if a split has no samples.

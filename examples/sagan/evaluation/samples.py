@@ -1,54 +1,65 @@
-"""A generator with the batch-norm statistics that an evaluation asks for."""
+"""The images that an evaluation generates."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from sagan.distributed import Processes
+from sagan.distributed import World
 from sagan.evaluation.config import EvaluationConfig
 from sagan.networks import Generator
-from sagan.sampling import generate, sample_inputs
+from sagan.sampling import generate, numbered_samples, sample_inputs
 from sagan_layers import ConditionalBatchNorm2d, standing_statistics
 
-# Numbers of the samples that standing statistics are from, beyond those of any evaluated set.
+# Standing statistics come from samples with numbers beyond those of any evaluated set.
 _STANDING_START = 2**40
 
 
+def generated_blocks(
+    generator: Generator, config: EvaluationConfig, world: World, labels_in_use: Tensor
+) -> Iterator[Tensor]:
+    """Return the images of blocks rank, rank + world_size, ..., uint8 [n, 3, R, R] each; G itself does not change."""
+    blocks = numbered_samples(
+        _with_batch_norm_statistics(generator, config, world, labels_in_use),
+        config.num_samples,
+        seed=config.sample_seed,
+        batch_size=config.block_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        labels_in_use=labels_in_use,
+        truncation=config.truncation,
+    )
+    return (images for _, images, _ in blocks)
+
+
 @torch.no_grad()
-def with_statistics(
-    generator: Generator, config: EvaluationConfig, own: Processes, labels_in_use: Tensor
+def _with_batch_norm_statistics(
+    generator: Generator, config: EvaluationConfig, world: World, labels_in_use: Tensor
 ) -> Generator:
-    """Return G with running, batch or standing statistics; G itself is left as it is.
+    """Return G, or a copy of it with batch or standing statistics.
 
-    Each process gathers the same standing statistics for itself, so that they do not depend on how many there are.
-
-    Args:
-        generator: G.
-        config: says which.
-        own: this process.
-        labels_in_use: classes to go through in turn.
+    Every process gathers the same standing statistics by itself, so they do not depend on the number of processes.
     """
     if config.bn_statistics == "running":
         return generator
-    with torch.random.fork_rng(devices=[]):  # anew, for a copy would gather over all processes where G does
+    # Not a deep copy, which would keep G's process group and gather over all processes.
+    with torch.random.fork_rng(devices=[]):
         replica = Generator(generator.config)
     replica.to(next(generator.parameters())).load_state_dict(generator.state_dict())
     replica.eval()
     if config.bn_statistics == "batch":
         for layer in replica.modules():
             if isinstance(layer, ConditionalBatchNorm2d):
-                layer.begin_standing_statistics()  # and never end: each block is normalised by its own
+                layer.begin_standing_statistics()  # never ended, so each block is normalised by its own
         return replica
-    with own.alone() as alone, standing_statistics(replica, process_group=alone):
+    with world.single_rank_group() as group, standing_statistics(replica, process_group=group):
         for number in range(config.standing_batches):
             start = _STANDING_START + number * config.block_size
+            block = range(start, start + config.block_size)
             latents, labels = sample_inputs(
-                range(start, start + config.block_size),
-                replica.config,
-                config.sample_seed,
-                labels_in_use,
-                truncation=config.truncation,
+                block, replica.config, config.sample_seed, labels_in_use, truncation=config.truncation
             )
             generate(replica, latents, labels, batch_size=config.block_size)
     return replica

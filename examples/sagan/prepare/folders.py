@@ -5,58 +5,48 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from sagan.data import DatasetError, PathTable, scan_image_tree
-from sagan.prepare.ahead import hinted, will_need
-from sagan.prepare.listing import Indices, Listing, Reader, Store, consecutive_parts
+from sagan.prepare.listing import ImageFiles, Indices, Listing, hinted, will_need
 
-# One file's own trouble; any other error is the disk's or the network's, and ends the run.
-_OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
+# Errors of a single file; any other is the disk's or the network's, and ends the run.
+_SINGLE_FILE_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 
 
-@dataclass(frozen=True)
-class FileReader(Reader):
-    """Reads files below a folder."""
+class Files(ImageFiles):
+    """Files below a folder."""
 
-    root: Path
-    names: Sequence[str]
+    def __init__(self, paths: PathTable) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def __iter__(self) -> Iterator[bytes | str]:
-        for path in hinted([self.root / name for name in self.names], will_need):
+        for path in hinted(self.paths, will_need):
             try:
                 yield path.read_bytes()
             except OSError as error:
-                if error.errno not in _OF_ONE_FILE or not os.path.lexists(path):
+                if error.errno not in _SINGLE_FILE_ERRORS or not os.path.lexists(path):
                     raise DatasetError(
-                        f"cannot read {path} any more: {error.strerror}. Run the same command again to go on."
+                        f"cannot read {path} any more: {error.strerror}. Run the same command again to resume."
                     ) from error
                 yield error.strerror or str(error)
 
-
-class FileStore(Store):
-    """Files below a folder, of which `names` are the paths."""
-
-    def __init__(self, names: PathTable) -> None:
-        self.names = names
+    def select(self, indices: Indices) -> Files:
+        return Files(PathTable(self.paths.root, map(self.paths.relative, indices.tolist())))
 
     def identity(self) -> bytes:
         digest = hashlib.sha256()
-        for index in range(len(self.names)):
+        for path in self.paths:
             try:
-                size = (self.names.root / self.names.relative(index)).stat().st_size
+                size = path.stat().st_size
             except OSError:  # such as a link to nothing
                 size = -1
             digest.update(f"{size} ".encode())
         return digest.digest()
-
-    def parts(self, size: int) -> list[Indices]:
-        return consecutive_parts(len(self.names), size)
-
-    def reader(self, indices: Indices) -> FileReader:
-        return FileReader(self.names.root, [self.names.relative(index) for index in indices.tolist()])
 
 
 def list_class_folders(root: Path, split: str) -> Listing:
@@ -66,10 +56,9 @@ def list_class_folders(root: Path, split: str) -> Listing:
         kind="folder",
         path=str(tree.root),
         class_names=tree.class_names,
-        class_words=None,
         names=tree.paths,
         labels=tree.labels,
-        store=FileStore(tree.paths),
+        files=Files(tree.paths),
         skipped=tree.skipped,
         skipped_examples=tree.skipped_examples,
     )

@@ -1,4 +1,4 @@
-"""Which class each validation image is of, and what people call the classes."""
+"""The class of each validation image, and the human names of the classes."""
 
 from __future__ import annotations
 
@@ -7,51 +7,46 @@ import io
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from sagan.data import DatasetError
 from sagan.prepare.listing import WNID
 
-DEVKIT_LABELS = "ILSVRC2012_validation_ground_truth.txt"
-VAL_SOLUTION = "LOC_val_solution.csv"
-FOUND_BY_NAME = (
-    DEVKIT_LABELS,
-    f"data/{DEVKIT_LABELS}",
-    f"ILSVRC2012_devkit_t12/data/{DEVKIT_LABELS}",
+_DEVKIT_LABELS = "ILSVRC2012_validation_ground_truth.txt"
+_VAL_SOLUTION = "LOC_val_solution.csv"
+_FOUND_BY_NAME = (
+    _DEVKIT_LABELS,
+    f"data/{_DEVKIT_LABELS}",
+    f"ILSVRC2012_devkit_t12/data/{_DEVKIT_LABELS}",
     "ILSVRC2012_devkit_t12.tar.gz",
-    VAL_SOLUTION,
+    _VAL_SOLUTION,
 )
-WORDS_FOUND_BY_NAME = ("LOC_synset_mapping.txt", "words.txt", "synset_words.txt")
+_WORDS_FOUND_BY_NAME = ("LOC_synset_mapping.txt", "words.txt", "synset_words.txt")
 _NUMBER = re.compile(r"_(\d{8})\.\w+")
 _HELP = (
-    "Give --ground-truth: LOC_val_solution.csv (Kaggle), a text file with the WNID of each image in a line, or the "
+    "Give --ground-truth: LOC_val_solution.csv (Kaggle), a text file with the WNID of one image per line, or the "
     "development kit (its folder or .tar.gz), which holds ILSVRC2012_validation_ground_truth.txt and meta.mat."
 )
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The classes of a set of images without class folders.
+    """The classes (WNIDs) of a set of images without class folders, by number or by name, and what the source adds."""
 
-    Attributes:
-        by_number: WNID of image 1, 2, ... in the order of their file names, if that is how they are given.
-        by_name: WNID by file name without its ending, otherwise.
-        words: human names by WNID, where the source has them.
-        wnids: all classes, also those without an image here.
-    """
+    by_number: Sequence[str] = ()  # of image 1, 2, ... in the order of the file names
+    by_name: Mapping[str, str] = field(default_factory=dict)  # by file name without extension
+    words: Mapping[str, str] = field(default_factory=dict)  # human names by WNID
+    classes: Sequence[str] = ()  # all that the source lists: there may be some without an image here
 
-    by_number: Sequence[str]
-    by_name: Mapping[str, str]
-    words: Mapping[str, str]
-    wnids: Sequence[str]
+    @cached_property
+    def wnids(self) -> list[str]:
+        """All classes in the order of their labels."""
+        return sorted({*self.classes, *self.by_number, *self.by_name.values()})
 
     def of(self, names: Sequence[str], source: str) -> list[str]:
-        """Return the WNID of each file, of which `names` are sorted.
-
-        Raises:
-            DatasetError: it is not known for one.
-        """
+        """Return the WNID of each of the files, whose names are sorted; raise DatasetError if one is not known."""
         if self.by_name:
             missing = [name for name in names if name.rpartition(".")[0] not in self.by_name]
             if missing:
@@ -89,29 +84,26 @@ def find_beside(start: Path, names: Sequence[str]) -> Path | None:
 
 
 def read_ground_truth(path: Path | None, synsets: Path | None, source: Path) -> tuple[GroundTruth, str]:
-    """Return the ground truth and a remark on where it was found.
+    """Return the ground truth and a remark on where it was found; raise DatasetError if there is no usable one.
 
     Args:
         path: what the user named; None looks beside the source.
-        synsets: what the user named for the kit's numbers: meta.mat, or a text file with a WNID a line.
+        synsets: what the user named for the kit's numbers: meta.mat, or a text file with one WNID per line.
         source: the images.
-
-    Raises:
-        DatasetError: there is none, or the classes cannot be known from it.
     """
-    found = path or find_beside(source, FOUND_BY_NAME)
+    found = path or find_beside(source, _FOUND_BY_NAME)
     if found is None:
         raise DatasetError(
-            f"the images in {source} have no class folders, and no ground truth lies beside them: their classes "
+            f"the images in {source} have no class folders, and there is no ground truth beside them: their classes "
             f"cannot be known. {_HELP}"
         )
     if not found.exists():
         raise DatasetError(f"expected the ground truth at {found}, found nothing. {_HELP}")
     remark = f"classes from {found}"
     if found.is_dir():
-        inside = sorted(found.rglob(DEVKIT_LABELS))
+        inside = sorted(found.rglob(_DEVKIT_LABELS))
         if not inside:
-            raise DatasetError(f"expected {DEVKIT_LABELS} in the folder {found}, found none. {_HELP}")
+            raise DatasetError(f"expected {_DEVKIT_LABELS} in the folder {found}, found none. {_HELP}")
         found = inside[0]
     meta: bytes | None = None
     if found.name.endswith((".tar.gz", ".tgz", ".tar")):
@@ -126,13 +118,11 @@ def read_ground_truth(path: Path | None, synsets: Path | None, source: Path) -> 
     if lines and all(len(line) == 1 and line[0].isdecimal() for line in lines):
         return _devkit([int(line[0]) for line in lines], synsets, meta, found), remark
     if lines and all(len(line) == 1 and WNID.fullmatch(line[0]) for line in lines):
-        wnids = [line[0] for line in lines]
-        return GroundTruth(wnids, {}, {}, sorted(set(wnids))), remark
+        return GroundTruth(by_number=[line[0] for line in lines]), remark
     if lines and all(len(line) == 2 and WNID.fullmatch(line[1]) for line in lines):
-        by_name = {_stem(name): wnid for name, wnid in lines}
-        return GroundTruth((), by_name, {}, sorted(set(by_name.values()))), remark
+        return GroundTruth(by_name={_stem(name): wnid for name, wnid in lines}), remark
     raise DatasetError(
-        f"cannot read the ground truth in {found}: expected a number or a WNID (n01440764) a line, or an image and "
+        f"cannot read the ground truth in {found}: expected a number or a WNID (n01440764) per line, or an image and "
         f"its WNID, got {' '.join(lines[0]) if lines else 'an empty file'!r}. {_HELP}"
     )
 
@@ -143,13 +133,13 @@ def _from_archive(path: Path) -> tuple[str, bytes | None]:
         with tarfile.open(path) as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
-                if name in (DEVKIT_LABELS, "meta.mat") and (file := archive.extractfile(member)) is not None:
+                if name in (_DEVKIT_LABELS, "meta.mat") and (file := archive.extractfile(member)) is not None:
                     found[name] = file.read()
     except tarfile.TarError as error:
         raise DatasetError(f"cannot read the development kit {path}: {error}") from error
-    if DEVKIT_LABELS not in found:
-        raise DatasetError(f"expected {DEVKIT_LABELS} in {path}, found none. {_HELP}")
-    return found[DEVKIT_LABELS].decode("utf-8"), found.get("meta.mat")
+    if _DEVKIT_LABELS not in found:
+        raise DatasetError(f"expected {_DEVKIT_LABELS} in {path}, found none. {_HELP}")
+    return found[_DEVKIT_LABELS].decode("utf-8"), found.get("meta.mat")
 
 
 def _val_solution(text: str, path: Path) -> GroundTruth:
@@ -161,7 +151,7 @@ def _val_solution(text: str, path: Path) -> GroundTruth:
         by_name[_stem(row["ImageId"])] = wnid
     if not by_name:
         raise DatasetError(f"{path} holds no row. {_HELP}")
-    return GroundTruth((), by_name, {}, sorted(set(by_name.values())))
+    return GroundTruth(by_name=by_name)
 
 
 def _stem(name: str) -> str:
@@ -172,23 +162,23 @@ def _stem(name: str) -> str:
 def _devkit(numbers: Sequence[int], synsets: Path | None, meta: bytes | None, path: Path) -> GroundTruth:
     """Turn the kit's numbers, which are not in the sorted order of the WNIDs, into WNIDs."""
     words: dict[str, str] = {}
+    if synsets is not None and synsets.suffix == ".mat":
+        meta = synsets.read_bytes()
     if synsets is not None and synsets.suffix != ".mat":
         wnids = _synset_lines(synsets)
-    elif synsets is not None or meta is not None:
-        data = synsets.read_bytes() if synsets is not None else meta
-        assert data is not None
-        wnids, words = _meta_mat(data)
+    elif meta is not None:
+        wnids, words = _meta_mat(meta)
     else:
         raise DatasetError(
             f"{path} holds the development kit's numbers, from 1. They are not in the order of the WNIDs, so without "
-            "meta.mat (which lies beside it in the kit) the classes cannot be known. Give --synsets: that meta.mat, "
+            "meta.mat (which is beside it in the kit) the classes cannot be known. Give --synsets: that meta.mat, "
             f"or a text file with the WNID of each number in a line. Or {_HELP[0].lower()}{_HELP[1:]}"
         )
     if min(numbers) < 1 or max(numbers) > len(wnids):
         raise DatasetError(
             f"{path}: the numbers go from {min(numbers)} to {max(numbers)}, the synsets from 1 to {len(wnids)}"
         )
-    return GroundTruth([wnids[number - 1] for number in numbers], {}, words, sorted(wnids))
+    return GroundTruth(by_number=[wnids[n - 1] for n in numbers], words=words, classes=wnids)
 
 
 def _synset_lines(path: Path) -> list[str]:
@@ -224,19 +214,15 @@ def _meta_mat(data: bytes) -> tuple[list[str], dict[str, str]]:
 def read_words(path: Path | None, class_names: Sequence[str], source: Path) -> dict[str, str]:
     """Return human names by WNID from LOC_synset_mapping.txt, words.txt or the like.
 
-    Args:
-        path: what the user named; None looks beside the source, and takes a file only if it has every class.
-        class_names: the classes.
-        source: the images.
-
-    Raises:
-        DatasetError: the file that the user named has none of the classes.
+    ``path`` is what the user named, which must have every class; None looks beside the source.
     """
-    found = path or find_beside(source, WORDS_FOUND_BY_NAME)
+    found = path or find_beside(source, _WORDS_FOUND_BY_NAME)
     if found is None:
         return {}
     if not found.is_file():
-        raise DatasetError(f"expected a text file with a WNID and its words a line at {found}, found nothing")
+        raise DatasetError(
+            f"expected a text file with a WNID and its words per line at {found}, found nothing"
+        )
     words = {}
     for line in found.read_text(encoding="utf-8", errors="replace").splitlines():
         wnid, _, text = line.strip().replace("\t", " ", 1).partition(" ")

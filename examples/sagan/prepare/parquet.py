@@ -6,15 +6,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sagan.data import DatasetError, PathTable
-from sagan.prepare.ahead import will_need
-from sagan.prepare.listing import WNID, Indices, Listing, Reader, Store, sorted_by_class_and_name
+from sagan.prepare.listing import WNID, ImageFiles, Indices, Listing, sorted_by_class_and_name, will_need
 
 _WNID_SUFFIX = re.compile(r"_(n\d{8})(\.\w+)$")
 
@@ -30,34 +28,60 @@ def _parquet() -> Any:
     return pyarrow.parquet
 
 
-@dataclass(frozen=True)
-class ParquetReader(Reader):
-    """Reads rows of row groups: (file, row group, rows in it, in rising order)."""
+class ParquetFiles(ImageFiles):
+    """Rows of a column of a few parquet files."""
 
-    column: str
-    groups: Sequence[tuple[Path, int, Sequence[int]]]
+    def __init__(self, paths: Sequence[Path], column: str, rows: Indices) -> None:
+        self.paths = paths
+        self.column = column
+        self.rows = rows  # int64 [N, 3]: number of the file, row group in it, row in that
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[bytes | str]:
-        parquet = _parquet()
-        for path, group, rows in self.groups:
-            wanted, row = set(rows), 0
-            try:
-                with parquet.ParquetFile(path, memory_map=True) as file:
-                    column = f"{self.column}.bytes"
-                    will_need(path, *_stretch(file.metadata.row_group(group), column))
-                    batches = file.iter_batches(64, row_groups=[group], columns=[column], use_threads=False)
-                    for batch in batches:
-                        for data in batch.column(0).field("bytes"):
-                            if row in wanted:
-                                found = data.as_py()
-                                yield "no bytes in the parquet file" if found is None else found
-                            row += 1
-            except OSError as error:  # pyarrow's own errors are some too
-                raise DatasetError(f"cannot read row group {group} of {path}: {error}") from error
+        """Read row groups in their order; the rows of a group must follow each other and rise."""
+        changes = np.flatnonzero(np.any(np.diff(self.rows[:, :2], axis=0), axis=1)) + 1
+        for rows in np.split(self.rows, changes):
+            number, group = rows[0, :2].tolist()
+            yield from self._read(self.paths[number], group, set(rows[:, 2].tolist()))
+
+    def _read(self, path: Path, group: int, wanted: set[int]) -> Iterator[bytes | str]:
+        column = f"{self.column}.bytes"
+        row = 0
+        try:
+            with _parquet().ParquetFile(path, memory_map=True) as file:
+                will_need(path, *_stretch(file.metadata.row_group(group), column))
+                for batch in file.iter_batches(64, row_groups=[group], columns=[column], use_threads=False):
+                    for data in batch.column(0).field("bytes"):
+                        if row in wanted:
+                            found = data.as_py()
+                            yield "no bytes in the parquet file" if found is None else found
+                        row += 1
+        except OSError as error:  # some of pyarrow's own errors are, too
+            raise DatasetError(f"cannot read row group {group} of {path}: {error}") from error
+
+    def select(self, indices: Indices) -> ParquetFiles:
+        return ParquetFiles(self.paths, self.column, self.rows[indices])
+
+    def parts(self, size: int) -> list[Indices]:
+        """Return whole row groups: reading a row means decoding its group."""
+        order = np.lexsort(self.rows.T[::-1])
+        changes = np.flatnonzero(np.any(np.diff(self.rows[order, :2], axis=0), axis=1)) + 1
+        parts: list[Indices] = []
+        start = 0
+        for end in [*changes.tolist(), len(order)]:
+            if end - start >= size or end == len(order):
+                parts.append(order[start:end])
+                start = end
+        return [part for part in parts if len(part)]
+
+    def identity(self) -> bytes:
+        return "\0".join(f"{path.name} {path.stat().st_size}" for path in self.paths).encode()
 
 
 def _stretch(group: Any, column: str) -> tuple[int, int]:
-    """Return where in the file a row group has a column, and how many bytes of it."""
+    """Return where in the file a row group has a column, and its size in bytes."""
     for number in range(group.num_columns):
         chunk = group.column(number)
         if chunk.path_in_schema == column:
@@ -65,135 +89,77 @@ def _stretch(group: Any, column: str) -> tuple[int, int]:
     return 0, 0
 
 
-class ParquetStore(Store):
-    """Rows of a few files, of which whole row groups are read."""
-
-    def __init__(
-        self, paths: Sequence[Path], column: str, files: Indices, groups: Indices, rows: Indices
-    ) -> None:
-        self.paths = tuple(paths)
-        self.column = column
-        self.files, self.groups, self.rows = files, groups, rows
-
-    def parts(self, size: int) -> list[Indices]:
-        order = np.lexsort((self.rows, self.groups, self.files))
-        changes = (np.diff(self.files[order]) != 0) | (np.diff(self.groups[order]) != 0)
-        parts: list[Indices] = []
-        start = 0
-        for end in [*(np.flatnonzero(changes) + 1).tolist(), len(order)]:
-            if end - start >= size or end == len(order):
-                parts.append(order[start:end])
-                start = end
-        return [part for part in parts if len(part)]
-
-    def reader(self, indices: Indices) -> ParquetReader:
-        groups: list[tuple[Path, int, list[int]]] = []
-        for index in indices.tolist():
-            path, group = self.paths[self.files[index]], int(self.groups[index])
-            if not groups or groups[-1][:2] != (path, group):
-                groups.append((path, group, []))
-            groups[-1][2].append(int(self.rows[index]))
-        return ParquetReader(self.column, groups)
-
-    def identity(self) -> bytes:
-        return "\0".join(f"{path.name} {path.stat().st_size}" for path in self.paths).encode()
-
-
 def find_shards(path: Path, split: str) -> list[Path]:
-    """Return the parquet files of a split in a folder or its subfolder data, sorted; all if none is named so.
-
-    Raises:
-        DatasetError: there are files of other splits only.
-    """
+    """Return the parquet files of a split in a folder or its subfolder data, sorted; all if no name has a split."""
     files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet"), *path.glob(f"{split}/*.parquet")])
-    same = {"val": ("val", "validation", "valid"), "validation": ("validation", "val", "valid")}.get(
-        split, (split,)
-    )
-    chosen = [file for file in files if re.split(r"[-_.]", file.name)[0] in same or file.parent.name in same]
-    others = [
-        file for file in files if re.split(r"[-_.]", file.name)[0] in ("train", "validation", "val", "test")
-    ]
+    synonyms = ("val", "validation", "valid") if split in ("val", "validation") else (split,)
+    first_words = {file: re.split(r"[-_.]", file.name)[0] for file in files}
+    chosen = [file for file in files if {first_words[file], file.parent.name} & {*synonyms}]
+    others = [file for file in files if first_words[file] in ("train", "validation", "val", "test")]
     if files and not chosen and others:
         raise DatasetError(
-            f"expected parquet files of the split {split!r} in {path}, got only such as {others[0].name}"
+            f"expected parquet files of the split {split!r} in {path}, got only others, such as {others[0].name}"
         )
     return chosen or files
 
 
 def list_parquet(files: Sequence[Path], source: str) -> Listing:
-    """List the images of parquet files.
-
-    Args:
-        files: the shards, in order.
-        source: what the user named.
-
-    Raises:
-        DatasetError: they cannot be read, or lack the columns or the labels.
-    """
-    parquet = _parquet()
+    """List the images of parquet files, which the user named as ``source``."""
     if not files:
         raise DatasetError(f"expected parquet files at {source}, got none")
-    stored: list[str | None] = []
+    names: list[str] = []
     labels: list[int] = []
-    places: list[tuple[int, int, int]] = []
+    rows: list[tuple[int, int, int]] = []
     class_labels: list[str] | None = None
-    image = label = ""
+    column = ""
     for number, path in enumerate(files):
         try:
-            with parquet.ParquetFile(path) as file:
-                image, label, names = _columns(file.schema_arrow, path)
-                class_labels = class_labels or names
+            with _parquet().ParquetFile(path) as file:
+                column, label, found = _columns(file.schema_arrow, path)
+                class_labels = class_labels or found
                 for group in range(file.num_row_groups):
-                    table = file.read_row_group(group, columns=[f"{image}.path", label])
+                    table = file.read_row_group(group, columns=[f"{column}.path", label])
                     group_labels = table.column(label).to_pylist()
                     if any(value is None or value < 0 for value in group_labels):
                         raise DatasetError(
                             f"{path}: expected labels of 0 and above, got -1 or none: a test split?"
                         )
                     labels += group_labels
-                    stored += [
-                        None if row is None else row["path"] for row in table.column(image).to_pylist()
-                    ]
-                    places += [(number, group, row) for row in range(len(group_labels))]
+                    for row, image in enumerate(table.column(column).to_pylist()):
+                        stored = ((image and image["path"]) or "").rpartition("/")[2]
+                        names.append(stored or f"{path.stem}-{group}-{row}")
+                        rows.append((number, group, row))
+        except DatasetError:
+            raise
         except (OSError, ValueError) as error:
-            if isinstance(error, DatasetError):
-                raise
             raise DatasetError(f"cannot read the parquet file {path}: {error}") from error
     if not labels:
         raise DatasetError(f"expected images in the parquet files at {source}, got none")
-    names = [
-        (path or "").rpartition("/")[2] or f"{files[file].stem}-{group}-{row}"
-        for path, (file, group, row) in zip(stored, places, strict=True)
-    ]
     count = max(max(labels) + 1, len(class_labels or ()))
     words: tuple[str, ...] | None = None
     remarks = []
     wnids = _wnids_of(names, labels, count)
     if wnids is not None:
-        order = sorted(range(count), key=lambda old: wnids[old])
-        new = {old: place for place, old in enumerate(order)}
-        labels = [new[old] for old in labels]
-        class_names = tuple(wnids[old] for old in order)
-        words = tuple(class_labels[old] for old in order) if class_labels else None
+        class_names = tuple(sorted(wnids))
+        words = tuple(class_labels[wnids.index(wnid)] for wnid in class_names) if class_labels else None
+        new = {wnid: place for place, wnid in enumerate(class_names)}
+        labels = [new[wnids[old]] for old in labels]
         names = [_WNID_SUFFIX.sub(r"\2", name) for name in names]
         remarks.append("WNIDs from the images' names")
     elif class_labels is not None and len(class_labels) == count:
         class_names = tuple(class_labels)
     else:
         class_names = tuple(str(number) for number in range(count))
-        remarks.append("the files do not name their classes; they are called by their numbers")
-    chosen = sorted_by_class_and_name(labels, names)
-    spots = np.asarray(places, dtype=np.int64)[chosen]
-    in_order = [labels[index] for index in chosen]
+        remarks.append("the files do not name their classes; the classes are called by their numbers")
+    order = sorted_by_class_and_name(labels, names)
     return Listing(
         kind="parquet",
         path=source,
         class_names=class_names,
         class_words=words,
-        names=PathTable(Path(source), (f"{class_names[labels[index]]}/{names[index]}" for index in chosen)),
-        labels=np.asarray(in_order, dtype=np.int64),
-        store=ParquetStore(files, image, spots[:, 0], spots[:, 1], spots[:, 2]),
-        skipped={},
+        names=PathTable(Path(source), (f"{class_names[labels[index]]}/{names[index]}" for index in order)),
+        labels=np.asarray(labels, dtype=np.int64)[order],
+        files=ParquetFiles(files, column, np.asarray(rows, dtype=np.int64)[order]),
         remarks=remarks,
     )
 
@@ -205,12 +171,9 @@ def _columns(schema: Any, path: Path) -> tuple[str, str, list[str] | None]:
         features = metadata.get("info", {}).get("features", {})
     except (ValueError, AttributeError):
         features = {}
+    features = {name: value for name, value in features.items() if isinstance(value, dict)}
     structs = [field.name for field in schema if _is_image(field.type)]
-    named = [
-        name
-        for name, value in features.items()
-        if isinstance(value, dict) and value.get("_type") == "ClassLabel"
-    ]
+    named = [name for name, value in features.items() if value.get("_type") == "ClassLabel"]
     integers = [field.name for field in schema if str(field.type).startswith(("int", "uint"))]
     image = "image" if "image" in structs else structs[0] if len(structs) == 1 else None
     label = next((name for name in ("label", "labels") if name in integers), None)
@@ -221,7 +184,7 @@ def _columns(schema: Any, path: Path) -> tuple[str, str, list[str] | None]:
             f"{path}: expected a column image of struct<bytes, path> and a column label of integers, got "
             + ", ".join(f"{field.name}: {field.type}" for field in schema)
         )
-    names = features.get(label, {}).get("names") if isinstance(features.get(label), dict) else None
+    names = features.get(label, {}).get("names")
     return image, label, [str(name) for name in names] if isinstance(names, list) else None
 
 
@@ -232,7 +195,7 @@ def _is_image(kind: Any) -> bool:
 
 
 def _wnids_of(names: Sequence[str], labels: Sequence[int], count: int) -> list[str] | None:
-    """Return the WNID of each label, if file names tell it for every one and no two share one."""
+    """Return the WNID of each label, if file names give one for each and no two labels share one."""
     votes: list[Counter[str]] = [Counter() for _ in range(count)]
     for name, label in zip(names, labels, strict=True):
         if match := _WNID_SUFFIX.search(name):

@@ -1,4 +1,4 @@
-"""What preparing met: every file that was left out, changed or is suspect, in a list."""
+"""What `prepare` found: every file that cannot be used, was changed or is suspect."""
 
 from __future__ import annotations
 
@@ -13,58 +13,47 @@ from sagan.data.inspection import printable
 from sagan.prepare.listing import Listing
 from sagan.prepare.part import ENLARGED, MISNAMED_FORMAT, ROTATED, UNREADABLE, PartResult
 
-MOST_SHOWN = 20
-
 
 def make_report(
     listing: Listing, results: Sequence[PartResult], digests: npt.NDArray[np.uint8]
 ) -> dict[str, Any]:
     """Return the report as values that JSON can hold; nothing is shortened.
 
-    Args:
-        listing: the source.
-        results: of every part.
-        digests: uint8 [N, 16] of all listed images, zeros for those left out.
+    ``digests`` is uint8 [N, 16] of all listed images, zeros for those that cannot be read.
     """
     by_kind: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
     for result in results:
         for kind, row, detail in result.problems:
             by_kind[kind].append((row, detail))
 
-    def entries(kind: str) -> list[dict[str, str]]:
+    def entries(found: Sequence[tuple[int, str]]) -> list[dict[str, str]]:
         return [
             {"file": printable(listing.names.relative(row)), "detail": printable(detail)}
-            for row, detail in sorted(by_kind[kind])
+            for row, detail in sorted(found)
         ]
 
     unreadable = [row for row, _ in by_kind[UNREADABLE]]
     listed = np.bincount(listing.labels, minlength=len(listing.class_names))
     lost = np.bincount(listing.labels[unreadable], minlength=len(listing.class_names))
     across, within = _same_images(listing, digests)
-    spans = {
-        "width_range": [result.widths for result in results if result.widths],
-        "height_range": [result.heights for result in results if result.heights],
-    }
     conversions = sorted(set(by_kind) - {UNREADABLE, ROTATED, ENLARGED, MISNAMED_FORMAT})
     return {
         "listed": len(listing),
         "packed": len(listing) - len(unreadable),
-        "unreadable": entries(UNREADABLE),
-        "converted_to_rgb": {kind: entries(kind) for kind in conversions},
-        "rotated_by_exif": entries(ROTATED),
-        "enlarged": entries(ENLARGED),
-        "format_not_as_named": entries(MISNAMED_FORMAT),
-        "name_of_another_class": [
-            {"file": printable(listing.names.relative(row)), "detail": f"named after {wnid}"}
-            for row, wnid in listing.misnamed()
-        ],
+        "unreadable": entries(by_kind[UNREADABLE]),
+        "converted_to_rgb": {kind: entries(by_kind[kind]) for kind in conversions},
+        "rotated_by_exif": entries(by_kind[ROTATED]),
+        "enlarged": entries(by_kind[ENLARGED]),
+        "format_not_as_named": entries(by_kind[MISNAMED_FORMAT]),
+        "name_of_another_class": entries([(row, f"named after {wnid}") for row, wnid in listing.misnamed()]),
         "same_image_in_several_classes": across,
         "same_image_within_a_class": within,
         "not_images": dict(listing.skipped),
         "not_images_examples": [printable(name) for name in listing.skipped_examples],
         "empty_classes": _classes(listing, listed == 0),
         "lost_classes": _classes(listing, (listed > 0) & (listed == lost)),
-        **{name: _union(found) for name, found in spans.items()},
+        "width_range": _union([result.widths for result in results if result.widths]),
+        "height_range": _union([result.heights for result in results if result.heights]),
     }
 
 
@@ -72,17 +61,13 @@ def _same_images(listing: Listing, digests: npt.NDArray[np.uint8]) -> tuple[list
     """Return groups of images whose prepared pixels are the same: across classes, and within one."""
     keys = np.ascontiguousarray(digests).view(f"V{digests.shape[1]}").ravel()
     order = np.argsort(keys, kind="stable")
-    equal = keys[order[1:]] == keys[order[:-1]]
+    starts = np.flatnonzero(keys[order[1:]] != keys[order[:-1]]) + 1
     across: list[list[str]] = []
     within: list[list[str]] = []
-    end = 0
-    for place in np.flatnonzero(equal).tolist():
-        if place < end or not digests[order[place]].any():
+    for group in np.split(order, starts):
+        if len(group) == 1 or not digests[group[0]].any():
             continue
-        end = place + 1
-        while end < len(equal) and equal[end]:
-            end += 1
-        rows = sorted(order[place : end + 1].tolist())
+        rows = sorted(group.tolist())
         names = [printable(listing.names.relative(row)) for row in rows]
         (across if len(set(listing.labels[rows].tolist())) > 1 else within).append(names)
     return sorted(across), sorted(within)
@@ -101,31 +86,27 @@ def format_report(report: Mapping[str, Any]) -> str:
     skipped = sum(report["not_images"].values())
     lines = [
         f"{report['listed']:,} images listed = {report['packed']:,} packed + {len(report['unreadable']):,} unreadable"
-        f"; {skipped:,} other files passed over"
+        f"; {skipped:,} other files skipped"
     ]
     if report["width_range"]:
         (narrow, wide), (low, high) = report["width_range"], report["height_range"]
         lines.append(f"width {narrow:,} to {wide:,}, height {low:,} to {high:,} pixels")
-    _section(lines, "unreadable, left out", report["unreadable"])
-    _section(
-        lines, "in a folder of another class than their name says, kept", report["name_of_another_class"]
-    )
-    _section(
-        lines,
-        "the same image in several classes, kept",
-        [{"file": " = ".join(group), "detail": ""} for group in report["same_image_in_several_classes"]],
-    )
-    _section(lines, "another format than their name says, decoded", report["format_not_as_named"])
-    for kind, entries in report["converted_to_rgb"].items():
-        _section(lines, f"{kind}, converted to RGB", entries, most=5)
-    _section(lines, "rotated as EXIF says", report["rotated_by_exif"], most=5)
-    _section(lines, "smaller than the resolution, enlarged", report["enlarged"], most=5)
-    _section(
-        lines,
-        "the same image more than once in its class, kept",
-        [{"file": " = ".join(group), "detail": ""} for group in report["same_image_within_a_class"]],
-        most=5,
-    )
+    groups = {
+        name: [{"file": " = ".join(group), "detail": ""} for group in report[name]]
+        for name in ("same_image_in_several_classes", "same_image_within_a_class")
+    }
+    sections = [
+        ("unreadable, not packed", report["unreadable"], 20),
+        ("in a folder of another class than their name says, packed", report["name_of_another_class"], 20),
+        ("the same image in several classes, packed", groups["same_image_in_several_classes"], 20),
+        ("another format than their name says, decoded", report["format_not_as_named"], 20),
+        *((f"{kind}, converted to RGB", found, 5) for kind, found in report["converted_to_rgb"].items()),
+        ("rotated as EXIF says", report["rotated_by_exif"], 5),
+        ("smaller than the resolution, enlarged", report["enlarged"], 5),
+        ("the same image more than once in its class, packed", groups["same_image_within_a_class"], 5),
+    ]
+    for title, entries, most in sections:
+        lines += _section(title, entries, most)
     if skipped:
         kinds = ", ".join(
             f"{printable(kind)} {count:,}" for kind, count in sorted(report["not_images"].items())
@@ -133,23 +114,21 @@ def format_report(report: Mapping[str, Any]) -> str:
         lines.append(f"not images: {kinds}; such as {', '.join(report['not_images_examples'][:5])}")
     for name, what in (("empty_classes", "without any image"), ("lost_classes", "of unreadable images only")):
         if report[name]:
-            shown = ", ".join(map(printable, report[name][:MOST_SHOWN]))
+            shown = ", ".join(map(printable, report[name][:20]))
             lines.append(f"{len(report[name]):,} classes {what} (they keep their labels): {shown}")
     return "\n".join(lines)
 
 
-def _section(
-    lines: list[str], title: str, entries: Sequence[Mapping[str, str]], *, most: int = MOST_SHOWN
-) -> None:
+def _section(title: str, entries: Sequence[Mapping[str, str]], most: int) -> list[str]:
+    """Return the lines of one list of files; a detail that all of them share is said once."""
     if not entries:
-        return
+        return []
     details = Counter(entry["detail"] for entry in entries)
-    shared = (
-        f" ({next(iter(details))})" if len(details) == 1 and len(entries) > 1 and next(iter(details)) else ""
-    )
-    lines.append(f"{len(entries):,} {title}{shared}:")
+    shared = next(iter(details)) if len(details) == 1 and len(entries) > 1 else ""
+    lines = [f"{len(entries):,} {title}{shared and f' ({shared})'}:"]
     for entry in entries[:most]:
-        detail = f": {entry['detail']}" if entry["detail"] and not shared else ""
+        detail = "" if shared or not entry["detail"] else f": {entry['detail']}"
         lines.append(f"  {entry['file']}{detail}")
     if len(entries) > most:
         lines.append(f"  and {len(entries) - most:,} more, all in report.json")
+    return lines

@@ -1,21 +1,21 @@
-"""Recognises what a source is and lists its images."""
+"""Recognises the kind of a source and lists its images."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 
 from sagan.data import DatasetError, PathTable
-from sagan.data.layout import has_image_extension, is_folder, is_hidden, list_folder
+from sagan.data.layout import has_image_extension, is_class_archive, is_folder, is_hidden, list_folder
+from sagan.data.tree import SkippedFiles
 from sagan.prepare import tars
-from sagan.prepare.folders import FileStore, list_class_folders
+from sagan.prepare.folders import Files, list_class_folders
 from sagan.prepare.ground_truth import read_ground_truth, read_words
-from sagan.prepare.listing import Listing, Store, sorted_by_class_and_name
+from sagan.prepare.listing import Listing, sorted_by_class_and_name
 from sagan.prepare.parquet import find_shards, list_parquet
 
 Kind = Literal["auto", "class-tars", "flat", "folder", "parquet"]
@@ -27,12 +27,12 @@ class SourceOptions:
     """How to read a source.
 
     Attributes:
-        kind: what it is; "auto" looks.
-        split: the part to take where the source has several.
-        ground_truth: the classes of images without class folders.
-        synsets: what the development kit's numbers mean.
-        words: human names of the classes.
-        workers: processes that list archives.
+        kind: kind of source: auto, class-tars, flat, folder or parquet.
+        split: the split to pack, if the source has several.
+        ground_truth: classes of images without class folders: LOC_val_solution.csv, a text file with one WNID per line,
+            or ILSVRC's development kit (folder or .tar.gz); by default searched next to the source.
+        synsets: meaning of the development kit's numbers, if meta.mat is not next to them.
+        words: human-readable class names such as LOC_synset_mapping.txt; by default searched next to the source.
     """
 
     kind: Kind = "auto"
@@ -40,18 +40,13 @@ class SourceOptions:
     ground_truth: Path | None = None
     synsets: Path | None = None
     words: Path | None = None
-    workers: int = 1
 
 
-def list_source(source: str, options: SourceOptions) -> Listing:
-    """List the images of a source.
-
-    Args:
-        source: a file, a folder or a glob of parquet files.
-        options: how to read it.
+def list_source(source: str, options: SourceOptions, *, workers: int = 1) -> Listing:
+    """List the images of a file, a folder or a glob of parquet files; ``workers`` processes list archives.
 
     Raises:
-        DatasetError: it is none that is known, or not whole; the message says what was found.
+        DatasetError: it is of no known kind, or damaged; the message says what was found.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -67,7 +62,7 @@ def list_source(source: str, options: SourceOptions) -> Listing:
     kind = _recognise(path, options.split) if options.kind == "auto" else options.kind
     if kind == "class-tars":
         inner = path / options.split
-        listing = tars.list_class_tars(inner if _class_archives(inner) else path, options.workers)
+        listing = tars.list_class_tars(inner if _class_archives(inner) else path, workers)
     elif kind == "flat":
         listing = _list_flat(path, options)
     elif kind == "parquet":
@@ -88,38 +83,35 @@ def _archive_in(path: Path, options: SourceOptions) -> Path:
 
 def _recognise(path: Path, split: str) -> Kind:
     if path.is_file():
-        if path.suffix == ".parquet":
-            return "parquet"
-        first = tars.first_member(path)
-        if first is not None and tars.is_class_archive(first):
-            return "class-tars"
-        if first is not None and has_image_extension(first):
-            if first.removeprefix("./").count("/") == 0:
-                return "flat"
-            raise DatasetError(
-                f"{path} holds folders of images (such as {first}); unpack it and give the folder, or name --kind flat "
-                "if the folders are no classes"
-            )
-        tars.list_members(
-            tars.Place(path, 0, path.stat().st_size)
-        )  # says what is wrong with a damaged archive
-        raise DatasetError(
-            f"cannot tell what {path} is: expected ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, a parquet file "
-            f"or a folder; its first file is {first}"
-        )
+        return _recognise_file(path)
     if _class_archives(path) or _class_archives(path / split):
         return "class-tars"
-    if (
-        any(path.glob("*.parquet"))
-        or any(path.glob("data/*.parquet"))
-        or any(path.glob(f"{split}/*.parquet"))
-    ):
+    if any(any(path.glob(pattern)) for pattern in ("*.parquet", "data/*.parquet", f"{split}/*.parquet")):
         return "parquet"
     base = path / split if (path / split).is_dir() else path
     entries = [entry for entry in list_folder(base) if not is_hidden(entry.name)]
-    has_folders = any(is_folder(entry) for entry in entries)
-    named_so = any(entry.name.startswith("ILSVRC2012_val_") for entry in entries)
-    return "flat" if named_so and not has_folders else "folder"
+    is_val = any(entry.name.startswith("ILSVRC2012_val_") for entry in entries)
+    return "flat" if is_val and not any(map(is_folder, entries)) else "folder"
+
+
+def _recognise_file(path: Path) -> Kind:
+    if path.suffix == ".parquet":
+        return "parquet"
+    first = tars.first_member(path)
+    if first is not None and is_class_archive(PurePosixPath(first).name):
+        return "class-tars"
+    if first is not None and has_image_extension(first):
+        if first.removeprefix("./").count("/") == 0:
+            return "flat"
+        raise DatasetError(
+            f"{path} holds folders of images (such as {first}); unpack it and give the folder, or name --kind flat "
+            "if the folders are no classes"
+        )
+    tars.list_members(tars.whole(path))  # raises if the archive is damaged
+    raise DatasetError(
+        f"cannot tell what {path} is: expected ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, a parquet file "
+        f"or a folder; its first file is {first}"
+    )
 
 
 def _class_archives(folder: Path) -> bool:
@@ -127,34 +119,31 @@ def _class_archives(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     entries = [entry for entry in list_folder(folder) if not is_hidden(entry.name)]
-    return any(tars.is_class_archive(entry.name) for entry in entries) and not any(map(is_folder, entries))
+    return any(is_class_archive(entry.name) for entry in entries) and not any(map(is_folder, entries))
 
 
 def _list_flat(path: Path, options: SourceOptions) -> Listing:
-    skipped: Mapping[str, int]
-    examples: Sequence[str]
-    store: Store
+    skipped = SkippedFiles()
+    images: list[tuple[str, tars.Stretch | None]]
     if path.is_file():
-        names, members, skipped, examples = tars.flat_images(path)
+        images = [*tars.images_among(tars.list_members(tars.whole(path)), skipped)]
     else:
-        base = path / options.split if (path / options.split).is_dir() else path
-        entries = [entry.name for entry in list_folder(base) if not is_folder(entry)]
-        names = [name for name in entries if has_image_extension(name) and not is_hidden(name)]
-        examples = [name for name in entries if name not in set(names)][:20]
-        skipped = {"not images": len(entries) - len(names)} if len(entries) > len(names) else {}
-        members = []
-        path = base
-    if not names:
+        path = path / options.split if (path / options.split).is_dir() else path
+        images = []
+        for entry in list_folder(path):
+            if has_image_extension(entry.name) and not is_hidden(entry.name) and not is_folder(entry):
+                images.append((entry.name, None))
+            elif not is_folder(entry):
+                skipped.add(entry.name)
+    if not images:
         raise DatasetError(f"expected images directly in {path}, got none")
+    names = [name for name, _ in images]
     truth, remark = read_ground_truth(options.ground_truth, options.synsets, path)
     wnids = truth.of(names, str(path))
-    places = {wnid: label for label, wnid in enumerate(truth.wnids)}
-    labels = [places[wnid] for wnid in wnids]
+    label_of = {wnid: label for label, wnid in enumerate(truth.wnids)}
+    labels = [label_of[wnid] for wnid in wnids]
     order = sorted_by_class_and_name(labels, names)
-    if path.is_file():
-        store = tars.TarStore([path], [0] * len(order), [members[index] for index in order])
-    else:
-        store = FileStore(PathTable(path, (names[index] for index in order)))
+    stretches = [stretch for index in order if (stretch := images[index][1]) is not None]
     return Listing(
         kind="flat images",
         path=str(path),
@@ -162,9 +151,9 @@ def _list_flat(path: Path, options: SourceOptions) -> Listing:
         class_words=tuple(truth.words[wnid] for wnid in truth.wnids) if truth.words else None,
         names=PathTable(path, (f"{wnids[index]}/{names[index]}" for index in order)),
         labels=np.asarray([labels[index] for index in order], dtype=np.int64),
-        store=store,
-        skipped=skipped,
-        skipped_examples=examples,
+        files=tars.TarredFiles(stretches) if stretches else Files(PathTable(path, [names[i] for i in order])),
+        skipped=skipped.counts,
+        skipped_examples=skipped.examples,
         remarks=[remark],
     )
 
@@ -173,19 +162,16 @@ def _with_words(listing: Listing, path: Path, options: SourceOptions) -> Listing
     if listing.class_words is not None and options.words is None:
         return listing
     words = read_words(options.words, listing.class_names, path)
-    return (
-        replace(listing, class_words=tuple(words[name] for name in listing.class_names)) if words else listing
-    )
+    return replace(listing, class_words=tuple(words.values())) if words else listing
 
 
 def _with_count(listing: Listing) -> Listing:
     """Remark on a set of ImageNet's 1,000 classes whether it has as many images as the original."""
     if len(listing.class_names) != 1000:
         return listing
+    counts = " or ".join(f"{count:,} ({split})" for split, count in _ILSVRC_COUNTS.items())
+    remark = f"ILSVRC2012 has {counts}: this is not all of it, or more"
     for split, count in _ILSVRC_COUNTS.items():
         if len(listing) == count:
-            return replace(listing, remarks=[*listing.remarks, f"as many as ILSVRC2012 {split} has"])
-    counts = " or ".join(f"{count:,} ({split})" for split, count in _ILSVRC_COUNTS.items())
-    return replace(
-        listing, remarks=[*listing.remarks, f"ILSVRC2012 has {counts}: this is not all of it, or more"]
-    )
+            remark = f"as many as ILSVRC2012 {split} has"
+    return replace(listing, remarks=[*listing.remarks, remark])

@@ -1,13 +1,16 @@
-"""The folder that a set is made in: it survives a kill at any moment, and becomes the set in one step at the end.
+"""The folder in which a set is made. A kill at any moment leaves it resumable; it becomes the set in one step.
 
 ```
 OUT.partial/
   lock              held by the process that works here
   plan.json         what is made from what; written once
-  parts/00000.json  a finished part: its images' digests and what was found; on disk after its pixels
-  moved/            blocks being moved up over the places of unreadable images
+  parts/00000.json  marker of a finished part: its images' digests and what was found
+  moved/            blocks being moved up over the rows of unreadable images
   set/              becomes OUT
 ```
+
+A marker is written only after its part's pixels are on the disk, so a part with a marker need not be done again. The
+reverse order could leave, after a power failure, a marker without its pixels.
 """
 
 from __future__ import annotations
@@ -16,29 +19,26 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sagan.data.packed import HEADER_BYTES, IMAGES, PARTIAL, image_header
+from sagan.data.packed_format import HEADER_BYTES, IMAGES, PARTIAL, image_header
 from sagan.errors import UserError
-from sagan.locking import locked
+from sagan.io import atomic_write, atomic_write_text, locked, sync_folder
 from sagan.prepare.listing import Indices
 from sagan.prepare.part import PartResult, write_all
 
 MOVED_BYTES = 64 * 2**20
 SPARE_BYTES = 64 * 2**20
+_SMALL_BYTES_PER_IMAGE = 256  # label, digest, name, marker
 
 
 class Staging:
-    """The folder beside ``out`` in which it is made.
-
-    Args:
-        out: the set's folder to be.
-    """
+    """The folder beside ``out`` in which it is made."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -51,11 +51,7 @@ class Staging:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock; it is gone with the process, however that ends.
-
-        Raises:
-            UserError: another process holds it.
-        """
+        """Hold the lock for a ``with`` block; raise UserError if another process holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / "lock", f"another prepare is at work in {self.folder}"):
             yield
@@ -75,19 +71,13 @@ class Staging:
         with self.array.open("wb") as file:
             file.write(image_header(count, resolution))
             file.truncate(HEADER_BYTES + count * 3 * resolution**2)
-        write_durably(self._plan, json.dumps(plan, indent=1).encode())
+        atomic_write_text(self._plan, json.dumps(plan, indent=1))
 
     def check_space(self, count: int, resolution: int) -> None:
-        """Check that what is still to be written fits on the disk.
-
-        Raises:
-            UserError: it does not; the message has the numbers.
-        """
-        total = count * (3 * resolution**2 + 256) + SPARE_BYTES  # 256: label, digest, name, markers
-        written = 0
-        if self.array.is_file():
-            found = self.array.stat()
-            written = getattr(found, "st_blocks", 0) * 512
+        """Raise UserError if what is still to be written does not fit on the disk."""
+        total = count * (3 * resolution**2 + _SMALL_BYTES_PER_IMAGE) + SPARE_BYTES
+        # Blocks, not size: the parts of the array that are not written yet are holes. Windows does not tell.
+        written = getattr(self.array.stat(), "st_blocks", 0) * 512 if self.array.is_file() else 0
         free = shutil.disk_usage(self.folder).free
         needed = max(0, total - written)
         if needed > free:
@@ -98,99 +88,84 @@ class Staging:
             )
 
     def finished(self) -> dict[int, PartResult]:
-        """Return the results of finished parts by number."""
+        """Return the results of finished parts by number; a damaged marker does not count."""
         results = {}
         for path in self._parts.glob("*.json"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                results[int(path.stem)] = PartResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            with contextlib.suppress(ValueError, TypeError):
+                results[int(path.stem)] = PartResult(**json.loads(path.read_text(encoding="utf-8")))
         return results
 
     def finish_parts(self, results: Mapping[int, PartResult]) -> None:
-        """Mark parts as finished, after their pixels are on the disk."""
+        """Flush the pixels of parts to the disk, then mark the parts as finished."""
         with self.array.open("r+b") as file:
             os.fsync(file.fileno())
         for number, result in results.items():
-            write_durably(self._parts / f"{number:05d}.json", json.dumps(result.to_dict()).encode())
+            atomic_write_text(self._marker(number), json.dumps(vars(result)))
 
     def forget_part(self, number: int) -> None:
-        """Take the mark of a finished part away."""
-        (self._parts / f"{number:05d}.json").unlink(missing_ok=True)
+        """Remove the marker of a finished part."""
+        self._marker(number).unlink(missing_ok=True)
+
+    def _marker(self, number: int) -> Path:
+        return self._parts / f"{number:05d}.json"
 
     @property
     def is_moving(self) -> bool:
-        """Whether images were being moved up: then every part is finished."""
+        """Whether `close_gaps` has begun: then every part is finished, and rows are not at their old places."""
         return any(self._moved.glob("*.rows"))
 
-    def close_gaps(self, kept: Indices, resolution: int) -> None:
-        """Move the kept rows up over the others, and cut the array off behind them.
+    def close_gaps(self, readable: Indices, resolution: int) -> None:
+        """Move the readable rows up over the others, and cut the array off behind them.
 
-        Each block is on the disk twice before what it replaces is gone, so that this can be killed at any moment
-        and begun again.
+        The disk may have no room for a second array, so rows move within this one, in blocks. A block's new place
+        overlaps the old places of its own rows (of no later block's): a write cut short would destroy them. So each
+        block is first copied to a file in moved/, and from there into the array; the file stays until the next
+        block is on the disk. A killed move resumes by writing the last such file to its place again.
 
-        Args:
-            kept: int64 [n], rising: the rows that stay.
-            resolution: side of the images.
+        ``readable`` is int64 [n], rising: the rows that stay.
         """
         row_bytes = 3 * resolution**2
         block = max(1, MOVED_BYTES // row_bytes)
         moved = sorted(self._moved.glob("*.rows"))
-        first_gap = int(np.flatnonzero(np.append(kept, -1) != np.arange(len(kept) + 1))[0])
+        first_gap = int(np.flatnonzero(np.append(readable, -1) != np.arange(len(readable) + 1))[0])
         start = int(moved[-1].stem) if moved else first_gap
         with self.array.open("r+b", buffering=0) as file:
-            while start < len(kept):
+            while start < len(readable):
                 path = self._moved / f"{start:012d}.rows"
-                rows = kept[start : start + block]
                 if not path.is_file():
-                    write_durably(path, b"".join(_read_rows(file, row, row_bytes) for row in rows.tolist()))
+                    with atomic_write(path) as copy:
+                        for row in readable[start : start + block].tolist():
+                            copy.write(_read_row(file, row, row_bytes))
                 write_all(file, HEADER_BYTES + start * row_bytes, path.read_bytes())
                 os.fsync(file.fileno())
                 for earlier in self._moved.glob("*.rows"):
                     if earlier != path:
                         earlier.unlink()
                 start += block
-            if not moved and first_gap >= len(kept):  # only the end is cut off: leave a mark all the same
-                write_durably(self._moved / f"{len(kept):012d}.rows", b"")
-            file.truncate(HEADER_BYTES + len(kept) * row_bytes)
-            write_all(file, 0, image_header(len(kept), resolution))
+            # If only the end is cut off, nothing was moved; is_moving must still tell a resumed run about it.
+            if not moved and first_gap >= len(readable):
+                atomic_write_text(self._moved / f"{len(readable):012d}.rows", "")
+            file.truncate(HEADER_BYTES + len(readable) * row_bytes)
+            write_all(file, 0, image_header(len(readable), resolution))
             os.fsync(file.fileno())
 
     def remove_leftovers(self) -> None:
-        """Remove the folder if no work was begun in it, or all is done."""
+        """Remove the folder if no work was begun in it, or if the set is published."""
         if not self.set.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self) -> None:
         """Give the finished set its name, and remove everything else."""
-        _sync_folder(self.set)
+        sync_folder(self.set)
         self.set.replace(self.out)  # an empty folder of that name is replaced
-        _sync_folder(self.out.parent)
+        sync_folder(self.out.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, also after the power failed."""
-    partial = path.with_name(path.name + ".new")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_rows(file: Any, row: int, row_bytes: int) -> bytes:
+def _read_row(file: RawIOBase, row: int, row_bytes: int) -> bytes:
     file.seek(HEADER_BYTES + row * row_bytes)
-    data: bytes = file.read(row_bytes)
+    data = file.read(row_bytes)
+    assert data is not None
     assert len(data) == row_bytes
     return data
 

@@ -1,77 +1,61 @@
-"""Images inside of tar archives that are not compressed, read where they lie; nothing is unpacked."""
+"""Images inside uncompressed tar archives, read in place; nothing is unpacked."""
 
 from __future__ import annotations
 
-import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
 from sagan.data import DatasetError, PathTable
-from sagan.data.layout import has_image_extension, is_hidden
-from sagan.prepare.ahead import hinted, will_need
-from sagan.prepare.listing import Indices, Listing, Reader, Store, consecutive_parts
+from sagan.data.layout import has_image_extension, is_class_archive, is_hidden
+from sagan.data.tree import SkippedFiles
+from sagan.prepare.listing import ImageFiles, Indices, Listing, hinted, will_need
 from sagan.prepare.pool import run_tasks
 
-_CLASS_ARCHIVE = re.compile(r"(n\d{8})\.tar")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd", b"PK": "zip"}
 
 
-class Place(NamedTuple):
-    """A stretch of a file."""
+class Stretch(NamedTuple):
+    """Consecutive bytes of a file: an archive inside another, or one image."""
 
     path: Path
     start: int
     size: int
 
 
-class Member(NamedTuple):
-    """A regular file inside of an archive: its name there, and where its bytes are."""
-
-    name: str
-    start: int
-    size: int
+def whole(path: Path) -> Stretch:
+    """Return all bytes of a file."""
+    return Stretch(path, 0, path.stat().st_size)
 
 
-def list_members(place: Place) -> list[Member]:
-    """Return the regular files of an archive, in their order there.
-
-    Raises:
-        DatasetError: it is not a whole, uncompressed tar archive.
-    """
-    end = place.start + place.size
+def list_members(archive: Stretch) -> list[tuple[str, Stretch]]:
+    """Return the names and places of an archive's regular files; raise DatasetError unless it is whole and plain."""
+    end = archive.start + archive.size
     members = []
-    with place.path.open("rb") as file:
+    with archive.path.open("rb") as file:
         magic = file.read(2)
-        file.seek(place.start)
+        file.seek(archive.start)
         try:
-            with tarfile.TarFile(fileobj=file) as archive:
-                for member in archive:
+            with tarfile.TarFile(fileobj=file) as tar:
+                for member in tar:
                     if member.offset >= end:
                         break
                     if member.offset_data + member.size > end:
                         raise tarfile.ReadError("unexpected end of data")
                     if member.isreg():
-                        members.append(Member(member.name, member.offset_data, member.size))
+                        members.append((member.name, Stretch(archive.path, member.offset_data, member.size)))
         except tarfile.TarError as error:
-            packer = _COMPRESSED.get(magic) if place.start == 0 else None
+            packer = _COMPRESSED.get(magic) if archive.start == 0 else None
             reason = (
-                f"it is compressed ({packer}); unpack that layer first, images inside are read at their places"
+                f"it is compressed ({packer}); unpack that layer first, images inside are read in place"
                 if packer
-                else f"{error}; an incomplete download? It has {place.size:,} bytes"
+                else f"{error}; an incomplete download? It has {archive.size:,} bytes"
             )
-            raise DatasetError(f"expected a whole tar archive at {place.path}, got: {reason}") from error
+            raise DatasetError(f"expected a whole tar archive at {archive.path}, got: {reason}") from error
     return members
-
-
-def is_class_archive(name: str) -> bool:
-    """Return whether a name is that of one class's archive, n########.tar."""
-    return _CLASS_ARCHIVE.fullmatch(PurePosixPath(name).name) is not None
 
 
 def first_member(path: Path) -> str | None:
@@ -83,16 +67,26 @@ def first_member(path: Path) -> str | None:
         return None
 
 
-@dataclass(frozen=True)
-class TarReader(Reader):
-    """Reads stretches of files."""
+class TarredFiles(ImageFiles):
+    """Stretches of a few files."""
 
-    places: Sequence[Place]
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        # A row of arrays for each image: a list of 1.28 million tuples would take hundreds of MB.
+        self.paths = list(dict.fromkeys(stretch.path for stretch in stretches))
+        numbers = {path: number for number, path in enumerate(self.paths)}
+        rows = [(numbers[path], start, size) for path, start, size in stretches]
+        self.rows = np.asarray(rows, dtype=np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _stretches(self, rows: Indices) -> list[Stretch]:
+        return [Stretch(self.paths[number], start, size) for number, start, size in rows.tolist()]
 
     def __iter__(self) -> Iterator[bytes | str]:
         path, file = None, None
         try:
-            for place in hinted(self.places, lambda place: will_need(place.path, place.start, place.size)):
+            for place in hinted(self._stretches(self.rows), lambda each: will_need(*each)):
                 if place.path != path or file is None:
                     if file is not None:
                         file.close()
@@ -102,123 +96,69 @@ class TarReader(Reader):
                 yield data if len(data) == place.size else f"truncated: {len(data):,} of {place.size:,} bytes"
         except OSError as error:
             raise DatasetError(
-                f"cannot read {path} any more: {error.strerror}. Run the same command again to go on."
+                f"cannot read {path} any more: {error.strerror}. Run the same command again to resume."
             ) from error
         finally:
             if file is not None:
                 file.close()
 
-
-class TarStore(Store):
-    """Stretches of a few files."""
-
-    def __init__(self, paths: Sequence[Path], files: Sequence[int], members: Sequence[Member]) -> None:
-        self.paths = tuple(paths)
-        self.files = np.asarray(files, dtype=np.int32)
-        self.starts = np.asarray([member.start for member in members], dtype=np.int64)
-        self.sizes = np.asarray([member.size for member in members], dtype=np.int64)
-
-    def parts(self, size: int) -> list[Indices]:
-        return consecutive_parts(len(self.files), size)
-
-    def reader(self, indices: Indices) -> TarReader:
-        stretches = zip(
-            self.files[indices], self.starts[indices].tolist(), self.sizes[indices].tolist(), strict=True
-        )
-        return TarReader([Place(self.paths[file], start, size) for file, start, size in stretches])
+    def select(self, indices: Indices) -> TarredFiles:
+        return TarredFiles(self._stretches(self.rows[indices]))
 
     def identity(self) -> bytes:
-        return self.sizes.astype("<i8").tobytes()
+        return self.rows[:, 2].astype("<i8").tobytes()
 
 
 def list_class_tars(path: Path, workers: int) -> Listing:
-    """List a tar of class archives (ILSVRC2012_img_train.tar), or a folder of class archives.
-
-    Args:
-        path: the archive or the folder.
-        workers: processes that read the archives' headers.
-
-    Raises:
-        DatasetError: there are no class archives, or one is damaged.
-    """
-    skipped: Counter[str] = Counter()
-    examples: list[str] = []
-    archives: dict[str, Place] = {}
-    if path.is_dir():
-        found = [
-            (entry.name, Place(entry, 0, entry.stat().st_size))
-            for entry in sorted(path.iterdir())
-            if entry.is_file()
-        ]
-    else:
-        outer = list_members(Place(path, 0, path.stat().st_size))
-        found = [(member.name, Place(path, member.start, member.size)) for member in outer]
-    for name, place in found:
-        match = _CLASS_ARCHIVE.fullmatch(PurePosixPath(name).name)
-        if match is None:
-            _skip(skipped, examples, name)
-        elif match[1] in archives:
-            raise DatasetError(f"expected one archive for each class in {path}, got two of {match[1]}")
+    """List a tar of class archives (ILSVRC2012_img_train.tar) or a folder of them; processes read their headers."""
+    skipped = SkippedFiles()
+    archives: dict[str, Stretch] = {}
+    inside = (
+        [(entry.name, whole(entry)) for entry in sorted(path.iterdir()) if entry.is_file()]
+        if path.is_dir()
+        else list_members(whole(path))
+    )
+    for name, place in inside:
+        class_name = PurePosixPath(name).stem
+        if not is_class_archive(PurePosixPath(name).name):
+            skipped.add(name)
+        elif class_name in archives:
+            raise DatasetError(f"expected one archive for each class in {path}, got two of {class_name}")
         else:
-            archives[match[1]] = place
+            archives[class_name] = place
     if not archives:
         raise DatasetError(f"expected archives named n########.tar in {path}, one for each class, got none")
     class_names = sorted(archives)
-    names: list[str] = []
-    labels: list[int] = []
-    members: list[Member] = []
-    files: list[int] = []
-    paths = [path] if not path.is_dir() else [archives[name].path for name in class_names]
-    listed = dict(run_tasks(list_members, [archives[name] for name in class_names], workers))
-    for label, class_name in enumerate(class_names):
-        images = []
-        for member in listed[archives[class_name]]:
-            name = PurePosixPath(member.name).name
-            if is_hidden(name) or not has_image_extension(name):
-                _skip(skipped, examples, f"{class_name}/{name}")
-            else:
-                images.append((name, member))
-        for name, member in sorted(images):
-            names.append(f"{class_name}/{name}")
-            labels.append(label)
-            members.append(member)
-            files.append(label if path.is_dir() else 0)
-    if not names:
+    members = dict(run_tasks(list_members, [archives[name] for name in class_names], workers))
+    images = [
+        (label, f"{class_name}/{name}", place)
+        for label, class_name in enumerate(class_names)
+        for name, place in images_among(members[archives[class_name]], skipped, f"{class_name}/")
+    ]
+    if not images:
         raise DatasetError(f"expected images in the class archives of {path}, got none")
+    labels, names, places = zip(*images, strict=True)
     return Listing(
         kind="class tars",
         path=str(path),
         class_names=tuple(class_names),
-        class_words=None,
         names=PathTable(path, names),
         labels=np.asarray(labels, dtype=np.int64),
-        store=TarStore(paths, files, members),
-        skipped=skipped,
-        skipped_examples=examples,
+        files=TarredFiles(places),
+        skipped=skipped.counts,
+        skipped_examples=skipped.examples,
     )
 
 
-def _skip(skipped: Counter[str], examples: list[str], name: str) -> None:
-    kind = (
-        "hidden"
-        if is_hidden(PurePosixPath(name).name)
-        else PurePosixPath(name).suffix.lower() or "no extension"
-    )
-    skipped[kind] += 1
-    if len(examples) < 20:
-        examples.append(name)
-
-
-def flat_images(path: Path) -> tuple[list[str], list[Member], Counter[str], list[str]]:
-    """Return the images of an archive without class folders: file names, places, and what was skipped."""
-    skipped: Counter[str] = Counter()
-    examples: list[str] = []
-    images: list[tuple[str, Member]] = []
-    for member in list_members(Place(path, 0, path.stat().st_size)):
-        name = PurePosixPath(member.name).name
+def images_among(
+    members: Sequence[tuple[str, Stretch]], skipped: SkippedFiles, prefix: str = ""
+) -> list[tuple[str, Stretch]]:
+    """Return file name and place of the images among an archive's files, sorted by file name."""
+    images = []
+    for path, place in members:
+        name = PurePosixPath(path).name
         if is_hidden(name) or not has_image_extension(name):
-            _skip(skipped, examples, member.name)
+            skipped.add(prefix + path)
         else:
-            images.append((name, member))
-    images.sort()
-    return [name for name, _ in images], [member for _, member in images], skipped, examples
+            images.append((name, place))
+    return sorted(images)

@@ -1,0 +1,1 @@
+"""The demo: a small SAGAN on handwritten digits."""

@@ -1,0 +1,142 @@
+"""The demo's data, scikit-learn's handwritten digits, and its judge, a small classifier of digits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from sagan.evaluation.fid import frechet_distance_of_features
+
+RESOLUTION = 32
+
+
+def write_digits(root: Path) -> Path:
+    """Write the 1,797 digits, enlarged from 8 to 32 pixels, as PNGs in root/train/<digit>/, and return ``root``.
+
+    Existing files stay.
+    """
+    digits = load_digits()
+    for number, (values, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        path = root / "train" / str(label) / f"{number:04d}.png"
+        if path.exists():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray((values * (255 / 16)).round().astype(np.uint8))
+        small.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC).convert("RGB").save(path)
+    return root
+
+
+class DigitClassifier(nn.Module):
+    """A small convolutional classifier of grey 32x32 digits.
+
+    Shape:
+        - images: uint8 [N, 3, 32, 32].
+        - Output: logits [N, 10].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.AvgPool2d(2),
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(64 * 4 * 4, 64),
+            nn.ReLU(),
+        )
+        self.last = nn.Linear(64, 10)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features before the last layer, [N, 64]."""
+        grey = images.float().mean(1, keepdim=True) / 127.5 - 1
+        features: Tensor = self.body(grey)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.last(self.features(images))
+        return logits
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained classifier, and the features of the real digits.
+
+    Attributes:
+        classifier: in evaluation mode.
+        accuracy: on the real digits that were not used for training.
+        real_features: of all real digits, [N, 64].
+    """
+
+    classifier: DigitClassifier
+    accuracy: float
+    real_features: Tensor
+
+
+def train_judge(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 12) -> Judge:
+    """Train the classifier on four fifths of the real digits and test it on the rest.
+
+    The seed determines the split, the weights and the batches. The global random state does not change.
+
+    Shape:
+        - images: uint8 [N, 3, 32, 32].
+        - labels: [N].
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        order = torch.randperm(len(images))
+        test, train = order[: len(order) // 5], order[len(order) // 5 :]
+        classifier = DigitClassifier()
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
+        steps = epochs * math.ceil(len(train) / 64)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        for _ in range(epochs):
+            for batch in train[torch.randperm(len(train))].split(64):  # type: ignore[no-untyped-call]
+                loss = F.cross_entropy(
+                    classifier(_shifted(images[batch])), labels[batch], label_smoothing=0.05
+                )
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+    classifier.eval()
+    with torch.no_grad():
+        accuracy = (classifier(images[test]).argmax(1) == labels[test]).double().mean().item()
+        return Judge(classifier, accuracy, classifier.features(images))
+
+
+@torch.no_grad()
+def agreement(judge: Judge, images: Tensor, labels: Tensor) -> Tensor:
+    """Return bool [N]: whether the judge predicts the label of each image."""
+    agrees: Tensor = judge.classifier(images).argmax(1) == labels
+    return agrees
+
+
+@torch.no_grad()
+def frechet_to_real(judge: Judge, images: Tensor) -> float:
+    """Return the Frechet distance between the judge's features of these images and of all real digits."""
+    return frechet_distance_of_features(judge.classifier.features(images), judge.real_features)
+
+
+def _shifted(images: Tensor) -> Tensor:
+    """Shift each image by up to two pixels, so that the judge tolerates shifts."""
+    padded = F.pad(images, (2, 2, 2, 2))
+    shifts = torch.randint(5, (len(images), 2)).tolist()
+    return torch.stack(
+        [padded[n, :, y : y + RESOLUTION, x : x + RESOLUTION] for n, (y, x) in enumerate(shifts)]
+    )

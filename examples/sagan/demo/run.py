@@ -1,0 +1,212 @@
+"""The demo: a class-conditional SAGAN learns handwritten digits, and a classifier judges the result."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sagan.data import open_dataset
+from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
+from sagan.recipes import RunConfig
+from sagan.report.figures import Panel, default_points, draw_attention, save_curves, save_grid
+from sagan.sampling import TrainedGenerator, generate, load_generator, numbered_samples, sample_inputs
+from sagan.train.checkpoint import checkpoints_in
+from sagan.train.logs import read_metrics, series
+from sagan.train.loop import TrainingResult, train
+from sagan.train.update import Trainer
+
+VERDICT_SAMPLES = 2000
+CURVE_SAMPLES = 500
+TARGET_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judge's results for the generated digits.
+
+    Attributes:
+        share: share of generated digits that the judge reads as their label.
+        share_by_class: the same for each digit.
+        frechet: Frechet distance between the features of generated and of all real digits.
+        frechet_real: the same distance for a random half of the real digits: what a perfect G would reach.
+        judge_accuracy: on real digits that the judge was not trained on.
+    """
+
+    share: float
+    share_by_class: tuple[float, ...]
+    frechet: float
+    frechet_real: float
+    judge_accuracy: float
+
+
+def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResult, Verdict | None]:
+    """Write the digits, train on them, judge the result and draw it, all in ``config.out``.
+
+    A second call resumes an interrupted demo; it judges and draws a finished one again, without training.
+
+    Args:
+        config: the run; this sets ``data`` and ``network.num_classes``.
+        progress: show the training's progress.
+
+    Returns:
+        The training's result and the verdict, which is None if training was interrupted.
+    """
+    start = time.perf_counter()
+    out = config.out
+    print(f"1/4  Writing scikit-learn's handwritten digits to {out / 'digits'} as a folder of images")
+    dataset = open_dataset(write_digits(out / "digits"), config.network.resolution, config.images)
+    check = dataset.check(config.images.check, report_folder=out)
+    check.save(out)
+    print(_indented(check.text))
+    dataset = dataset.without(check.unreadable).in_memory(config.images.cache_mib)
+    images, labels = dataset.fetch(range(len(dataset)))
+    print("2/4  Training the judge, a small classifier, on the real digits")
+    judge = train_judge(images, labels)
+    print(f"     It reads {judge.accuracy:.1%} of the real digits that it was not trained on.")
+    config = replace(
+        config, data=out / "digits", network=replace(config.network, num_classes=dataset.num_classes)
+    )
+    print(f"3/4  Training SAGAN for {config.iterations} iterations of {config.batch_size} images")
+    resume = bool(checkpoints_in(out / "checkpoints"))
+    if resume:
+        print(f"     {out} already holds this run: resuming. Delete the folder to start again.")
+    result = train(
+        config,
+        dataset,
+        resume=resume,
+        progress=progress,
+        observe=quality_curve(judge, out / "quality.jsonl"),
+    )
+    if result.interrupted:
+        return result, None
+    print("4/4  Judging the result")
+    trained = load_generator(result.checkpoint, torch.device("cpu"))
+    verdict, samples = _judge_samples(trained, judge, images)
+    (out / "verdict.json").write_text(json.dumps(vars(verdict), indent=2) + "\n")
+    save_grid(out / "samples.png", samples, columns=10, row_names=dataset.class_names)
+    _draw_attention(trained, out / "attention_maps.png")
+    draw_curves(out)
+    print(_indented(describe(verdict)))
+    print(_indented(_what_was_written(out)))
+    minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+    print(f"     The demo took {minutes} min {seconds} s.")
+    return result, verdict
+
+
+def describe(verdict: Verdict) -> str:
+    """Return the verdict in plain words."""
+    passed = "reached" if verdict.share >= TARGET_SHARE else "NOT reached"
+    classes = "  ".join(f"{digit}: {share:.0%}" for digit, share in enumerate(verdict.share_by_class))
+    return (
+        f"VERDICT: the judge reads {verdict.share:.1%} of {VERDICT_SAMPLES} generated digits as their label "
+        f"(goal {TARGET_SHARE:.0%}: {passed}).\n"
+        f"By digit: {classes}\n"
+        f"Frechet distance to the real digits in the judge's features: {verdict.frechet:.2f} "
+        f"(a random half of the real digits: {verdict.frechet_real:.2f})."
+    )
+
+
+def draw_curves(out: Path) -> None:
+    """Draw metrics.jsonl and quality.jsonl of a demo's folder into curves.png."""
+    metrics = read_metrics(out)
+    quality = _read_rows(out / "quality.jsonl")
+    gammas = [name for name in metrics[0] if name.startswith("gamma")]
+    save_curves(
+        out / "curves.png",
+        [
+            Panel("loss", {"D": series(metrics, "d_loss"), "G": series(metrics, "g_loss")}),
+            Panel(
+                "attention's gamma", {name[6:].replace("_", " at "): series(metrics, name) for name in gammas}
+            ),
+            Panel("share with right label", {"share": series(quality, "share")}),
+            Panel("Frechet distance", {"distance": series(quality, "frechet")}),
+        ],
+        title="SAGAN learns the digits",
+    )
+
+
+def quality_curve(judge: Judge, path: Path) -> Callable[[Trainer], None]:
+    """Return a function that judges the current G and adds a row to a JSON-lines file."""
+
+    def observe(trainer: Trainer) -> None:
+        latents, labels = sample_inputs(range(CURVE_SAMPLES), trainer.config.network, trainer.config.seed)
+        images = generate(trainer.sampling_generator, latents, labels, batch_size=100)
+        row = {
+            "iteration": trainer.iteration,
+            "share": agreement(judge, images, labels).double().mean().item(),
+            "frechet": frechet_to_real(judge, images),
+        }
+        # A resumed run repeats the iterations since its checkpoint.
+        earlier = [old for old in _read_rows(path) if old["iteration"] < trainer.iteration]
+        path.write_text("".join(json.dumps(each) + "\n" for each in [*earlier, row]))
+
+    return observe
+
+
+def _judge_samples(trained: TrainedGenerator, judge: Judge, real: Tensor) -> tuple[Verdict, Tensor]:
+    """Return the verdict on new samples, and ten of each digit."""
+    blocks = list(
+        numbered_samples(
+            trained.generator,
+            VERDICT_SAMPLES,
+            seed=trained.config.seed + 1,
+            batch_size=100,
+            labels_in_use=trained.labels_in_use,
+        )
+    )
+    images = torch.cat([block[1] for block in blocks])
+    labels = torch.cat([block[2] for block in blocks])
+    right = agreement(judge, images, labels).double()
+    half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: len(real) // 2]
+    verdict = Verdict(
+        share=right.mean().item(),
+        share_by_class=tuple(right[labels == digit].mean().item() for digit in range(10)),
+        frechet=frechet_to_real(judge, images),
+        frechet_real=frechet_to_real(judge, real[half]),
+        judge_accuracy=judge.accuracy,
+    )
+    by_class = torch.cat([images[labels == digit][:10] for digit in range(10)])
+    return verdict, by_class
+
+
+def _draw_attention(trained: TrainedGenerator, path: Path) -> None:
+    network = trained.config.network
+    latents, labels = sample_inputs(range(10), network, trained.config.seed + 1)
+    names = [trained.class_names[int(label)] for label in labels]
+    draw_attention(path, trained.generator, latents, labels, default_points(network.resolution), names=names)
+
+
+def _what_was_written(out: Path) -> str:
+    return f"""
+Written to {out}:
+  samples.png         ten generated digits of each class
+  samples/            samples during training, always of the same latents;  attention/  the same for attention
+  attention_maps.png  attention of chosen points
+  curves.png          losses, gamma, share with the right label, Frechet distance
+  verdict.json        the figures above
+  metrics.jsonl       all logged numbers;  config.json  the whole configuration
+  checkpoints/        weights and everything else needed to resume
+
+Next:
+  python examples/imagenet_sagan.py sample --source {out} --out samples
+  python examples/imagenet_sagan.py attention-maps --source {out} --out maps.png
+
+To train on ImageNet, or on any folder with a folder of images for each class:
+  python examples/imagenet_sagan.py train --data /path/to/imagenet --out runs/imagenet
+with images in /path/to/imagenet/train/n01440764/*.JPEG and so on. It checks all images first.
+"""
+
+
+def _indented(text: str) -> str:
+    return "\n".join("     " + line if line else "" for line in text.strip("\n").splitlines())
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

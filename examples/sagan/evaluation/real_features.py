@@ -1,0 +1,242 @@
+"""What evaluations need of the real images: computed in one pass over them, once, and saved in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sagan.data import ImageDataset
+from sagan.distributed import World
+from sagan.errors import UserError
+from sagan.evaluation.extraction import FeatureBlock, dataset_blocks, extract_features
+from sagan.evaluation.feature_networks import FeatureNetwork
+from sagan.evaluation.fid import Moments, frechet_distance_of_moments
+from sagan.evaluation.inception_score import SPLITS, InceptionScore
+from sagan.io import file_sha256
+
+FORMAT = "sagan-layers reference features"
+VERSION = 1
+# How many features are saved for KID, precision and recall, drawn at random.
+SAMPLE_SIZE = 50_000
+_MANIFEST, _STATISTICS, _FEATURES = "manifest.json", "statistics.npz", "features.npy"
+
+logger = logging.getLogger(__name__)
+
+
+class RealFeaturesError(UserError):
+    """The cache holds features of other images or another network."""
+
+
+@dataclass(frozen=True)
+class RealFacts:
+    """What every process knows of the real images. Scores are None without logits or with too few images."""
+
+    count: int
+    checksum: str  # SHA-256 of the SHA-256 of each image's pixels
+    replaced: int  # unreadable files, each replaced by another image
+    inception_score: tuple[float, float] | None  # mean and standard deviation
+    half_distance: float | None  # Frechet distance of a random half to the other
+    from_cache: bool
+
+    def __post_init__(self) -> None:
+        if self.inception_score is not None:  # a list in JSON
+            object.__setattr__(self, "inception_score", tuple(self.inception_score))
+
+
+@dataclass(frozen=True)
+class RealFeatures:
+    """Features of the real images, on rank 0."""
+
+    moments: Moments  # of all features
+    sample: Tensor  # features of up to 50,000 images in random order, [M, d], float32
+    labels: Tensor  # of all images, int64 [N]
+    features: (
+        npt.NDArray[np.float32] | None
+    )  # of all images, [N, d], mapped from the disk; None if not asked for
+
+    def of_class(self, label: int) -> Tensor:
+        """Return the features of a class's images, [n, d]."""
+        assert self.features is not None
+        rows = torch.nonzero(self.labels == label).flatten().numpy()
+        return torch.from_numpy(self.features[rows])
+
+
+def load_or_compute_real_features(
+    dataset: ImageDataset,
+    network: FeatureNetwork,
+    world: World,
+    cache: Path,
+    *,
+    block_size: int,
+    all_features: bool = False,
+    progress: bool = False,
+) -> tuple[RealFacts, RealFeatures | None]:
+    """Return the features of these images by this network from the cache, or compute and save them.
+
+    All processes call this together, and share the work; only rank 0 gets the features. ``all_features`` asks for the
+    features of every image too, for the distances of single classes.
+
+    Raises:
+        RealFeaturesError: if the cache holds others under the name of these images and this network.
+    """
+    key = {
+        "images": dataset.identity(),
+        "count": len(dataset),
+        "resolution": dataset.resolution,
+        "network": network.name,
+        "network_sha256": network.digest,
+        "resize": network.resize,
+        "precision": "float32",
+        "checksum": "of each image",  # older caches have one of each block
+    }
+    folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    facts = world.run_on_main(lambda: _cached_facts(folder, key, all_features))
+    if facts is None:
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        try:
+            accumulator = _Accumulator(
+                network, len(dataset), partial, all_features=all_features and world.is_main
+            )
+            for block in extract_features(
+                dataset_blocks(dataset, block_size, world),
+                len(dataset),
+                block_size,
+                network,
+                world,
+                description="features of the real images" if progress else None,
+            ):
+                accumulator.add(block)  # rank 0 receives all of them, the others none
+            failures = torch.tensor([len(dataset.failures)])
+            replaced = sum(int(each) for each in world.gather(failures))
+            facts = world.run_on_main(lambda: accumulator.save(folder, key, replaced))
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # renamed by now, unless something failed
+    real_facts = RealFacts(**facts)
+    features: list[RealFeatures] = []
+    world.run_on_main(lambda: features.append(_read(folder, real_facts, dataset.labels, all_features)))
+    return real_facts, features[0] if features else None
+
+
+def default_cache() -> Path:
+    """Return the cache's folder below the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sagan-layers" / "references"
+
+
+def _cached_facts(folder: Path, key: dict[str, Any], all_features: bool) -> dict[str, Any] | None:
+    """Return the facts in a cached folder; None if it is missing, damaged, or lacks the features of all images."""
+    if not folder.exists():
+        return None
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        facts = RealFacts(**{**manifest["facts"], "from_cache": True})
+        found, files = manifest["key"], dict(manifest["files"])
+        version = (manifest["format"], manifest["version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s); computing its features again", folder / _MANIFEST, error)
+        return None
+    if version != (FORMAT, VERSION) or found != key:
+        what = "another version" if version != (FORMAT, VERSION) else "other images or another network"
+        raise RealFeaturesError(f"{folder} holds features of {what}: delete it, or choose another --cache")
+    if all_features and _FEATURES not in files:
+        return None
+    for name in (_STATISTICS, _FEATURES) if all_features else (_STATISTICS,):
+        if not (folder / name).is_file() or file_sha256(folder / name) != files.get(name):
+            logger.warning("%s is damaged; computing its features again", folder / name)
+            return None
+    return asdict(facts)
+
+
+def _read(folder: Path, facts: RealFacts, labels: Tensor, all_features: bool) -> RealFeatures:
+    with np.load(folder / _STATISTICS, allow_pickle=False) as arrays:
+        # Cloned for torch's alignment in memory, on which BLAS's last bits depend.
+        mean, products, sample = (
+            torch.from_numpy(arrays[name]).clone() for name in ("mean", "products", "sample")
+        )
+    features = np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False) if all_features else None
+    return RealFeatures(Moments(facts.count, mean, products), sample, labels, features)
+
+
+class _Accumulator:
+    """Gathers what evaluations need of the real images' features, and saves it on rank 0."""
+
+    def __init__(self, network: FeatureNetwork, count: int, partial: Path, *, all_features: bool) -> None:
+        self._count = count
+        self._partial = partial
+        # A random order, the same every time: it decides the halves, the splits and the sample.
+        self._places = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        device = network.float64_device
+        self._halves = [Moments.empty(network.num_features, device) for _ in range(2)]
+        self._sample = torch.empty(min(count, SAMPLE_SIZE), network.num_features)
+        self._score = InceptionScore(network.num_logits, device=device) if network.num_logits else None
+        self._checksum = hashlib.sha256()
+        self._features: np.memmap[Any, np.dtype[np.float32]] | None = None
+        if all_features:
+            partial.mkdir(parents=True, exist_ok=True)
+            self._features = np.lib.format.open_memmap(
+                partial / _FEATURES, "w+", np.float32, (count, network.num_features)
+            )
+
+    def add(self, block: FeatureBlock) -> None:
+        places = self._places[block.start : block.stop]
+        for number, half in enumerate(self._halves):
+            half.add(block.features[places % 2 == number])
+        in_sample = places < len(self._sample)
+        self._sample[places[in_sample]] = block.features[in_sample]
+        if self._score is not None:
+            self._score.add(block.logits, places * SPLITS // self._count)
+        if self._features is not None:
+            self._features[block.start : block.stop] = block.features.numpy()
+        self._checksum.update(block.digests)
+
+    def save(self, folder: Path, key: dict[str, Any], replaced: int) -> dict[str, Any]:
+        """Write everything to the partial folder, rename it to ``folder``, and return the facts."""
+        if replaced:
+            logger.warning("%d real images are unreadable; the next of its class replaces each", replaced)
+        one, other = self._halves
+        enough = self._count >= 2 * SPLITS
+        facts = RealFacts(
+            count=self._count,
+            checksum=self._checksum.hexdigest(),
+            replaced=replaced,
+            inception_score=self._score.result() if self._score is not None and enough else None,
+            half_distance=frechet_distance_of_moments(one, other) if enough else None,
+            from_cache=False,
+        )
+        one.merge(other)
+        self._partial.mkdir(parents=True, exist_ok=True)
+        np.savez(
+            self._partial / _STATISTICS,
+            mean=one.mean.numpy(force=True),
+            products=one.products.numpy(force=True),
+            sample=self._sample.numpy(),
+        )
+        files = [_STATISTICS]
+        if self._features is not None:
+            self._features.flush()
+            files.append(_FEATURES)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "key": key,
+            "facts": asdict(facts),
+            "files": {name: file_sha256(self._partial / name) for name in files},
+        }
+        (self._partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        old = self._partial.with_suffix(".replaced")
+        if folder.exists():  # damaged, or without the features of all images
+            folder.replace(old)
+        self._partial.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        return asdict(facts)

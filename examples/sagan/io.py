@@ -1,0 +1,127 @@
+"""Files that appear whole or not at all, digests of their contents, safe loading, and locks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from sagan.errors import UserError
+
+_READ_BYTES = 2**20
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Yield a binary file that takes the name ``path`` once it is complete and on the disk.
+
+    A reader sees the old contents or the new ones, also after a crash. If the block raises, the old file stays.
+    ``sync=False`` is faster, but a power failure may lose the file: for pictures.
+    """
+    temporary = path.with_name(f"{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if sync:
+        sync_folder(path.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file with :func:`atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk; does nothing where folders cannot be opened (Windows)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 digest of a file as 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the elements of a tensor as bytes, in row-major order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def module_digest(module: nn.Module) -> str:
+    """Return 64 hex digits of a module's parameters and buffers, names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def load_plain(path: Path) -> Any:
+    """Return what ``torch.save`` wrote, on the CPU; no code in the file is run.
+
+    Raises:
+        UserError: if it cannot be read, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(first_line(error)) from error
+    except Exception as error:  # of many types; torch's message advises to unpickle the file all the same
+        raise UserError("it holds more than tensors and plain values, or is no file of torch.save") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock file for a ``with`` block; the system releases it when the process ends, however it ends.
+
+    On file systems without locks the block runs unlocked.
+
+    Raises:
+        UserError: with ``message``, if another process holds the lock.
+    """
+    # No fallback to a file that merely exists: such a lock would outlive a process that is killed.
+    lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(message) from error
+    except (NotImplementedError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                path.unlink(missing_ok=True)
+            lock.release()

@@ -1,0 +1,222 @@
+"""Pictures: grids of samples, attention maps, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from sagan.errors import UserError
+from sagan.io import atomic_write
+from sagan.sampling import generate
+from sagan_layers import SelfAttention2d
+
+# Iterations and values.
+Curve = tuple[Sequence[float], Sequence[float]]
+_QUERY_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#00a5a5", "#c8a400", "#f032e6")
+
+
+def save_image(path: Path, image: Tensor) -> None:
+    """Write a uint8 image [3, H, W] as a PNG."""
+    _save_png(path, _picture(image))
+
+
+def save_grid(
+    path: Path, images: Tensor, *, columns: int, row_names: Sequence[str] | None = None, gap: int = 2
+) -> None:
+    """Write uint8 images [N, 3, H, W] as one PNG, row by row, with a name in front of each row."""
+    height, width = images.shape[2:]
+    rows = -(-len(images) // columns)
+    font = ImageFont.load_default(size=max(11, min(16, height // 2)))
+    margin = 0
+    if row_names:
+        margin = 2 * gap + 4 + max(round(font.getlength(name)) for name in row_names)
+    sheet = Image.new("RGB", (margin + columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        place = (margin + gap + column * (width + gap), gap + row * (height + gap))
+        sheet.paste(_picture(image), place)
+    for row, name in enumerate(row_names or ()):
+        middle = gap + row * (height + gap) + height / 2
+        draw.text((margin - gap - 2, middle), name, fill="black", font=font, anchor="rm")
+    _save_png(path, sheet)
+
+
+def _picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def _save_png(path: Path, picture: Image.Image | Figure) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, sync=False) as file:
+        if isinstance(picture, Figure):
+            picture.savefig(file, format="png", dpi=130)
+        else:
+            picture.save(file, format="PNG")
+
+
+@torch.no_grad()
+def attention_at(
+    generator: nn.Module, latents: Tensor, labels: Tensor, points: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor, int]:
+    """Return images and the attention of chosen points, from the attention layer closest to the image.
+
+    Args:
+        generator: G with attention; it runs in evaluation mode.
+        latents: [N, latent_dim].
+        labels: [N]; an unconditional G ignores them.
+        points: (row, column) of query points, in pixels of the image.
+
+    Returns:
+        Images uint8 [N, 3, R, R]; maps [N, Q, H, W] over the keys of the attention, each with sum one; and the
+        resolution of the attention's feature map.
+
+    Raises:
+        UserError: if G has no attention, or a point lies outside the image.
+    """
+    layers = [layer for layer in generator.modules() if isinstance(layer, SelfAttention2d)]
+    if not layers:
+        raise UserError("attention maps: expected a generator with attention, found none")
+    seen: list[Tensor] = []
+    with layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        images = generate(generator, latents, labels, batch_size=len(latents))
+    size, resolution = images.size(2), seen[0].size(2)
+    for point in points:
+        if not all(0 <= place < size for place in point):
+            raise UserError(
+                f"points: expected rows and columns from 0 to {size - 1}, got {point[0]},{point[1]}"
+            )
+    queries = [(row * resolution // size, column * resolution // size) for row, column in points]
+    return images, layers[-1].attention_weights(seen[0], queries), resolution
+
+
+def default_points(resolution: int) -> list[tuple[int, int]]:
+    """Return five query points: the centre, and one towards each corner."""
+    near, middle, far = (round(resolution * share) for share in (0.3, 0.5, 0.7))
+    return [(middle, middle), (near, near), (near, far), (far, near), (far, far)]
+
+
+def draw_attention(
+    path: Path,
+    generator: nn.Module,
+    latents: Tensor,
+    labels: Tensor,
+    points: Sequence[tuple[int, int]],
+    *,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Generate images and write the attention of chosen points; see :func:`attention_at`."""
+    images, maps, resolution = attention_at(generator, latents, labels, points)
+    title = f"Where the marked points look (G's attention at {resolution}x{resolution})"
+    save_attention_figure(path, images, maps, points, names=names, title=title)
+
+
+def save_attention_figure(
+    path: Path,
+    images: Tensor,
+    maps: Tensor,
+    points: Sequence[tuple[int, int]],
+    *,
+    names: Sequence[str] | None = None,
+    title: str = "",
+) -> None:
+    """Write figure 5 of the paper: each image with its query points, and next to it the map of each point.
+
+    Args:
+        path: the PNG.
+        images: uint8 [N, 3, R, R].
+        maps: [N, Q, H, W], each with sum one.
+        points: (row, column) of the Q query points, in pixels of the image.
+        names: one for each image.
+        title: title of the figure.
+    """
+    count, resolution = len(images), images.size(2)
+    large = F.interpolate(maps.float().cpu(), (resolution, resolution), mode="bilinear")
+    figure = Figure(figsize=(1.5 * (len(points) + 1) + 0.6, 1.5 * count + 0.5), layout="constrained")
+    axes = figure.subplots(count, len(points) + 1, squeeze=False)
+    for row in range(count):
+        picture = images[row].permute(1, 2, 0).numpy()
+        axes[row, 0].imshow(picture)
+        if names:
+            axes[row, 0].set_ylabel(names[row], fontsize=9)
+        for number, (y, x) in enumerate(points):
+            axis = axes[row, number + 1]
+            axis.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=255)
+            axis.imshow(large[row, number].numpy(), cmap="inferno", alpha=0.75)
+            colour = _QUERY_COLOURS[number % len(_QUERY_COLOURS)]
+            for marked in (axes[row, 0], axis):
+                marked.plot(x, y, "o", color=colour, markeredgecolor="white", markersize=6)
+        for axis in axes[row]:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    if title:
+        figure.suptitle(title, fontsize=10)
+    _save_png(path, figure)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves over the iterations in one pair of axes.
+
+    Attributes:
+        label: of the vertical axis.
+        curves: by name.
+        published: by the name of a curve, a value to compare it with.
+    """
+
+    label: str
+    curves: Mapping[str, Curve]
+    published: Mapping[str, float] = field(default_factory=dict)
+
+
+def save_comparison(path: Path, panels: Sequence[Panel]) -> None:
+    """Write panels with one curve for each run, below each other.
+
+    A run has the same colour in all panels. Dashed lines are published values.
+    """
+    figure, axes = _stacked(len(panels), width=8.5, height=3.2)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
+    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    for axis, panel in zip(axes, panels, strict=True):
+        for name, (iterations, values) in panel.curves.items():
+            axis.plot(iterations, values, label=name, color=colours[name], marker="o", markersize=3)
+        for name, value in panel.published.items():
+            axis.axhline(
+                value, color=colours[name], linestyle="--", linewidth=1, label=f"{name}: published {value:g}"
+            )
+        axis.set_ylabel(panel.label, fontsize=8)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _save_png(path, figure)
+
+
+def save_curves(path: Path, panels: Sequence[Panel], *, title: str = "") -> None:
+    """Write the panels of one run below each other, with a title above."""
+    figure, axes = _stacked(len(panels), width=7.5, height=2.3)
+    for axis, panel in zip(axes, panels, strict=True):
+        for name, (iterations, values) in panel.curves.items():
+            axis.plot(iterations, values, label=name, linewidth=1.3, marker="." if len(values) < 40 else None)
+        axis.set_ylabel(panel.label)
+        if len(panel.curves) > 1:
+            axis.legend(fontsize=8, ncols=3)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    _save_png(path, figure)
+
+
+def _stacked(count: int, *, width: float, height: float) -> tuple[Figure, npt.NDArray[Any]]:
+    """Return a figure of ``count`` axes below each other, over iterations; ``height`` is that of one, in inches."""
+    figure = Figure(figsize=(width, height * count + 0.4), layout="constrained")
+    axes: npt.NDArray[Any] = figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
+    axes[-1].set_xlabel("iteration")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure, axes

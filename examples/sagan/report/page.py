@@ -1,0 +1,186 @@
+"""A run's curves as a PNG, and a report as one HTML file with the pictures inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sagan.errors import UserError
+from sagan.io import atomic_write_text
+from sagan.report.figures import Curve, Panel, save_curves
+from sagan.train.checkpoint import checkpoints_in
+from sagan.train.logs import read_metrics, series
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+img { max-width: 100%; } figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top; }
+figcaption { color: #555; font-size: .85rem; } details { margin: .5rem 0; } code { background: #f3f3f3; }
+"""
+
+
+def draw_run(out: Path, path: Path) -> Path:
+    """Draw the curves of the run in ``out``: losses, logits, gamma, sigma, speed, and scores if it was evaluated.
+
+    Raises:
+        UserError: if there are no metrics.
+    """
+    rows = _metrics(out)
+    panels = _panels(rows)
+    if not panels:
+        raise UserError(f"expected metrics of a run in {out}, found none with a number yet")
+    save_curves(path, panels, title=str(out))
+    return path
+
+
+def _metrics(out: Path) -> list[dict[str, Any]]:
+    rows = read_metrics(out)
+    if not rows:
+        raise UserError(f"expected metrics of a run in {out}, found none yet")
+    return rows
+
+
+def _panels(rows: list[dict[str, Any]]) -> list[Panel]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    gammas = [name for name in names if name.startswith("gamma_")]
+    curves: dict[str, dict[str, Curve]] = {
+        "loss": {"D": series(rows, "d_loss"), "G": series(rows, "g_loss")},
+        "mean logit of D": {"real": series(rows, "real_logits"), "generated": series(rows, "fake_logits")},
+        "attention's gamma": {name[6:].replace("_", " at "): series(rows, name) for name in gammas},
+        "largest sigma": {network.upper(): _largest_sigma(rows, network) for network in "gd"},
+        "images a second": {"speed": series(rows, "images_per_s")},
+        "share of time waiting for data": {"share": series(rows, "data_wait_share")},
+    }
+    for name in _scores(rows):
+        # Broken at hyphens, to fit beside the panel.
+        curves[textwrap.fill(name.removeprefix("evaluation/"), 20)] = {"score": series(rows, name)}
+    panels = [
+        Panel(label, {name: curve for name, curve in found.items() if curve[0]})
+        for label, found in curves.items()
+    ]
+    return [panel for panel in panels if panel.curves]
+
+
+def _scores(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith("evaluation/")))
+
+
+def _largest_sigma(rows: list[dict[str, Any]], network: str) -> Curve:
+    found = [
+        (float(row["iteration"]), max(values))
+        for row in rows
+        if (
+            values := [value for name, value in row.items() if name.startswith(f"sigma_{network}.") and value]
+        )
+    ]
+    return [iteration for iteration, _ in found], [value for _, value in found]
+
+
+def write_report(out: Path, path: Path | None = None) -> Path:
+    """Write one HTML file about the run in ``out``, with its pictures inside, and return its path.
+
+    The default path is ``report.html`` in the folder of the run.
+
+    Raises:
+        UserError: if this is not the folder of a run.
+    """
+    path = path or out / "report.html"
+    rows = _metrics(out)
+    config = json.loads((out / "config.json").read_text())
+    curves = draw_run(out, out / "curves.png")
+    parts = [
+        f"<h1>{html.escape(config['recipe'])}: {html.escape(str(out))}</h1>",
+        _summary(out, config, rows),
+        "<h2>Curves</h2>",
+        _picture(curves, "over the iterations"),
+        "<h2>Samples</h2>",
+        *(_picture(each, _caption(each)) for each in _few(sorted((out / "samples").glob("*.png")))),
+    ]
+    maps = sorted((out / "attention").glob("*.png"))
+    if maps:
+        parts += ["<h2>Where G's attention looks</h2>", _picture(maps[-1], _caption(maps[-1]))]
+    parts += ["<h2>Evaluations</h2>", _evaluations(rows)]
+    parts += ["<h2>Configuration</h2>", _configuration(config)]
+    text = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        f"<title>{html.escape(out.name)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, text)
+    return path
+
+
+def _summary(out: Path, config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    last = next((row for row in reversed(rows) if "d_loss" in row), rows[-1])
+    speeds = sorted(series(rows, "images_per_s")[1])
+    saved = ", ".join(path.name for path in checkpoints_in(out / "checkpoints"))
+    best = " and best.pt" if (out / "checkpoints" / "best.pt").exists() else ""
+    alarms = [f"iteration {row['iteration']:,}: {row['alarm']}" for row in rows if row.get("alarm")]
+    return _table(
+        [
+            ("iterations", f"{rows[-1]['iteration']:,} of {config['iterations']:,}"),
+            ("batch", f"{config['batch_size']}, {config['network']['resolution']} pixels"),
+            ("classes", str(config["network"]["num_classes"])),
+            ("losses", f"D {_number(last.get('d_loss'))}, G {_number(last.get('g_loss'))}"),
+            ("images a second", f"{speeds[len(speeds) // 2]:.1f} (median)" if speeds else "not logged"),
+            ("checkpoints", saved + best),
+            ("skipped updates", str(sum(row.get("skipped_updates", 0) for row in rows))),
+            *(("alarm", alarm) for alarm in alarms),
+        ]
+    )
+
+
+def _evaluations(rows: list[dict[str, Any]]) -> str:
+    names = _scores(rows)
+    found = [row for row in rows if any(name in row for name in names)]
+    if not found:
+        return "<p>This run was not evaluated in training.</p>"
+    header = ["iteration", *(name.removeprefix("evaluation/") for name in names)]
+    body = [[f"{row['iteration']:,}", *(_number(row.get(name)) for name in names)] for row in found]
+    return _table(body, header)
+
+
+def _configuration(config: dict[str, Any]) -> str:
+    plain = [[name, str(value)] for name, value in config.items() if not isinstance(value, dict)]
+    groups = [
+        f"<details><summary>{html.escape(name)}</summary>"
+        + _table([[inner, str(each)] for inner, each in value.items()])
+        + "</details>"
+        for name, value in config.items()
+        if isinstance(value, dict)
+    ]
+    return _table(plain) + "".join(groups)
+
+
+def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    head = line(header, "th") if header else ""
+    return f"<table>{head}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _picture(path: Path, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    text = html.escape(caption)
+    return f"<figure><img alt='{text}' src='data:image/png;base64,{data}'><figcaption>{text}</figcaption></figure>"
+
+
+def _few(paths: Sequence[Path]) -> list[Path]:
+    """Return the first, the middle and the last."""
+    return list(dict.fromkeys([paths[0], paths[len(paths) // 2], paths[-1]])) if paths else []
+
+
+def _caption(path: Path) -> str:
+    return f"iteration {int(path.stem.removeprefix('iteration_')):,}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else "-"

@@ -1,0 +1,1 @@
+"""The training loop, its updates, losses, checkpoints and guards."""

@@ -1,0 +1,149 @@
+"""Updates with a NaN or an infinity: skipped, counted, and the end of a run that may not skip them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sagan.errors import UserError
+from sagan.recipes import HealthConfig
+
+_MAX_NAMED = 5
+
+
+class TrainingError(UserError):
+    """Training cannot continue."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Updates skipped because a loss or a gradient was not finite."""
+
+    count: int  # since the last call of FiniteGuard.skipped
+    first_iteration: int  # of the first of them
+    in_a_row: int  # consecutive iterations with a skipped update, up to now
+    since: int  # the first of those iterations
+
+
+class FiniteGuard:
+    """Skips updates whose loss or gradients hold a NaN or an infinity.
+
+    The decision is made on the device. To decide on the host, every update would have to wait for the GPU, and the GPU
+    for the next kernels. Instead the optimizer's fused kernel reads a flag, and changes neither weights nor moments if
+    it is set. :meth:`skipped` reports later. It waits for the device, so call it when a log is due.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._first = torch.full((), -1, dtype=torch.int64, device=device)
+        self._since = torch.full((), -1, dtype=torch.int64, device=device)
+        self._found = torch.zeros((), device=device)
+        self._iteration = 0
+
+    @contextlib.contextmanager
+    def iteration(self, number: int, moving: Sequence[Tensor]) -> Iterator[None]:
+        """Enclose the updates of iteration ``number``.
+
+        Buffers that forward passes move, such as running statistics, are restored if it has a skipped update.
+        """
+        self._iteration = number
+        self._found = torch.zeros_like(self._found)
+        before = [tensor.clone() for tensor in moving]
+        yield
+        found = self._found > 0
+        self._since = torch.where(found & (self._in_a_row == 0), number, self._since)
+        self._in_a_row = torch.where(found, self._in_a_row + 1, 0)
+        for tensor, old in zip(moving, before, strict=True):
+            tensor.copy_(torch.where(found, old, tensor))
+
+    def step(self, optimizer: torch.optim.Optimizer, network: nn.Module, loss: Tensor) -> None:
+        """Apply a network's gradients with a fused optimizer, unless one of them or the loss is not finite."""
+        # The loss counts as well: when a hinge loss is NaN, its gradients are 0.
+        gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+        found = (torch.nn.utils.get_total_norm(gradients) + loss.detach()).isfinite().logical_not()
+        self._first = torch.where(found & (self._count == 0), self._iteration, self._first)
+        self._count = self._count + found
+        self._found = torch.maximum(self._found, found.float())
+        optimizer.found_inf = found.float()  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf  # type: ignore[attr-defined]
+
+    def skipped(self) -> Skipped | None:
+        """Return what was skipped since the last call, None if nothing was."""
+        count = int(self._count)
+        if count == 0:
+            return None
+        found = Skipped(count, int(self._first), int(self._in_a_row), int(self._since))
+        self._count = torch.zeros_like(self._count)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs; call :meth:`skipped` first."""
+        return {"in_a_row": int(self._in_a_row), "since": int(self._since)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that :meth:`state_dict` returned."""
+        self._in_a_row.fill_(state["in_a_row"])
+        self._since.fill_(state["since"])
+
+
+def parameters_not_finite(network: nn.Module) -> list[str]:
+    """Return the names of parameters whose values or gradients hold a NaN or an infinity."""
+    return [
+        name
+        for name, parameter in network.named_parameters()
+        for tensor in (parameter, parameter.grad)
+        if tensor is not None and not bool(tensor.detach().isfinite().all())
+    ]
+
+
+def check_finite(guard: FiniteGuard, health: HealthConfig, networks: Mapping[str, nn.Module]) -> int:
+    """Return how many updates were skipped since the last call. Waits for the device.
+
+    Raises:
+        TrainingError: if the run may not skip them, or has skipped too many, naming the networks' parameters.
+    """
+    skipped = guard.skipped()
+    if skipped is None:
+        return 0
+    if health.on_nonfinite == "skip" and skipped.in_a_row <= health.most_skipped:
+        return skipped.count
+    if health.on_nonfinite == "skip":
+        what = f"in {skipped.in_a_row} iterations in a row, the first {skipped.since + 1}"
+        remedy = "--health.most-skipped allows more"
+    else:
+        what = f"in {skipped.count} updates, the first in iteration {skipped.first_iteration + 1}"
+        remedy = "--health.on-nonfinite skip continues without such updates"
+    found = []
+    for name, network in networks.items():
+        if names := parameters_not_finite(network):
+            others = " and others" if len(names) > _MAX_NAMED else ""
+            found.append(f"{name}: {', '.join(names[:_MAX_NAMED])}{others}")
+    where = f" ({'; '.join(found)})" if found else ""
+    raise TrainingError(
+        f"losses or gradients not finite {what}{where}. No such update was applied, "
+        "and the last checkpoint is older. Lower learning rates or --precision fp32 usually help; "
+        f"{remedy}"
+    )
+
+
+def check_losses_finite(row: Mapping[str, Any]) -> None:
+    """Raise :class:`TrainingError` if a loss was not finite in any iteration since the last log.
+
+    That happens in fp16, where the gradient scaler skips updates without the guard.
+    """
+    lost = [name for name in ("d_loss", "g_loss") if not math.isfinite(row[name])]
+    if lost:
+        raise TrainingError(
+            f"{' and '.join(lost)} not finite in any iteration since the last log, at iteration {row['iteration']}; "
+            "the last checkpoint is older"
+        )

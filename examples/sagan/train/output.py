@@ -1,0 +1,191 @@
+"""What a run writes to its folder besides metrics: configuration, samples, attention maps and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sagan.data import ImageDataset
+from sagan.io import atomic_write_text
+from sagan.recipes import RunConfig
+from sagan.report.figures import default_points, draw_attention, save_grid
+from sagan.sampling import generate, sample_inputs
+from sagan.train.checkpoint import (
+    BEST,
+    CheckpointError,
+    RunState,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+    set_aside_later,
+)
+from sagan.train.collapse import CollapseAlarm, diversity
+from sagan.train.resume import Saved
+from sagan.train.update import Trainer
+from sagan_layers import SelfAttention2d
+
+_ATTENTION_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of an evaluation."""
+
+    value: float  # less is better
+    of: str  # its kind; scores of different kinds are not compared
+    figures: dict[str, float]  # to log, by name
+
+
+class RunOutput:
+    """Writes the files of a run, on rank 0, and restores the run from its checkpoint.
+
+    Attributes:
+        checkpoint: the last checkpoint, or the one that the run resumed from.
+    """
+
+    def __init__(self, trainer: Trainer, alarm: CollapseAlarm, dataset: ImageDataset) -> None:
+        self._config = trainer.config
+        self._trainer = trainer
+        self._alarm = alarm
+        self._class_names = list(dataset.class_names)
+        self._fingerprint = dataset.fingerprint()
+        self._latents, self._labels = _grid_inputs(trainer.config, trainer.labels_in_use)
+        self._real_diversity = _real_diversity(dataset, self._labels)
+        self.checkpoint: Path | None = None
+        self._best_score: float | None = None
+        self._best_score_of = ""
+
+    def state(self) -> RunState:
+        """Return what to save."""
+        return {
+            **self._trainer.state_dict(),
+            "fingerprint": self._fingerprint,
+            "class_names": self._class_names,
+            "best_score": self._best_score,
+            "best_score_of": self._best_score_of,
+            "alarm": self._alarm.state_dict(),
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """Restore the run from a checkpoint, on every rank.
+
+        Raises:
+            CheckpointError: if its networks do not fit the configuration.
+        """
+        path, state = saved
+        try:
+            self._trainer.load_state_dict(state)
+        except (RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} holds networks that do not fit this configuration; --accept-changes cannot change that"
+            ) from error
+        self._alarm.load_state_dict(state["alarm"])
+        self.checkpoint = path
+        self._best_score, self._best_score_of = state["best_score"], state["best_score_of"]
+
+    def begin(self) -> None:
+        """Save the configuration, and set aside what an earlier part of the run wrote after its last checkpoint."""
+        save_config(self._config)
+        if self.checkpoint is not None:
+            set_aside_later(self.checkpoint)
+        for path in sorted((self._config.out / "evaluation").glob("iteration_*.json")):
+            number = path.name.split("_")[1]
+            if number.isdigit() and int(number) > self._trainer.iteration:
+                dropped = path.parent / "dropped" / path.name
+                dropped.parent.mkdir(exist_ok=True)
+                path.replace(dropped)
+
+    def save_samples(self, observe: Callable[[Trainer], None] | None) -> float:
+        """Save a grid and attention maps; return how much samples differ, as a share of how much real images do."""
+        config, trainer = self._config, self._trainer
+        columns = config.output.grid_columns
+        images = generate(
+            trainer.sampling_generator, self._latents, self._labels, batch_size=config.batch_size
+        )
+        conditional = bool(config.network.head_classes)
+        names = [self._class_names[int(label)] for label in self._labels] if conditional else None
+        file = f"iteration_{trainer.iteration:09d}.png"
+        save_grid(
+            config.out / "samples" / file, images, columns=columns, row_names=names and names[::columns]
+        )
+        if any(isinstance(layer, SelfAttention2d) for layer in trainer.generator.modules()):
+            count = len(self._labels)
+            chosen = torch.linspace(0, count - 1, min(_ATTENTION_IMAGES, count)).long()
+            draw_attention(
+                config.out / "attention" / file,
+                trainer.sampling_generator,
+                self._latents[chosen],
+                self._labels[chosen],
+                default_points(config.network.resolution),
+                names=names and [names[int(index)] for index in chosen],
+            )
+        if observe is not None:
+            observe(trainer)
+        return diversity(images, self._labels) / max(self._real_diversity, 1e-6)
+
+    def save_checkpoint(self) -> None:
+        """Save a checkpoint of this iteration; all ranks call this."""
+        self._trainer.share_means()
+        folder, keep = self._config.out / "checkpoints", self._config.output.keep_checkpoints
+        path = self._trainer.world.run_on_main(lambda: str(save_checkpoint(folder, self.state(), keep=keep)))
+        self.checkpoint = Path(path)
+
+    def keep_best(self, score: Score) -> None:
+        """Replace best.pt if this score is better than its, or of another kind; all ranks call this."""
+        self._trainer.share_means()
+        self._trainer.world.run_on_main(lambda: self._keep_best(score))
+
+    def _keep_best(self, score: Score) -> None:
+        best_score = self._best_score if score.of == self._best_score_of else None
+        if not math.isfinite(score.value) or (best_score is not None and score.value >= best_score):
+            return
+        self._best_score, self._best_score_of = score.value, score.of
+        folder = self._config.out / "checkpoints"
+        if not _is_as_good(folder / BEST, score):
+            save_best(folder, self.state())
+
+
+def save_config(config: RunConfig) -> Path:
+    """Write the resolved configuration to config.json in the run's folder and return its path."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    path = config.out / "config.json"
+    atomic_write_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
+    return path
+
+
+def _is_as_good(best: Path, score: Score) -> bool:
+    """Whether best.pt is as good already: the part of the run before a crash may have got further than this one."""
+    if not best.is_file():
+        return False
+    try:
+        state = load_checkpoint(best)
+    except CheckpointError:
+        return False
+    best_score = state["best_score"]
+    return best_score is not None and state["best_score_of"] == score.of and best_score <= score.value
+
+
+def _grid_inputs(config: RunConfig, labels_in_use: Tensor) -> tuple[Tensor, Tensor]:
+    """Return latents and labels for the grid, the same throughout a run: one class in each row."""
+    rows = config.output.grid_rows
+    if config.network.head_classes:
+        rows = min(rows, len(labels_in_use))
+    chosen = torch.linspace(0, len(labels_in_use) - 1, rows).round().long()
+    labels = labels_in_use[chosen].repeat_interleave(config.output.grid_columns)
+    latents, _ = sample_inputs(range(len(labels)), config.network, config.seed)
+    return latents, labels
+
+
+def _real_diversity(dataset: ImageDataset, labels: Tensor) -> float:
+    """Return how much real images of the grid's classes differ, from as many of each class as the grid has."""
+    chosen = []
+    for label in torch.unique(labels):
+        of_class = (dataset.labels == label).nonzero().flatten()
+        chosen.append(of_class[: max(2, int((labels == label).sum()))])
+    return diversity(*dataset.fetch(torch.cat(chosen).tolist()))

@@ -1,0 +1,60 @@
+"""Whether a run may start or resume in its folder, and from which checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sagan.recipes import RunConfig, config_from_dict, differences
+from sagan.train.checkpoint import BEST, CheckpointError, RunState, checkpoints_in, load_latest
+from sagan.train.logs import METRICS
+
+# May change when a run resumes: how long, where and how it computes or reports, not what it computes.
+_MAY_CHANGE = (
+    "data", "out", "iterations", "device", "images.workers", "images.cache_mib", "step.compile",
+    "step.channels_last", "step.checkpoint_activations",
+)  # fmt: skip
+_MAY_CHANGE_GROUPS = ("output.", "images.check", "health.", "evaluation.")
+
+# A checkpoint to resume from, and its contents.
+Saved = tuple[Path, RunState]
+
+
+def check_start(config: RunConfig, *, resume: bool, accept_changes: bool = False) -> Saved | None:
+    """Return the checkpoint to resume from and its contents, or None for a new run. Needs no images.
+
+    Raises:
+        CheckpointError: if ``config.out`` holds a run and ``resume`` is False, or if it holds none to resume, or one
+            with another configuration, unless changes are accepted.
+    """
+    if not resume:
+        if checkpoints_in(config.out / "checkpoints"):
+            raise CheckpointError(f"{config.out} holds a run already; use --resume, or choose another --out")
+        return None
+    path, state = load_latest(config.out)
+    refused = {
+        name: values
+        for name, values in differences(config_from_dict(state["config"]), config).items()
+        if name not in _MAY_CHANGE and not name.startswith(_MAY_CHANGE_GROUPS)
+    }
+    if refused and not accept_changes:
+        changes = "; ".join(f"{name} was {was!r}, now {now!r}" for name, (was, now) in refused.items())
+        raise CheckpointError(
+            f"{path} was made with another configuration: {changes}. To resume with the new one, add --accept-changes"
+        )
+    return path, state
+
+
+def check_images(saved: Saved | None, fingerprint: str, *, accept_changes: bool = False) -> None:
+    """Raise :class:`CheckpointError` if the run to resume was made with other images, unless that is accepted."""
+    if saved is not None and saved[1]["fingerprint"] != fingerprint and not accept_changes:
+        raise CheckpointError(f"the run of {saved[0]} was made with other images than those found now")
+
+
+def check_unused(out: Path) -> None:
+    """Raise :class:`CheckpointError` if a folder without a checkpoint holds files of a run that has started."""
+    metrics = out / METRICS
+    if (out / "checkpoints" / BEST).exists() or (metrics.is_file() and metrics.stat().st_size):
+        raise CheckpointError(
+            f"{out} holds a run that ended before its first checkpoint; delete it, or choose another --out "
+            "(--auto-resume restarts it)"
+        )

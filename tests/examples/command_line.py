@@ -1,0 +1,47 @@
+"""Run commands of the trainer in this process, and read what they write."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import imagenet_sagan
+
+# Options of ``train`` for networks of milliseconds.
+SMALL = (
+    *("--device", "cpu", "--batch-size", 4, "--network.resolution", 32, "--network.base-width", 1),
+    *("--network.latent-dim", 4, "--network.g-attention", 16, "--network.d-attention", 8),
+    *("--output.grid-columns", 2),
+)
+
+
+def main(*arguments: object) -> int:
+    """Run a command and return its exit code."""
+    return imagenet_sagan.main([str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> str:
+    """Run a command that succeeds and return what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(*arguments) == 0
+    return printed.getvalue()
+
+
+def refused(*arguments: object) -> str:
+    """Run a command that fails with exit code 1 and return its message."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        assert main(*arguments) == 1
+    return printed.getvalue()
+
+
+def read_png(path: Path) -> Tensor:
+    """Return uint8 [3, height, width]."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

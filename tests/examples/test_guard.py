@@ -1,0 +1,98 @@
+"""Updates whose loss or gradients are not finite are skipped, counted, and leave no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sagan.train.guard import FiniteGuard, Skipped, parameters_not_finite
+
+NAN, INF = float("nan"), float("inf")
+
+
+class Guarded:
+    """A network, its optimizer and its guard."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        self.network = nn.Linear(3, 2)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), 0.1, fused=True)
+        self.guard = FiniteGuard(torch.device("cpu"))
+
+    def give_gradients(self, value: float = 1.0) -> None:
+        for parameter in self.network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        self.network.bias.grad[1] = value
+
+    def iterate(self, number: int, *values: float, loss: float = 1.0) -> None:
+        """Run an iteration with an update for each of these values of a gradient."""
+        with self.guard.iteration(number, ()):
+            for value in values:
+                self.give_gradients(value)
+                self.guard.step(self.optimizer, self.network, torch.tensor(loss))
+
+    def weights(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.network.parameters()]
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_an_update_with_such_a_gradient_changes_neither_weights_nor_moments(value: float) -> None:
+    guarded = Guarded()
+    guarded.iterate(0, 1.0)
+    before, states = guarded.weights(), guarded.optimizer.state.values()
+    moments = [state["exp_avg_sq"].clone() for state in states]
+    guarded.iterate(1, value)
+    assert all(torch.equal(*pair) for pair in zip(guarded.weights(), before, strict=True))
+    for state, moment in zip(states, moments, strict=True):
+        assert torch.equal(state["exp_avg_sq"], moment)
+        assert int(state["step"]) == 1
+    assert guarded.guard.skipped() == Skipped(count=1, first_iteration=1, in_a_row=1, since=1)
+    assert guarded.guard.skipped() is None
+    assert not hasattr(guarded.optimizer, "found_inf")
+
+
+def test_a_loss_of_nan_counts_although_its_gradients_are_finite() -> None:
+    guarded = Guarded()
+    guarded.iterate(7, 1.0, loss=NAN)
+    assert guarded.guard.skipped() == Skipped(count=1, first_iteration=7, in_a_row=1, since=7)
+
+
+def test_it_is_the_plain_optimizer_otherwise() -> None:
+    guarded, plain = Guarded(), Guarded()
+    for number in range(3):
+        guarded.iterate(number, 1.0)
+        plain.give_gradients()
+        plain.optimizer.step()
+    assert guarded.guard.skipped() is None
+    assert all(torch.equal(*pair) for pair in zip(guarded.weights(), plain.weights(), strict=True))
+
+
+def test_it_counts_updates_and_iterations_in_a_row() -> None:
+    guarded = Guarded()
+    for number, values in enumerate([(1.0, 1.0), (NAN, NAN), (1.0, INF)]):
+        guarded.iterate(number, *values)
+    assert guarded.guard.skipped() == Skipped(count=3, first_iteration=1, in_a_row=2, since=1)
+    guarded.iterate(3, 1.0)
+    guarded.iterate(4, NAN)
+    assert guarded.guard.skipped() == Skipped(count=1, first_iteration=4, in_a_row=1, since=4)
+
+
+def test_moving_buffers_are_restored_after_an_iteration_with_a_skipped_update() -> None:
+    guarded = Guarded()
+    statistic = torch.zeros(3)
+    for value, expected in ((1.0, 1.0), (NAN, 1.0), (1.0, 2.0)):
+        with guarded.guard.iteration(0, [statistic]):
+            statistic += value
+            guarded.give_gradients(value)
+            guarded.guard.step(guarded.optimizer, guarded.network, torch.tensor(1.0))
+        assert statistic.eq(expected).all()
+
+
+def test_parameters_that_are_not_finite_are_named() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert parameters_not_finite(network) == []
+    network[1].bias.grad = torch.tensor([1.0, INF])
+    with torch.no_grad():
+        network[0].weight[0, 0] = NAN
+    assert parameters_not_finite(network) == ["0.weight", "1.bias"]
