@@ -72,7 +72,7 @@ class NormCase(Case):
 
     def first_run(self, contender: str, run: Run, row: Row) -> Outputs:
         if contender == "ours":
-            row["served_by"] = functional.select_conditional_norm_backend(self.inputs()[0])
+            row["served_by"] = functional.select_backend(self.inputs()[0], operation="conditional_batch_norm")
         return run()
 
     def inputs(self) -> Any:

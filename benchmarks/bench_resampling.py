@@ -86,8 +86,12 @@ class LayerCase(Case):
         """Record the form that served, and count the multiplications."""
         if contender == "ours":
             x, weight, *_ = self.inputs()
-            row["served_by"] = functional.select_resampling(
-                x, weight, upsample=self.upsample, downsample=self.downsample, padding=self.kernel // 2
+            row["served_by"] = functional.select_backend(
+                x,
+                weight,
+                operation="upsample_conv2d" if self.upsample > 1 else "conv2d_downsample",
+                factor=self.upsample * self.downsample,
+                padding=self.kernel // 2,
             )
         with FlopCounterMode(display=False) as counter:
             outputs = run()
@@ -138,7 +142,8 @@ class LayerCase(Case):
 
 
 def _forms() -> list[str]:
-    return list(functional.explain_resampling(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3), upsample=2))
+    x, weight = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3)
+    return list(functional.explain_backends(x, weight, operation="upsample_conv2d"))
 
 
 def _resample_separately(layer: SNConv2d) -> None:

@@ -33,12 +33,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "kernel_resources.json"
 PAGE = ROOT / "docs" / "kernel_resources.md"
 COMMAND = "python -m benchmarks.kernel_resources"
 KERNEL_MODULES = (
-    "sagan_layers.ops.attention_triton",
-    "sagan_layers.ops.self_attention_triton",
-    "sagan_layers.ops.conditional_norm_triton",
+    "sagan_layers.attention.triton_launch",
+    "sagan_layers.attention.fused_triton_launch",
+    "sagan_layers.conditional_norm.triton_kernels",
 )
 # These multiply no matrices.
-WITHOUT_PRODUCTS = ("sagan_layers.ops.conditional_norm_triton",)
+WITHOUT_PRODUCTS = ("sagan_layers.conditional_norm.triton_kernels",)
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,9 @@ class Configuration:
 
 
 def source_hashes() -> dict[str, str]:
-    """Return the SHA-256 of each kernel file."""
-    return {name: hashlib.sha256(_source(name).read_bytes()).hexdigest() for name in KERNEL_MODULES}
-
-
-def _source(module: str) -> Path:
-    return ROOT / Path(*module.split(".")).with_suffix(".py")
+    """Return the SHA-256 of each file that holds kernels, launchers or what they share."""
+    files = sorted(ROOT.glob("sagan_layers/**/*triton_*.py"))
+    return {str(file.relative_to(ROOT)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def all_jobs() -> Iterator[tuple[str, Any]]:
@@ -226,7 +223,7 @@ def page(record: dict[str, Any]) -> str:
     for (module_of_kernel, kernel), these in kernels.items():
         if module != module_of_kernel:
             module = module_of_kernel
-            lines += ["", f"## {_source(module).name} on sm_90"]
+            lines += ["", f"## {module} on sm_90"]
         lines += [
             "",
             f"### {_title(kernel)}",
