@@ -18,7 +18,7 @@ from sagan.evaluation.config import TrainingEvaluationConfig
 from sagan.recipes import HealthConfig, RunConfig, config_from_dict
 from sagan.report.page import draw_run, write_report
 from sagan.train.checkpoint import load_checkpoint
-from sagan.train.collapse import CollapseAlarm
+from sagan.train.health import CollapseAlarm
 from sagan.train.logs import read_metrics, series
 from sagan.train.loop import TrainingResult
 from sagan.train.output import Score
