@@ -424,13 +424,7 @@ class TestSample:
         assert drawn == [(tmp_path / "grid.png", 2 * len(rows), [WNIDS[label] for label in rows])]
 
     def test_a_source_without_a_run_ends_with_a_plain_message(self, tmp_path: Path) -> None:
-        (tmp_path / "torn.pt").write_bytes(b"torn")
-        for source, message in (
-            (tmp_path / "nowhere", "found no file or folder"),
-            (tmp_path, "found a run's folder without checkpoints"),
-            (tmp_path / "torn.pt", "is not a readable checkpoint"),
-        ):
-            assert message in refused("sample", "--source", source, "--out", tmp_path / "out")
+        assert "found no file or folder" in refused("sample", "--source", tmp_path / "nowhere")
 
 
 WRONG_CLASS = "classes: expected a class's name or a label from 0 to 2, got"

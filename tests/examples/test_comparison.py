@@ -14,7 +14,7 @@ from command_line import read_png, refused, succeed
 
 from sagan.errors import UserError
 from sagan.recipes import PUBLISHED, RECIPES
-from sagan.report.comparison import TABLE_1, Kind, compare_runs, read_runs
+from sagan.report.comparison import TABLE_1, compare_runs, read_runs
 
 FID, IS = "fid50k-train-tfinception", "is50k-tfinception"
 
@@ -84,9 +84,7 @@ class TestTable:
         assert cells(text, "alone")[3] == "3 at 100"
         assert ("they are not FIDs" in text) == proxy
 
-    def test_differences_from_the_recipe_that_matter_and_missing_evaluations_are_named(
-        self, tmp_path: Path
-    ) -> None:
+    def test_differences_from_the_recipe_and_missing_evaluations_are_named(self, tmp_path: Path) -> None:
         one = write_run(tmp_path / "one", seed=7, data=tmp_path, device="cuda")
         write_evaluation(one, 100, fid=3.0)
         text = table_of(one, write_run(tmp_path / "two"))
@@ -112,13 +110,6 @@ class TestReading:
     def test_a_repeated_name_is_told_apart_by_its_path(self, tmp_path: Path) -> None:
         runs = read_runs([write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run")])
         assert len({run.label for run in runs}) == 2
-
-    def test_more_is_better_for_is(self, tmp_path: Path) -> None:
-        run = write_run(tmp_path / "run")
-        write_evaluation(run, 100, **{"is": 10.0})
-        write_evaluation(run, 200, **{"is": 12.0})
-        (found,) = read_runs([run])
-        assert found.best(Kind("is", IS, "0123456789ab", False)) == (200, 12.0)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"protocol": {}}'])
     def test_a_broken_evaluation_is_named(self, tmp_path: Path, text: str) -> None:

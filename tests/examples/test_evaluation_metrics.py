@@ -124,11 +124,6 @@ class TestKernelInceptionDistance:
         assert deviation > 0
         assert abs(mean - whole) < 4 * deviation / 10
 
-    def test_torchs_random_state_does_not_change(self) -> None:
-        before = torch.random.get_rng_state()
-        kernel_inception_distance(features_of(1, 9), features_of(2, 9), subsets=2)
-        assert torch.equal(torch.random.get_rng_state(), before)
-
 
 class TestPrecisionAndRecall:
     @pytest.mark.parametrize("block", [7, 1024])
