@@ -141,12 +141,13 @@ class TestCommand:
 
 
 class TestPublished:
-    @pytest.mark.parametrize("name", list(PUBLISHED))
-    def test_every_number_is_in_the_recipes_own_description(self, name: str) -> None:
+    @pytest.mark.parametrize("name", [name for name in RECIPES if name != "digits"])
+    def test_the_description_of_a_recipe_has_every_number(self, name: str) -> None:
         recipe = RECIPES[name]
         told = (recipe.func if isinstance(recipe, partial) else recipe).__doc__ or ""
         numbers = {float(text) for text in re.findall(r"\d+\.\d+", told)}
-        assert set(PUBLISHED[name].values()) <= numbers
+        assert "Published" in told
+        assert set(PUBLISHED.get(name, {}).values()) <= numbers
 
     def test_all_of_table_1_are_recipes_with_a_published_result(self) -> None:
         assert set(TABLE_1) <= set(PUBLISHED) <= set(RECIPES)
