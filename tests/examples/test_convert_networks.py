@@ -38,10 +38,9 @@ def below(arrays: Arrays, prefix: str) -> Arrays:
 
 
 def assert_agrees(ours: Tensor, recorded: np.ndarray, what: str) -> None:
-    theirs = torch.from_numpy(recorded).double()
-    assert ours.shape == theirs.shape, what
-    error, scale = (ours.detach().double() - theirs).abs().max().item(), theirs.abs().max().item()
-    assert error <= TOLERANCE * scale, f"{what}: error {error:.2e} of {scale:.2e}"
+    assert ours.shape == recorded.shape, what
+    atol = TOLERANCE * np.abs(recorded).max()
+    np.testing.assert_allclose(ours.detach(), recorded, rtol=0, atol=atol, err_msg=what)
 
 
 def assert_all_agree(ours: Arrays, recorded: Arrays) -> None:
