@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sagan.evaluation.fid import (
     Moments,
@@ -66,6 +66,26 @@ class TestFrechetDistance:
     def test_huge_means_lose_no_digits(self) -> None:
         a, b = features_of(1, 300).double(), features_of(2, 250).double()
         assert moments_distance(a + 1e5, b + 1e5) == pytest.approx(moments_distance(a, b), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Metric `InceptionScore` will save", "ignore:std")
+def test_fid_and_inception_score_are_torchmetrics_on_the_same_features() -> None:
+    fid, inception = map(pytest.importorskip, ("torchmetrics.image.fid", "torchmetrics.image.inception"))
+    flatten = nn.Flatten()  # of what torchmetrics takes for images
+    flatten.num_features = 24  # type: ignore[assignment]
+    a, b = features_of(1, 300).double(), features_of(2, 250).double()
+    distance, score = (
+        fid.FrechetInceptionDistance(feature=flatten),
+        inception.InceptionScore(flatten, splits=1),
+    )
+    distance.update(a, real=True)
+    distance.update(b, real=False)
+    assert moments_distance(a, b) == pytest.approx(float(distance.compute()), rel=1e-8)
+    score.update(a)
+    ours = InceptionScore(24, splits=1)
+    for block in torch.split(a, 50):
+        ours.add(block, torch.zeros(len(block), dtype=torch.int64))
+    assert ours.result()[0] == pytest.approx(float(score.compute()[0]), rel=1e-10)
 
 
 class TestIntraFid:
