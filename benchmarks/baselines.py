@@ -208,3 +208,23 @@ def _with_textbook_layers(module: nn.Module) -> nn.Module:
     if isinstance(module, ConditionalBatchNorm2d):
         return TextbookConditionalNorm(module)
     return TextbookAttention(module) if isinstance(module, SelfAttention2d) else module
+
+
+@torch.no_grad()
+def settle(network: nn.Module, gamma: float) -> None:
+    """Give attention a weight, and make every u and v the first singular vectors, with a sigma of 1.
+
+    So the vectors stand still, and the network computes the same with and without spectral normalisation.
+    """
+    for layer in network.modules():
+        if isinstance(layer, SelfAttention2d):
+            layer.gamma.fill_(gamma)
+        elif isinstance(layer, SpectralNormLayer):
+            u, v = layer.weight_u, layer.weight_v
+            matrix = layer.weight.flatten(1)
+            matrix = matrix - torch.outer(u, u @ matrix)
+            matrix = matrix - torch.outer(matrix @ v, v)
+            rows, columns = matrix.shape
+            # Above what the largest singular value of so random a matrix is.
+            largest = 1.2 * matrix.square().mean().sqrt() * (rows**0.5 + columns**0.5)
+            layer.weight.copy_((matrix / largest.clamp_min(1e-12) + torch.outer(u, v)).view_as(layer.weight))

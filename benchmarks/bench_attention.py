@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import math
@@ -59,11 +60,6 @@ WHOLE_CHECK_ENTRIES = 2**20
 # Contenders that hold whole matrices, and how many textbook code holds at its peak.
 HOLDING_MATRICES = ("textbook", "SDPA", "BigGAN-PyTorch", "ours: reference")
 TEXTBOOK_MATRICES = {CORE_FORWARD: 2, CORE_TRAINING: 5, BLOCK_TRAINING: 5, BLOCK_R1: 12}
-# Our kernels make a float32 product out of three TF32 ones, which can beat cuBLAS without TF32.
-FLOAT32_NOTE = (
-    "Floors of float32 use the faster of two rates: cuBLAS without TF32, and a third of cuBLAS with TF32, since three "
-    "TF32 products make one of nearly float32's accuracy."
-)
 GAMMA = 0.7
 LOGIT_STD = 3.0
 
@@ -103,12 +99,9 @@ class AttentionCase(Case):
     @property
     def work(self) -> float:
         """What a case costs on a CPU, in entries that one pass over the matrices touches."""
-        return self.entries * WORK[self.suite] * (HALF_PRECISION_WORK if self.is_half else 1.0)
-
-    @property
-    def is_half(self) -> bool:
-        """Whether the dtype is a 16-bit one."""
-        return self.dtype.itemsize == 2
+        return (
+            self.entries * WORK[self.suite] * (1.0 if self.dtype_name == "float32" else HALF_PRECISION_WORK)
+        )
 
     @property
     def is_core(self) -> bool:
@@ -323,29 +316,28 @@ def _oracle(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.cat(blocks, dim=1)
 
 
-def make_cases(
-    device: str, *, quick: bool = False, everything: bool = False, peer: Path | None = None
-) -> list[AttentionCase]:
-    """Return the cases for a device, the most valuable first."""
+def make_cases(options: argparse.Namespace) -> list[AttentionCase]:
+    """Return the cases of a run, the most valuable first."""
+    device = options.device
     grid = [(shape, dtype) for shape in CPU_SHAPES for dtype in ("float32", "bfloat16")]
-    if quick:
+    if options.quick:
         grid = [(shape, "float32") for shape in QUICK_SHAPES]
     elif device == "cuda":
         grid = [(shape, "bfloat16") for shape in CUDA_SHAPES]
         grid += [(shape, "float32") for shape in CUDA_FLOAT32_SHAPES]
     cases = [
-        AttentionCase(suite, device, shape, pool_size, dtype, peer)
-        for pool_size in ((2,) if quick else (2, 1))
+        AttentionCase(suite, device, shape, pool_size, dtype, options.peer)
+        for pool_size in ((2,) if options.quick else (2, 1))
         for shape, dtype in grid
         for suite in SUITES
     ]
-    if device == "cuda" or quick:
+    if device == "cuda" or options.quick:
         return cases
     # A time budget should reach pooled before unpooled, and half precision's blocks last of each.
-    cases.sort(key=lambda case: (case.pool_size == 1, case.is_half and not case.is_core))
-    if not everything:
+    cases.sort(key=lambda case: (case.pool_size == 1, case.dtype_name != "float32" and not case.is_core))
+    if not options.everything:
         cases = [case for case in cases if case.work <= MINUTES_OF_WORK]
-    names = () if everything else ("ours",)  # the others need several GB
+    names = () if options.everything else ("ours",)  # the others need several GB
     return cases + [
         AttentionCase(suite, device, MEMORY_SHAPE, 1, "float32", names=names)
         for suite in (CORE_TRAINING, BLOCK_TRAINING)
@@ -409,21 +401,10 @@ def _product(left: Tensor, right: Tensor, *, allow_tf32: bool) -> Outputs:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
-    parser = harness.argument_parser("attention", __doc__, peer=True)
-    parser.add_argument("--graphs", action="store_true", help="on CUDA, also time CUDA graphs")
-    options = parser.parse_args(arguments)
-    results = harness.open_results(options)
-    rates = None
-    if options.device == "cuda":
-        # The float64 check of float32 cases means float32; torch's default for matmul stays.
-        torch.backends.cudnn.allow_tf32 = False
-        rates = measure_rates()
-        results.set_rates(rates, FLOAT32_NOTE)
-    everything = options.only is not None
-    cases = make_cases(options.device, quick=options.quick, everything=everything, peer=options.peer)
-    settings = Settings(target_s=1.0, graphs=options.graphs)
-    harness.run_chosen(options, cases, settings, results, rates)
-    return results.finish()
+    options = harness.parse("attention", __doc__, arguments, peer=True)
+    # The float64 check of float32 cases means float32; torch's default for matmul stays.
+    torch.backends.cudnn.allow_tf32 = False
+    return harness.run_suite(options, make_cases(options), Settings(target_s=1.0), measure_rates).finish()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,14 +146,12 @@ class NormCase(Case):
         return replace(self, shape=(2, 8, 8))
 
 
-def make_cases(
-    device: str, *, quick: bool = False, everything: bool = False, peer: Path | None = None
-) -> list[NormCase]:
-    """Return the cases for a device, the most valuable first."""
+def make_cases(options: argparse.Namespace) -> list[NormCase]:
+    """Return the cases of a run, the most valuable first."""
     groups: list[tuple[str, tuple[Shape, ...], str]]
-    if quick:
+    if options.quick:
         groups = [(suite, ((2, 16, 16),), "float32") for suite in (PLAIN, WITH_RELU)]
-    elif device == "cuda":
+    elif options.device == "cuda":
         shapes = tuple((64, channels, side) for _, channels, side in GENERATOR[::-1])
         groups = [(suite, shapes, dtype) for dtype in ("bfloat16", "float32") for suite in (PLAIN, WITH_RELU)]
     else:
@@ -162,11 +161,11 @@ def make_cases(
             (MAPS, GENERATOR, "float32"),
             (MAPS, LARGE, "bfloat16"),
         ]
-    if everything and not quick:
+    if options.everything and not options.quick:
         _, shapes, dtype = groups[0]
         groups.append((COMPILED, shapes, dtype))
     return [
-        NormCase(suite, device, shape, dtype, channels_last, peer)
+        NormCase(suite, options.device, shape, dtype, channels_last, options.peer)
         for suite, shapes, dtype in groups
         for shape in shapes
         for channels_last in (False, True)
@@ -175,10 +174,8 @@ def make_cases(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
-    options = harness.argument_parser("conditional_norm", __doc__, peer=True).parse_args(arguments)
-    everything = options.only is not None
-    cases = make_cases(options.device, quick=options.quick, everything=everything, peer=options.peer)
-    return harness.run_suite(options, cases, Settings(target_s=0.8))
+    options = harness.parse("conditional_norm", __doc__, arguments, peer=True)
+    return harness.run_suite(options, make_cases(options), Settings(target_s=0.8)).finish()
 
 
 if __name__ == "__main__":

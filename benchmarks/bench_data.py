@@ -38,7 +38,7 @@ from sagan.prepare.synthetic import Layout, SyntheticSet, write_layout
 BATCH = 256
 PREPARE, READ, READ_COLD = "prepare", "random batches, warm", "random batches, cold"
 Pixels = npt.NDArray[np.uint8]
-Turn = Callable[[], float]
+Turn = Callable[[], float]  # returns the seconds for BATCH images
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,19 @@ def pillow_alone(path: Path, resolution: int) -> Pixels:
         return np.asarray(square.resize((resolution, resolution), Image.Resampling.BILINEAR))
 
 
-def decode_all(task: tuple[Sequence[Path], int]) -> float:
-    """Run Pillow over some files; return a sum over all images, so that none can be skipped."""
-    paths, resolution = task
-    return sum(float(pillow_alone(path, resolution)[0, 0, 0]) for path in paths)
+def first_value(path: Path, resolution: int) -> int:
+    """Return a number that needs the whole image to be made, in place of the image."""
+    return int(pillow_alone(path, resolution)[0, 0, 0])
 
 
 def time_pillow(paths: Sequence[Path], resolution: int, workers: int) -> float:
-    """Return the seconds that Pillow alone takes on that many processes, which run already."""
-    tasks = [(paths[start : start + 32], resolution) for start in range(0, len(paths), 32)]
+    """Return the seconds for BATCH images by Pillow alone, on that many processes, which run already."""
+    decode = partial(first_value, resolution=resolution)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        list(pool.map(decode_all, tasks[:workers]))
+        list(pool.map(decode, paths[: 32 * workers], chunksize=32))
         start = time.perf_counter()
-        list(pool.map(decode_all, tasks))
-        return time.perf_counter() - start
+        list(pool.map(decode, paths, chunksize=32))
+        return (time.perf_counter() - start) * BATCH / len(paths)
 
 
 def measure_prepare(root: Path, scale: Scale, results: report.Results) -> None:
@@ -114,15 +113,14 @@ def measure_prepare(root: Path, scale: Scale, results: report.Results) -> None:
         made[layout] = prepare(listing, out, resolution=scale.resolution, workers=workers)
         seconds = time.perf_counter() - start
         decoding[f"ours: {layout}"].append(made[layout].packed / made[layout].seconds)
-        return seconds
+        return seconds * BATCH / len(paths)
 
     contenders: dict[str, Turn] = {
-        "Pillow alone": lambda: time_pillow(shuffled, scale.resolution, workers),
+        "Pillow alone": partial(time_pillow, shuffled, scale.resolution, workers),
         **{f"ours: {layout}": partial(turn, layout) for layout in sources},
     }
     case = f"{len(paths)} files to {scale.resolution} pixels, {workers} processes"
-    images = dict.fromkeys(contenders, len(paths))
-    record = alternate(PREPARE, case, contenders, images, scale.prepare_rounds)
+    record = alternate(PREPARE, case, contenders, scale.prepare_rounds)
     for name, rates in decoding.items():
         record["contenders"][name]["decoding_images_per_s"] = statistics.median(rates[1:])
     check_prepared(made, paths, scale.resolution)
@@ -175,13 +173,13 @@ class PlainImageFolder(Dataset[tuple[Tensor, int]]):
 
 
 def time_stream(stream: Iterator[Any], batches: int) -> float:
-    """Return the seconds for so many batches of a stream that runs already."""
+    """Return the seconds for a batch of a stream that runs already, over so many of them."""
     for _ in range(4):  # what was fetched ahead before the clock started
         next(stream)
     start = time.perf_counter()
     for _ in range(batches):
         next(stream)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / batches
 
 
 def drop_from_cache(path: Path) -> None:
@@ -207,53 +205,49 @@ def measure_warm(root: Path, packed: Path, scale: Scale, results: report.Results
         loader = make_loader(dataset, batch_size=BATCH, seed=0, num_workers=num_workers)
         return time_stream(loader, batches)
 
-    def plain() -> float:
-        plain_set = PlainImageFolder(tree_root, scale.resolution)
-        indices = rng.integers(0, len(plain_set), BATCH * (scale.batches + 20)).tolist()
-        loader = DataLoader(plain_set, BATCH, sampler=indices, num_workers=workers)
+    def plain_loader() -> float:
+        plain = PlainImageFolder(tree_root, scale.resolution)
+        indices = rng.integers(0, len(plain), BATCH * (scale.batches + 20)).tolist()
+        loader = DataLoader(plain, BATCH, sampler=indices, num_workers=workers)
         return time_stream(iter(loader), scale.batches)
 
     contenders: dict[str, Turn] = {
-        "plain ImageFolder loader": plain,
+        "plain ImageFolder loader": plain_loader,
         "ours: JPEG loader": partial(our_loader, decoder, workers, scale.batches),
         "numpy memory map": partial(time_draws, array.__getitem__, draws),
         "ours: packed, fetch": partial(time_draws, dataset.fetch, draws),
         "ours: packed, loader": partial(our_loader, dataset, 0, fast),
         "ours: packed, loader of 1 process": partial(our_loader, dataset, 1, fast),
     }
-    images = {
-        name: (scale.batches if "JPEG" in name or "plain" in name else fast) * BATCH for name in contenders
-    }
-    results.add(alternate(READ, describe(dataset), contenders, images, scale.rounds))
+    results.add(alternate(READ, describe(dataset), contenders, scale.rounds))
 
 
 def measure_cold(packed: Path, scale: Scale, results: report.Results) -> None:
     """Measure random batches of a prepared set that the system's cache does not hold; nothing may have it mapped."""
     if not hasattr(os, "posix_fadvise"):
         return
+    array = packed / "images.npy"
     case = describe(PackedDataset(packed))
-    count = PackedDataset(packed).manifest.num_images
+    count = len(np.load(array, mmap_mode="r"))
     draws = np.random.default_rng(3).integers(0, count, (2 * scale.batches, BATCH))
 
-    def ours() -> float:
-        drop_from_cache(packed / "images.npy")
-        return time_draws(PackedDataset(packed).fetch, draws)
+    def turn(open_set: Callable[[], Callable[[Any], object]]) -> float:
+        drop_from_cache(array)
+        return time_draws(open_set(), draws)
 
-    def memory_map() -> float:
-        drop_from_cache(packed / "images.npy")
-        return time_draws(np.load(packed / "images.npy", mmap_mode="r").__getitem__, draws)
-
-    contenders = {"numpy memory map": memory_map, "ours: packed, fetch": ours}
-    images = dict.fromkeys(contenders, draws.size)
-    results.add(alternate(READ_COLD, case, contenders, images, scale.rounds))
+    contenders: dict[str, Turn] = {
+        "numpy memory map": partial(turn, lambda: np.load(array, mmap_mode="r").__getitem__),
+        "ours: packed, fetch": partial(turn, lambda: PackedDataset(packed).fetch),
+    }
+    results.add(alternate(READ_COLD, case, contenders, scale.rounds))
 
 
 def time_draws(read: Callable[[Any], object], draws: npt.NDArray[np.int64]) -> float:
-    """Return the seconds that reading these batches takes."""
+    """Return the seconds that reading one of these batches takes."""
     start = time.perf_counter()
     for indices in draws:
         read(indices)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / len(draws)
 
 
 def describe(dataset: PackedDataset) -> str:
@@ -277,24 +271,21 @@ def check_readers(dataset: PackedDataset, tree_root: Path, scale: Scale) -> None
             raise harness.WrongResultError(f"the plain loader's image {index} differs")
 
 
-def alternate(
-    suite: str, case: str, contenders: Mapping[str, Turn], images: Mapping[str, int], rounds: int
-) -> report.Row:
+def alternate(suite: str, case: str, contenders: Mapping[str, Turn], rounds: int) -> report.Row:
     """Run the contenders in turn, after one turn that does not count; return the record of the case.
 
-    Each contender returns the seconds of one turn of so many images; the first one is the baseline.
+    The first contender is the baseline.
     """
-    names = list(contenders)
-    times_s: dict[str, list[float]] = {name: [] for name in names}  # of BATCH images
-    for name in harness.in_turn(names, rounds + 1):
-        times_s[name].append(contenders[name]() * BATCH / images[name])
+    times_s: dict[str, list[float]] = {name: [] for name in contenders}
+    for name in harness.in_turn(list(contenders), rounds + 1):
+        times_s[name].append(contenders[name]())
     counted = {name: times[1:] for name, times in times_s.items()}
-    return harness.timed_record(suite, case, names[0], counted, BATCH)
+    return harness.timed_record(suite, case, next(iter(contenders)), counted, BATCH)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write everything; return 1 if a result was wrong."""
-    parser = harness.argument_parser("data", __doc__, has_cases=False)
+    parser = harness.argument_parser("data", __doc__)
     parser.add_argument("--folder", type=Path, help="where to put 2 GB of images while it runs")
     options = parser.parse_args(arguments)
     results = harness.open_results(options)

@@ -72,15 +72,11 @@ def compared(suite: str, case: str, ours: float, others: dict[str, Callable[[], 
     return {"suite": suite, "case": case, "baseline": "ours", "contenders": rows}
 
 
-class Unchanged(nn.Module):
-    """A feature network for torchmetrics that takes features for images."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_features = width
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images
+def unchanged(width: int) -> nn.Module:
+    """Return a feature network for torchmetrics that takes features for images."""
+    network = nn.Identity()
+    network.num_features = width  # type: ignore[assignment]
+    return network
 
 
 def measure_agreement(scale: Scale, results: report.Results) -> None:
@@ -93,7 +89,7 @@ def measure_agreement(scale: Scale, results: report.Results) -> None:
     one, other = Moments.of(a), Moments.of(b)
 
     def by_torchmetrics() -> float:
-        metric = FrechetInceptionDistance(feature=Unchanged(scale.width))
+        metric = FrechetInceptionDistance(feature=unchanged(scale.width))
         metric.update(a, real=True)
         metric.update(b, real=False)
         return float(metric.compute())
@@ -116,7 +112,7 @@ def measure_agreement(scale: Scale, results: report.Results) -> None:
     def score_by_torchmetrics() -> float:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of memory, and of the deviation of one split
-            metric = TheirScore(feature=Unchanged(1008), splits=1)
+            metric = TheirScore(feature=unchanged(1008), splits=1)
             metric.update(logits)
             return float(metric.compute()[0])
 
@@ -131,43 +127,41 @@ def measure_agreement(scale: Scale, results: report.Results) -> None:
 
 def measure_intra_fid(scale: Scale, results: report.Results) -> None:
     """Time of the Gram form over all classes, and of the direct forms on a few of them."""
+    direct = {
+        "direct, eigenvalues": partial(_direct_fid, trace_of_root=_trace_by_eigenvalues),
+        "direct, scipy sqrtm": partial(_direct_fid, trace_of_root=_trace_by_scipy),
+    }
     for reals, measured in scale.reals:
-        generated = features_of(1, GENERATED * scale.classes, scale.width)
-
-        def real(label: int, reals: int = reals) -> Tensor:
-            return features_of(label + 2, reals, scale.width)
-
-        def fake(label: int, generated: Tensor = generated) -> Tensor:
-            return generated[label :: scale.classes]
-
-        seconds, distances = [], []
-        for label in range(measured):
-            a, b = real(label), fake(label)  # drawing them is not timed
-            start = time.perf_counter()
-            distances.append(frechet_distance_of_features(a, b))
-            seconds.append(time.perf_counter() - start)
-        case = f"{scale.classes:,} classes, {GENERATED} samples against {reals:,} reals of {scale.width} features"
-        mean = statistics.fmean(distances)
-        rows: dict[str, report.Row] = {"ours": {"status": "ok", "value": mean, **_times(seconds, scale)}}
-        for name, root in (
-            ("direct, eigenvalues", _trace_by_eigenvalues),
-            ("direct, scipy sqrtm", _trace_by_scipy),
-        ):
-            taken, differences = [], []
-            for label in range(scale.direct):
-                a, b = real(label).double(), fake(label).double()
-                start = time.perf_counter()
-                value = _direct_fid(a, b, root)
-                taken.append(time.perf_counter() - start)
-                differences.append(abs(value - distances[label]) / value)
-            rows[name] = {"status": "ok", "difference": max(differences), **_times(taken, scale)}
+        distances, times = _timed(frechet_distance_of_features, scale, reals, measured, torch.float32)
+        rows: dict[str, report.Row] = {
+            "ours": {"status": "ok", "value": statistics.fmean(distances), **times}
+        }
+        for name, compute in direct.items():
+            values, times = _timed(compute, scale, reals, scale.direct, torch.float64)
+            differences = [abs(a - b) / b for a, b in zip(distances, values, strict=False)]
+            rows[name] = {"status": "ok", "difference": max(differences), **times}
+        sizes = f"{GENERATED} samples against {reals:,} reals of {scale.width} features"
+        case = f"{scale.classes:,} classes, {sizes}"
         results.add({"suite": "intra-FID", "case": case, "baseline": "ours", "contenders": rows})
 
 
-def _times(seconds: Sequence[float], scale: Scale) -> dict[str, float]:
-    """Return the median of a class, and what that makes for all of them."""
+def _timed(
+    compute: Callable[[Tensor, Tensor], float], scale: Scale, reals: int, classes: int, dtype: torch.dtype
+) -> tuple[list[float], dict[str, float]]:
+    """Return the distances of some classes, and the median time of one with what that makes for all of them."""
+    generated = features_of(1, GENERATED * scale.classes, scale.width).to(dtype)
+    distances, seconds = [], []
+    for label in range(classes):
+        real = features_of(label + 2, reals, scale.width).to(dtype)  # drawing is not timed
+        start = time.perf_counter()
+        distances.append(compute(real, generated[label :: scale.classes]))
+        seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds)
-    return {"class_s": median, "classes_measured": len(seconds), "all_classes_s": median * scale.classes}
+    return distances, {
+        "class_s": median,
+        "classes_measured": classes,
+        "all_classes_s": median * scale.classes,
+    }
 
 
 def _direct_fid(a: Tensor, b: Tensor, trace_of_root: Callable[[Tensor], float]) -> float:
@@ -184,7 +178,7 @@ def _trace_by_scipy(product: Tensor) -> float:
     return float(np.real(np.trace(scipy.linalg.sqrtm(product.numpy()))))
 
 
-class Images(Dataset[Tensor]):
+class _Images(Dataset[Tensor]):
     """Images for torch-fidelity, uint8 [N, 3, R, R]."""
 
     def __init__(self, images: Tensor) -> None:
@@ -218,14 +212,14 @@ def measure_end_to_end(scale: Scale, weights: Path, results: report.Results) -> 
         )
         evaluator = Evaluator(config, reals, World(0, 1, torch.device("cpu")), progress=True)
         ours = evaluator.evaluate(generator, labels, weights="raw")
-        real = Images(reals.dataset.fetch(range(len(reals.dataset)))[0])
+        real, _ = reals.dataset.fetch(range(len(reals.dataset)))
         blocks = numbered_samples(
             generator, scale.images, seed=0, batch_size=config.block_size, labels_in_use=labels
         )
-        fake = Images(torch.cat([images for _, images, _ in blocks]))
+        fake = torch.cat([images for _, images, _ in blocks])
         theirs = calculate_metrics(
-            input1=fake,
-            input2=real,
+            input1=_Images(fake),
+            input2=_Images(real),
             has_cases=False,
             isc=True,
             fid=True,
@@ -250,7 +244,7 @@ def measure_end_to_end(scale: Scale, weights: Path, results: report.Results) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write everything."""
-    parser = harness.argument_parser("evaluation", __doc__, has_cases=False)
+    parser = harness.argument_parser("evaluation", __doc__)
     parser.add_argument(
         "--inception-weights", type=Path, help="compare end to end with torch-fidelity instead"
     )

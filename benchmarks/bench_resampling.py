@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 from collections.abc import Sequence
@@ -212,12 +213,13 @@ class NetworkCase(Case):
         )()
 
 
-def make_cases(device: str, *, quick: bool = False, everything: bool = False) -> list[Case]:
-    """Return the cases for a device, the most valuable first."""
+def make_cases(options: argparse.Namespace) -> list[Case]:
+    """Return the cases of a run, the most valuable first."""
+    device = options.device
 
     def layers(suite: str, dtype: str, N: int, channels_last: bool = False) -> list[Case]:
         shortcuts = DISCRIMINATOR if suite == CONV3X3 else DISCRIMINATOR_SHORTCUTS
-        chosen = QUICK if quick else (*GENERATOR, *shortcuts)
+        chosen = QUICK if options.quick else (*GENERATOR, *shortcuts)
         return [LayerCase(suite, device, layer, N, dtype, channels_last) for layer in chosen]
 
     def both(dtype: str, N: int, channels_last: bool = False) -> list[Case]:
@@ -226,23 +228,22 @@ def make_cases(device: str, *, quick: bool = False, everything: bool = False) ->
     def whole(N: int) -> list[Case]:
         return [NetworkCase(NETWORK, device, name, N, 128, 64) for name in ("Generator", "Discriminator")]
 
-    if quick:
+    if options.quick:
         return [*both("float32", 2), NetworkCase(NETWORK, device, "Generator", 2, 32, 8)]
     if device == "cuda":
         cases = both("bfloat16", 64, True) + both("float32", 64, True) + whole(32)
-        return cases + both("float32", 64) if everything else cases
+        return cases + both("float32", 64) if options.everything else cases
     cases = both("float32", 4) + whole(4) + layers(CONV3X3, "bfloat16", 4)
-    if everything:
+    if options.everything:
         cases += layers(CONV1X1, "bfloat16", 4) + both("float32", 8) + both("float32", 4, True)
     return cases
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
-    options = harness.argument_parser("resampling", __doc__).parse_args(arguments)
+    options = harness.parse("resampling", __doc__, arguments)
     torch.backends.cudnn.allow_tf32 = False  # the float64 check of float32 cases means float32
-    cases = make_cases(options.device, quick=options.quick, everything=options.only is not None)
-    return harness.run_suite(options, cases, Settings(target_s=0.6))
+    return harness.run_suite(options, make_cases(options), Settings(target_s=0.6)).finish()
 
 
 if __name__ == "__main__":

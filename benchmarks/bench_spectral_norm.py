@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import warnings
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from benchmarks import harness
-from benchmarks.baselines import TextbookNormalized
+from benchmarks.baselines import TextbookNormalized, settle
 from benchmarks.biggan_pytorch import import_peer
 from benchmarks.harness import Case, Outputs, Run, Settings
 from benchmarks.report import Row
@@ -81,12 +82,7 @@ class DiscriminatorCase(Case):
             num_classes=CLASSES, base_width=self.base_width, resolution=self.resolution, sn_eps=EPS
         )
         network = Discriminator(config)
-        with torch.no_grad():
-            for layer in network.modules():
-                if isinstance(layer, SpectralNormLayer):
-                    _settle(layer)
-        for mixer in network.mixers.values():
-            nn.init.constant_(cast(Tensor, mixer.gamma), 0.7)
+        settle(network, gamma=0.7)
         network = network.to(self.device)
         images = torch.randn(self.batch, 3, self.resolution, self.resolution).to(self.device)
         if self.channels_last:
@@ -150,18 +146,6 @@ class DiscriminatorCase(Case):
 
     def warm_up_case(self) -> Case:
         return replace(self, batch=2, base_width=8)
-
-
-def _settle(layer: SpectralNormLayer) -> None:
-    """Make u and v the first singular vectors, with a sigma of 1: so D computes the same with and without SN."""
-    u, v = layer.weight_u, layer.weight_v
-    matrix = layer.weight.flatten(1)
-    matrix = matrix - torch.outer(u, u @ matrix)
-    matrix = matrix - torch.outer(matrix @ v, v)
-    rows, columns = matrix.shape
-    # Above what the largest singular value of so random a matrix is.
-    largest = 1.2 * matrix.square().mean().sqrt() * (rows**0.5 + columns**0.5)
-    layer.weight.copy_((matrix / largest.clamp_min(1e-12) + torch.outer(u, v)).view_as(layer.weight))
 
 
 def _plain_name(name: str) -> str:
@@ -236,23 +220,24 @@ def _pooling(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return functional.conv2d_downsample(x, weight, bias, factor=layer.downsample, padding=layer.padding)
 
 
-def make_cases(device: str, *, quick: bool = False, peer: Path | None = None) -> list[DiscriminatorCase]:
-    """Return the cases for a device."""
-    shape = {"base_width": 8, "resolution": 64} if quick else {}
-    batches = (2,) if quick else CPU_BATCHES if device == "cpu" else CUDA_BATCHES
-    layouts = (False, True) if device == "cpu" else (True,)
-    sizes = [(STEP, batch, layout) for layout in layouts for batch in batches]
-    sizes += [(CALL, 1, layout) for layout in layouts]
+def make_cases(options: argparse.Namespace) -> list[DiscriminatorCase]:
+    """Return the cases of a run."""
+    sizes = {"base_width": 8, "resolution": 64} if options.quick else {}
+    batches = (2,) if options.quick else CPU_BATCHES if options.device == "cpu" else CUDA_BATCHES
+    layouts = (False, True) if options.device == "cpu" else (True,)
+    runs = [(STEP, batch, layout) for layout in layouts for batch in batches]
+    runs += [(CALL, 1, layout) for layout in layouts]
     return [
-        DiscriminatorCase(suite, device, batch, layout, peer=peer, **shape) for suite, batch, layout in sizes
+        DiscriminatorCase(suite, options.device, batch, layout, peer=options.peer, **sizes)
+        for suite, batch, layout in runs
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
-    options = harness.argument_parser("spectral_norm", __doc__, peer=True).parse_args(arguments)
-    cases = make_cases(options.device, quick=options.quick, peer=options.peer)
-    return harness.run_suite(options, cases, Settings(target_s=20.0, max_rounds=25, min_rounds=5))
+    options = harness.parse("spectral_norm", __doc__, arguments, peer=True)
+    settings = Settings(target_s=20.0, max_rounds=25, min_rounds=5)
+    return harness.run_suite(options, make_cases(options), settings).finish()
 
 
 if __name__ == "__main__":

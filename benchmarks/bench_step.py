@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import multiprocessing
+import statistics
 import tempfile
 import time
 import timeit
@@ -16,13 +18,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import harness, report
-from benchmarks.baselines import textbook_network
+from benchmarks.baselines import settle, textbook_network
 from benchmarks.biggan_pytorch import peer_networks
 from benchmarks.harness import Case, Outputs, Run, Settings
 from benchmarks.report import Row
@@ -34,7 +37,6 @@ from sagan.recipes import RECIPES, OutputConfig, Precision, RunConfig
 from sagan.train.allocator import keep_freed_memory
 from sagan.train.loop import train
 from sagan.train.update import Trainer
-from sagan_layers import SpectralNormLayer
 
 STEP, SCALING, SEPARATE = "step", "step, by size", "step, in separate processes"
 COMPILED, CHECKPOINTED, LOOP = "step, compiled", "step, checkpointed", "loop"
@@ -136,15 +138,8 @@ class StepCase(Case):
         config = self.run_config
         config = replace(config, step=replace(config.step, **step))
         trainer = Trainer(config, torch.arange(self.num_classes), World(0, 1, torch.device(self.device)))
-        with torch.no_grad():
-            for network in (trainer.generator, trainer.discriminator):
-                for mixer in network.mixers.values():
-                    nn.init.constant_(mixer.gamma, GAMMA)  # type: ignore[arg-type]
-                for layer in network.modules():
-                    if isinstance(layer, SpectralNormLayer):
-                        # Until the vectors stand still, their moves would show in the losses.
-                        for _ in range(100):
-                            layer.normalized_weight()
+        for network in (trainer.generator, trainer.discriminator):
+            settle(network, gamma=GAMMA)
         return trainer
 
     def _ours(self, contender: str, given: Trainer, pixels: Tensor, labels: Tensor) -> Run:
@@ -158,14 +153,9 @@ class StepCase(Case):
         def run() -> Outputs:
             trainer.step(batches)
             means = trainer.means
-            results = _results(
-                means.sums["d_loss"] / means.counts["d_loss"],
-                means.sums["g_loss"] / means.counts["g_loss"],
-                trainer.generator.linear.weight.grad,
-                trainer.generator.last_conv.weight.grad,
-            )
+            d_loss, g_loss = (means.sums[name] / means.counts[name] for name in ("d_loss", "g_loss"))
             means.take()
-            return results
+            return _results(d_loss, g_loss, trainer.generator)
 
         return run
 
@@ -231,9 +221,7 @@ class _PlainStep:
             discriminator.requires_grad_(True)
         self._update_average()
         self.iteration += 1
-        named = dict(generator.named_parameters())
-        last = "last_conv.weight" if "last_conv.weight" in named else "output_layer.2.weight"
-        return _results(d_loss, g_loss, named["linear.weight"].grad, named[last].grad)
+        return _results(d_loss, g_loss, generator)
 
     def _noise(self, update: int, pixels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         network = self.config.network
@@ -256,15 +244,17 @@ class _PlainStep:
             value.copy_(value * decay + source[name] * (1 - decay))
 
 
-def _results(d_loss: Tensor, g_loss: Tensor, linear: Tensor | None, last: Tensor | None) -> Outputs:
-    assert linear is not None
-    assert last is not None
-    return {
-        "d_loss": d_loss.detach().clone(),
-        "g_loss": g_loss.detach().clone(),
-        "linear_gradient": linear.detach(),
-        "last_gradient": last.detach(),
+def _results(d_loss: Tensor, g_loss: Tensor, generator: nn.Module) -> Outputs:
+    grads = {name: parameter.grad for name, parameter in generator.named_parameters()}
+    theirs = "output_layer.2.weight"
+    last = grads[theirs] if theirs in grads else grads["last_conv.weight"]
+    found = {
+        "d_loss": d_loss,
+        "g_loss": g_loss,
+        "linear_gradient": grads["linear.weight"],
+        "last_gradient": last,
     }
+    return {name: each.detach() for name, each in found.items() if each is not None}
 
 
 def measure_separately(case: StepCase, *, steps: int, rounds: int) -> Row:
@@ -296,18 +286,24 @@ def measure_loop(device: str, *, iterations: int) -> Row:
     Logs are written as often as by default, samples and checkpoints not at all: a run writes them too rarely to show
     in so few turns.
     """
-    digits = RECIPES["digits"]()
     inside: list[float] = []
     starts: list[float] = []
-    waits: list[float] = []
     step = Trainer.step
 
     def timed(trainer: Trainer, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        starts.append(time.perf_counter())
-        step(trainer, _without_waiting(batches, waits))
-        inside.append(time.perf_counter() - starts[-1] - sum(waits))
-        waits.clear()
+        waits: list[float] = []  # for images, which belong to the loop and not to the step
 
+        def waited() -> tuple[Tensor, Tensor]:
+            start = time.perf_counter()
+            batch = next(batches)
+            waits.append(time.perf_counter() - start)
+            return batch
+
+        starts.append(time.perf_counter())
+        step(trainer, iter(waited, None))
+        inside.append(time.perf_counter() - starts[-1] - sum(waits))
+
+    digits = RECIPES["digits"]()
     with tempfile.TemporaryDirectory() as folder:
         config = replace(
             digits,
@@ -317,13 +313,11 @@ def measure_loop(device: str, *, iterations: int) -> Row:
             network=replace(digits.network, num_classes=10),
             output=OutputConfig(sample_every=10**9, checkpoint_every=10**9),
         )
-        digits_folder = write_digits(Path(folder) / "digits")
-        dataset = open_dataset(digits_folder, config.network.resolution, config.images)
-        setattr(Trainer, "step", timed)  # noqa: B010 (mypy forbids assigning to a method)
-        try:
+        dataset = open_dataset(
+            write_digits(Path(folder) / "digits"), config.network.resolution, config.images
+        )
+        with mock.patch.object(Trainer, "step", timed):
             train(config, dataset.in_memory(config.images.cache_mib), progress=False)
-        finally:
-            setattr(Trainer, "step", step)  # noqa: B010
     skipped = 5  # the first turns warm up
     turns = [after - before for before, after in itertools.pairwise(starts)][skipped:]
     alone, whole, steps = "the step alone", "the whole loop", inside[skipped:-1]
@@ -334,22 +328,10 @@ def measure_loop(device: str, *, iterations: int) -> Row:
     return record
 
 
-def _without_waiting(
-    batches: Iterator[tuple[Tensor, Tensor]], waits: list[float]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Record the waits for images, which belong to the loop and not to the step."""
-    while True:
-        start = time.perf_counter()
-        batch = next(batches)
-        waits.append(time.perf_counter() - start)
-        yield batch
-
-
-def make_cases(
-    device: str, *, quick: bool = False, everything: bool = False, peer: Path | None = None
-) -> list[StepCase]:
-    """Return the cases for a device, the most valuable first; those in separate processes are not in turn."""
-    if quick:
+def make_cases(options: argparse.Namespace) -> list[StepCase]:
+    """Return the cases of a run, the most valuable first."""
+    device, peer = options.device, options.peer
+    if options.quick:
         return [StepCase(STEP, device, 4, 32, 8, ("ours", "textbook"), peer, num_classes=10)]
     others = PEERS if peer else PEERS[:1]
     if device == "cuda":
@@ -362,14 +344,14 @@ def make_cases(
         scaling = [(batch, 64, 16) for batch in (1, 2, 4, 8, 16)]
         scaling += [(4, 64, width) for width in (8, 32, 64)] + [(4, size, 16) for size in (32, 128, 256)]
         cases = [StepCase(STEP, device, *size, ("ours", *others), peer)]
-    if everything:
+    if options.everything:
         checkpointed = ("ours", "ours checkpointed", "textbook")
         cases += [
             # At full size most memory is the optimizers' state, at the smaller one activations.
             *(StepCase(CHECKPOINTED, device, *sizes, checkpointed) for sizes in (size, (16, 128, 32))),
             StepCase(COMPILED, device, *size, ("ours", "ours compiled", *others), peer),
         ]
-    if everything and device == "cpu":
+    if options.everything and device == "cpu":
         cases.append(StepCase(STEP, device, *size, ("ours", *others), peer, bf16=True))
         cases.append(StepCase(SEPARATE, device, *size, ("ours", *others), peer))
     is_cuda = device == "cuda"
@@ -391,21 +373,18 @@ def plot_scaling(records: Sequence[Row], cases: Sequence[StepCase], path: Path) 
     if figure is None:
         return None
     keys = ("batch_size", "base_width", "resolution")
-    values = {key: [getattr(case, key) for case, _, _ in timed] for key in keys}
-    common = {key: max(set(found), key=found.count) for key, found in values.items()}
+    common = {key: statistics.mode(getattr(case, key) for case, _, _ in timed) for key in keys}
     for panel, varied in zip(figure.subplots(1, 3), keys, strict=True):
-        fixed = [key for key in keys if key != varied]
-        for contender in dict.fromkeys(name for _, name, _ in timed):
-            points = sorted(
-                (getattr(case, varied), time_ms / case.batch_size)
-                for case, name, time_ms in timed
-                if name == contender and all(getattr(case, key) == common[key] for key in fixed)
-            )
-            panel.plot([x for x, _ in points], [y for _, y in points], marker="o", label=contender)
-        for axis, set_scale in ((panel.xaxis, panel.set_xscale), (panel.yaxis, panel.set_yscale)):
-            set_scale("log", base=2)
-            axis.set_major_formatter("{x:g}")
-        at = ", ".join(f"{key} {common[key]}" for key in fixed)
+        fixed = {key: common[key] for key in keys if key != varied}
+        lines: dict[str, dict[int, float]] = {}
+        for case, contender, time_ms in timed:
+            if all(getattr(case, key) == size for key, size in fixed.items()):
+                lines.setdefault(contender, {})[getattr(case, varied)] = time_ms / case.batch_size
+        for contender, points in lines.items():
+            panel.loglog(*zip(*sorted(points.items()), strict=True), base=2, marker="o", label=contender)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}")
+        at = ", ".join(f"{key} {size}" for key, size in fixed.items())
         panel.set_xlabel(f"{varied} ({at})".replace("_", " "))
         panel.set_ylabel("ms an image")
         panel.grid(alpha=0.4)
@@ -416,13 +395,10 @@ def plot_scaling(records: Sequence[Row], cases: Sequence[StepCase], path: Path) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
-    options = harness.argument_parser("step", __doc__, peer=True).parse_args(arguments)
-    results = harness.open_results(options)
-    everything = options.only is not None
-    cases = make_cases(options.device, quick=options.quick, everything=everything, peer=options.peer)
+    options = harness.parse("step", __doc__, arguments, peer=True)
+    cases = make_cases(options)
     in_turn = [case for case in cases if case.suite != SEPARATE]
-    settings = Settings(target_s=8.0, max_rounds=7, memory_limit_s=300)
-    harness.run_chosen(options, in_turn, settings, results)
+    results = harness.run_suite(options, in_turn, Settings(target_s=8.0, max_rounds=7))
     for case in cases:
         if case.suite == SEPARATE and harness.is_chosen(f"{case.suite} | {case.name}", options):
             results.add(measure_separately(case, steps=4, rounds=2))

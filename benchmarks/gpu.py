@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -61,24 +60,20 @@ for pool_size in (1, 2):
 """
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One process of the run."""
 
-    name: str  # its log is ``<name>.log``
-    command: tuple[str, ...]  # what runs, from the repository's root
+    name: str  # its log is NAME.log
     limit_s: float  # after so long it is killed
-    takes_minutes: bool = False  # whether it takes ``--minutes``, and so stops by itself
-    missing: str = ""  # if not empty, what it needs and is not here
-    variables: dict[str, str] = field(default_factory=dict)  # environment variables to set
+    command: tuple[str, ...]  # what runs, from the repository's root
+    variables: Mapping[str, str] = {}  # environment variables to set
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):
     """How a step ended."""
 
     name: str
-    status: str
+    status: str  # "ok", "failed", "timed out" or "not run"
     wall_s: float = 0.0
     reason: str = ""
 
@@ -88,82 +83,69 @@ def make_steps(out: Path, peer: Path | None) -> list[Step]:
     python = (sys.executable, "-u", "-m")
 
     def suite(name: str, limit_s: float, *, takes_peer: bool = True) -> Step:
-        command = [*python, f"benchmarks.bench_{name}", "--device", "cuda"]
+        # The last case and the report come on top of the minutes.
+        minutes = max(limit_s - 45, limit_s / 2) / 60
+        command = [*python, f"benchmarks.bench_{name}", "--device", "cuda", "--minutes", f"{minutes:.2f}"]
         command += ["--out", str(out / f"{name}_cuda.json")]
         command += ["--peer", str(peer)] if peer and takes_peer else []
-        return Step(name, tuple(command), limit_s, takes_minutes=True)
+        return Step(name, limit_s, tuple(command))
 
     # With -v, a run that is killed leaves in its log what passed.
     tests = ("pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={out / 'gpu_tests.xml'}")
-    sanitizer = shutil.which("compute-sanitizer") or ""
     # Torch asks the driver for what it may refuse, and copes: that is no fault of a kernel.
-    memcheck = (sanitizer, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9")
+    memcheck = (
+        "compute-sanitizer",
+        "--tool",
+        "memcheck",
+        "--report-api-errors",
+        "no",
+        "--error-exitcode",
+        "9",
+    )
+    # Within one cached block an access past a tensor's end would go unseen.
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # --check writes nothing: the committed record is of every chip.
+    resources = ("benchmarks.kernel_resources", "--check", "--arch", "90", "--jobs", "16")
     return [
-        Step(
-            "gpu_tests",
-            (*python, *tests),
-            150,
-            missing="" if importlib.util.find_spec("pytest") else "pytest is not installed",
-        ),
+        Step("gpu_tests", 150, (*python, *tests)),
         suite("attention", 200),
         suite("step", 100),
         suite("conditional_norm", 45),
         suite("spectral_norm", 60),
         suite("resampling", 45, takes_peer=False),
-        Step(
-            "sanitizer",
-            (*memcheck, sys.executable, "-u", "-c", KERNELS),
-            120,
-            missing="" if sanitizer else "compute-sanitizer is not on the PATH",
-            # Within one cached block an access past a tensor's end would go unseen.
-            variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        ),
-        # --check writes nothing: the committed record is of every chip.
-        Step(
-            "kernel_resources",
-            (*python, "benchmarks.kernel_resources", "--check", "--arch", "90", "--jobs", "16"),
-            120,
-        ),
+        Step("sanitizer", 120, (*memcheck, sys.executable, "-u", "-c", KERNELS), uncached),
+        Step("kernel_resources", 120, (*python, *resources)),
     ]
 
 
 def run_step(step: Step, out: Path, limit_s: float) -> Outcome:
     """Run one step with its output in a log, and kill it with all that it started when its time is over."""
-    command = list(step.command)
-    if step.takes_minutes:
-        # The last case and the report come on top.
-        command += ["--minutes", f"{max(limit_s - 45, limit_s / 2) / 60:.2f}"]
+    if limit_s < 5:
+        return Outcome(step.name, "not run", reason="no time was left")
+    if shutil.which(step.command[0]) is None:
+        return Outcome(step.name, "not run", reason=f"{step.command[0]} is not on the PATH")
     start = time.monotonic()
-    log = out / f"{step.name}.log"
-    with log.open("w", encoding="utf-8") as stream:
+    with (out / f"{step.name}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            command,
+            step.command,
             cwd=report.ROOT,
-            stdout=stream,
+            stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **step.variables},
             start_new_session=True,
         )
+        status, reason = "ok", ""
         try:
-            status = process.wait(timeout=limit_s)
-        except BaseException as error:
-            _kill(process)
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            return Outcome(step.name, "timed out", time.monotonic() - start, f"killed after {limit_s:.0f} s")
-    wall_s = time.monotonic() - start
-    if step.name == "gpu_tests" and status == 5:
-        return Outcome(step.name, "not run", wall_s, "no test is marked gpu")
-    if status:
-        return Outcome(step.name, "failed", wall_s, f"exit status {status}, see {log.name}")
-    return Outcome(step.name, "ok", wall_s)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and those that it started: it leads its own session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            if exit_status := process.wait(timeout=limit_s):
+                status, reason = "failed", f"exit status {exit_status}, see {step.name}.log"
+        except subprocess.TimeoutExpired:
+            status, reason = "timed out", f"killed after {limit_s:.0f} s"
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return Outcome(step.name, status, time.monotonic() - start, reason)
 
 
 def run_steps(steps: Sequence[Step], out: Path, budget_s: float) -> list[Outcome]:
@@ -172,51 +154,39 @@ def run_steps(steps: Sequence[Step], out: Path, budget_s: float) -> list[Outcome
     outcomes: list[Outcome] = []
     for step in steps:
         limit_s = min(step.limit_s, deadline - time.monotonic())
-        if step.missing or limit_s < 5:
-            outcome = Outcome(step.name, "not run", reason=step.missing or "no time was left")
-        else:
-            print(f"== {step.name} (at most {limit_s:.0f} s)", flush=True)
-            outcome = run_step(step, out, limit_s)
+        print(f"== {step.name} (at most {limit_s:.0f} s)", flush=True)
+        outcome = run_step(step, out, limit_s)
+        if outcome.status != "not run":
             lines = (out / f"{step.name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
             print("\n".join(lines[-200:]), flush=True)
         outcomes.append(outcome)
         print(f"== {step.name}: {outcome.status} {outcome.reason} ({outcome.wall_s:.0f} s)", flush=True)
-        (out / "summary.md").write_text(summary(outcomes, out), encoding="utf-8")
+        tables = [path.read_text(encoding="utf-8") for path in sorted(out.glob("*_cuda.md"))]
+        rows = [f"| {each.name} | {each.status} | {each.wall_s:.0f} | {each.reason} |" for each in outcomes]
+        parts = [*tables, "| step | result | seconds | |", "|---|---|---:|---|", *rows, ""]
+        (out / "summary.md").write_text("\n".join(parts), encoding="utf-8")
     return outcomes
-
-
-def summary(outcomes: Sequence[Outcome], out: Path) -> str:
-    """Return the tables of what was measured, and last the outcome of each step."""
-    parts = [path.read_text(encoding="utf-8") for path in sorted(out.glob("*_cuda.md"))]
-    parts += ["| step | result | seconds | |", "|---|---|---:|---|"]
-    parts += [f"| {each.name} | {each.status} | {each.wall_s:.0f} | {each.reason} |" for each in outcomes]
-    return "\n".join(parts) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every step; return 0 if none failed, 1 if one did, 2 without CUDA."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=report.ROOT / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "gpu")
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--peer", type=Path, help="a checkout of BigGAN-PyTorch")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="only these steps")
+    names = [step.name for step in make_steps(Path(), None)]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="only these steps")
     options = parser.parse_args(arguments)
-    out = options.out.resolve()
-    steps = make_steps(out, options.peer.resolve() if options.peer else None)
-    names = [step.name for step in steps]
-    if unknown := set(options.only or ()) - set(names):
-        parser.error(f"--only: expected some of {', '.join(names)}; got {', '.join(sorted(unknown))}")
-    if options.only:
-        steps = [step for step in steps if step.name in options.only]
     if not torch.cuda.is_available():
         print("There is no CUDA device here (torch.cuda.is_available() is false): nothing was run.")
         return 2
+    out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for name, value in report.environment("cuda").items():
-        print(f"{name}: {value}")
-    outcomes = run_steps(steps, out, options.minutes * 60 - 10)
-    print(summary(outcomes, out))
-    return 1 if any(outcome.status in ("failed", "timed out") for outcome in outcomes) else 0
+    steps = make_steps(out, options.peer.resolve() if options.peer else None)
+    chosen = [step for step in steps if step.name in options.only]
+    outcomes = run_steps(chosen, out, options.minutes * 60 - 10)
+    print((out / "summary.md").read_text(encoding="utf-8"))
+    return int(any(outcome.status in ("failed", "timed out") for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from torch.utils.benchmark import Measurement, TaskSpec
 from benchmarks.report import MIB, RESULTS, Results, Row
 
 OUT_OF_MEMORY = "out of memory"
+_MEMORY_LIMIT_S = 300
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Outputs = dict[str, Tensor]
@@ -57,7 +58,6 @@ class Settings:
     min_rounds: int = 3  # however slow they are
     sample_ms: float = 20.0  # one sample repeats a run for at least so long
     memory: bool = True  # also measure peak memory
-    memory_limit_s: float = 120.0  # of one memory measurement
     graphs: bool = False  # also time replays of a CUDA graph
 
 
@@ -131,7 +131,7 @@ class Case(abc.ABC):
         return False
 
     def floor_ms(self, rates: Mapping[str, float]) -> float | None:
-        """Return the least time that the device's rates allow, None if that is not known."""
+        """Return the least time that the device's rates allow, None if they are not known."""
         return None
 
 
@@ -310,19 +310,19 @@ def cuda_peak_mib(run: Run) -> float:
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-def cpu_peak_mib(case: Case, contender: str, limit_s: float) -> float:
-    """Return how far a run raises the resident size of a separate process, which is killed after ``limit_s``."""
+def cpu_peak_mib(case: Case, contender: str) -> float:
+    """Return how far a run raises the resident size of a separate process, which is killed after _MEMORY_LIMIT_S."""
     context = multiprocessing.get_context("forkserver")
     # The server has imported torch but run nothing: its forks start at once and with no threads to lose.
     context.set_forkserver_preload(["torch", "benchmarks.baselines"])
     with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_peak_of_run, case, contender, torch.get_num_threads(), limit_s).result()
+        return pool.submit(_peak_of_run, case, contender, torch.get_num_threads()).result()
 
 
-def _peak_of_run(case: Case, contender: str, threads: int, limit_s: float) -> float:
+def _peak_of_run(case: Case, contender: str, threads: int) -> float:
     torch.set_num_threads(threads)
     _reset_peak()  # raises where there is no such /proc, before anything slow
-    signal.alarm(math.ceil(limit_s))
+    signal.alarm(_MEMORY_LIMIT_S)
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         # M_MMAP_THRESHOLD: else freed blocks stay resident and the next run hides in them.
@@ -377,24 +377,31 @@ def measure_case(case: Case, settings: Settings, rates: Mapping[str, float] | No
                 runs[contender] = _checked_run(case, contender, inputs, expected, rows[contender])
     del expected
     measurements = time_contenders(runs, rows, case.device, settings) if runs else {}
-    floor_ms = case.floor_ms(rates) if rates else None
+    floor_ms = case.floor_ms(rates or {})
+    weighs = settings.memory and case.measures_memory
     for contender, timed in timed_rows(measurements, case.baseline, case.images).items():
         row = rows[contender]
         row |= timed
         if floor_ms is not None:
             row["floor_ms"] = floor_ms
-        if case.device == "cuda":
-            _measure_on_cuda(case, row, runs[contender], settings)
+        if case.device == "cuda" and settings.graphs:
+            with failures_recorded(row, case.device, "graph_time_ms"):
+                from triton.testing import do_bench_cudagraph
+
+                row["graph_time_ms"] = do_bench_cudagraph(runs[contender], return_mode="median")
+        if case.device == "cuda" and weighs:
+            with failures_recorded(row, case.device, "peak_mib"):
+                row["peak_mib"] = cuda_peak_mib(runs[contender])
     for contender, row in rows.items():
         if row.get("reason") == OUT_OF_MEMORY and case.may_run_out(contender):
             row["status"] = "refused"
     del inputs, runs
-    if settings.memory and case.measures_memory and case.device == "cpu":
+    if case.device == "cpu" and weighs:
         # Without this process's tensors, so that a small machine has room for the other's.
         gc.collect()
         for contender in measurements:
             with failures_recorded(rows[contender], case.device, "peak_mib"):
-                rows[contender]["peak_mib"] = cpu_peak_mib(case, contender, settings.memory_limit_s)
+                rows[contender]["peak_mib"] = cpu_peak_mib(case, contender)
     return {"suite": case.suite, "case": case.name, "baseline": case.baseline, "contenders": rows}
 
 
@@ -409,55 +416,29 @@ def _checked_run(case: Case, contender: str, inputs: Any, expected: Outputs, row
     return run
 
 
-def _measure_on_cuda(case: Case, row: Row, run: Run, settings: Settings) -> None:
-    if settings.graphs:
-        with failures_recorded(row, case.device, "graph_time_ms"):
-            from triton.testing import do_bench_cudagraph
-
-            row["graph_time_ms"] = do_bench_cudagraph(run, return_mode="median")
-    if settings.memory and case.measures_memory:
-        with failures_recorded(row, case.device, "peak_mib"):
-            row["peak_mib"] = cuda_peak_mib(run)
-
-
-def unmeasured(case: Case, status: str, reason: str) -> Row:
-    """Return the record of a case that was not measured."""
-    return {"suite": case.suite, "case": case.name, "status": status, "reason": reason}
-
-
 def run_cases(
     cases: Iterable[Case],
     results: Results,
     settings: Settings,
-    *,
-    rates: Mapping[str, float] | None = None,
     budget_s: float = math.inf,
 ) -> None:
     """Measure the cases in order; past the budget the rest is skipped."""
     deadline = time.monotonic() + budget_s
     for case in cases:
+        record = {"suite": case.suite, "case": case.name}
         if time.monotonic() > deadline:
-            results.add(unmeasured(case, "skipped", f"the time budget of {budget_s:.0f} s was spent"))
-            continue
-        try:
-            record = measure_case(case, settings, rates)
-        except _ANY_FAILURE as error:
-            record = unmeasured(case, "failed", reason_of(error))
-            traceback.clear_frames(error.__traceback__)
+            record |= {"status": "skipped", "reason": f"the time budget of {budget_s:.0f} s was spent"}
+        else:
+            try:
+                record = measure_case(case, settings, results.run["rates"])
+            except _ANY_FAILURE as error:
+                record |= {"status": "failed", "reason": reason_of(error)}
+                traceback.clear_frames(error.__traceback__)
         results.add(record)
 
 
-def argument_parser(
-    suite: str, description: str, *, peer: bool = False, has_cases: bool = True
-) -> argparse.ArgumentParser:
-    """Return a parser with the options that the suites share.
-
-    Args:
-        suite: its name, which the module and the files have.
-        description: the first line is the help's.
-        peer: whether the suite runs code of BigGAN-PyTorch.
-        has_cases: whether the suite is a list of cases, and so runs on a GPU too.
-    """
+def argument_parser(suite: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that every suite has; the first line of the description is the help's."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.bench_{suite}", description=description.splitlines()[0]
     )
@@ -465,22 +446,34 @@ def argument_parser(
     parser.add_argument("--quick", action="store_true", help="a few small shapes: does everything run?")
     parser.add_argument("--out", type=Path, help="the JSON file; tables and plots are written beside it")
     parser.add_argument("--append", action="store_true", help="keep the runs that the JSON file holds")
-    if has_cases:
-        parser.add_argument("--device", choices=("cpu", "cuda"))
-        parser.add_argument(
-            "--only",
-            type=re.compile,
-            help='regular expression on "suite | case"; it also finds cases that are left out without it, as they take '
-            'minutes or GBs each ("." for all)',
-        )
-        parser.add_argument("--minutes", type=float, default=10.0, help="start no case after so long")
-        parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    if peer:
-        # The peer's modules are imported in other processes too.
-        parser.add_argument(
-            "--peer", type=lambda text: Path(text).resolve(), help="a checkout of BigGAN-PyTorch"
-        )
     return parser
+
+
+def parse(
+    suite: str, description: str, arguments: Sequence[str] | None, *, peer: bool = False
+) -> argparse.Namespace:
+    """Return the options of a suite that is a list of cases; ``everything`` if those that take long are asked for.
+
+    Args:
+        suite: its name, which the module and the files have.
+        description: the first line is the help's.
+        arguments: the command line's; None for the process's.
+        peer: whether the suite runs code of BigGAN-PyTorch.
+    """
+    parser = argument_parser(suite, description)
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    only = 'regular expression on "suite | case"; also finds those that take minutes or GBs ("." for all)'
+    parser.add_argument("--only", type=re.compile, help=only)
+    parser.add_argument("--minutes", type=float, default=10.0, help="start no case after so long")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--graphs", action="store_true", help="on CUDA, time CUDA graphs too")
+    if peer:
+        # Other processes, which may have another working directory, import from it too.
+        path = "a checkout of BigGAN-PyTorch"
+        parser.add_argument("--peer", type=lambda text: Path(text).resolve(), help=path)
+    options = parser.parse_args(arguments)
+    options.everything = options.only is not None
+    return options
 
 
 def open_results(options: argparse.Namespace) -> Results:
@@ -501,23 +494,19 @@ def is_chosen(line: str, options: argparse.Namespace) -> bool:
     return options.only is None or bool(options.only.search(line))
 
 
-def run_chosen(
+def run_suite(
     options: argparse.Namespace,
-    cases: Sequence[Case],
+    cases: Iterable[Case],
     settings: Settings,
-    results: Results,
-    rates: Mapping[str, float] | None = None,
-) -> None:
-    """Measure the cases that the options choose, within ``--minutes``."""
-    settings = replace(settings, memory=not options.no_memory)
+    measure_rates: Callable[[], dict[str, float]] | None = None,
+) -> Results:
+    """Measure the chosen cases within ``--minutes``; on CUDA the device's rates first."""
+    results = open_results(options)
+    if measure_rates is not None and options.device == "cuda":
+        results.run["rates"] = measure_rates()
+    settings = replace(settings, memory=not options.no_memory, graphs=options.graphs)
     if options.quick:
         settings = replace(settings, max_rounds=5, target_s=0.3)
     chosen = [case for case in cases if is_chosen(f"{case.suite} | {case.name}", options)]
-    run_cases(chosen, results, settings, rates=rates, budget_s=options.minutes * 60)
-
-
-def run_suite(options: argparse.Namespace, cases: Sequence[Case], settings: Settings) -> int:
-    """Measure the chosen cases and write everything; return 1 if a result was wrong or ours failed."""
-    results = open_results(options)
-    run_chosen(options, cases, settings, results)
-    return results.finish()
+    run_cases(chosen, results, settings, options.minutes * 60)
+    return results

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -149,33 +148,23 @@ def measure(module: str, label: str, arch: int) -> tuple[Usage, dict[str, int]]:
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     assert compiled.metadata.num_warps == tile.num_warps
-    usage, instructions = _inspect(compiled.asm["cubin"], disassemble=arch == 90)
-    spill_bytes = usage["STACK"] + usage["LOCAL"]
-    return Usage(usage["REG"], spill_bytes, compiled.metadata.shared), instructions
-
-
-def _tool(name: str) -> str:
-    spec = importlib.util.find_spec("triton")
-    assert spec is not None
-    assert spec.origin is not None
-    return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _inspect(cubin: bytes, disassemble: bool) -> tuple[dict[str, int], dict[str, int]]:
-    """Return cuobjdump's resource usage and the counts of matrix instructions."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        text = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", str(path)], check=True, capture_output=True, text=True
-        ).stdout
-        usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-        if not disassemble:
-            return usage, {}
-        code = subprocess.run(
-            [_tool("nvdisasm"), "-c", str(path)], check=True, capture_output=True, text=True
-        ).stdout
-    return usage, dict(sorted(Counter(re.findall(r"\b(HGMMA|HMMA|DMMA)\b", code)).items()))
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        found = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _output_of("cuobjdump", "-res-usage", cubin))
+        code = _output_of("nvdisasm", "-c", cubin) if arch == 90 else ""
+    counts = {name: int(number) for name, number in found}
+    instructions = Counter(re.findall(r"\b(HGMMA|HMMA|DMMA)\b", code))
+    usage = Usage(counts["REG"], counts["STACK"] + counts["LOCAL"], compiled.metadata.shared)
+    return usage, dict(sorted(instructions.items()))
+
+
+def _output_of(tool: str, option: str, cubin: Path) -> str:
+    """Return what a tool that comes with Triton prints about machine code."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, option, cubin], check=True, capture_output=True, text=True).stdout
 
 
 def page(record: dict[str, Any]) -> str:
@@ -211,28 +200,28 @@ def page(record: dict[str, Any]) -> str:
     for (_, kernel), these in kernels.items():
         for arch in CHIPS:
             on_chip = [each.usage[arch] for each in these]
-            cells = [
-                str(len(these)),
-                _range(usage.registers for usage in on_chip),
-                str(max(usage.spill_bytes for usage in on_chip)),
-                _range(usage.shared_bytes / 1024 for usage in on_chip),
-                _range(each.occupancy(arch)[1] for each in these),
-            ]
-            lines.append(f"| {_title(kernel)} | sm_{arch} | {' | '.join(cells)} |")
-    module = ""
-    for (module_of_kernel, kernel), these in kernels.items():
-        if module != module_of_kernel:
-            module = module_of_kernel
-            lines += ["", f"## {module} on sm_90"]
-        lines += [
-            "",
-            f"### {_title(kernel)}",
-            "",
-            "| configuration | tile | registers | shared KiB | blocks/SM | warps/SM | matrix instructions |",
-            "|---|---|---:|---:|---:|---:|---|",
-            *(f"| {each.label} | {each.cells(90)} |" for each in these),
-        ]
+            registers = _range(usage.registers for usage in on_chip)
+            spill_bytes = max(usage.spill_bytes for usage in on_chip)
+            shared_kib = _range(usage.shared_bytes / 1024 for usage in on_chip)
+            warps = _range(each.occupancy(arch)[1] for each in these)
+            needs = f"{registers} | {spill_bytes} | {shared_kib} | {warps}"
+            lines.append(f"| {_title(kernel)} | sm_{arch} | {len(these)} | {needs} |")
+    for module in dict.fromkeys(module for module, _ in kernels):
+        lines += ["", f"## {module} on sm_90"]
+        for (_, kernel), these in kernels.items():
+            if these[0].module == module:
+                lines += ["", f"### {_title(kernel)}", ""]
+                lines += [
+                    _header("configuration"),
+                    *(f"| {each.label} | {each.cells(90)} |" for each in these),
+                ]
     return "\n".join(lines) + "\n"
+
+
+def _header(*first: str) -> str:
+    names = " | ".join(first)
+    columns = "tile | registers | shared KiB | blocks/SM | warps/SM | matrix instructions"
+    return f"| {names} | {columns} |\n|{'---|' * (len(first) + 1)}---:|---:|---:|---:|---|"
 
 
 def _title(kernel: str) -> str:
@@ -299,24 +288,15 @@ def main(arguments: list[str] | None = None) -> int:
             measured[task] = result
             print(f"\r{len(measured)} of {len(tasks)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    found = [
-        Configuration(
-            module,
-            kernel,
-            label,
-            tile,
-            {arch: measured[module, label, arch][0] for arch in archs},
-            measured[module, label, 90][1] if 90 in archs else {},
-        )
-        for (module, label), (kernel, tile) in jobs.items()
-    ]
-    print(
-        "| configuration | chip | tile | registers | shared KiB | blocks/SM | warps/SM | matrix instructions |"
-    )
-    print("|---|---|---|---:|---:|---:|---:|---|")
-    for each in found:
+    found = []
+    print(_header("configuration", "chip"))
+    for (module, label), (kernel, tile) in jobs.items():
+        results = {arch: measured[module, label, arch] for arch in archs}
+        usage = {arch: result[0] for arch, result in results.items()}
+        instructions = results[90][1] if 90 in archs else {}
+        found.append(Configuration(module, kernel, label, tile, usage, instructions))
         for arch in archs:
-            print(f"| {each.label} | sm_{arch} | {each.cells(arch)} |")
+            print(f"| {label} | sm_{arch} | {found[-1].cells(arch)} |")
     complaints = [complaint for each in found for complaint in each.complaints()]
     print("\n".join(complaints), file=sys.stderr, flush=True)
     if chosen.check:

@@ -16,8 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +58,26 @@ def run(out: Path, *arguments: object, processes: int = 1) -> None:
         raise RuntimeError(f"{arguments[0]}: exit status {status}, see {out / 'log.txt'}")
 
 
-def disturb(out: Path, train: Sequence[object], processes: int, kills: int, seed: int) -> list[str]:
+def disturb(out: Path, train: Sequence[object], processes: int, kills: int) -> list[str]:
     """Kill and resume a run, and let it end; return each kill with the checkpoint that it left."""
     checkpoints = out / "disturbed" / "checkpoints"
-    chance = random.Random(seed)
+    chance = random.Random(0)
     moments = []
     for number in range(kills):
-        before = set(checkpoints.glob("iteration_*.pt"))
+        during_write = number % 4 == 0
+        how = signal.SIGTERM if number % 4 == 3 else signal.SIGKILL
+        pattern = "*.partial*" if during_write else "iteration_*.pt"
+        before = set() if during_write else set(checkpoints.glob(pattern))
         process = start(out, *train, processes=processes)
-        if number % 4 == 0:
-            wait_for(partial(_any_in, checkpoints, "*.partial*"), process)
-        else:
-            wait_for(partial(_any_in, checkpoints, "iteration_*.pt", before), process)
+        deadline = time.monotonic() + LIMIT_S
+        while not set(checkpoints.glob(pattern)) - before:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"kill {number}: no {pattern} came; exit status {process.returncode}")
+            time.sleep(0.02)
+        if not during_write:
             time.sleep(chance.uniform(0, 0.7))
         if process.poll() is not None:
-            raise RuntimeError(f"the run ended before kill {number}: give it more iterations")
-        how = signal.SIGTERM if number % 4 == 3 else signal.SIGKILL
+            raise RuntimeError(f"the run ended before kill {number}")
         status = kill(process, how)
         if how == signal.SIGTERM and processes == 1 and status != STOPPED_BY_SIGTERM:
             raise RuntimeError(f"SIGTERM: expected exit status {STOPPED_BY_SIGTERM}, got {status}")
@@ -100,25 +103,6 @@ def _descendants(pid: int) -> list[int]:
     # torchrun gives each of its processes a session, so that no process group holds them all.
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [each for child in map(int, children) for each in (child, *_descendants(child))]
-
-
-def _any_in(folder: Path, pattern: str, known: Collection[Path] = ()) -> bool:
-    return any(path not in known for path in folder.glob(pattern))
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    """Wait until a condition holds.
-
-    Raises:
-        RuntimeError: if the process ends before, or it takes too long.
-    """
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        if process.poll() is not None:
-            raise RuntimeError(f"the run ended before it could be killed, with status {process.returncode}")
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"waited {LIMIT_S:.0f} s for a moment to kill the run")
-        time.sleep(0.02)
 
 
 def check_equal(one: Path, other: Path) -> str:
@@ -165,8 +149,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1, help="of each run")
     parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--iterations", type=int, help="of each run; 20 for each kill by default")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     if out.exists() and any(out.iterdir()):
@@ -176,11 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run(out, "make-images", "--out", archives, "--classes", 20, "--images", 20, "--val-images", 2)
     source = archives / "ILSVRC2012_img_train.tar"
     run(out, "prepare", "--source", source, "--out", out / "data", "--resolution", options.resolution)
-    iterations = options.iterations or 20 * options.kills
-    sizes = ("--network.resolution", options.resolution, "--iterations", iterations)
+    sizes = ("--network.resolution", options.resolution, "--iterations", 20 * options.kills)
     train = ("train", "--data", out / "data", *SMALL, *sizes, "--auto-resume", "--out")
     run(out, *train, out / "undisturbed", processes=options.processes)
-    moments = disturb(out, (*train, out / "disturbed"), options.processes, options.kills, options.seed)
+    moments = disturb(out, (*train, out / "disturbed"), options.processes, options.kills)
     print(f"{options.kills} kills: {'; '.join(moments)}")
     print(check_equal(out / "undisturbed", out / "disturbed"))
     return 0

@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,11 +119,6 @@ class Results:
         self.cases.extend(records)
         for record in records:
             print("\n".join(lines_of(record)), flush=True)
-        self._write()
-
-    def set_rates(self, rates: Mapping[str, float], note: str = "") -> None:
-        """Record the device's measured rates, with what a reader of the floors must know."""
-        self.run |= {"rates": dict(rates), "rates_note": note}
         self._write()
 
     def finish(self) -> int:
@@ -236,7 +231,7 @@ def markdown(run: Row) -> str:
         lines += ["**This run was not finished.**", ""]
     if run["rates"]:
         rates = ", ".join(f"{name} {rate:.4g}" for name, rate in run["rates"].items())
-        lines += [f"Rates: {rates}.", "", run.get("rates_note", ""), ""]
+        lines += [f"Rates: {rates}.", ""]
     reasons: dict[str, str] = {}
     for suite in dict.fromkeys(case["suite"] for case in run["cases"]):
         cases = [case for case in run["cases"] if case["suite"] == suite]
@@ -284,35 +279,34 @@ def plot(run: Row, stem: Path) -> list[Path]:
     """Draw each suite as a PNG beside ``stem``: time against the baseline, and peak memory; return the files."""
     files = []
     for suite in dict.fromkeys(case["suite"] for case in run["cases"]):
-        rows = {
-            (case["case"], name): row
-            for case in run["cases"]
-            for name, row in case.get("contenders", {}).items()
-            if case["suite"] == suite and row.get("time_ratio")
-        }
-        cases, contenders = (
-            (list(dict.fromkeys(names)) for names in zip(*rows, strict=True)) if rows else ([], [])
-        )
+        cases = [case for case in run["cases"] if case["suite"] == suite and "contenders" in case]
+        rows = [
+            (case["case"], contender, row)
+            for case in cases
+            for contender, row in case["contenders"].items()
+            if row.get("time_ratio")
+        ]
         figure = new_figure(13, 2.2 + 0.32 * len(cases)) if rows else None
         if figure is None:
             continue
-        baseline = next(case["baseline"] for case in run["cases"] if case["suite"] == suite)
-        columns = {"time_ratio": f"time / that of {baseline} (below 1 is faster)"}
-        if any(row.get("peak_mib") for row in rows.values()):
+        columns = {"time_ratio": f"time / that of {cases[0]['baseline']} (below 1 is faster)"}
+        if any(row.get("peak_mib") for *_, row in rows):
             columns["peak_mib"] = "peak memory, MiB"
+        names = list(dict.fromkeys(name for name, *_ in rows))
+        contenders = list(dict.fromkeys(contender for _, contender, _ in rows))
         (panels,) = figure.subplots(1, len(columns), sharey=True, squeeze=False)
         for panel, (column, label) in zip(panels, columns.items(), strict=True):
-            drawn = {key: row[column] for key, row in rows.items() if row.get(column)}
+            drawn = [(row[column], names.index(name), who) for name, who, row in rows if row.get(column)]
             for index, contender in enumerate(contenders):
-                points = [(x, cases.index(case)) for (case, name), x in drawn.items() if name == contender]
+                xs = [x for x, _, who in drawn if who == contender]
+                ys = [y for _, y, who in drawn if who == contender]
                 style = {"marker": "osD^vP*X<>"[index % 10], "color": f"C{index % 10}"}
-                xs, ys = [x for x, _ in points], [y for _, y in points]
                 panel.scatter(xs, ys, label=contender, s=34, alpha=0.85, zorder=3, **style)
             panel.set_xscale("log", base=2)
-            panel.set_xlim(min(drawn.values()) / 1.5, max(drawn.values()) * 1.5)  # holds a power of two
+            panel.set_xlim(min(drawn)[0] / 1.5, max(drawn)[0] * 1.5)  # holds a power of two
             panel.xaxis.set_major_formatter("{x:g}")
             panel.set_xlabel(label)
-            panel.set_yticks(range(len(cases)), cases)
+            panel.set_yticks(range(len(names)), names)
             panel.grid(alpha=0.4)
         panels[0].axvline(1.0, color="black", linewidth=1)
         panels[0].invert_yaxis()

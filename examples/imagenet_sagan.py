@@ -6,18 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sagan.cli import (
-    attention_maps,
-    compare,
-    demo,
-    evaluate,
-    make_images,
-    plot,
-    prepare,
-    report,
-    sample,
-    train,
-)
+from sagan.cli import attention_maps, demo, evaluate, make_images, prepare, report, sample, train
 from sagan.cli.parsing import parse
 from sagan.distributed import ReportedByMainError
 from sagan.errors import UserError
@@ -58,9 +47,9 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "sample": (sample.Sample, sample.run),
     "evaluate": (evaluate.Evaluate, evaluate.run),
     "attention-maps": (attention_maps.AttentionMaps, attention_maps.run),
-    "plot": (plot.Plot, plot.run),
-    "report": (report.Report, report.run),
-    "compare": (compare.Compare, compare.run),
+    "plot": (report.Plot, report.plot),
+    "report": (report.Report, report.report),
+    "compare": (report.Compare, report.compare),
     "make-images": (make_images.MakeImages, make_images.run),
 }
 

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,36 +36,19 @@ ROOT = Path(__file__).resolve().parent.parent
 FAST = Settings(max_rounds=5, target_s=0.1, sample_ms=1.0, memory=False)
 WITH_MEMORY = Settings(max_rounds=3, target_s=0.1, sample_ms=1.0)
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-calls: list[str] = []
 
 
 def right() -> Outputs:
     return {"y": torch.ones(3)}
 
 
-def sleeps(seconds: float) -> Run:
-    def run() -> Outputs:
-        time.sleep(seconds)
-        return right()
-
-    return run
-
-
-def allocates_64_mib() -> Outputs:
-    torch.ones(16 * 2**20)
+def sleeps(seconds: float) -> Outputs:
+    time.sleep(seconds)
     return right()
 
 
-def wrong() -> Outputs:
-    calls.append("wrong")
-    return {"y": torch.tensor([1.0, 1.0, 1.1])}
-
-
-def raises(error: Exception) -> Run:
-    def run() -> Outputs:
-        raise error
-
-    return run
+def raises(error: Exception) -> Outputs:
+    raise error
 
 
 def ends_its_process() -> Outputs:
@@ -74,24 +57,22 @@ def ends_its_process() -> Outputs:
     return right()
 
 
-RUNS: dict[str, Callable[[], Outputs]] = {
+RUNS: dict[str, Run] = {
     "textbook": right,
-    "sleeps": sleeps(0.02),
-    "sleeps twice": sleeps(0.04),
-    "allocates": allocates_64_mib,
-    "wrong": wrong,
-    "fails": raises(RuntimeError("no kernel image is available\nand a long story")),
-    "runs out": raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 999 GiB")),
+    "sleeps": partial(sleeps, 0.02),
+    "sleeps twice": partial(sleeps, 0.04),
+    "allocates": lambda: right() | {"64 MiB": torch.ones(16 * 2**20)},
+    "wrong": lambda: {"y": torch.tensor([1.0, 1.0, 1.1])},
+    "fails": partial(raises, RuntimeError("no kernel image is available\nand a long story")),
+    "runs out": partial(raises, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 999 GiB")),
     "ends": ends_its_process,
 }
 
 
 @dataclass(frozen=True)
 class ToyCase(Case):
-    names: tuple[str, ...] = ()
-    suite: str = "toys"
-    device: str = "cpu"
-    label: str = "a toy"
+    names: tuple[str, ...]
+    label: str
 
     @property
     def name(self) -> str:
@@ -149,16 +130,12 @@ class TestMeasuring:
 
         def logged(name: str) -> Outputs:
             order.append(name)
-            time.sleep(0.003)
-            return {}
+            return sleeps(0.003)
 
         settings = Settings(max_rounds=4, min_rounds=4, sample_ms=1.0)
         runs = {name: partial(logged, name) for name in "abc"}
         harness.time_contenders(runs, {name: {} for name in runs}, "cpu", settings)
-        turns = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
-        assert len(turns) == 4
-        assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
-        assert len(set(turns)) > 1  # the first one changes
+        assert ["".join(order[i : i + 3]) for i in range(0, len(order), 3)] == ["abc", "abc", "bca", "cab"]
 
     @needs_proc
     def test_peak_memory_is_that_of_each_contender_alone(self) -> None:
@@ -173,12 +150,10 @@ class TestMeasuring:
         assert "terminated" in row["peak_mib_reason"]
 
     def test_a_wrong_contender_is_refused_before_it_is_timed(self) -> None:
-        calls.clear()
-        rows = measure("wrong", "textbook")
-        assert calls == ["wrong"]
-        assert rows["wrong"]["status"] == "wrong"
-        assert "y is off by" in rows["wrong"]["reason"]
-        assert "time_ms" not in rows["wrong"]
+        row = measure("wrong", "textbook")["wrong"]
+        assert row["status"] == "wrong"
+        assert "y is off by" in row["reason"]
+        assert "time_ms" not in row
 
     @pytest.mark.parametrize(
         "outputs",
@@ -243,17 +218,6 @@ class TestMeasuring:
         assert report.any_failure([record]) is bad
 
 
-KILLED_MIDWAY = """
-import os, sys
-sys.path.insert(0, "tests")
-import test_benchmarks as t
-from pathlib import Path
-t.RUNS["kills"] = lambda: os.kill(os.getpid(), 9)
-results = t.report.Results(Path(sys.argv[1]), "cpu")
-t.harness.run_cases([t.toy("sleeps"), t.toy("kills", label="deadly")], results, t.FAST)
-"""
-
-
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
@@ -271,12 +235,24 @@ def last_run(path: Path) -> Row:
     return run
 
 
+def run_quick(suite: str, folder: Path, *options: str) -> Row:
+    out = folder / f"{suite}.json"
+    done = run_python("-m", f"benchmarks.bench_{suite}", "--quick", "--out", str(out), *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    run = last_run(out)
+    assert run["complete"] is True
+    return run
+
+
 class TestResults:
     def test_they_say_where_when_and_what_was_measured(self, tmp_path: Path) -> None:
         path = tmp_path / "toys.json"
         results = report.Results(path, "cpu")
         harness.run_cases([toy("sleeps", "textbook", "fails")], results, FAST)
+        # What a killed run leaves.
         assert last_run(path)["complete"] is False
+        assert [case["case"] for case in last_run(path)["cases"]] == ["a toy"]
         assert results.finish() == 0
         run = last_run(path)
         assert run["complete"] is True
@@ -305,13 +281,6 @@ class TestResults:
         assert [case["case"] for run in runs for case in run["cases"]] == ["a toy", "another", "third"]
         assert "| another |" in path.with_suffix(".md").read_text()
 
-    def test_a_killed_run_leaves_what_it_has(self, tmp_path: Path) -> None:
-        done = run_python("-c", KILLED_MIDWAY, str(tmp_path / "toys.json"))
-        assert done.returncode == -9, done.stderr
-        run = last_run(tmp_path / "toys.json")
-        assert run["complete"] is False
-        assert [case["case"] for case in run["cases"]] == ["a toy"]
-
     @pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*_cpu.json")), ids=lambda path: path.stem)
     def test_those_in_the_tree_are_well_formed(self, path: Path) -> None:
         runs = json.loads(path.read_text())["runs"]
@@ -331,35 +300,26 @@ class TestResults:
 
 
 def tiny_step(*names: str, bf16: bool = False, batch_size: int = 2) -> bench_step.StepCase:
-    sizes = (batch_size, 32, 8)
-    return bench_step.StepCase(
-        bench_step.STEP, "cpu", *sizes, names or ("ours", "textbook"), num_classes=10, bf16=bf16
-    )
+    names = names or ("ours", "textbook")
+    return bench_step.StepCase("step", "cpu", batch_size, 32, 8, names, num_classes=10, bf16=bf16)
 
 
-def attention(
-    suite: str, pool_size: int = 2, dtype: str = "float32", names: tuple[str, ...] = ()
-) -> bench_attention.AttentionCase:
+def attention(suite: str, *names: str, pool_size: int = 2, dtype: str = "float32") -> Case:
     return bench_attention.AttentionCase(suite, "cpu", (2, 16, 6), pool_size, dtype, names=names)
 
 
-def norm(suite: str, channels_last: bool = False, dtype: str = "float32") -> bench_conditional_norm.NormCase:
+def norm(suite: str, channels_last: bool = False, dtype: str = "float32") -> Case:
     return bench_conditional_norm.NormCase(suite, "cpu", (3, 5, 7), dtype, channels_last)
 
 
-def discriminator(suite: str) -> bench_spectral_norm.DiscriminatorCase:
+def discriminator(suite: str) -> Case:
     return bench_spectral_norm.DiscriminatorCase(suite, "cpu", 2, base_width=2, resolution=64)
 
 
 class TestSuites:
     def test_attention_runs_end_to_end(self, tmp_path: Path) -> None:
-        out = tmp_path / "attention.json"
         only = r"(core forward|block R1) \| N16"
-        done = run_python("-m", "benchmarks.bench_attention", "--quick", "--out", str(out), "--only", only)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stderr == ""
-        run = last_run(out)
-        assert run["complete"] is True
+        run = run_quick("attention", tmp_path, "--only", only)
         cases = {case["suite"]: case["contenders"] for case in run["cases"]}
         assert set(cases) == {"core forward", "block R1"}
         for rows in cases.values():
@@ -371,29 +331,23 @@ class TestSuites:
         for name in ("ours: fused", "ours: triton"):
             assert cases["block R1"][name]["status"] == "refused"
             assert "run on CUDA" in cases["block R1"][name]["reason"]
-        assert "## block R1" in out.with_suffix(".md").read_text()
+        assert "## block R1" in (tmp_path / "attention.md").read_text()
 
-    @pytest.mark.parametrize("suite", ["data", "evaluation"])
-    def test_suites_of_the_trainer_run_end_to_end(self, suite: str, tmp_path: Path) -> None:
-        if suite == "evaluation":
-            pytest.importorskip("torchmetrics")
-        out = tmp_path / f"{suite}.json"
-        done = run_python("-m", f"benchmarks.bench_{suite}", "--quick", "--out", str(out))
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stderr == ""
-        run = last_run(out)
-        assert run["complete"] is True
-        rows = {
-            (case["suite"], name): row for case in run["cases"] for name, row in case["contenders"].items()
-        }
-        if suite == "data":
-            assert {name for _, name in rows} >= {"ours: folder", "ours: tars", "ours: packed, loader"}
-            for row in rows.values():
-                assert row["time_ms"] * row["images_per_s"] == pytest.approx(256e3, rel=1e-4)
-        else:
-            found = {table for (table, _), row in rows.items() if row.get("difference", 1.0) < 1e-6}
-            assert found == {"FID", "Inception Score", "KID", "intra-FID"}
-            assert max(row.get("difference", 0.0) for row in rows.values()) < 1e-6
+    def test_data_runs_end_to_end(self, tmp_path: Path) -> None:
+        run = run_quick("data", tmp_path)
+        rows = {name: row for case in run["cases"] for name, row in case["contenders"].items()}
+        assert set(rows) >= {"ours: folder", "ours: tars", "ours: packed, loader"}
+        for row in rows.values():
+            assert row["time_ms"] * row["images_per_s"] == pytest.approx(256e3, rel=1e-4)
+
+    def test_evaluation_runs_end_to_end_and_agrees(self, tmp_path: Path) -> None:
+        pytest.importorskip("torchmetrics")
+        differences: dict[str, list[float]] = {}
+        for case in run_quick("evaluation", tmp_path)["cases"]:
+            found = [row["difference"] for row in case["contenders"].values() if "difference" in row]
+            differences.setdefault(case["suite"], []).extend(found)
+        assert set(differences) == {"FID", "Inception Score", "KID", "intra-FID"}
+        assert all(found and max(found) < 1e-6 for found in differences.values())
 
     @pytest.mark.parametrize(
         ("suite", "only"),
@@ -412,28 +366,28 @@ class TestSuites:
         assert {row["status"] for case in cases for row in case["contenders"].values()} == {"ok"}
         assert all(re.search(only, f"{case['suite']} | {case['case']}") for case in cases)
 
-    @pytest.mark.parametrize("suite", bench_attention.SUITES)
-    @pytest.mark.parametrize("pool_size", [1, 2])
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_every_attention_computes_the_same_as_the_reference(
-        self, suite: str, pool_size: int, dtype: str
-    ) -> None:
-        # Without "triton", which the interpreter would run for minutes.
-        names = ("ours", "ours: chunked", "ours: sdpa", "textbook", "SDPA", "SDPA padded", "BigGAN-PyTorch")
-        case = harness.measure_case(attention(suite, pool_size, dtype, names), FAST)
-        rows = case["contenders"]
-        for name in ("ours", "textbook", "SDPA", "SDPA padded"):
-            assert rows[name]["status"] == "ok" or suite == bench_attention.BLOCK_R1, rows[name]
-        assert rows["ours"]["status"] == rows["textbook"]["status"] == "ok"
-        assert not report.any_failure([case])
-
     @pytest.mark.parametrize(
         "case",
         [
+            *(
+                # Without "triton", which the interpreter would run for minutes.
+                attention(
+                    suite, "ours", "ours: chunked", "ours: sdpa", "textbook", pool_size=pool, dtype=dtype
+                )
+                for suite in bench_attention.SUITES
+                for pool in (1, 2)
+                for dtype in ("float32", "bfloat16")
+            ),
+            *(
+                attention(suite, "textbook", "SDPA", "SDPA padded", pool_size=pool, dtype=dtype)
+                for suite in bench_attention.SUITES[:3]  # torch's has no second derivative
+                for pool in (1, 2)
+                for dtype in ("float32", "bfloat16")
+            ),
             *(discriminator(suite) for suite in bench_spectral_norm.SUITES),
             *(
                 norm(suite, channels_last, dtype)
-                for suite in (bench_conditional_norm.PLAIN, bench_conditional_norm.WITH_RELU)
+                for suite in ("norm", "norm and ReLU")
                 for channels_last in (False, True)
                 for dtype in ("float32", "bfloat16")
             ),
@@ -441,7 +395,7 @@ class TestSuites:
         ],
         ids=lambda case: f"{case.suite} {case.name}",
     )
-    def test_every_other_contender_computes_the_expected_result(self, case: Case) -> None:
+    def test_every_contender_computes_the_expected_result(self, case: Case) -> None:
         rows = harness.measure_case(case, FAST)["contenders"]
         assert [row["status"] for row in rows.values()] == ["ok"] * len(rows), rows
         assert case.baseline in rows
@@ -452,7 +406,11 @@ class TestSuites:
             (attention("block forward+backward"), "ours", "grad_parameter_phi"),
             (discriminator("the call alone"), "ours: shared", "blocks.0.conv1"),
             (norm("norm"), "ours", "grad_gain"),
-            (bench_resampling.make_cases("cpu", quick=True)[0], "ours", "grad_weight"),
+            (
+                bench_resampling.make_cases(harness.parse("resampling", "Convolutions.", ["--quick"]))[0],
+                "ours",
+                "grad_weight",
+            ),
             (tiny_step(), "ours", "d_loss"),
         ],
         ids=["attention", "spectral_norm", "conditional_norm", "resampling", "step"],
@@ -480,8 +438,9 @@ class TestSuites:
 
 
 class TestFloors:
-    def case(self) -> bench_attention.AttentionCase:
-        return bench_attention.AttentionCase(bench_attention.CORE_FORWARD, "cpu", (2, 64, 8), 1, "float32")
+    def floor_ms(self, rates: Mapping[str, float]) -> float | None:
+        suite, shape = bench_attention.CORE_FORWARD, (2, 64, 8)
+        return bench_attention.AttentionCase(suite, "cpu", shape, 1, "float32").floor_ms(rates)
 
     @pytest.mark.parametrize(
         ("slowest", "work"),
@@ -493,7 +452,7 @@ class TestFloors:
     )
     def test_they_are_the_slowest_of_bytes_products_and_exponentials(self, slowest: str, work: int) -> None:
         rates = dict.fromkeys(("copy_bytes", "matmul_flops_float32", "exponentials"), 1e30) | {slowest: 1e6}
-        assert self.case().floor_ms(rates) == pytest.approx(work / 1e6 * 1e3)
+        assert self.floor_ms(rates) == pytest.approx(work / 1e6 * 1e3)
 
     def test_the_float32_rate_is_cublas_or_a_third_of_tf32_and_needs_no_clock(self) -> None:
         times_s = {"copy": 1.0, "bfloat16": 1.0, "ieee": 9.0, "tf32": 1.0}
@@ -501,9 +460,9 @@ class TestFloors:
             rates = bench_attention.make_rates(times_s, 8, 100, clock)
             assert "exponentials" not in rates
             assert rates["matmul_flops_float32"] == pytest.approx(2 * 8**3 / 3)
-            assert self.case().floor_ms(rates) is not None
+            assert self.floor_ms(rates) is not None
         assert bench_attention.make_rates({"ieee": 2.0}, 8, 100, None)["matmul_flops_float32"] == 8**3
-        assert self.case().floor_ms(bench_attention.make_rates({}, 8, 100, None)) is None
+        assert self.floor_ms({}) is None
 
 
 class TestStep:
@@ -531,26 +490,21 @@ class TestStep:
 
 class TestGpuCommand:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-    @pytest.mark.parametrize(
-        "name", ["gpu", *(f"bench_{suite}" for suite in ("attention", "step", "resampling"))]
-    )
-    def test_without_cuda_it_says_so_and_fails(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-        module = importlib.import_module(f"benchmarks.{name}")
-        try:
-            status = module.main([] if name == "gpu" else ["--device", "cuda"])
-        except SystemExit as error:
-            status = error.code
-        assert status == 2
-        assert capsys.readouterr().out.startswith("There is no CUDA device here")
+    def test_without_cuda_it_says_so_and_fails(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert gpu.main([]) == 2
+        for suite in (bench_attention, bench_resampling):
+            with pytest.raises(SystemExit, match="2"):
+                suite.main(["--device", "cuda"])
+        assert capsys.readouterr().out.count("There is no CUDA device here") == 3
 
     def test_a_step_that_hangs_or_fails_does_not_take_the_others_time(self, tmp_path: Path) -> None:
-        def step(name: str, script: str, limit_s: float = 60, missing: str = "") -> gpu.Step:
-            return gpu.Step(name, (sys.executable, "-u", "-c", script), limit_s, missing=missing)
+        def step(name: str, script: str, limit_s: float = 60) -> gpu.Step:
+            return gpu.Step(name, limit_s, (sys.executable, "-u", "-c", script))
 
         steps = [
             step("hangs", "print('before'); import time; time.sleep(600)", limit_s=6),
             step("fails", "raise SystemExit(3)"),
-            step("absent", "", missing="the tool is missing"),
+            gpu.Step("absent", 60, ("a-missing-tool",)),
             step("works", "print('measured')"),
         ]
         outcomes = {outcome.name: outcome for outcome in gpu.run_steps(steps, tmp_path, 500)}
@@ -558,7 +512,7 @@ class TestGpuCommand:
         assert outcomes["fails"].reason.startswith("exit status 3")
         assert (tmp_path / "hangs.log").read_text() == "before\n"
         written = (tmp_path / "summary.md").read_text()
-        assert "| absent | not run | 0 | the tool is missing |" in written
+        assert "| absent | not run | 0 | a-missing-tool is not on the PATH |" in written
         assert "| works | ok |" in written
         (late,) = gpu.run_steps([step("late", "print('ran')")], tmp_path, 1)
         assert (late.status, late.reason) == ("not run", "no time was left")

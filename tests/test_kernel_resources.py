@@ -33,13 +33,11 @@ REPRESENTATIVE = (
 )
 
 
-def run(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command where kernels are compiled, not interpreted."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def run(*arguments: str, cache: Path, interpret: str = "0") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.kernel_resources", *arguments],
+        [sys.executable, "-m", "benchmarks.kernel_resources", "--check", *arguments],
         cwd=ROOT,
-        env={**inherited, "TRITON_CACHE_DIR": str(cache), **environment},
+        env={**os.environ, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
         check=False,
@@ -48,7 +46,7 @@ def run(*arguments: str, cache: Path, **environment: str) -> subprocess.Complete
 
 def test_representative_kernels_compile_without_spills_to_matrix_instructions(tmp_path: Path) -> None:
     only = f" ({'|'.join(REPRESENTATIVE)})$"
-    done = run("--check", "--arch", "90", "--only", only, cache=tmp_path)
+    done = run("--arch", "90", "--only", only, cache=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if "sm_90" in line]
     assert {line.split("|")[1].strip() for line in lines} == set(REPRESENTATIVE)
@@ -56,7 +54,7 @@ def test_representative_kernels_compile_without_spills_to_matrix_instructions(tm
 
 
 def test_interpreted_kernels_are_not_compiled(tmp_path: Path) -> None:
-    done = run("--check", cache=tmp_path, TRITON_INTERPRET="1")
+    done = run(cache=tmp_path, interpret="1")
     assert done.returncode == 2
     assert "unset TRITON_INTERPRET" in done.stderr
 

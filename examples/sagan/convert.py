@@ -1,8 +1,8 @@
 """Loaders of the released TensorFlow code's networks.
 
-``variables`` maps TensorFlow names to arrays, without optimizer slots and counters. Only names below ``scope`` matter.
-Missing variables, unknown ones below the scope and wrong shapes raise a ValueError that names all of them; the network
-then does not change. It needs the size, classes and attention of the released one.
+``variables`` maps TensorFlow names to arrays, without optimizer slots and counters. Names outside ``scope`` are
+ignored. Missing or unknown variables and wrong shapes raise a ValueError that names all of them; the network then does
+not change. It needs the size, classes and attention of the released one.
 """
 
 from __future__ import annotations

@@ -24,19 +24,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that work together.
+    """This process among those that work together."""
 
-    Attributes:
-        rank: its number; rank 0 writes files and prints.
-        world_size: number of processes.
-        device: its device.
-        control: group for messages between hosts, always on the CPU.
-    """
-
-    rank: int
+    rank: int  # rank 0 writes files and prints
     world_size: int
     device: torch.device
-    control: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None  # for messages between hosts, always on the CPU
 
     @property
     def is_main(self) -> bool:
@@ -117,11 +110,7 @@ class World:
         return [str(each) for each in texts]
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Return all ranks' tensors by rank, on rank 0; an empty list elsewhere.
-
-        Args:
-            tensor: on the CPU, with the same shape on all ranks.
-        """
+        """Return all ranks' tensors, of one shape and on the CPU, by rank on rank 0; an empty list elsewhere."""
         if self.world_size == 1:
             return [tensor]
         found = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.is_main else None
@@ -153,22 +142,15 @@ class ProcessesDisagreeError(UserError):
 def init_world(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[World]:
     """Join the processes that ``torchrun`` started for a ``with`` block.
 
-    Args:
-        device_name: "auto", "cpu" or "cuda"; each process takes the GPU of its LOCAL_RANK. A device with a number, such
-            as "cuda:1", is for one process.
-        timeout_minutes: how long to wait for another process.
-
-    Raises:
-        UserError: if the environment is incomplete, or there are fewer GPUs than processes.
+    The device is "auto", "cpu" or "cuda": each process uses the GPU of its LOCAL_RANK. A device with a number, such as
+    "cuda:1", is for one process. A process waits up to ``timeout_minutes`` for another one.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield World(0, 1, pick_device(device_name))
         return
-    missing = [
-        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
-    ]
-    if missing:
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if name not in os.environ]:
         raise UserError(f"WORLD_SIZE is {count} but {', '.join(missing)} not set; start with torchrun")
     device = _local_device(device_name, int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -183,11 +165,7 @@ def init_world(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[W
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is the first GPU, or the CPU without one.
-
-    Raises:
-        UserError: if there is no such device.
-    """
+    """Return the device of that name; "auto" is the first GPU, or the CPU without one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -217,32 +195,20 @@ def _local_device(name: str, local_rank: int) -> torch.device:
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
     """Return the running means and variances of a network."""
-    return [
-        buffer
-        for name, buffer in network.named_buffers()
-        if name.endswith(("running_mean", "running_var")) and buffer is not None
-    ]
+    buffers = network.named_buffers()
+    return [buffer for name, buffer in buffers if name.endswith(("running_mean", "running_var"))]
 
 
 def check_agreement(world: World, networks: Mapping[str, nn.Module]) -> None:
-    """Check that weights, spectral-norm vectors and running statistics have the same bits on all ranks.
-
-    Args:
-        world: this process.
-        networks: networks by the names that the message uses.
-
-    Raises:
-        ProcessesDisagreeError: on all ranks, naming the ranks and what differs.
-    """
+    """Raise an error on all ranks if weights, spectral-norm vectors or running statistics differ in a bit."""
     if world.world_size == 1:
         return
     digests = {}
     for name, network in networks.items():
         layers = [layer for layer in network.modules() if isinstance(layer, SpectralNormLayer)]
+        vectors = (vector for layer in layers for vector in (layer.weight_u, layer.weight_v))
         digests[f"{name}'s weights"] = _digest(network.parameters())
-        digests[f"{name}'s spectral-norm vectors"] = _digest(
-            vector for layer in layers for vector in (layer.weight_u, layer.weight_v)
-        )
+        digests[f"{name}'s spectral-norm vectors"] = _digest(vectors)
         digests[f"{name}'s running statistics"] = _digest(running_statistics(network))
     found = [text.split() for text in world.gather_texts(" ".join(digests.values()))]
     different = [

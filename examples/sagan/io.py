@@ -83,11 +83,7 @@ def module_digest(module: nn.Module) -> str:
 
 
 def load_plain(path: Path) -> Any:
-    """Return what ``torch.save`` wrote, on the CPU; no code in the file is run.
-
-    Raises:
-        UserError: if it cannot be read, or holds more than tensors and plain values.
-    """
+    """Return what ``torch.save`` wrote, on the CPU; no code in the file is run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:
@@ -103,12 +99,10 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock file for a ``with`` block; the system releases it when the process ends, however it ends.
+    """Hold a lock file for a ``with`` block, or raise :class:`UserError` with this message if another process holds it.
 
-    On file systems without locks the block runs unlocked.
-
-    Raises:
-        UserError: with ``message``, if another process holds the lock.
+    The system releases it when the process ends, however it ends. Without locks of the file system, the block runs
+    unlocked.
     """
     # No fallback to a file that merely exists: such a lock would outlive a process that is killed.
     lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)

@@ -46,7 +46,7 @@ class NetworkConfig:
         num_classes: number of classes; 0 for an unconditional GAN, None to take the data's.
         latent_dim: size of z.
         g_attention: resolutions of the feature maps that G applies attention to.
-        d_attention: the same for D.
+        d_attention: resolutions of the feature maps that D applies attention to.
         mixer: "attention", or in its place a "residual" block with as many parameters (paper, table 1).
         g_spectral_norm: normalise G's convolutions and linear layer.
         d_spectral_norm: normalise D's layers, its head included.
@@ -104,13 +104,13 @@ class NetworkConfig:
 
 
 def _generator_widths(config: NetworkConfig) -> list[tuple[int, int]]:
-    """(resolution, channels) of G's feature maps, from 4x4 to the image's."""
+    """Return (resolution, channels) of G's feature maps, from 4x4 to the image's."""
     resolutions = [4 * 2**i for i in range((config.resolution // 4).bit_length())]
     return [(r, config.base_width * min(16, config.resolution // r)) for r in resolutions]
 
 
 def _discriminator_widths(config: NetworkConfig) -> list[tuple[int, int]]:
-    """(resolution, channels) of D's feature maps, from half the image's to 4x4."""
+    """Return (resolution, channels) of D's feature maps, from half the image's to 4x4."""
     half = config.resolution // 2
     return [(r, config.base_width * min(16, half // r)) for r, _ in reversed(_generator_widths(config)[:-1])]
 
@@ -120,9 +120,6 @@ class Generator(nn.Module):
 
     At 128 pixels: linear layer to 1024 x 4 x 4; up-blocks to 1024 x 8 x 8, 512 x 16 x 16, 256 x 32 x 32,
     128 x 64 x 64 and 64 x 128 x 128, with attention after one of them; batch norm, ReLU, 3x3 convolution, tanh.
-
-    Args:
-        config: shapes and options; ``num_classes`` must be set.
 
     Shape:
         - latents: [N, latent_dim].
@@ -134,7 +131,8 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoints_activations = False
-        linear, conv = _linear(config.g_spectral_norm, config), _conv(config.g_spectral_norm, config)
+        linear = partial(SNLinear, eps=config.sn_eps) if config.g_spectral_norm else nn.Linear
+        conv = _conv(config.g_spectral_norm, config)
         (first_resolution, width), *following = _generator_widths(config)
         self.first_shape = (width, first_resolution, first_resolution)
         self.linear = linear(config.latent_dim, width * first_resolution**2)
@@ -156,8 +154,7 @@ class Generator(nn.Module):
             x = checkpointed(block, x, labels) if self.checkpoints_activations else block(x, labels)
             if str(x.size(2)) in self.mixers:
                 x = self.mixers[str(x.size(2))](x)
-        images: Tensor = torch.tanh(self.last_conv(self.last_norm(x)))
-        return images
+        return torch.tanh(self.last_conv(self.last_norm(x)))
 
 
 class UpBlock(nn.Module):
@@ -186,9 +183,6 @@ class Discriminator(nn.Module):
 
     At 128 pixels: down-blocks to 64 x 64 x 64, 128 x 32 x 32, 256 x 16 x 16, 512 x 8 x 8 and 1024 x 4 x 4, with
     attention after one of them; a last block that keeps the size; ReLU, sum over positions, projection head.
-
-    Args:
-        config: shapes and options; ``num_classes`` must be set.
 
     Shape:
         - images: [N, 3, resolution, resolution] from -1 to 1.
@@ -226,10 +220,7 @@ class Discriminator(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual block of D that halves the resolution. Its shortcut takes the un-activated input.
-
-    The first block of D has no ``preactivation``: its input is the image.
-    """
+    """Residual block of D that halves the resolution. The first has no ``preactivation``: its input is the image."""
 
     def __init__(
         self, in_channels: int, out_channels: int, config: NetworkConfig, *, preactivation: bool = True
@@ -311,10 +302,6 @@ def count_parameters(network: nn.Module) -> int:
 
 def _conv(spectral_norm: bool, config: NetworkConfig) -> Callable[..., nn.Conv2d]:
     return partial(SNConv2d, eps=config.sn_eps) if spectral_norm else ResamplingConv2d
-
-
-def _linear(spectral_norm: bool, config: NetworkConfig) -> Callable[..., nn.Linear]:
-    return partial(SNLinear, eps=config.sn_eps) if spectral_norm else nn.Linear
 
 
 def _norm(

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, not on what was drawn before.
+"""Random numbers that depend on their purpose, not on earlier draws.
 
 So a resumed run draws what an uninterrupted one would, on any number of processes, with no state to save.
 """
@@ -41,21 +41,10 @@ def _scramble(bits: Any, second_shift: int) -> Any:  # an int or Words
 def training_noise(
     seed: int, iteration: int, update: int, *, count: int, latent_dim: int, labels_in_use: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the latents and labels of one update's generated images, for the whole global batch.
+    """Return float32 latents [count, latent_dim] and int64 labels [count] for one update of an iteration.
 
-    Every process draws all of them and takes its share, so 1, 2 or 4 processes train on the same noise.
-
-    Args:
-        seed: the run's seed.
-        iteration: from 0.
-        update: number of the update within the iteration, from 0.
-        count: images in the global batch.
-        latent_dim: size of a latent.
-        labels_in_use: int64 [K], the classes to draw from.
-
-    Shape:
-        - latents: float32 [count, latent_dim], drawn on the CPU: the same numbers for every device.
-        - labels: int64 [count].
+    Every rank draws the noise of the whole global batch and uses its shard, so any number of them trains on the same
+    noise. It is drawn on the CPU, so every device gets the same numbers. Labels are drawn from ``labels_in_use``.
     """
     generator = torch.Generator().manual_seed(mixed_seed(seed, iteration, update))
     latents = torch.randn(count, latent_dim, generator=generator)

@@ -27,23 +27,14 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True)
 class TrainedGenerator:
-    """A generator from a checkpoint, in evaluation mode.
-
-    Attributes:
-        generator: G.
-        config: the run's configuration.
-        iteration: the checkpoint's iteration.
-        class_names: by label.
-        labels_in_use: int64 [K], the classes with images.
-        averaged: whether the weights are the moving average.
-    """
+    """A generator from a checkpoint, in evaluation mode."""
 
     generator: Generator
     config: RunConfig
     iteration: int
-    class_names: list[str]
-    labels_in_use: Tensor
-    averaged: bool
+    class_names: list[str]  # by label
+    labels_in_use: Tensor  # int64 [K], the classes with images
+    averaged: bool  # whether the weights are the moving average
 
     @property
     def description(self) -> str:
@@ -77,14 +68,7 @@ class TrainedGenerator:
 def load_generator(path: Path, device: torch.device, *, weights: Weights = "auto") -> TrainedGenerator:
     """Load G from a checkpoint, or from the latest one of a run's folder.
 
-    Args:
-        path: a checkpoint or a run's folder.
-        device: device for G.
-        weights: "ema" for the moving average, "raw" for the current weights, "auto" for the average if there is one.
-
-    Raises:
-        CheckpointError: if there is no usable checkpoint.
-        UserError: for "ema" if the run has no average.
+    ``weights`` is "ema" for the moving average, "raw" for the current weights, "auto" for the average if there is one.
     """
     state = load_checkpoint(find_checkpoint(path))
     config = config_from_dict(state["config"])
@@ -115,7 +99,7 @@ def sample_inputs(
     *,
     truncation: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return latents and labels of numbered samples; sample i depends only on (seed, i).
+    """Return latents [n, latent_dim] and int64 labels [n] of numbered samples; sample i depends only on (seed, i).
 
     Args:
         indices: numbers of the samples.
@@ -123,10 +107,6 @@ def sample_inputs(
         seed: seed of the whole set.
         labels_in_use: classes to cycle through; all by default.
         truncation: redraw coordinates beyond this until none is; the others do not change.
-
-    Shape:
-        - latents: [len(indices), latent_dim].
-        - labels: [len(indices)], int64.
     """
     latents = torch.empty(len(indices), network.latent_dim)
     for row, index in enumerate(indices):
@@ -139,17 +119,10 @@ def sample_inputs(
 
 
 def claim_folder(out: Path, trained: TrainedGenerator, **options: object) -> None:
-    """Record in a folder which set of samples it is for, so that two sets never mix.
+    """Record in a folder which set of samples it is for; raise :class:`UserError` if it holds anything else.
 
-    Processes that share a set, and a process that starts again, may use the same folder.
-
-    Args:
-        out: the folder; created if missing.
-        trained: the generator.
-        options: everything else that the samples depend on, as JSON values.
-
-    Raises:
-        UserError: if the folder holds other samples, or anything else.
+    Processes that share a set, and a process that starts again, may use the same folder. ``options`` are JSON values:
+    everything else that the samples depend on.
     """
     weights = f"sha256:{module_digest(trained.generator)}"
     samples = {"iteration": trained.iteration, "weights": weights, **options}
@@ -176,16 +149,9 @@ def claim_folder(out: Path, trained: TrainedGenerator, **options: object) -> Non
 
 
 def generate(generator: nn.Module, latents: Tensor, labels: Tensor, *, batch_size: int) -> Tensor:
-    """Return the images for these latents and labels, generated in evaluation mode.
+    """Return the images for latents [N, latent_dim] and labels [N], generated in evaluation mode.
 
-    Args:
-        generator: G; its mode does not change.
-        latents: [N, latent_dim], on any device.
-        labels: [N]; an unconditional G ignores them.
-        batch_size: images at a time.
-
-    Shape:
-        - Output: uint8 [N, 3, resolution, resolution], on the CPU.
+    An unconditional G ignores the labels. The images are uint8 [N, 3, resolution, resolution], on the CPU.
     """
     batches = zip(latents.split(batch_size), labels.split(batch_size), strict=True)  # type: ignore[no-untyped-call]
     return torch.cat([_generate_batch(generator, *batch) for batch in batches])
@@ -202,23 +168,11 @@ def numbered_samples(
     labels_in_use: Tensor | None = None,
     truncation: float | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yield this process's share of samples 0 to count - 1.
+    """Yield (numbers, images, labels) of this rank's share of samples 0 to ``count - 1``.
 
-    Process r generates the blocks r, r + world_size, ... of ``batch_size`` samples. Every block is full, also the last
-    one, so that the arithmetic of a sample does not depend on the count.
-
-    Args:
-        generator: G; each block is generated in evaluation mode.
-        count: samples in the whole set.
-        seed: seed of the whole set.
-        batch_size: samples in a block; another size may change the last bits of an image.
-        rank: this process, from 0.
-        world_size: processes that share the work.
-        labels_in_use: classes to cycle through; all by default.
-        truncation: see :func:`sample_inputs`.
-
-    Yields:
-        (numbers, uint8 images [n, 3, resolution, resolution], labels [n]).
+    Rank r generates the blocks r, r + world_size, ... of ``batch_size`` samples. Every block is full, also the last
+    one, so that the arithmetic of a sample does not depend on the count. Another ``batch_size`` may change the last
+    bits of an image. :func:`sample_inputs` and :func:`generate` describe the other arguments and the images.
     """
     for start in range(rank * batch_size, count, world_size * batch_size):
         block = range(start, start + batch_size)

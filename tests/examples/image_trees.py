@@ -21,29 +21,17 @@ NATURAL_SIZES = ((500, 375), (375, 500), (333, 500), (97, 131), (640, 480), (64,
 
 @dataclass(frozen=True)
 class MessyTree:
-    """A tree with known defects; paths are below `root`.
+    """A tree with known defects; paths are below `root`."""
 
-    Attributes:
-        root: folder of the class folders.
-        class_names: all class folders, in label order.
-        unreadable: part of the reason to expect for each file.
-        skipped: files that are not images, by kind.
-        converted: images by conversion to RGB.
-        exif_rotated: number of images.
-        below_32_pixels: number of images whose short side is less.
-        empty_class: a class folder with no image file.
-        lost_class: a class folder whose images are all unreadable.
-    """
-
-    root: Path
-    class_names: tuple[str, ...]
-    unreadable: dict[str, str]
-    skipped: dict[str, int]
-    converted: dict[str, int]
-    exif_rotated: int
-    below_32_pixels: int
-    empty_class: str
-    lost_class: str
+    root: Path  # folder of the class folders
+    class_names: tuple[str, ...]  # all class folders, in label order
+    unreadable: dict[str, str]  # part of the reason to expect for each file
+    skipped: dict[str, int]  # files that are not images, by kind
+    converted: dict[str, int]  # images by conversion to RGB
+    exif_rotated: int  # images
+    below_32_pixels: int  # images whose short side is less
+    empty_class: str  # a class folder with no image file
+    lost_class: str  # a class folder whose images are all unreadable
 
 
 def smooth_pixels(rng: np.random.Generator, width: int, height: int, channels: int = 3) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sagan.recipes import HealthConfig
-from sagan.train.collapse import CollapseAlarm, diversity
+from sagan.train.health import CollapseAlarm, diversity
 
 
 def test_a_saturated_discriminator_is_reported_once_and_again_after_a_calm() -> None:

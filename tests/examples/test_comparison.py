@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from command_line import read_png, refused, succeed
 
 from sagan.errors import UserError
 from sagan.recipes import PUBLISHED, RECIPES
-from sagan.report.comparison import TABLE_1, Kind, compare_runs, read_runs
+from sagan.report.comparison import TABLE_1, compare_runs, read_runs
 
 FID, IS = "fid50k-train-tfinception", "is50k-tfinception"
 
@@ -84,9 +84,7 @@ class TestTable:
         assert cells(text, "alone")[3] == "3 at 100"
         assert ("they are not FIDs" in text) == proxy
 
-    def test_differences_from_the_recipe_that_matter_and_missing_evaluations_are_named(
-        self, tmp_path: Path
-    ) -> None:
+    def test_differences_from_the_recipe_and_missing_evaluations_are_named(self, tmp_path: Path) -> None:
         one = write_run(tmp_path / "one", seed=7, data=tmp_path, device="cuda")
         write_evaluation(one, 100, fid=3.0)
         text = table_of(one, write_run(tmp_path / "two"))
@@ -112,13 +110,6 @@ class TestReading:
     def test_a_repeated_name_is_told_apart_by_its_path(self, tmp_path: Path) -> None:
         runs = read_runs([write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run")])
         assert len({run.label for run in runs}) == 2
-
-    def test_more_is_better_for_is(self, tmp_path: Path) -> None:
-        run = write_run(tmp_path / "run")
-        write_evaluation(run, 100, **{"is": 10.0})
-        write_evaluation(run, 200, **{"is": 12.0})
-        (found,) = read_runs([run])
-        assert found.best(Kind("is", IS, "0123456789ab", False)) == (200, 12.0)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"protocol": {}}'])
     def test_a_broken_evaluation_is_named(self, tmp_path: Path, text: str) -> None:
@@ -150,12 +141,13 @@ class TestCommand:
 
 
 class TestPublished:
-    @pytest.mark.parametrize("name", list(PUBLISHED))
-    def test_every_number_is_in_the_recipes_own_description(self, name: str) -> None:
+    @pytest.mark.parametrize("name", [name for name in RECIPES if name != "digits"])
+    def test_the_description_of_a_recipe_has_every_number(self, name: str) -> None:
         recipe = RECIPES[name]
         told = (recipe.func if isinstance(recipe, partial) else recipe).__doc__ or ""
         numbers = {float(text) for text in re.findall(r"\d+\.\d+", told)}
-        assert {value for value in astuple(PUBLISHED[name]) if value is not None} <= numbers
+        assert "Published" in told
+        assert set(PUBLISHED.get(name, {}).values()) <= numbers
 
     def test_all_of_table_1_are_recipes_with_a_published_result(self) -> None:
         assert set(TABLE_1) <= set(PUBLISHED) <= set(RECIPES)

@@ -25,6 +25,7 @@ from sagan_layers import (
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-4
 Arrays = dict[str, np.ndarray]
+NON_LOCAL = {name: [f"model/{name}_non_local{end}" for end in ("", "_1", "_2")] for name in ("g", "d")}
 
 
 def load(name: str) -> Arrays:
@@ -37,10 +38,9 @@ def below(arrays: Arrays, prefix: str) -> Arrays:
 
 
 def assert_agrees(ours: Tensor, recorded: np.ndarray, what: str) -> None:
-    theirs = torch.from_numpy(recorded).double()
-    assert ours.shape == theirs.shape, what
-    error, scale = (ours.detach().double() - theirs).abs().max().item(), theirs.abs().max().item()
-    assert error <= TOLERANCE * scale, f"{what}: error {error:.2e} of {scale:.2e}"
+    assert ours.shape == recorded.shape, what
+    atol = TOLERANCE * np.abs(recorded).max()
+    np.testing.assert_allclose(ours.detach(), recorded, rtol=0, atol=atol, err_msg=what)
 
 
 def assert_all_agree(ours: Arrays, recorded: Arrays) -> None:
@@ -61,12 +61,18 @@ def to_numpy(values: Tensor, *axes: int) -> np.ndarray:
     return values.detach().permute(axes or tuple(range(values.ndim))).numpy().copy()
 
 
-def scoped(scope: str, variables: Arrays) -> Arrays:
-    return {f"{scope}/{name}": array for name, array in variables.items()}
-
-
 def layer_variables(layer: nn.Module) -> Arrays:
-    """Return a layer's weight, bias and u in TensorFlow's layout."""
+    """Return a layer's variables in TensorFlow's layout, by name."""
+    if isinstance(layer, ConditionalBatchNorm2d):
+        variables = {"gamma": to_numpy(layer.weight), "beta": to_numpy(layer.bias)}
+        mean, var = to_numpy(layer.norm.running_mean), to_numpy(layer.norm.running_var)
+        if layer.num_classes:
+            return variables | {"mean": mean[None, None, None], "var": var[None, None, None]}
+        return variables | {"moving_mean": mean, "moving_variance": var}
+    if isinstance(layer, SelfAttention2d):
+        parts = {"theta": layer.query, "phi": layer.key, "g": layer.value, "attn": layer.out}
+        scoped = variables_of({f"sn_conv_{name}": part for name, part in parts.items()})
+        return scoped | {"sigma_ratio": to_numpy(layer.gamma)}
     if isinstance(layer, nn.Conv2d):
         variables = {"w": to_numpy(layer.weight, 2, 3, 1, 0)}
         if layer.bias is not None:
@@ -81,61 +87,41 @@ def layer_variables(layer: nn.Module) -> Arrays:
     return variables
 
 
-def norm_variables(norm: ConditionalBatchNorm2d) -> Arrays:
-    variables = {"gamma": to_numpy(norm.weight), "beta": to_numpy(norm.bias)}
-    mean, var = to_numpy(norm.norm.running_mean), to_numpy(norm.norm.running_var)
-    if norm.num_classes:
-        return {**variables, "mean": mean[None, None, None], "var": var[None, None, None]}
-    return {**variables, "moving_mean": mean, "moving_variance": var}
-
-
-def attention_variables(layer: SelfAttention2d) -> Arrays:
-    variables = {"sigma_ratio": to_numpy(layer.gamma)}
-    for theirs, ours in (("theta", layer.query), ("phi", layer.key), ("g", layer.value), ("attn", layer.out)):
-        variables.update(scoped(f"sn_conv_{theirs}", layer_variables(ours)))
-    return variables
-
-
-def mixers_variables(name: str, network: Generator | Discriminator) -> Arrays:
-    variables: Arrays = {}
-    scopes = (name, f"{name}_1", f"{name}_2")
-    for scope, mixer in zip(scopes, network.mixers.values(), strict=False):
-        variables.update(scoped(scope, attention_variables(mixer)))
-    return variables
+def variables_of(layers: dict[str, nn.Module]) -> Arrays:
+    """Return the variables of all layers, each below its scope."""
+    return {
+        f"{scope}/{name}": array
+        for scope, layer in layers.items()
+        for name, array in layer_variables(layer).items()
+    }
 
 
 def generator_variables(generator: Generator) -> Arrays:
-    channels = generator.first_shape[0]
-    linear = {
-        name: array.reshape(*array.shape[:-1], channels, 16).swapaxes(-1, -2).reshape(array.shape)
-        for name, array in layer_variables(generator.linear).items()
-    }
-    variables = scoped("g_snh0", linear)
+    layers: dict[str, nn.Module] = {"model/g_snh0": generator.linear}
     for number, block in enumerate(generator.blocks, 1):
-        for name, norm in (("cbn_0", block.norm1), ("cbn_1", block.norm2)):
-            variables.update(scoped(f"g_block{number}/{name}", norm_variables(norm)))
-        for name, conv in (("snconv1", block.conv1), ("snconv2", block.conv2), ("snconv3", block.shortcut)):
-            variables.update(scoped(f"g_block{number}/{name}", layer_variables(conv)))
-    variables.update(mixers_variables("g_non_local", generator))
-    variables.update(scoped("g_bn", norm_variables(generator.last_norm)))
-    variables.update(scoped("g_snconv_last", layer_variables(generator.last_conv)))
-    return scoped("model", variables)
+        scope = f"model/g_block{number}"
+        layers |= {f"{scope}/cbn_0": block.norm1, f"{scope}/cbn_1": block.norm2}
+        layers |= {f"{scope}/snconv1": block.conv1, f"{scope}/snconv2": block.conv2}
+        layers[f"{scope}/snconv3"] = block.shortcut
+    layers |= dict(zip(NON_LOCAL["g"], generator.mixers.values(), strict=False))
+    layers |= {"model/g_bn": generator.last_norm, "model/g_snconv_last": generator.last_conv}
+    variables = variables_of(layers)
+    for name, array in layer_variables(generator.linear).items():
+        by_channel = array.reshape(*array.shape[:-1], generator.first_shape[0], 16)
+        variables[f"model/g_snh0/{name}"] = by_channel.swapaxes(-1, -2).reshape(array.shape)
+    return variables
 
 
 def discriminator_variables(discriminator: Discriminator) -> Arrays:
-    variables: Arrays = {}
-    blocks = [*discriminator.blocks, discriminator.last_block]
-    for number, block in enumerate(blocks, 1):
-        scope = f"d_block{number}" if number > 1 else "d_optimized_block1"
-        convs = {"sn_conv1": block.conv1, "sn_conv2": block.conv2}
-        if number < len(blocks):
-            convs["sn_conv3"] = block.shortcut
-        for name, conv in convs.items():
-            variables.update(scoped(f"{scope}/{name}", layer_variables(conv)))
-    variables.update(mixers_variables("d_non_local", discriminator))
-    variables.update(scoped("d_sn_linear", layer_variables(discriminator.head.linear)))
-    variables.update(scoped("d_embedding", layer_variables(discriminator.head.embedding)))
-    return scoped("model", variables)
+    layers: dict[str, nn.Module] = {}
+    for number, block in enumerate([*discriminator.blocks, discriminator.last_block], 1):
+        scope = f"model/d_block{number}" if number > 1 else "model/d_optimized_block1"
+        layers |= {f"{scope}/sn_conv1": block.conv1, f"{scope}/sn_conv2": block.conv2}
+        if block is not discriminator.last_block:
+            layers[f"{scope}/sn_conv3"] = block.shortcut
+    layers |= dict(zip(NON_LOCAL["d"], discriminator.mixers.values(), strict=False))
+    head = discriminator.head
+    return variables_of({**layers, "model/d_sn_linear": head.linear, "model/d_embedding": head.embedding})
 
 
 def discriminator_gradients(discriminator: Discriminator) -> Arrays:

@@ -43,23 +43,21 @@ def small_demo(out: Path) -> RunConfig:
     )
 
 
-_judges: list[Judge] = []
-
-
-def trained_once(images: Tensor, labels: Tensor) -> Judge:
-    """Train a judge for one epoch, the first time; the demo's images are always the same."""
-    if not _judges:
-        _judges.append(train_judge(images, labels, epochs=1))
-    return _judges[0]
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _fewer_samples_and_a_faster_judge() -> Iterator[None]:
+def judges() -> Iterator[list[Judge]]:
+    """Take fewer samples, and a judge that was trained for one epoch, once: the images are always the same."""
+    trained: list[Judge] = []
+
+    def train_once(images: Tensor, labels: Tensor) -> Judge:
+        if not trained:
+            trained.append(train_judge(images, labels, epochs=1))
+        return trained[0]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "VERDICT_SAMPLES", 130)
         patch.setattr(demo, "CURVE_SAMPLES", 100)
-        patch.setattr(demo, "train_judge", trained_once)
-        yield
+        patch.setattr(demo, "train_judge", train_once)
+        yield trained
 
 
 class Demo(NamedTuple):
@@ -120,9 +118,9 @@ class TestFinishedDemo:
         assert all(0 <= row["share"] <= 1 and 0 < row["frechet"] < math.inf for row in rows)
 
     def test_quality_measured_anew_after_a_crash_takes_the_place_of_what_was_there(
-        self, finished: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, finished: Demo, judges: list[Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        observe = demo.quality_curve(_judges[0], tmp_path / "quality.jsonl")
+        observe = demo.quality_curve(judges[0], tmp_path / "quality.jsonl")
         for iteration in (0, 2, 4, 2):
             monkeypatch.setattr(finished.result.trainer, "iteration", iteration)
             observe(finished.result.trainer)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import read_png, succeed
+from command_line import SMALL, read_png, succeed
 
 from sagan.prepare.synthetic import LAYOUTS
 from sagan.train.logs import read_metrics, series
@@ -44,9 +44,9 @@ def test_from_the_archives_to_a_comparison(resolution: int, archives: Path, tmp_
         assert (again / "images.npy").read_bytes() == (data / "images.npy").read_bytes()
 
     small = (
-        *("--data", data, "--device", "cpu", "--batch-size", 4, "--network.resolution", resolution),
-        *("--network.base-width", 1, "--network.latent-dim", 4, "--network.g-attention", resolution // 2),
-        *("--network.d-attention", resolution // 4, "--output.grid-columns", 2, "--output.log-every", 1),
+        *SMALL,
+        *("--data", data, "--network.resolution", resolution, "--output.log-every", 1),
+        *("--network.g-attention", resolution // 2, "--network.d-attention", resolution // 4),
         *("--evaluation.every", 2, "--evaluation.proxy", "--evaluation.count", 24),
         *("--evaluation.cache", tmp_path / "cache", "--output.no-tensorboard"),
     )

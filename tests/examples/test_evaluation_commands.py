@@ -5,63 +5,55 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from command_line import SMALL, refused, succeed
 from image_trees import WNIDS, write_image_tree
+from training_runs import assert_same
 
-import imagenet_sagan
 from sagan.evaluation.config import TrainingEvaluationConfig
-from sagan.recipes import HealthConfig, RunConfig, config_from_dict
+from sagan.recipes import HealthConfig, config_from_dict
 from sagan.report.page import draw_run, write_report
 from sagan.train.checkpoint import load_checkpoint
-from sagan.train.collapse import CollapseAlarm
+from sagan.train.health import CollapseAlarm
 from sagan.train.logs import read_metrics, series
 from sagan.train.loop import TrainingResult
 from sagan.train.output import Score
 from sagan.train.update import Trainer
-
-SMALL = [
-    *("--device", "cpu", "--batch-size", "4", "--network.resolution", "32", "--network.base-width", "1"),
-    *("--network.latent-dim", "4", "--network.g-attention", "16", "--network.d-attention", "8"),
-    *("--output.grid-columns", "2", "--output.log-every", "1", "--output.no-tensorboard"),
-]
-
-
-def main(*arguments: object) -> int:
-    return imagenet_sagan.main([str(argument) for argument in arguments])
 
 
 def written(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def train(data: Path, out: Path, *options: object) -> int:
-    return main("train", "--data", data, "--out", out, *SMALL, "--evaluation.cache", out / "cache", *options)
+def train_options(data: Path, out: Path, *options: object) -> tuple[object, ...]:
+    cache = ("--evaluation.cache", out / "cache")
+    return ("train", "--data", data, "--out", out, *SMALL, "--output.log-every", 1, *cache, *options)
+
+
+def in_training(every: int, count: int = 24) -> tuple[object, ...]:
+    return ("--evaluation.proxy", "--evaluation.every", every, "--evaluation.count", count)
 
 
 def evaluate(source: Path, out: Path, *options: object) -> dict[str, Any]:
-    """Evaluate 24 images with the proxy, and return the JSON file."""
+    """Evaluate 24 images with the proxy, and return the JSON file with what was printed."""
     base = ("--source", source, "--out", out, "--proxy", "--count", 24, "--device", "cpu")
-    assert main("evaluate", *base, "--cache", out.parent / "cache", *options) == 0
+    printed = succeed("evaluate", *base, "--cache", out.parent / "cache", *options)
     [found] = written(out)
-    return found
+    return {**found, "printed": printed}
 
 
 @pytest.fixture(scope="module")
 def prepared(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "flowers32"
-    assert main("prepare", "--source", image_folder, "--out", out, "--resolution", 32, "--workers", 1) == 0
+    succeed("prepare", "--source", image_folder, "--out", out, "--resolution", 32, "--workers", 1)
     return out
 
 
 class TestEvaluate:
-    def test_writes_figures_with_their_protocol_and_shows_them(
-        self, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_writes_and_shows_figures_with_their_protocol(self, trained_run: Path, tmp_path: Path) -> None:
         found = evaluate(trained_run, tmp_path / "out", "--metrics", "fid", "intra-fid", "pr")
         assert list(found["figures"]) == [
             f"proxy-{metric}24-train-randomconv" for metric in ("fid", "intra-fid", "precision", "recall")
@@ -69,13 +61,12 @@ class TestEvaluate:
         assert found["iteration"] == 4
         assert found["protocol"]["weights"] == "ema"
         assert sorted(found["by_class"]) == sorted(WNIDS[:3])
-        shown = capsys.readouterr().out
-        assert "images of each class" in shown  # the real images are checked
-        assert "Features of 15 real images saved in" in shown
-        assert f"{found['figures']['proxy-fid24-train-randomconv']['value']:.3f}" in shown
+        assert "images of each class" in found["printed"]  # the real images are checked
+        assert "Features of 15 real images saved in" in found["printed"]
+        assert f"{found['figures']['proxy-fid24-train-randomconv']['value']:.3f}" in found["printed"]
         assert found["protocol"]["identity"] in (tmp_path / "out" / "results.md").read_text()
 
-    def test_a_prepared_set_gives_the_figures_of_the_folder_it_was_made_from(
+    def test_a_prepared_set_gives_the_figures_of_its_folder(
         self, trained_run: Path, prepared: Path, tmp_path: Path
     ) -> None:
         folder = evaluate(trained_run, tmp_path / "a")
@@ -87,38 +78,34 @@ class TestEvaluate:
         assert named["reals"]["from_cache"]  # the same checksum
 
     def test_the_size_of_blocks_is_not_in_the_protocol(self, trained_run: Path, tmp_path: Path) -> None:
-        found = [
-            evaluate(trained_run, tmp_path / f"{size}" / "out", "--block-size", size) for size in (50, 7)
-        ]
-        assert found[0]["protocol"] == found[1]["protocol"]
-        [one], [other] = (each["figures"].values() for each in found)
-        assert one["value"] == pytest.approx(other["value"], rel=1e-6)
+        one = evaluate(trained_run, tmp_path / "50" / "out", "--block-size", 50)
+        other = evaluate(trained_run, tmp_path / "7" / "out", "--block-size", 7)
+        assert one["protocol"] == other["protocol"]
+        name = "proxy-fid24-train-randomconv"
+        assert one["figures"][name]["value"] == pytest.approx(other["figures"][name]["value"], rel=1e-6)
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ((), "feature network: expected inception-weights"),
-            (("--inception-weights", "absent.pth"), "found no file at absent.pth"),
+            (("--inception-weights", "absent.pth"), "publish it), found no file at absent.pth"),
             (("--proxy", "--source", "absent"), "expected a checkpoint or the folder of a run"),
             (("--proxy", "--data", "absent"), "absent"),
         ],
     )
-    def test_what_cannot_be_evaluated_is_refused_in_plain_words(
-        self, trained_run: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+    def test_what_is_missing_is_refused_in_plain_words(
+        self, options: tuple[str, ...], message: str, trained_run: Path
     ) -> None:
-        assert main("evaluate", "--source", trained_run, "--device", "cpu", *options) == 1
-        assert message in capsys.readouterr().err
+        assert message in refused("evaluate", "--source", trained_run, "--device", "cpu", *options)
 
-    def test_other_classes_than_the_runs_are_refused_for_intra_fid(
-        self, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_other_classes_are_refused_for_intra_fid(self, trained_run: Path, tmp_path: Path) -> None:
         data = tmp_path / "others"
         write_image_tree(data, class_names=["a", "b"], images_per_class=4, sizes=[(32, 32)])
         found = evaluate(trained_run, tmp_path / "out", "--data", data)
         assert list(found["figures"]) == ["proxy-fid24-all-randomconv"]
         options = ("--proxy", "--metrics", "intra-fid", "--cache", tmp_path, "--device", "cpu")
-        assert main("evaluate", "--source", trained_run, "--data", data, *options) == 1
-        assert "expected the run's 3 classes for intra-fid, found others" in capsys.readouterr().err
+        message = refused("evaluate", "--source", trained_run, "--data", data, *options)
+        assert "expected the run's 3 classes for intra-fid, found others" in message
 
 
 class TestInTraining:
@@ -127,9 +114,8 @@ class TestInTraining:
     def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         """The folders of a run with evaluations and of one without."""
         folder = tmp_path_factory.mktemp("runs")
-        evaluation = ("--evaluation.every", 2, "--evaluation.proxy", "--evaluation.count", 24)
-        assert train(prepared, folder / "with", "--iterations", 5, *evaluation) == 0
-        assert train(prepared, folder / "without", "--iterations", 5) == 0
+        succeed(*train_options(prepared, folder / "with", "--iterations", 5, *in_training(2)))
+        succeed(*train_options(prepared, folder / "without", "--iterations", 5))
         return folder / "with", folder / "without"
 
     def test_leaves_the_curve_the_best_checkpoint_and_a_table(self, runs: tuple[Path, Path]) -> None:
@@ -150,8 +136,7 @@ class TestInTraining:
     def test_changes_nothing_of_the_training(self, runs: tuple[Path, Path]) -> None:
         states = [load_checkpoint(out / "checkpoints" / "iteration_000000005.pt") for out in runs]
         for name in ("generator", "discriminator", "average"):
-            for key, tensor in states[0][name].items():
-                assert torch.equal(tensor, states[1][name][key]), f"{name} {key}"
+            assert_same(states[0][name], states[1][name], name)
 
     def test_equals_evaluate_on_the_checkpoint(self, runs: tuple[Path, Path], tmp_path: Path) -> None:
         out, _ = runs
@@ -159,54 +144,48 @@ class TestInTraining:
         for name in ("figures", "protocol", "samples_checksum"):
             assert found[name] == in_training[name]
 
-    def test_resuming_may_evaluate_otherwise(
-        self, runs: tuple[Path, Path], prepared: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_resuming_may_evaluate_otherwise(self, runs: tuple[Path, Path], prepared: Path) -> None:
         _, out = runs
-        evaluation = ("--evaluation.every", 1, "--evaluation.proxy", "--evaluation.count", 20)
         options = ("--evaluation.metrics", "kid", "--iterations", 6, "--resume")
-        assert train(prepared, out, *evaluation, *options) == 0
-        assert "iteration       6  proxy-kid20-train-randomconv" in capsys.readouterr().out
+        printed = succeed(*train_options(prepared, out, *in_training(1, count=20), *options))
+        assert "iteration       6  proxy-kid20-train-randomconv" in printed
         assert load_checkpoint(out / "checkpoints" / "best.pt")["iteration"] == 6
 
     def test_compares_with_another_split_by_option(self, tmp_path: Path) -> None:
         for split in ("train", "val"):
             folder = tmp_path / "data" / split
             write_image_tree(folder, class_names=WNIDS[:3], images_per_class=4, sizes=[(32, 32)])
-        evaluation = ("--evaluation.every", 9, "--evaluation.proxy", "--evaluation.count", 24)
-        options = ("--evaluation.split", "val", "--iterations", 1)
-        assert train(tmp_path / "data", tmp_path / "run", *evaluation, *options) == 0
+        options = (*in_training(9), "--evaluation.split", "val", "--iterations", 1)
+        succeed(*train_options(tmp_path / "data", tmp_path / "run", *options))
         assert list(written(tmp_path / "run" / "evaluation")[0]["figures"]) == ["proxy-fid24-val-randomconv"]
 
     @pytest.mark.parametrize("option", ["inception-weights", "feature-network"])
-    def test_a_missing_network_is_refused_before_anything_is_written(
-        self, prepared: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+    def test_a_missing_network_is_refused_and_writes_nothing(
+        self, option: str, prepared: Path, tmp_path: Path
     ) -> None:
         options = ("--evaluation.every", 2, f"--evaluation.{option}", "absent.pth")
-        assert train(prepared, tmp_path / "run", *options) == 1
-        assert "found no file at absent.pth" in capsys.readouterr().err
+        assert "found no file at absent.pth" in refused(*train_options(prepared, tmp_path / "run", *options))
         assert not (tmp_path / "run").exists()
 
 
 class TestBest:
     def test_is_saved_among_scores_of_one_kind(
-        self, tiny_config: RunConfig, run_training: Callable[..., TrainingResult], tmp_path: Path
+        self, train_tiny: Callable[..., TrainingResult], tmp_path: Path
     ) -> None:
         scores = {1: (math.nan, "fid"), 2: (3.0, "fid"), 3: (4.0, "fid"), 4: (50.0, "kid"), 5: (60.0, "kid")}
         saved = []
+        best = tmp_path / "run" / "checkpoints" / "best.pt"
 
         def evaluate(trainer: Trainer) -> Score:
-            best = tmp_path / "checkpoints" / "best.pt"
             saved.append(load_checkpoint(best)["iteration"] if best.exists() else None)
             value, of = scores[trainer.iteration]
             return Score(value, of, {f"evaluation/{of}": value})
 
         evaluation = TrainingEvaluationConfig(every=1, proxy=True)
-        config = replace(tiny_config, out=tmp_path, iterations=3, evaluation=evaluation)
-        run_training(config, evaluate=evaluate)
-        run_training(replace(config, iterations=5), evaluate=evaluate, resume=True)
+        train_tiny(iterations=3, evaluation=evaluation, evaluate=evaluate)
+        train_tiny(iterations=5, evaluation=evaluation, evaluate=evaluate, resume=True)
         assert saved == [None, None, 2, 2, 4]
-        assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["best_score_of"] == "kid"
+        assert load_checkpoint(best)["best_score_of"] == "kid"
 
     def test_the_alarm_counts_scores_of_one_kind(self) -> None:
         alarm = CollapseAlarm(HealthConfig(rising_evaluations=2))

@@ -86,8 +86,6 @@ def generator() -> Generator:
 
 
 class TestAttentionMaps:
-    POINTS = ((0, 0), (31, 31), (17, 5), (16, 4))
-
     def test_maps_are_the_weights_of_the_attention_nearest_to_the_image(self, generator: Generator) -> None:
         latents, labels = torch.randn(3, 6), torch.tensor([0, 1, 2])
         before = copy.deepcopy(generator.state_dict())
@@ -97,7 +95,8 @@ class TestAttentionMaps:
         with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])), torch.no_grad():
             expected_images = to_uint8(generator(latents, labels))
             expected = layer.attention_weights(seen[0], [(0, 0), (15, 15), (8, 2), (8, 2)])
-        images, maps, resolution = attention_at(generator, latents, labels, self.POINTS)
+        points = [(0, 0), (31, 31), (17, 5), (16, 4)]
+        images, maps, resolution = attention_at(generator, latents, labels, points)
         assert torch.equal(images, expected_images)
         assert resolution == 16
         assert maps.shape == (3, 4, 8, 8)

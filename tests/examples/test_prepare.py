@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -22,10 +24,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import SMALL, main, refused, succeed
 from image_trees import WNIDS, MessyTree, jpeg_bytes, write_image_tree, write_messy_tree
 from PIL import Image
 
-import imagenet_sagan
 from sagan.cli.parsing import INTERRUPTED
 from sagan.data import (
     DataConfig,
@@ -54,8 +56,8 @@ from sagan.prepare.synthetic import (
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 Made = Callable[[str], Path]
+SetFree = Callable[[int], None]
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
 MADE = SyntheticSet(classes=4, images=6, val_images=3, scale=0.12)
@@ -122,10 +124,6 @@ def pack(source: Path, out: Path, *, split: str = "train", **options: Any) -> Pr
     )
 
 
-def main(*arguments: object) -> int:
-    return imagenet_sagan.main([str(argument) for argument in arguments])
-
-
 def tar(files: dict[str, bytes]) -> bytes:
     """Return an archive of these files."""
     buffer = io.BytesIO()
@@ -148,13 +146,13 @@ def check_pixels(out: Path, root: Path, **options: Any) -> None:
     """Assert that a set holds the decoded images of the files that it names."""
     images, names = np.load(out / "images.npy"), (out / "names.txt").read_text().splitlines()
     for pixels, name in zip(images, names, strict=True):
-        np.testing.assert_array_equal(pixels, decode_image(root / name, 8, **options))
+        np.testing.assert_array_equal(pixels, decode_image(root / name, images.shape[-1], **options))
 
 
 class TestSources:
     @pytest.mark.parametrize(("layout", "train", "val"), LAYOUTS)
     @pytest.mark.parametrize("split", ["train", "val"])
-    def test_the_same_images_give_the_same_set_from_every_source(
+    def test_every_source_gives_the_same_set(
         self, made: Made, tmp_path: Path, layout: str, train: str, val: str, split: str
     ) -> None:
         expected = pack(made("folder"), tmp_path / "expected", split=split)
@@ -181,17 +179,20 @@ class TestSources:
     def test_a_folder_of_class_archives_is_read_without_unpacking(self, made: Made, tmp_path: Path) -> None:
         with tarfile.open(made("tars") / "ILSVRC2012_img_train.tar") as archive:
             archive.extractall(tmp_path / "in" / "train", filter="data")
-        listings = [listed(tmp_path / "in" / name) for name in ("", "train")]
-        assert [listing.kind for listing in listings] == ["class tars"] * 2
-        sums = {
-            prepare(listing, tmp_path / str(n), resolution=8, workers=1).manifest.checksum
-            for n, listing in enumerate(listings)
-        }
-        assert sums == {pack(made("folder"), tmp_path / "set").manifest.checksum}
+        checksum = pack(made("folder"), tmp_path / "set").manifest.checksum
+        for name in ("in", "in/train"):
+            prepared = pack(tmp_path / name, tmp_path / "sets" / name)
+            assert prepared.manifest.source["kind"] == "class tars"
+            assert prepared.manifest.checksum == checksum
 
     def test_the_downloads_folder_itself_is_a_source_of_both_splits(self, made: Made) -> None:
         kinds = [listed(made("tars"), split=split).kind for split in ("train", "val")]
         assert kinds == ["class tars", "flat images"]
+
+    def test_the_user_is_told_of_missing_images(self, tmp_path: Path) -> None:
+        archives = {f"n{label:08d}.tar": tar({"a.JPEG": b""}) for label in range(1000)}
+        listing = listed(write_tar(tmp_path / "t.tar", archives))
+        assert "ILSVRC2012 has 1,281,167 (train) or 50,000 (val): this is not all of it" in listing.describe()
 
     def test_labels_follow_sorted_class_archives_and_empty_ones_keep_theirs(self, tmp_path: Path) -> None:
         archives = {
@@ -210,9 +211,7 @@ class TestSources:
 @has_pyarrow
 class TestParquet:
     @pytest.mark.parametrize("named", [True, False])
-    def test_classes_without_wnids_keep_the_metadatas_labels_and_names(
-        self, tmp_path: Path, named: bool
-    ) -> None:
+    def test_without_wnids_the_metadata_decides(self, tmp_path: Path, named: bool) -> None:
         rows = [(f"{n}.jpg", n % 2, jpeg_bytes(n)) for n in range(4)]
         write_shard(tmp_path / "a.parquet", rows, ["zebra", "ant"] if named else None)
         listing = listed(tmp_path / "a.parquet")
@@ -230,9 +229,8 @@ class TestParquet:
         prepared = pack(tmp_path / "a.parquet", tmp_path / "set")
         assert prepared.manifest.class_names == list(WNIDS[:2])
         assert prepared.manifest.class_words == ["first", "second"]
-        assert prepared.report["name_of_another_class"] == [
-            {"file": f"{WNIDS[1]}/{WNIDS[0]}_9.JPEG", "detail": f"named after {WNIDS[0]}"}
-        ]
+        misnamed = {"file": f"{WNIDS[1]}/{WNIDS[0]}_9.JPEG", "detail": f"named after {WNIDS[0]}"}
+        assert prepared.report["name_of_another_class"] == [misnamed]
 
     def test_a_row_without_bytes_is_reported(self, tmp_path: Path) -> None:
         rows = [(None, n % 2, jpeg_bytes(n) if n else None) for n in range(4)]
@@ -256,9 +254,7 @@ class TestParquet:
             ([("a.jpg", 0, b"")], "val", "of the split 'val'"),
         ],
     )
-    def test_shards_without_labels_or_of_another_split_are_refused(
-        self, tmp_path: Path, rows: Any, split: str, message: str
-    ) -> None:
+    def test_unusable_shards_are_refused(self, tmp_path: Path, rows: Any, split: str, message: str) -> None:
         write_shard(tmp_path / "train-0.parquet", rows, None)
         with pytest.raises(DatasetError, match=message):
             listed(tmp_path, split=split)
@@ -327,41 +323,40 @@ class TestGroundTruth:
         listing = listed(tmp_path / "CLS-LOC", split="val")
         assert listing.kind == "flat images"
         assert f"classes from {tmp_path / 'LOC_val_solution.csv'}" in listing.describe()
-        expected = scan_image_tree(made("folder"), split="val")
-        assert listing.labels.tolist() == expected.labels.tolist()
-
-    def test_without_any_the_message_says_that_classes_cannot_be_known(self, val: Path) -> None:
-        with pytest.raises(DatasetError, match=r"classes cannot be known.*LOC_val_solution.csv"):
-            self.names(val)
+        assert paths_of(listing) == paths_of(scan_image_tree(made("folder"), split="val"))
 
     @pytest.mark.parametrize(
-        ("name", "content", "message"),
+        ("files", "message"),
         [
-            ("gt.txt", "1\n2\n", r"not in the order of the WNIDs, so without meta.mat .* cannot be known"),
-            ("gt.txt", "cat\ndog\n", "cannot read the ground truth"),
-            ("gt.txt", "", "an empty file"),
-            ("gt.txt", "n01440764\n", "the images of .* are numbered 1 to 12"),
-            ("gt.txt", "x.JPEG n01440764\n", "does not name 12 of 12 images"),
-            ("gt.csv", "ImageId,PredictionString\n", "holds no row"),
-            ("gt.csv", "a,b\n1,2\n", "expected the columns ImageId"),
-            ("gt.tar.gz", "no archive", "cannot read the development kit"),
+            ({}, "classes cannot be known.*LOC_val_solution.csv"),
+            (
+                {"ground_truth.txt": "1\n2\n"},
+                "not in the order of the WNIDs, so without meta.mat .* be known",
+            ),
+            ({"ground_truth.txt": "cat\ndog\n"}, "cannot read the ground truth"),
+            ({"ground_truth.txt": ""}, "an empty file"),
+            ({"ground_truth.txt": "n01440764\n"}, "the images of .* are numbered 1 to 12"),
+            ({"ground_truth.txt": "x.JPEG n01440764\n"}, "does not name 12 of 12 images"),
+            ({"ground_truth.csv": "ImageId,PredictionString\n"}, "holds no row"),
+            ({"ground_truth.csv": "a,b\n1,2\n"}, "expected the columns ImageId"),
+            ({"ground_truth.tar.gz": "no archive"}, "cannot read the development kit"),
+            (
+                {"ground_truth.txt": "1\n", "synsets.txt": "n01440764\nn01443537\n"},
+                "are sorted.*another order",
+            ),
+            (
+                {"ground_truth.txt": "1\n", "synsets.mat": "MATLAB 5.0, damaged" * 20},
+                "cannot read the synsets",
+            ),
         ],
     )
-    def test_what_cannot_be_used_is_refused_with_the_reason(
-        self, val: Path, tmp_path: Path, name: str, content: str, message: str
+    def test_unusable_files_are_refused(
+        self, val: Path, tmp_path: Path, files: dict[str, str], message: str
     ) -> None:
-        (tmp_path / name).write_text(content)
+        for name, content in files.items():
+            (tmp_path / name).write_text(content)
         with pytest.raises(DatasetError, match=message):
-            self.names(val, ground_truth=tmp_path / name)
-
-    def test_a_sorted_list_of_synsets_is_refused(self, val: Path, tmp_path: Path) -> None:
-        (tmp_path / "gt.txt").write_text("1\n" * 12)
-        (tmp_path / "synsets.txt").write_text("n01440764\nn01443537\n")
-        with pytest.raises(DatasetError, match=r"are sorted.*another order"):
-            self.names(val, ground_truth=tmp_path / "gt.txt", synsets=tmp_path / "synsets.txt")
-        (tmp_path / "meta.mat").write_bytes(b"MATLAB 5.0 but damaged" * 20)
-        with pytest.raises(DatasetError, match="cannot read the synsets"):
-            self.names(val, ground_truth=tmp_path / "gt.txt", synsets=tmp_path / "meta.mat")
+            self.names(val, **{name.partition(".")[0]: tmp_path / name for name in files})
 
     def test_images_that_are_not_numbered_need_one_line_each(self, tmp_path: Path) -> None:
         val, truth = (
@@ -427,9 +422,7 @@ class TestWrongSources:
 
 class TestBadFiles:
     @pytest.mark.parametrize("workers", [1, 2])
-    def test_every_defect_is_listed_and_the_counts_add_up(
-        self, messy: MessyTree, out: Path, workers: int
-    ) -> None:
+    def test_every_defect_is_listed(self, messy: MessyTree, out: Path, workers: int) -> None:
         prepared = pack(messy.root, out, resolution=32, workers=workers, part_size=4)
         report = json.loads((out / "report.json").read_text())
         assert report == json.loads(json.dumps(prepared.report))
@@ -442,20 +435,16 @@ class TestBadFiles:
         assert len(report["enlarged"]) == messy.below_32_pixels
         assert report["not_images"] == messy.skipped
         assert (report["empty_classes"], report["lost_classes"]) == ([messy.empty_class], [messy.lost_class])
-        assert {each["file"]: each["detail"] for each in report["format_not_as_named"]} == {
-            f"{WNIDS[1]}/palette.JPEG": "holds PNG",
-            f"{WNIDS[1]}/grey16.JPEG": "holds PNG",
-        }
+        names = [f"{WNIDS[1]}/{name}.JPEG" for name in ("grey16", "palette")]
+        assert report["format_not_as_named"] == [{"file": name, "detail": "holds PNG"} for name in names]
         counts = prepared.manifest.counts
         assert counts["listed"] == counts["packed"] + counts["unreadable"] == report["listed"]
         assert counts["packed"] == prepared.manifest.num_images == len(np.load(out / "labels.npy"))
+        check_pixels(out, messy.root)
         text = (out / "report.txt").read_text()
         for path in (*messy.unreadable, f"{WNIDS[0]}/cmyk.JPEG", messy.empty_class):
             assert path in text
         assert verify(out) == []
-
-    def test_readable_images_move_up_over_unreadable_ones(self, messy: MessyTree, tmp_path: Path) -> None:
-        check_pixels(pack(messy.root, tmp_path / "set").manifest.folder, messy.root)
 
     @pytest.mark.parametrize(
         ("moved_bytes", "dies_after"), [(1, 0), (1, 3), (384, 1), (384, 5), (2**20, 0), (2**20, 1)]
@@ -465,15 +454,13 @@ class TestBadFiles:
     ) -> None:
         expected = pack(messy.root, tmp_path / "expected").manifest
         monkeypatch.setattr(staging, "MOVED_BYTES", moved_bytes)
-        left = [dies_after]
-        write_all = staging.write_all
+        write_all, calls = staging.write_all, itertools.count()
 
         def dies(file: Any, offset: int, data: bytes) -> None:
-            if left[0] == 0:
-                write_all(file, offset, data[: len(data) // 2])  # torn
+            torn = next(calls) == dies_after
+            write_all(file, offset, data[: len(data) // 2] if torn else data)
+            if torn:
                 raise KeyboardInterrupt
-            left[0] -= 1
-            write_all(file, offset, data)
 
         monkeypatch.setattr(staging, "write_all", dies)
         with pytest.raises(KeyboardInterrupt):
@@ -495,28 +482,22 @@ class TestBadFiles:
         assert verify(tmp_path / "set") == []
 
     def test_nothing_readable_is_an_error(self, tmp_path: Path) -> None:
-        for name in WNIDS[:2]:
-            (tmp_path / "src" / name).mkdir(parents=True)
-            (tmp_path / "src" / name / "a.JPEG").write_text("no image")
+        archives = {f"{wnid}.tar": tar({"a.JPEG": b"no image"}) for wnid in WNIDS[:2]}
         with pytest.raises(UserError, match=r"none of 2 images .* can be read.*text file"):
-            pack(tmp_path / "src", tmp_path / "set")
+            pack(write_tar(tmp_path / "t.tar", archives), tmp_path / "set")
 
     def test_mislabelled_files_are_listed_and_packed(self, tmp_path: Path) -> None:
         root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=2, sizes=[(20, 20)])
         first, second = (root / name for name in WNIDS[:2])
         shutil.copy(first / f"{WNIDS[0]}_0.JPEG", second / f"{WNIDS[0]}_0.JPEG")
         shutil.copy(first / f"{WNIDS[0]}_1.JPEG", first / "copy.JPEG")
-        prepared = pack(root, tmp_path / "set")
-        assert prepared.report["name_of_another_class"] == [
-            {"file": f"{WNIDS[1]}/{WNIDS[0]}_0.JPEG", "detail": f"named after {WNIDS[0]}"}
-        ]
-        assert prepared.report["same_image_in_several_classes"] == [
-            [f"{WNIDS[0]}/{WNIDS[0]}_0.JPEG", f"{WNIDS[1]}/{WNIDS[0]}_0.JPEG"]
-        ]
-        assert prepared.report["same_image_within_a_class"] == [
-            [f"{WNIDS[0]}/copy.JPEG", f"{WNIDS[0]}/{WNIDS[0]}_1.JPEG"]
-        ]
-        assert prepared.manifest.num_images == 6
+        report = pack(root, tmp_path / "set").report
+        right, wrong = (f"{wnid}/{WNIDS[0]}_0.JPEG" for wnid in WNIDS[:2])
+        assert report["name_of_another_class"] == [{"file": wrong, "detail": f"named after {WNIDS[0]}"}]
+        assert report["same_image_in_several_classes"] == [[right, wrong]]
+        same = [f"{WNIDS[0]}/copy.JPEG", f"{WNIDS[0]}/{WNIDS[0]}_1.JPEG"]
+        assert report["same_image_within_a_class"] == [same]
+        assert report["packed"] == 6
 
     def test_bad_images_in_archives_are_listed_as_those_in_folders(self, tmp_path: Path) -> None:
         sound = jpeg_bytes(1, 300, 200)
@@ -524,11 +505,9 @@ class TestBadFiles:
             f"{wnid}.tar": tar({f"{wnid}_0.JPEG": data, f"{wnid}_1.JPEG": sound})
             for wnid, data in zip(WNIDS, (sound[: len(sound) // 2], b"<html>"), strict=False)
         }
-        report = pack(write_tar(tmp_path / "t.tar", archives), tmp_path / "set").report
-        assert [("truncated" in e["detail"], "text file" in e["detail"]) for e in report["unreadable"]] == [
-            (True, False),
-            (False, True),
-        ]
+        first, second = pack(write_tar(tmp_path / "t.tar", archives), tmp_path / "set").report["unreadable"]
+        assert "truncated" in first["detail"]
+        assert "text file" in second["detail"]
 
     def test_a_source_that_changes_while_it_is_read_ends_the_run(self, tmp_path: Path) -> None:
         root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=2, sizes=[(20, 20)])
@@ -542,12 +521,10 @@ class TestBadFiles:
 def interrupted(source: Path, out: Path, monkeypatch: Patch) -> Path:
     """The folder of a set whose making was interrupted after two parts of five images."""
     pack_part = packing.pack_part
-    done: list[Part] = []
 
     def stops(part: Part) -> PartResult:
-        if len(done) == 2:
+        if part.number == 2:
             raise KeyboardInterrupt
-        done.append(part)
         return pack_part(part)
 
     with monkeypatch.context() as patch:
@@ -557,10 +534,23 @@ def interrupted(source: Path, out: Path, monkeypatch: Patch) -> Path:
     return out
 
 
+def wait_until(seconds: float, condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
+
+
+def group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class TestResume:
-    def test_killed_it_resumes_without_redoing_finished_parts(
-        self, tmp_path: Path, monkeypatch: Patch
-    ) -> None:
+    def test_killed_it_resumes_the_unfinished_parts(self, tmp_path: Path, monkeypatch: Patch) -> None:
         source = tmp_path / "src"
         write_image_tree(source, class_names=WNIDS[:3], images_per_class=1, sizes=[(1600, 1200)])
         for path in list(source.rglob("*.JPEG")):  # enough for a few seconds
@@ -570,33 +560,26 @@ class TestResume:
         options = {"source": source, "out": tmp_path / "set", "resolution": 8, "part-size": 3, "workers": 2}
         process = subprocess.Popen(
             [*program, *(f"--{name}={value}" for name, value in options.items())],
-            env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
         markers = tmp_path / "set.partial" / "parts"
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline and len([*markers.glob("*.json")]) < 4:
-            time.sleep(0.005)
+        wait_until(60, lambda: process.poll() is not None or len([*markers.glob("*.json")]) >= 4)
         process.kill()
         _, errors = process.communicate()
         assert process.returncode == -signal.SIGKILL, errors.decode()
-        self.wait_for_the_end_of_the_group(process.pid)
+        if not wait_until(20, lambda: not group_exists(process.pid)):
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("worker processes outlived the process that was killed")
         assert not (tmp_path / "set").exists()
-        finished = {int(path.stem): path.stat().st_mtime_ns for path in markers.glob("*.json")}
+        finished = [int(path.stem) for path in markers.glob("*.json")]
         assert 4 <= len(finished) < 100
 
         done: list[int] = []
         pack_part = packing.pack_part
-
-        def counted(part: Part) -> PartResult:
-            done.append(part.number)
-            for number, written in finished.items():
-                assert (markers / f"{number:05d}.json").stat().st_mtime_ns == written
-            return pack_part(part)
-
-        monkeypatch.setattr(packing, "pack_part", counted)
+        monkeypatch.setattr(packing, "pack_part", lambda part: done.append(part.number) or pack_part(part))
         prepared = pack(source, tmp_path / "set", part_size=3)
         assert sorted([*done, *finished]) == list(range(100))
         assert (prepared.packed, prepared.reused) == (3 * len(done), 3 * len(finished))
@@ -604,19 +587,6 @@ class TestResume:
         whole = pack(source, tmp_path / "whole", part_size=7)
         assert prepared.manifest.checksum == whole.manifest.checksum
         assert not (tmp_path / "set.partial").exists()
-
-    @staticmethod
-    def wait_for_the_end_of_the_group(group: int) -> None:
-        """Worker processes end by themselves when the process that started them is gone."""
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            try:
-                os.killpg(group, 0)
-            except ProcessLookupError:
-                return
-            time.sleep(0.02)
-        os.killpg(group, signal.SIGKILL)
-        pytest.fail("worker processes outlived the process that was killed")
 
     @pytest.mark.parametrize(
         ("options", "difference"),
@@ -626,14 +596,14 @@ class TestResume:
             ({"part_size": 6}, "part_size was 5, now 6"),
         ],
     )
-    def test_other_options_are_refused_with_the_difference(
+    def test_other_options_are_refused(
         self, source: Path, interrupted: Path, options: dict[str, Any], difference: str
     ) -> None:
         with pytest.raises(UserError, match=difference):
             pack(source, interrupted, **options)
         assert pack(source, interrupted, workers=2).reused == 10
 
-    def test_another_list_of_files_or_another_pillow_is_refused(
+    def test_other_files_or_another_pillow_are_refused(
         self, source: Path, interrupted: Path, tmp_path: Path, monkeypatch: Patch
     ) -> None:
         with monkeypatch.context() as patch:
@@ -645,21 +615,18 @@ class TestResume:
         with pytest.raises(UserError, match=r"images was 24, now 23; source_fingerprint was"):
             pack(fewer, interrupted)
 
-    def test_a_damaged_finished_part_is_found_and_done_again(self, source: Path, interrupted: Path) -> None:
-        flip(interrupted.with_name("set.partial") / "set" / "images.npy", 128 + 7 * 3 * 8 * 8)  # second part
+    @pytest.mark.parametrize("name", ["set/images.npy", "parts/00001.json"])
+    def test_a_part_with_torn_pixels_or_marker_is_done_again(
+        self, source: Path, interrupted: Path, name: str
+    ) -> None:
+        torn = interrupted.with_name("set.partial") / name
+        data = torn.read_bytes()
+        torn.write_bytes(data[:40] if torn.suffix == ".json" else data[: 128 + 7 * 192] + bytes(17 * 192))
         prepared = pack(source, interrupted)
         assert prepared.manifest.checksum == pack(source, interrupted.with_name("whole")).manifest.checksum
         assert (prepared.packed, prepared.reused) == (19, 5)
 
-    def test_a_torn_marker_is_a_part_that_is_not_finished(self, source: Path, interrupted: Path) -> None:
-        marker = interrupted.with_name("set.partial") / "parts" / "00001.json"
-        marker.write_text(marker.read_text()[:40])
-        assert pack(source, interrupted).reused == 5
-        assert verify(interrupted) == []
-
-    def test_killed_before_the_set_is_published_it_resumes(
-        self, source: Path, out: Path, monkeypatch: Patch
-    ) -> None:
+    def test_killed_before_publishing_it_resumes(self, source: Path, out: Path, monkeypatch: Patch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(staging.Staging, "publish", interrupt)
             with pytest.raises(KeyboardInterrupt):
@@ -687,27 +654,25 @@ class TestResume:
 
 class TestSpaceAndPlaces:
     @pytest.fixture
-    def set_free(self, tmp_path: Path, monkeypatch: Patch) -> Callable[[int], None]:
+    def set_free(self, tmp_path: Path, monkeypatch: Patch) -> SetFree:
         """``set_free(bytes)``: let the disk have this much space."""
         usage = shutil.disk_usage(tmp_path)
         return lambda size: monkeypatch.setattr(
             staging.shutil, "disk_usage", lambda path: usage._replace(free=size)
         )
 
-    def test_a_disk_too_small_is_refused_before_anything_is_written(
-        self, source: Path, tmp_path: Path, set_free: Callable[[int], None]
-    ) -> None:
+    def test_a_disk_too_small_is_refused_at_once(self, source: Path, out: Path, set_free: SetFree) -> None:
         set_free(10_000_000)
         with pytest.raises(UserError, match=r"expected 0\.07 GB free for 24 images of 8x8 .* got 0\.01 GB"):
-            pack(source, tmp_path / "set")
-        assert list(tmp_path.iterdir()) == []
+            pack(source, out)
+        assert list(out.parent.iterdir()) == []
 
-    def test_the_whole_of_imagenet_needs_63_gb(self, out: Path, set_free: Callable[[int], None]) -> None:
+    def test_the_whole_of_imagenet_needs_63_gb(self, out: Path, set_free: SetFree) -> None:
         set_free(0)
         with pytest.raises(UserError, match=r"63\.\d\d GB free for 1,281,167 images of 128x128"):
             staging.Staging(out).check_space(1_281_167, 128)
 
-    def test_space_that_the_begun_set_takes_counts(self, out: Path, set_free: Callable[[int], None]) -> None:
+    def test_space_that_the_begun_set_takes_counts(self, out: Path, set_free: SetFree) -> None:
         place = staging.Staging(out)
         place.folder.mkdir()
         place.begin({}, 64, 128)
@@ -716,15 +681,11 @@ class TestSpaceAndPlaces:
         set_free(staging.SPARE_BYTES + 64 * 256)
         place.check_space(64, 128)
 
-    def test_a_disk_that_fills_up_keeps_finished_parts(
-        self, source: Path, out: Path, monkeypatch: Patch
-    ) -> None:
-        calls: list[dict[int, PartResult]] = []
-        finish_parts = staging.Staging.finish_parts
+    def test_a_full_disk_keeps_finished_parts(self, source: Path, out: Path, monkeypatch: Patch) -> None:
+        finish_parts, calls = staging.Staging.finish_parts, itertools.count()
 
         def full(self: staging.Staging, results: dict[int, PartResult]) -> None:
-            calls.append(results)
-            if len(calls) >= 3:
+            if next(calls) >= 2:
                 raise OSError(28, "No space left on device")
             finish_parts(self, results)
 
@@ -743,9 +704,7 @@ class TestSpaceAndPlaces:
         (out / "thesis.txt").unlink()
         assert pack(source, out).packed == 24
 
-    def test_a_killed_worker_ends_the_run_with_a_hint(
-        self, source: Path, out: Path, monkeypatch: Patch
-    ) -> None:
+    def test_a_killed_worker_ends_the_run(self, source: Path, out: Path, monkeypatch: Patch) -> None:
         monkeypatch.setattr(packing, "pack_part", dies)
         with pytest.raises(UserError, match="a worker process was killed"):
             pack(source, out, workers=2)
@@ -755,14 +714,13 @@ class TestSpaceAndPlaces:
     @pytest.mark.parametrize("workers", [1, 3])
     def test_tasks_are_all_done_and_none_is_taken_long_before_its_turn(self, workers: int) -> None:
         taken: list[int] = []
+        done: list[int] = []
         tasks = (taken.append(number) or number for number in range(40))
-        waiting, done = [], []
         for task, result in pool.run_tasks(abs, tasks, workers):
-            waiting.append(len(taken) - len(done))
+            assert len(taken) - len(done) <= 3 * workers
             done.append(task)
             assert result == task
         assert sorted(done) == list(range(40))
-        assert max(waiting) <= 2 * workers + workers
 
 
 def interrupt(*_: object) -> None:
@@ -784,9 +742,7 @@ class TestVerify:
     @pytest.mark.parametrize(
         "name", ["images.npy", "labels.npy", "digests.npy", "names.txt", "report.json", "report.txt"]
     )
-    def test_one_flipped_bit_in_any_file_is_found_and_so_is_a_missing_file(
-        self, sound: Path, name: str
-    ) -> None:
+    def test_a_flipped_bit_or_a_missing_file_is_found(self, sound: Path, name: str) -> None:
         assert verify(sound) == []
         for place in (0, -1):
             flip(sound / name, place)
@@ -797,8 +753,7 @@ class TestVerify:
             assert each in " ".join(verify(sound))
 
     def test_a_file_cut_short_is_found(self, sound: Path) -> None:
-        data = (sound / "images.npy").read_bytes()
-        (sound / "images.npy").write_bytes(data[:-200])
+        os.truncate(sound / "images.npy", 4536)
         wrong = " ".join(verify(sound))
         assert "expected 4,736 bytes, got 4,536" in wrong
         assert "2 of 24 images are damaged" in wrong
@@ -821,9 +776,7 @@ class TestVerify:
             ({"filter": None}, "filter is None"),
         ],
     )
-    def test_a_manifest_that_does_not_fit_is_found(
-        self, sound: Path, change: dict[str, Any], message: str
-    ) -> None:
+    def test_an_unfitting_manifest_is_found(self, sound: Path, change: dict[str, Any], message: str) -> None:
         manifest = json.loads((sound / "manifest.json").read_text())
         (sound / "manifest.json").write_text(json.dumps({**manifest, **change}))
         assert message in " ".join(verify(sound))
@@ -836,8 +789,7 @@ class TestVerify:
                 PackedDataset(sound)
 
     def test_the_command_says_what_is_wrong_and_fails(self, sound: Path, capsys: Capture) -> None:
-        assert main("prepare", "--verify", sound) == 0
-        assert "Intact: all images" in capsys.readouterr().out
+        assert "Intact: all images" in succeed("prepare", "--verify", sound)
         names = (sound / "names.txt").read_text().splitlines()
         flip(sound / "images.npy", 128 + 5 * 3 * 8 * 8 + 17)
         assert main("prepare", "--verify", sound) == 1
@@ -852,14 +804,15 @@ class TestManifest:
         assert (values["resolution"], values["filter"]) == (8, "bilinear")
         assert "full decode" in values["decoding"]
         assert "central square" in values["crop"]
-        assert values["source"]["kind"] == "folder"
-        assert values["source"]["path"] == str(made("folder") / "train")
-        assert values["class_names"] == MADE.wnids
-        assert values["class_words"] == MADE.words
+        assert (values["source"]["kind"], values["source"]["path"]) == (
+            "folder",
+            str(made("folder") / "train"),
+        )
+        assert (values["class_names"], values["class_words"]) == (MADE.wnids, MADE.words)
         assert re.fullmatch("sha256:[0-9a-f]{64}", values["checksum"])
         assert {"python", "numpy", "pillow", "libjpeg", "sagan_layers"} <= set(values["versions"])
 
-    def test_the_checksum_changes_with_pixel_label_and_name(
+    def test_the_checksum_is_of_pixels_labels_and_names(
         self, made: Made, tmp_path: Path, sound: Path
     ) -> None:
         sums = {PackedDataset(sound).fingerprint()}
@@ -907,91 +860,62 @@ class TestPackedDataset:
 
     @pytest.mark.parametrize("index", [24, -25])
     def test_an_index_beyond_the_end_is_an_index_error(self, dataset: PackedDataset, index: int) -> None:
-        with pytest.raises(IndexError, match="below 24"):
-            dataset[index]
         with pytest.raises(IndexError, match="from 0 to 23"):
             dataset.fetch([0, index])
 
-    def test_another_resolution_is_refused_with_both(self, sound: Path) -> None:
-        with pytest.raises(PackedError, match=r"expected images of 32x32 .* has 8x8.*--resolution 32"):
-            PackedDataset(sound, 32)
-
-    def test_it_can_be_pickled(self, dataset: PackedDataset) -> None:
-        again = pickle.loads(pickle.dumps(dataset))
-        assert len(pickle.dumps(dataset)) < 20_000
-        assert torch.equal(again.fetch([4, 2])[0], dataset.fetch([4, 2])[0])
-
     @pytest.mark.parametrize(("num_workers", "context"), [(0, None), (1, "fork"), (1, "spawn")])
-    def test_batches_are_the_same_whoever_reads(
+    def test_batches_are_the_same_whoever_reads_from_any_start(
         self, dataset: PackedDataset, num_workers: int, context: str | None
     ) -> None:
-        options = {"batch_size": 5, "seed": 3, "horizontal_flip": True}
-        loader = make_loader(dataset, num_workers=num_workers, multiprocessing_context=context, **options)
+        pickled = pickle.dumps(dataset)
+        assert len(pickled) < 20_000
         plain = PackedDataset(dataset.manifest.folder)
         plain.prefetched_batches = 0
-        for batch, same, _ in zip(loader, make_loader(plain, **options), range(12), strict=False):
+        options = {"batch_size": 5, "seed": 3, "horizontal_flip": True}
+        batches = itertools.islice(make_loader(plain, **options), 3, 12)
+        workers = {"num_workers": num_workers, "multiprocessing_context": context}
+        loader = make_loader(pickle.loads(pickled), start_batch=3, **workers, **options)
+        for batch, same in zip(batches, loader, strict=False):
             assert all(map(torch.equal, batch, same))
 
 
 class TestCommand:
-    SMALL = (
-        *("--device", "cpu", "--batch-size", "4", "--network.base-width", "1", "--network.latent-dim", "4"),
-        *("--network.g-attention", "16", "--network.d-attention", "8", "--output.grid-columns", "2"),
-    )
+    def test_from_generated_images_to_a_resumed_run(self, tmp_path: Path) -> None:
+        make = ["make-images", "--out", tmp_path / "src", "--classes", 2, "--images", 5, "--val-images", 1]
+        printed = succeed(*make, "--scale", 0.15)
+        assert "10 training and 2 validation images in 2 classes" in printed
+        assert "out: expected a new or empty folder" in refused(*make)
+        options = ["prepare", "--source", tmp_path / "src", "--resolution", 32, "--workers", 1]
+        printed = succeed(*options, "--out", tmp_path / "set")
+        assert "class tars: 10 images in 2 classes" in printed
+        assert "10 of 10 images (100.0%)" in printed
+        assert "10 images listed = 10 packed + 0 unreadable" in printed
+        assert "is already complete" in succeed(*options, "--out", tmp_path / "set")
 
-    def test_from_generated_images_to_a_resumed_run(self, tmp_path: Path, capsys: Capture) -> None:
-        made = ["--classes", 2, "--images", 5, "--val-images", 1, "--scale", 0.15]
-        assert main("make-images", "--out", tmp_path / "src", *made) == 0
-        assert "10 training and 2 validation images in 2 classes" in capsys.readouterr().out
-        assert main("make-images", "--out", tmp_path / "src", *made) == 1
-        assert "out: expected a new or empty folder" in capsys.readouterr().err
-        options = ["--source", tmp_path / "src", "--resolution", 32, "--workers", 1]
-        assert main("prepare", *options, "--out", tmp_path / "set") == 0
-        text = capsys.readouterr().out
-        assert "class tars: 10 images in 2 classes" in text
-        assert "10 of 10 images (100.0%)" in text
-        assert "10 images listed = 10 packed + 0 unreadable" in text
-        assert main("prepare", *options, "--out", tmp_path / "set") == 0
-        assert "is already complete" in capsys.readouterr().out
-
-        train = ["train", "--data", tmp_path / "set", *self.SMALL, "--network.resolution", 32]
-        for name, steps in (("whole", (3,)), ("parts", (2, 3))):
-            for number, iterations in enumerate(steps):
-                more = ["--resume"] if number else []
-                assert main(*train, "--out", tmp_path / name, "--iterations", iterations, *more) == 0
-        assert "Prepared images in" in capsys.readouterr().out
-        states = [load_checkpoint(find_checkpoint(tmp_path / name)) for name in ("whole", "parts")]
-        for name, weight in states[0]["generator"].items():
-            assert torch.equal(weight, states[1]["generator"][name])
-        assert states[0]["fingerprint"] == PackedDataset(tmp_path / "set").fingerprint()
-        assert states[0]["class_names"] == ["n01440764", "n01450771"]
+        train = ["train", *SMALL, "--out", tmp_path / "run", "--data"]
+        assert "Prepared images in" in succeed(*train, tmp_path / "set", "--iterations", 1)
+        succeed(*train, tmp_path / "set", "--iterations", 2, "--resume")
+        state = load_checkpoint(find_checkpoint(tmp_path / "run"))
+        assert state["fingerprint"] == PackedDataset(tmp_path / "set").fingerprint()
+        assert state["class_names"] == ["n01440764", "n01450771"]
+        succeed(*options, "--split", "val", "--out", tmp_path / "val")
+        message = refused(*train, tmp_path / "val", "--iterations", 3, "--resume")
+        assert "was made with other images" in message
         manifest = (tmp_path / "set" / "manifest.json").read_bytes()
-        assert (tmp_path / "whole" / "data_manifest.json").read_bytes() == manifest
+        assert (tmp_path / "run" / "data_manifest.json").read_bytes() == manifest
 
-        other = ["--source", tmp_path / "src", "--split", "val", "--resolution", 32, "--workers", 1]
-        assert main("prepare", *other, "--out", tmp_path / "val") == 0
-        train[2] = tmp_path / "val"
-        capsys.readouterr()
-        assert main(*train, "--out", tmp_path / "whole", "--iterations", 4, "--resume") == 1
-        assert "was made with other images" in capsys.readouterr().err
-        assert (tmp_path / "whole" / "data_manifest.json").read_bytes() == manifest  # of the run still
-
-    def test_training_refuses_another_resolution_and_a_damaged_set(
-        self, source: Path, tmp_path: Path, capsys: Capture
-    ) -> None:
+    def test_training_refuses_unfit_sets(self, source: Path, tmp_path: Path) -> None:
         pack(source, tmp_path / "set", resolution=32, resample="box")
-        train = ["train", "--data", tmp_path / "set", "--out", tmp_path / "run", *self.SMALL]
-        assert main(*train) == 1
-        assert "expected images of 128x128 pixels, the set in" in capsys.readouterr().err
-        assert main(*train, "--network.resolution", 32, "--dry-run") == 0
+        train = ["train", *SMALL, "--data", tmp_path / "set", "--out", tmp_path / "run"]
+        message = r"expected images of 64x64 pixels, the set in .* has 32x32.*--resolution 64"
+        assert re.search(message, refused(*train, "--network.resolution", 64))
+        succeed(*train, "--dry-run")
         config = json.loads((tmp_path / "run" / "config.json").read_text())
         assert config["images"]["resample"] == "box"  # as the set was made
         flip(tmp_path / "set" / "images.npy", 2000)
-        assert main(*train, "--network.resolution", 32, "--images.check", "full") == 1
-        assert "is damaged: 1 of 24 images" in capsys.readouterr().err
+        assert "is damaged: 1 of 24 images" in refused(*train, "--images.check", "full")
         (tmp_path / "set" / "manifest.json").unlink()
-        assert main(*train, "--network.resolution", 32) == 1
-        assert "cannot read its manifest.json" in capsys.readouterr().err
+        assert "cannot read its manifest.json" in refused(*train)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -999,20 +923,15 @@ class TestCommand:
             (["--out", "x"], "source: expected --source"),
             (["--source", "x"], "out: expected --out"),
             (["--source", "nowhere", "--out", "x"], "nothing is at nowhere"),
-            (["--source", "x", "--out", "x", "--resolution", "0"], "resolution: expected at least 1"),
-            (["--source", "x", "--out", "x", "--workers", "-1"], "workers: expected at least 1, got -1"),
-            (["--source", "x", "--out", "x", "--part-size", "-1"], "part_size: expected at least 1, got -1"),
+            (["--source", "x", "--out", "x", "--resolution", 0], "resolution: expected at least 1"),
+            (["--source", "x", "--out", "x", "--workers", -1], "workers: expected at least 1, got -1"),
+            (["--source", "x", "--out", "x", "--part-size", -1], "part_size: expected at least 1, got -1"),
         ],
     )
-    def test_wrong_options_end_with_a_plain_message(
-        self, arguments: list[str], message: str, capsys: Capture
-    ) -> None:
-        assert main("prepare", *arguments) == 1
-        captured = capsys.readouterr()
-        assert message in captured.err
-        assert "Traceback" not in captured.err
+    def test_wrong_options_are_refused(self, arguments: list[object], message: str) -> None:
+        assert message in refused("prepare", *arguments)
 
-    def test_ctrl_c_keeps_finished_parts_and_says_so(
+    def test_ctrl_c_keeps_finished_parts(
         self, source: Path, out: Path, monkeypatch: Patch, capsys: Capture
     ) -> None:
         monkeypatch.setattr(packing, "pack_part", interrupt)
@@ -1021,7 +940,7 @@ class TestCommand:
 
 
 class TestSynthetic:
-    def test_the_same_seed_gives_the_same_files_and_another_others(self, out: Path) -> None:
+    def test_the_same_seed_gives_the_same_files_and_another_others(self) -> None:
         sets = [replace(MADE, images=1, seed=seed) for seed in (0, 0, 1)]
         files = [{name: data for name, _, data in each.train()} for each in sets]
         assert files[0] == files[1] != files[2]
@@ -1034,14 +953,10 @@ class TestSynthetic:
             assert files[place] == (label, synthetic_jpeg(0, label, number, 0.02))
 
     def test_sizes_and_bytes_are_like_those_of_imagenet(self) -> None:
-        made = SyntheticSet(classes=2, images=8)
-        sizes, total = [], 0
-        for _, _, data in made.train():
-            total += len(data)
-            with Image.open(io.BytesIO(data)) as image:
-                sizes.append(image.width * image.height)
-        assert 100_000 < np.median(sizes) < 300_000
-        assert 0.25 < total / sum(sizes) < 1  # bytes a pixel; ILSVRC2012's mean is about 0.6
+        files = [data for _, _, data in SyntheticSet(classes=2, images=8).train()]
+        pixels = [math.prod(Image.open(io.BytesIO(data)).size) for data in files]
+        assert 100_000 < np.median(pixels) < 300_000
+        assert 0.25 < sum(map(len, files)) / sum(pixels) < 1  # bytes a pixel; ILSVRC2012's mean is about 0.6
 
     @pytest.mark.parametrize("wrong", [{"classes": 1}, {"images": 0}, {"scale": 0}])
     def test_what_cannot_be_made_is_refused(self, wrong: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from sagan.train.checkpoint import (
     load_checkpoint,
     set_aside_later,
 )
-from sagan.train.guard import TrainingError
+from sagan.train.health import TrainingError
 from sagan.train.loop import TrainingResult
 from sagan.train.output import Score
 from sagan.train.resume import check_unused

@@ -23,7 +23,7 @@ from sagan.networks import NetworkConfig
 from sagan.randomness import training_noise
 from sagan.recipes import RunConfig, config_from_dict
 from sagan.train.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint
-from sagan.train.guard import TrainingError
+from sagan.train.health import TrainingError
 from sagan.train.loop import TrainingResult
 from sagan.train.update import Trainer
 from sagan_layers import SpectralNormLayer

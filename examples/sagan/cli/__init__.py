@@ -1,1 +1,1 @@
-"""The subcommands of the trainer, one module each."""
+"""The subcommands of the trainer."""

@@ -46,9 +46,8 @@ def run(command: AttentionMaps) -> int:
     latents, labels = sample_inputs(range(command.count), network, command.seed, chosen)
     names = [trained.class_name(int(label)) or "" for label in labels]
     draw_attention(command.out, trained.generator, latents, labels, points, names=names)
-    print(
-        f"{command.count} images with {len(points)} maps each written to {command.out} ({trained.description})"
-    )
+    images = f"{command.count} images with {len(points)} maps each"
+    print(f"{images} written to {command.out} ({trained.description})")
     return 0
 
 

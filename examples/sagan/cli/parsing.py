@@ -1,4 +1,4 @@
-"""What the subcommands share: the parser and the exit codes."""
+"""The parser and the exit codes of all subcommands."""
 
 from __future__ import annotations
 

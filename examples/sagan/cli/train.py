@@ -72,7 +72,7 @@ def run(command: Train) -> int:
 
 
 def _train(command: Train, world: World) -> int:
-    say = print if world.is_main else _say_nothing
+    say = print if world.is_main else lambda *_: None
     config, dataset = command.run, None
     if config.data is not None:
         dataset = open_dataset(config.data, config.network.resolution, config.images)
@@ -90,7 +90,8 @@ def _train(command: Train, world: World) -> int:
     # torchrun restarts the same command after a failure: the run has begun, even without --resume.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     resume = command.resume or (has_run and (command.auto_resume or restarted))
-    found = check_start(config, resume=resume, accept_changes=command.accept_changes)
+    accept_changes = command.accept_changes
+    found = check_start(config, resume=resume, accept_changes=accept_changes)
     if not (resume or command.auto_resume or restarted):
         check_unused(config.out)
     network = None  # loaded early: a missing or wrong file fails before the images are read
@@ -100,35 +101,25 @@ def _train(command: Train, world: World) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.step.tf32
     check = check_dataset(dataset, config.images.check, world, report_folder=config.out)
     dataset = dataset.without(check.unreadable)
-    check_images(found, dataset.fingerprint(), accept_changes=command.accept_changes)
+    check_images(found, dataset.fingerprint(), accept_changes=accept_changes)
     if world.is_main:
         check.save(config.out)
     dataset = dataset.in_memory(config.images.cache_mib, progress=world.is_main)
     evaluate = None if network is None else periodic_evaluation(config, dataset, world, network)
     result = train(
-        config,
-        dataset,
-        world=world,
-        resume=resume,
-        accept_changes=command.accept_changes,
-        evaluate=evaluate,
+        config, dataset, world=world, resume=resume, accept_changes=accept_changes, evaluate=evaluate
     )
+    stopped = f"Stopped at iteration {result.iteration}"
     if result.collapsed:
-        say(
-            f"Stopped at iteration {result.iteration} by a sign of collapse (see above); saved {result.checkpoint}"
-        )
+        say(f"{stopped} by a sign of collapse (see above); saved {result.checkpoint}")
         return COLLAPSED
     if result.interrupted:
-        say(f"Stopped at iteration {result.iteration}; resume with the same command and --resume.")
+        say(f"{stopped}; resume with the same command and --resume.")
         return INTERRUPTED
     say(
         f"Done: {result.iteration} iterations. Checkpoint {result.checkpoint}, grids in {config.out / 'samples'}."
     )
     return 0
-
-
-def _say_nothing(*_: object) -> None:
-    """Print nothing, in all processes but the first."""
 
 
 def describe_config(config: RunConfig) -> str:

@@ -64,7 +64,7 @@ def map_ranges(
 
 
 def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield batches on the device; on CUDA a separate stream copies each one step ahead, from pinned memory at best."""
+    """Yield batches on the device; on CUDA a stream copies each one step ahead, in parallel if it is pinned."""
     if device.type != "cuda":
         for pixels, labels in batches:
             yield pixels.to(device), labels.to(device)

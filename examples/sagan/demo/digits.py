@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,10 +20,7 @@ RESOLUTION = 32
 
 
 def write_digits(root: Path) -> Path:
-    """Write the 1,797 digits, enlarged from 8 to 32 pixels, as PNGs in root/train/<digit>/, and return ``root``.
-
-    Existing files stay.
-    """
+    """Write the 1,797 digits, enlarged from 8 to 32 pixels, as PNGs in root/train/<digit>/; existing files stay."""
     digits = load_digits()
     for number, (values, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = root / "train" / str(label) / f"{number:04d}.png"
@@ -35,12 +33,7 @@ def write_digits(root: Path) -> Path:
 
 
 class DigitClassifier(nn.Module):
-    """A small convolutional classifier of grey 32x32 digits.
-
-    Shape:
-        - images: uint8 [N, 3, 32, 32].
-        - Output: logits [N, 10].
-    """
+    """A small convolutional classifier of grey digits: uint8 [N, 3, 32, 32] -> logits [N, 10]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,38 +57,26 @@ class DigitClassifier(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Return the features before the last layer, [N, 64]."""
         grey = images.float().mean(1, keepdim=True) / 127.5 - 1
-        features: Tensor = self.body(grey)
-        return features
+        return cast(Tensor, self.body(grey))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
-        logits: Tensor = self.last(self.features(images))
-        return logits
+        return cast(Tensor, self.last(self.features(images)))
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained classifier, and the features of the real digits.
-
-    Attributes:
-        classifier: in evaluation mode.
-        accuracy: on the real digits that were not used for training.
-        real_features: of all real digits, [N, 64].
-    """
+    """A trained classifier in evaluation mode, and the features of the real digits."""
 
     classifier: DigitClassifier
-    accuracy: float
-    real_features: Tensor
+    accuracy: float  # on the real digits that were not used for training
+    real_features: Tensor  # of all real digits, [N, 64]
 
 
 def train_judge(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 12) -> Judge:
     """Train the classifier on four fifths of the real digits and test it on the rest.
 
     The seed determines the split, the weights and the batches. The global random state does not change.
-
-    Shape:
-        - images: uint8 [N, 3, 32, 32].
-        - labels: [N].
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -107,9 +88,8 @@ def train_judge(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
         for _ in range(epochs):
             for batch in train[torch.randperm(len(train))].split(64):  # type: ignore[no-untyped-call]
-                loss = F.cross_entropy(
-                    classifier(_shifted(images[batch])), labels[batch], label_smoothing=0.05
-                )
+                logits = classifier(_shifted(images[batch]))
+                loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -123,8 +103,7 @@ def train_judge(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 
 @torch.no_grad()
 def agreement(judge: Judge, images: Tensor, labels: Tensor) -> Tensor:
     """Return bool [N]: whether the judge predicts the label of each image."""
-    agrees: Tensor = judge.classifier(images).argmax(1) == labels
-    return agrees
+    return cast(Tensor, judge.classifier(images).argmax(1) == labels)
 
 
 @torch.no_grad()

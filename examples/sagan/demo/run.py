@@ -16,7 +16,7 @@ from sagan.data import open_dataset
 from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
 from sagan.recipes import RunConfig
 from sagan.report.figures import Panel, default_points, draw_attention, save_curves, save_grid
-from sagan.sampling import TrainedGenerator, generate, load_generator, numbered_samples, sample_inputs
+from sagan.sampling import TrainedGenerator, generate, load_generator, sample_inputs
 from sagan.train.checkpoint import checkpoints_in
 from sagan.train.logs import read_metrics, series
 from sagan.train.loop import TrainingResult, train
@@ -29,34 +29,20 @@ TARGET_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judge's results for the generated digits.
+    """The judge's results for the generated digits."""
 
-    Attributes:
-        share: share of generated digits that the judge reads as their label.
-        share_by_class: the same for each digit.
-        frechet: Frechet distance between the features of generated and of all real digits.
-        frechet_real: the same distance for a random half of the real digits: what a perfect G would reach.
-        judge_accuracy: on real digits that the judge was not trained on.
-    """
-
-    share: float
+    share: float  # of generated digits that the judge reads as their label
     share_by_class: tuple[float, ...]
-    frechet: float
-    frechet_real: float
-    judge_accuracy: float
+    frechet: float  # distance between the features of generated and of all real digits
+    frechet_real: float  # between a random half of the real digits and all: what a perfect G would reach
+    judge_accuracy: float  # on real digits that the judge was not trained on
 
 
 def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResult, Verdict | None]:
     """Write the digits, train on them, judge the result and draw it, all in ``config.out``.
 
-    A second call resumes an interrupted demo; it judges and draws a finished one again, without training.
-
-    Args:
-        config: the run; this sets ``data`` and ``network.num_classes``.
-        progress: show the training's progress.
-
-    Returns:
-        The training's result and the verdict, which is None if training was interrupted.
+    A second call resumes an interrupted demo; it judges and draws a finished one again, without training. This sets
+    the configuration's ``data`` and ``network.num_classes``. The verdict is None if training was interrupted.
     """
     start = time.perf_counter()
     out = config.out
@@ -70,20 +56,14 @@ def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResul
     print("2/4  Training the judge, a small classifier, on the real digits")
     judge = train_judge(images, labels)
     print(f"     It reads {judge.accuracy:.1%} of the real digits that it was not trained on.")
-    config = replace(
-        config, data=out / "digits", network=replace(config.network, num_classes=dataset.num_classes)
-    )
+    network = replace(config.network, num_classes=dataset.num_classes)
+    config = replace(config, data=out / "digits", network=network)
     print(f"3/4  Training SAGAN for {config.iterations} iterations of {config.batch_size} images")
     resume = bool(checkpoints_in(out / "checkpoints"))
     if resume:
         print(f"     {out} already holds this run: resuming. Delete the folder to start again.")
-    result = train(
-        config,
-        dataset,
-        resume=resume,
-        progress=progress,
-        observe=quality_curve(judge, out / "quality.jsonl"),
-    )
+    observe = quality_curve(judge, out / "quality.jsonl")
+    result = train(config, dataset, resume=resume, progress=progress, observe=observe)
     if result.interrupted:
         return result, None
     print("4/4  Judging the result")
@@ -118,18 +98,13 @@ def draw_curves(out: Path) -> None:
     metrics = read_metrics(out)
     quality = _read_rows(out / "quality.jsonl")
     gammas = [name for name in metrics[0] if name.startswith("gamma")]
-    save_curves(
-        out / "curves.png",
-        [
-            Panel("loss", {"D": series(metrics, "d_loss"), "G": series(metrics, "g_loss")}),
-            Panel(
-                "attention's gamma", {name[6:].replace("_", " at "): series(metrics, name) for name in gammas}
-            ),
-            Panel("share with right label", {"share": series(quality, "share")}),
-            Panel("Frechet distance", {"distance": series(quality, "frechet")}),
-        ],
-        title="SAGAN learns the digits",
-    )
+    panels = [
+        Panel("loss", {"D": series(metrics, "d_loss"), "G": series(metrics, "g_loss")}),
+        Panel("attention's gamma", {name[6:].replace("_", " at "): series(metrics, name) for name in gammas}),
+        Panel("share with right label", {"share": series(quality, "share")}),
+        Panel("Frechet distance", {"distance": series(quality, "frechet")}),
+    ]
+    save_curves(out / "curves.png", panels, title="SAGAN learns the digits")
 
 
 def quality_curve(judge: Judge, path: Path) -> Callable[[Trainer], None]:
@@ -152,17 +127,9 @@ def quality_curve(judge: Judge, path: Path) -> Callable[[Trainer], None]:
 
 def _judge_samples(trained: TrainedGenerator, judge: Judge, real: Tensor) -> tuple[Verdict, Tensor]:
     """Return the verdict on new samples, and ten of each digit."""
-    blocks = list(
-        numbered_samples(
-            trained.generator,
-            VERDICT_SAMPLES,
-            seed=trained.config.seed + 1,
-            batch_size=100,
-            labels_in_use=trained.labels_in_use,
-        )
-    )
-    images = torch.cat([block[1] for block in blocks])
-    labels = torch.cat([block[2] for block in blocks])
+    seed, classes = trained.config.seed + 1, trained.labels_in_use
+    latents, labels = sample_inputs(range(VERDICT_SAMPLES), trained.config.network, seed, classes)
+    images = generate(trained.generator, latents, labels, batch_size=100)
     right = agreement(judge, images, labels).double()
     half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: len(real) // 2]
     verdict = Verdict(
@@ -187,7 +154,7 @@ def _what_was_written(out: Path) -> str:
     return f"""
 Written to {out}:
   samples.png         ten generated digits of each class
-  samples/            samples during training, always of the same latents;  attention/  the same for attention
+  samples/            samples during training, always of the same latents;  attention/  their attention maps
   attention_maps.png  attention of chosen points
   curves.png          losses, gamma, share with the right label, Frechet distance
   verdict.json        the figures above

@@ -137,14 +137,13 @@ def list_class_tars(path: Path, workers: int) -> Listing:
     ]
     if not images:
         raise DatasetError(f"expected images in the class archives of {path}, got none")
-    labels, names, places = zip(*images, strict=True)
     return Listing(
         kind="class tars",
         path=str(path),
         class_names=tuple(class_names),
-        names=PathTable(path, names),
-        labels=np.asarray(labels, dtype=np.int64),
-        files=TarredFiles(places),
+        names=PathTable(path, (name for _, name, _ in images)),
+        labels=np.asarray([label for label, _, _ in images], dtype=np.int64),
+        files=TarredFiles([place for _, _, place in images]),
         skipped=skipped.counts,
         skipped_examples=skipped.examples,
     )

@@ -12,7 +12,7 @@ from typing import Any
 from sagan.errors import UserError
 from sagan.evaluation.protocol import FIGURES, LOWER
 from sagan.io import atomic_write_text
-from sagan.recipes import PUBLISHED, RECIPES, Published, RunConfig, config_from_dict, differences
+from sagan.recipes import PUBLISHED, RECIPES, RunConfig, config_from_dict, differences
 from sagan.report.figures import Curve, Panel, save_comparison
 
 # Settings that do not change the quality of a run.
@@ -35,34 +35,21 @@ TABLE_1 = (
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of figure: figures of the same name and protocol may be compared.
+    """A kind of figure. Only figures of one kind may be compared."""
 
-    Attributes:
-        metric: fid, is, kid, intra-fid, precision or recall.
-        name: such as fid50k-train-tfinception.
-        protocol: the protocol's identity.
-        proxy: whether the proxy network stands in for Inception.
-    """
-
-    metric: str
-    name: str
-    protocol: str
-    proxy: bool
+    metric: str  # fid, is, kid, intra-fid, precision or recall
+    name: str  # such as fid50k-train-tfinception
+    protocol: str  # the protocol's identity
+    proxy: bool  # whether the proxy network stands in for Inception
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A run and its figures.
+    """A run and its figures."""
 
-    Attributes:
-        label: name that differs from those of the other runs.
-        config: configuration of the run.
-        figures: for each kind, the values by iteration.
-    """
-
-    label: str
+    label: str  # differs from those of the other runs
     config: RunConfig
-    figures: dict[Kind, dict[int, float]]
+    figures: dict[Kind, dict[int, float]]  # for each kind, the values by iteration
 
     def best(self, kind: Kind) -> tuple[int, float] | None:
         """Return the iteration with the best value, and the value; None without a finite value."""
@@ -74,11 +61,7 @@ class MeasuredRun:
 
 
 def read_runs(folders: Sequence[Path]) -> list[MeasuredRun]:
-    """Read the configurations and evaluations of runs.
-
-    Raises:
-        UserError: if a folder is not that of a run, occurs twice, or holds an invalid evaluation.
-    """
+    """Read the configurations and evaluations of runs."""
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) != len(resolved):
         raise UserError("runs: expected different folders, got one of them twice")
@@ -112,11 +95,7 @@ def _figures_of(file: Path) -> list[tuple[Kind, float, int]]:
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write comparison.md and comparison.png to a folder and return their paths.
-
-    Raises:
-        UserError: as :func:`read_runs`, or if no run was evaluated.
-    """
+    """Write comparison.md and comparison.png to a folder and return their paths."""
     runs = read_runs(folders)
     kinds = _kinds(runs)
     if not kinds:
@@ -154,7 +133,7 @@ def _published(run: MeasuredRun, kind: Kind) -> float | None:
     """Return the published value for the run's recipe, if there is a comparable one."""
     if kind.proxy or run.config.network.resolution != 128:
         return None
-    return PUBLISHED.get(run.config.recipe, Published()).figure(kind.metric)
+    return PUBLISHED.get(run.config.recipe, {}).get(kind.metric)
 
 
 def _markdown(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> str:
@@ -231,7 +210,7 @@ def _table_1(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> list[str]:
         for name in TABLE_1:
             run = by_recipe.get(name)
             best = run.best(kind) if run else None
-            cells.append(f"{_number(best[1]) if best else '-'} / {PUBLISHED[name].figure(metric):g}")
+            cells.append(f"{_number(best[1]) if best else '-'} / {PUBLISHED[name][metric]:g}")
         lines.append(_row([f"{title} ({kind.name})", *cells]))
     return lines
 

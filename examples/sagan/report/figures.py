@@ -68,20 +68,10 @@ def _save_png(path: Path, picture: Image.Image | Figure) -> None:
 def attention_at(
     generator: nn.Module, latents: Tensor, labels: Tensor, points: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor, int]:
-    """Return images and the attention of chosen points, from the attention layer closest to the image.
+    """Return images and the attention of query points, from the attention layer closest to the image.
 
-    Args:
-        generator: G with attention; it runs in evaluation mode.
-        latents: [N, latent_dim].
-        labels: [N]; an unconditional G ignores them.
-        points: (row, column) of query points, in pixels of the image.
-
-    Returns:
-        Images uint8 [N, 3, R, R]; maps [N, Q, H, W] over the keys of the attention, each with sum one; and the
-        resolution of the attention's feature map.
-
-    Raises:
-        UserError: if G has no attention, or a point lies outside the image.
+    ``points`` are (row, column) in pixels of the image. The results are images, uint8 [N, 3, R, R]; maps [N, Q, H, W]
+    over the keys of the attention, each with sum one; and the resolution of the attention's feature map.
     """
     layers = [layer for layer in generator.modules() if isinstance(layer, SelfAttention2d)]
     if not layers:
@@ -114,7 +104,7 @@ def draw_attention(
     *,
     names: Sequence[str] | None = None,
 ) -> None:
-    """Generate images and write the attention of chosen points; see :func:`attention_at`."""
+    """Generate images and write the attention of query points; see :func:`attention_at`."""
     images, maps, resolution = attention_at(generator, latents, labels, points)
     title = f"Where the marked points look (G's attention at {resolution}x{resolution})"
     save_attention_figure(path, images, maps, points, names=names, title=title)
@@ -131,13 +121,7 @@ def save_attention_figure(
 ) -> None:
     """Write figure 5 of the paper: each image with its query points, and next to it the map of each point.
 
-    Args:
-        path: the PNG.
-        images: uint8 [N, 3, R, R].
-        maps: [N, Q, H, W], each with sum one.
-        points: (row, column) of the Q query points, in pixels of the image.
-        names: one for each image.
-        title: title of the figure.
+    Images, maps and points are as :func:`attention_at` returns and takes them; ``names`` has one for each image.
     """
     count, resolution = len(images), images.size(2)
     large = F.interpolate(maps.float().cpu(), (resolution, resolution), mode="bilinear")
@@ -165,24 +149,17 @@ def save_attention_figure(
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over the iterations in one pair of axes.
+    """Curves over the iterations in one pair of axes."""
 
-    Attributes:
-        label: of the vertical axis.
-        curves: by name.
-        published: by the name of a curve, a value to compare it with.
-    """
-
-    label: str
-    curves: Mapping[str, Curve]
-    published: Mapping[str, float] = field(default_factory=dict)
+    label: str  # of the vertical axis
+    curves: Mapping[str, Curve]  # by name
+    published: Mapping[str, float] = field(
+        default_factory=dict
+    )  # values to compare with, by the name of a curve
 
 
 def save_comparison(path: Path, panels: Sequence[Panel]) -> None:
-    """Write panels with one curve for each run, below each other.
-
-    A run has the same colour in all panels. Dashed lines are published values.
-    """
+    """Write panels below each other, a run in the same colour in all of them. Dashed lines are published values."""
     figure, axes = _stacked(len(panels), width=8.5, height=3.2)
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
@@ -213,7 +190,7 @@ def save_curves(path: Path, panels: Sequence[Panel], *, title: str = "") -> None
 
 
 def _stacked(count: int, *, width: float, height: float) -> tuple[Figure, npt.NDArray[Any]]:
-    """Return a figure of ``count`` axes below each other, over iterations; ``height`` is that of one, in inches."""
+    """Return a figure of ``count`` axes below each other, each ``height`` inches high."""
     figure = Figure(figsize=(width, height * count + 0.4), layout="constrained")
     axes: npt.NDArray[Any] = figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
     axes[-1].set_xlabel("iteration")

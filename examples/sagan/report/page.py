@@ -27,11 +27,7 @@ figcaption { color: #555; font-size: .85rem; } details { margin: .5rem 0; } code
 
 
 def draw_run(out: Path, path: Path) -> Path:
-    """Draw the curves of the run in ``out``: losses, logits, gamma, sigma, speed, and scores if it was evaluated.
-
-    Raises:
-        UserError: if there are no metrics.
-    """
+    """Draw the curves of the run in ``out``: losses, logits, gamma, sigma, speed, and scores if it was evaluated."""
     rows = _metrics(out)
     panels = _panels(rows)
     if not panels:
@@ -59,7 +55,7 @@ def _panels(rows: list[dict[str, Any]]) -> list[Panel]:
         "share of time waiting for data": {"share": series(rows, "data_wait_share")},
     }
     for name in _scores(rows):
-        # Broken at hyphens, to fit beside the panel.
+        # Wrapped at hyphens, to fit next to the panel.
         curves[textwrap.fill(name.removeprefix("evaluation/"), 20)] = {"score": series(rows, name)}
     panels = [
         Panel(label, {name: curve for name, curve in found.items() if curve[0]})
@@ -73,24 +69,17 @@ def _scores(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _largest_sigma(rows: list[dict[str, Any]], network: str) -> Curve:
-    found = [
-        (float(row["iteration"]), max(values))
-        for row in rows
-        if (
-            values := [value for name, value in row.items() if name.startswith(f"sigma_{network}.") and value]
-        )
-    ]
-    return [iteration for iteration, _ in found], [value for _, value in found]
+    prefix = f"sigma_{network}."
+    iterations, largest = [], []
+    for row in rows:
+        if sigmas := [value for name, value in row.items() if name.startswith(prefix) and value]:
+            iterations.append(float(row["iteration"]))
+            largest.append(max(sigmas))
+    return iterations, largest
 
 
 def write_report(out: Path, path: Path | None = None) -> Path:
-    """Write one HTML file about the run in ``out``, with its pictures inside, and return its path.
-
-    The default path is ``report.html`` in the folder of the run.
-
-    Raises:
-        UserError: if this is not the folder of a run.
-    """
+    """Write one HTML file about the run in ``out``, by default ``report.html`` in that folder; return its path."""
     path = path or out / "report.html"
     rows = _metrics(out)
     config = json.loads((out / "config.json").read_text())

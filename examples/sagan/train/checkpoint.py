@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, written whole or not at all, read without running anything from them."""
+"""Checkpoints: their contents, atomic writing, and reading that runs no code from the file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainerState(TypedDict):
 
     config: dict[str, Any]  # RunConfig.to_dict()
     iteration: int  # iterations done
-    batches_drawn: int  # parts of batches taken from the loader
+    batches_drawn: int  # parts of batches drawn from the loader
     generator: StateDict
     discriminator: StateDict
     average: StateDict | None  # torch's AveragedModel of G; None without a moving average
@@ -39,20 +39,20 @@ class TrainerState(TypedDict):
     torch_rng: Tensor  # torch's generator on the CPU, the same on every rank
     cuda_rng: Tensor | None  # torch's generator on the GPU, if the run uses one
     means: StateDict  # sums and counts of rank 0's measurements since the last log
-    means_of_processes: list[StateDict]  # the same for every rank, as numbers
+    means_of_processes: list[StateDict]  # "means" of every rank, as numbers
     guard: dict[str, int]  # consecutive iterations with a skipped update, and the first of them
     skipped: int  # updates skipped since the last log
     labels_in_use: Tensor  # int64 [K], classes with images
 
 
 class RunState(TrainerState):
-    """Everything that a checkpoint holds, besides its format and version."""
+    """The contents of a checkpoint, except its format and version."""
 
     fingerprint: str  # of the images
     class_names: list[str]  # by label
     best_score: float | None  # score of best.pt; less is better
     best_score_of: str  # kind of that score
-    alarm: dict[str, Any]  # what the collapse alarm has seen
+    alarm: dict[str, Any]  # state of the collapse alarm
 
 
 # Version 2 gained these keys later. Checkpoints without them mean this.
@@ -69,9 +69,7 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(folder: Path, state: RunState, *, keep: int) -> Path:
-    """Write a checkpoint, delete all but it and the ``keep - 1`` before it, and return its path.
-
-    The file gets its name once it is complete and on the disk. Its SHA-256 digest is stored beside it.
+    """Write a checkpoint and its SHA-256 digest, delete all but it and the ``keep - 1`` before it, and return its path.
 
     Raises:
         CheckpointError: if it cannot be written, for example because the disk is full.
@@ -92,12 +90,13 @@ def save_best(folder: Path, state: RunState) -> Path:
 
 
 def _write(path: Path, state: RunState) -> None:
+    """Write a checkpoint that gets its name only when it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = _digest_path(path)
     try:
         with atomic_write(path) as file:
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
-            # After a crash the new file may lack a digest; it must never lie beside the old file's.
+            # After a crash the new file may lack a digest; it must never have the old file's.
             digest.unlink(missing_ok=True)
         atomic_write_text(digest, file_sha256(path) + "\n")
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
@@ -116,11 +115,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint at ``path``: itself, or the latest of the run in that folder.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
+    """Return the checkpoint at ``path``: itself, or the latest of the run in that folder."""
     return _candidates(path)[-1]
 
 
@@ -137,11 +132,7 @@ def set_aside_later(path: Path) -> list[Path]:
 
 
 def load_latest(path: Path) -> tuple[Path, RunState]:
-    """Return the latest readable checkpoint at ``path``, and its contents. Unreadable ones are logged.
-
-    Raises:
-        CheckpointError: if there is none, or none that can be read.
-    """
+    """Return the latest readable checkpoint at ``path``, and its contents. Unreadable ones are logged."""
     problems: list[str] = []
     for candidate in reversed(_candidates(path)):
         try:
@@ -185,8 +176,7 @@ def _candidates(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     for folder in (path / "checkpoints", path):
-        found = checkpoints_in(folder)
-        if found:
+        if found := checkpoints_in(folder):
             return found
     what = "a run's folder without checkpoints" if path.is_dir() else "no file or folder"
     raise CheckpointError(f"expected a checkpoint or the folder of a run at {path}, found {what}")

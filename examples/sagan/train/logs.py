@@ -1,4 +1,4 @@
-"""A run's metrics: rows of JSON and TensorBoard's files, reading them back, and how fast training goes."""
+"""A run's metrics: in its folder, in TensorBoard and on the console; and how fast training goes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from sagan.errors import UserError
 from sagan.io import atomic_write_text
 from sagan.recipes import RunConfig
@@ -21,13 +23,9 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """Appends rows of metrics to ``metrics.jsonl`` and to TensorBoard's files.
+    """Appends rows of metrics to ``metrics.jsonl`` and, if it is installed, to TensorBoard's files.
 
-    Args:
-        out: the run's folder.
-        iteration: where the run resumes: later rows are dropped, because it will write them again.
-        tensorboard: whether to write ``out/tensorboard``, if TensorBoard is installed.
-        enabled: False on ranks that write nothing.
+    Rows after ``iteration``, where the run resumes, are dropped, because it will write them again.
     """
 
     def __init__(self, out: Path, iteration: int, *, tensorboard: bool, enabled: bool = True) -> None:
@@ -38,8 +36,8 @@ class RunLog:
         out.mkdir(parents=True, exist_ok=True)
         path = out / METRICS
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _iteration_of(line) <= iteration]
-            atomic_write_text(path, "".join(line + "\n" for line in kept))
+            earlier = [line for line in path.read_text().splitlines() if _iteration_of(line) <= iteration]
+            atomic_write_text(path, "".join(line + "\n" for line in earlier))
         self._file = path.open("a")
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -68,13 +66,51 @@ class RunLog:
                 each.close()
 
 
-class Throughput:
-    """Rates of training since the last log.
+class Console:
+    """The console output of a run: a progress bar on a terminal, else a line for each log."""
 
-    Args:
-        config: the run.
-        iteration: iterations that are done already.
-    """
+    def __init__(self, config: RunConfig, iteration: int, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._bar = tqdm(
+            total=config.iterations,
+            initial=iteration,
+            unit="it",
+            disable=None if enabled else True,  # None: except on a terminal
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """Count an iteration."""
+        self._bar.update()
+
+    def show_row(self, row: Mapping[str, Any]) -> None:
+        """Show the main figures of a row of the log."""
+        gammas = "  ".join(f"{name} {value:+.3f}" for name, value in row.items() if name.startswith("gamma"))
+        text = f"D {row['d_loss']:.3f}  G {row['g_loss']:+.3f}  {gammas}  {row['images_per_s']:.0f} img/s"
+        self._bar.set_postfix_str(text)
+        if self._bar.disable:
+            left = _duration(row["seconds_left"])
+            self.print(f"iteration {row['iteration']:>7}  {text}  {left} left")
+
+    def show_figures(self, iteration: int, figures: Mapping[str, float]) -> None:
+        """Show the figures of an evaluation."""
+        values = (f"{name.removeprefix('evaluation/')} {value:.5g}" for name, value in figures.items())
+        self.print(f"iteration {iteration:>7}  {'  '.join(values)}")
+
+    def print(self, text: str) -> None:
+        """Print a line."""
+        if self._enabled:
+            self._bar.write(text) if not self._bar.disable else print(text, flush=True)
+
+
+class Throughput:
+    """Rates of training since the last log."""
 
     def __init__(self, config: RunConfig, iteration: int) -> None:
         self._config = config
@@ -112,25 +148,24 @@ class Throughput:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run by iteration, without a torn last line.
-
-    Raises:
-        UserError: if there are none.
-    """
+    """Return the rows of a run by iteration, without a torn last line."""
     path = out / METRICS
     if not path.is_file():
         raise UserError(f"expected the folder of a run with {METRICS}, found none at {path}")
-    rows = []
-    for line in path.read_text().splitlines():
-        if math.isfinite(_iteration_of(line)):
-            rows.append(json.loads(line))
-    return rows
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines if math.isfinite(_iteration_of(line))]
 
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
     """Return the iterations and values of one metric, in rows where it is a number."""
     found = [(row["iteration"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
     return [float(iteration) for iteration, _ in found], [float(value) for _, value in found]
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def _jsonable(value: Any) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +17,10 @@ from sagan.data import ImageDataset, make_loader, prefetch_to_device
 from sagan.distributed import World, check_agreement, pick_device
 from sagan.io import locked
 from sagan.recipes import RunConfig
-from sagan.train.collapse import CollapseAlarm
-from sagan.train.console import Console
-from sagan.train.guard import check_losses_finite
-from sagan.train.logs import RunLog, Throughput
+from sagan.train.health import CollapseAlarm, check_losses_finite
+from sagan.train.logs import Console, RunLog, Throughput
 from sagan.train.output import RunOutput, Score
 from sagan.train.resume import check_images, check_start
-from sagan.train.signals import first_signal
 from sagan.train.update import Trainer
 
 Evaluate = Callable[[Trainer], Score]
@@ -60,8 +59,7 @@ def train(
 ) -> TrainingResult:
     """Train, or resume training, until ``config.iterations`` or a first SIGINT or SIGTERM.
 
-    Writes to ``config.out``: config.json, metrics.jsonl, samples/, attention/, checkpoints/. A run that was
-    interrupted and resumed equals one that was not, bit for bit on the CPU.
+    On the CPU a run that was interrupted and resumed equals one that was not, bit for bit.
 
     Args:
         config: the whole run, ``network.num_classes`` set to the dataset's (or 0).
@@ -69,14 +67,12 @@ def train(
         world: this process; by default the only one, on the configuration's device.
         resume: resume from the latest readable checkpoint in ``config.out``.
         accept_changes: resume although the configuration or the images have changed.
-        progress: show a progress bar on a terminal, elsewhere a line for each log.
-        evaluate: called on all ranks every ``config.evaluation.every`` iterations and at the end; the best
-            checkpoint is kept.
+        progress: show progress on the console.
+        evaluate: called on all ranks every ``config.evaluation.every`` iterations and at the end, to pick best.pt.
         observe: called on rank 0 with the trainer after samples are saved.
 
     Raises:
-        CheckpointError: if ``config.out`` holds a run and ``resume`` is False, if it holds none to resume, or one with
-            another configuration or other images.
+        CheckpointError: as :func:`sagan.train.resume.check_start`, and for other images.
         TrainingError: if losses or gradients are not finite.
     """
     world = world or World(0, 1, pick_device(config.device))
@@ -100,7 +96,7 @@ def train(
         console = stack.enter_context(Console(config, trainer.iteration, enabled=progress and world.is_main))
         log = RunLog(config.out, trainer.iteration, tensorboard=settings.tensorboard, enabled=world.is_main)
         stack.enter_context(log)
-        signals = stack.enter_context(first_signal())
+        signals = stack.enter_context(_first_signal())
 
         if trainer.iteration == 0 and world.is_main:
             output.save_samples(observe)
@@ -167,6 +163,31 @@ def _lock(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", f"another training is at work in {out}"):
         yield
+
+
+@contextlib.contextmanager
+def _first_signal() -> Iterator[list[int]]:
+    """Yield a list that gets the number of the first SIGINT or SIGTERM. A second one acts as usual."""
+    received: list[int] = []
+    handlers: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
+        restore()
+
+    try:
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+            handlers[number] = signal.signal(number, receive)
+    except ValueError:  # not the main thread, which gets the signals
+        handlers.clear()
+    try:
+        yield received
+    finally:
+        restore()
 
 
 def _batches(dataset: ImageDataset, trainer: Trainer) -> Iterator[tuple[Tensor, Tensor]]:

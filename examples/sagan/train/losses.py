@@ -52,7 +52,7 @@ def softplus(
 
 
 def negative_logits(discriminator: Discriminator, fake: Tensor, labels: Labels) -> Result:
-    """The loss of G beside both: -mean(D(G(z)))."""
+    """The loss of G with either: -mean(D(G(z)))."""
     return hinge_generator_loss(fake_logits=discriminator(fake, labels)), {}
 
 

@@ -1,4 +1,4 @@
-"""Means of measurements between two logs, and what becomes of them when the number of processes changes."""
+"""Means of measurements between two logs, also when the number of processes changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes to its folder besides metrics: configuration, samples, attention maps and checkpoints."""
+"""Everything but metrics that a run writes to its folder: configuration, samples, attention maps and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sagan.train.checkpoint import (
     save_checkpoint,
     set_aside_later,
 )
-from sagan.train.collapse import CollapseAlarm, diversity
+from sagan.train.health import CollapseAlarm, diversity
 from sagan.train.resume import Saved
 from sagan.train.update import Trainer
 from sagan_layers import SelfAttention2d
@@ -73,11 +73,7 @@ class RunOutput:
         }
 
     def restore(self, saved: Saved) -> None:
-        """Restore the run from a checkpoint, on every rank.
-
-        Raises:
-            CheckpointError: if its networks do not fit the configuration.
-        """
+        """Restore the run from a checkpoint, on every rank."""
         path, state = saved
         try:
             self._trainer.load_state_dict(state)
@@ -90,7 +86,7 @@ class RunOutput:
         self._best_score, self._best_score_of = state["best_score"], state["best_score_of"]
 
     def begin(self) -> None:
-        """Save the configuration, and set aside what an earlier part of the run wrote after its last checkpoint."""
+        """Save the configuration, and set aside files of later iterations than the checkpoint's."""
         save_config(self._config)
         if self.checkpoint is not None:
             set_aside_later(self.checkpoint)
@@ -160,7 +156,7 @@ def save_config(config: RunConfig) -> Path:
 
 
 def _is_as_good(best: Path, score: Score) -> bool:
-    """Whether best.pt is as good already: the part of the run before a crash may have got further than this one."""
+    """Whether best.pt, perhaps from later iterations before a crash, is at least as good as this score."""
     if not best.is_file():
         return False
     try:

@@ -23,8 +23,7 @@ def check_start(config: RunConfig, *, resume: bool, accept_changes: bool = False
     """Return the checkpoint to resume from and its contents, or None for a new run. Needs no images.
 
     Raises:
-        CheckpointError: if ``config.out`` holds a run and ``resume`` is False, or if it holds none to resume, or one
-            with another configuration, unless changes are accepted.
+        CheckpointError: if a new run finds one in ``config.out``, or a resumed one none or another configuration.
     """
     if not resume:
         if checkpoints_in(config.out / "checkpoints"):

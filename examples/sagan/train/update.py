@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from sagan.networks import Discriminator, Generator
 from sagan.randomness import training_noise
 from sagan.recipes import RunConfig
 from sagan.train.checkpoint import TrainerState
-from sagan.train.guard import FiniteGuard, check_finite
+from sagan.train.health import FiniteGuard, check_finite
 from sagan.train.losses import LOSSES, DiscriminatorLoss, GeneratorLoss, Result
 from sagan.train.means import Means, Sums, average_over_ranks
 from sagan_layers import (
@@ -42,12 +42,12 @@ _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DiscriminatorObjective(nn.Module):
-    """D's loss as a module, which compiles as one graph. Only D is a submodule, so DDP reduces its gradients alone."""
+    """D's loss as a module, which compiles as one graph. G is no submodule, so DDP reduces D's gradients alone."""
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module, loss: DiscriminatorLoss) -> None:
         super().__init__()
         self.discriminator = discriminator
-        self._generator = (generator,)  # in a tuple, so that it is not a submodule
+        self._generator = (generator,)  # a tuple hides it from nn.Module
         self._loss = loss
 
     def forward(
@@ -78,12 +78,8 @@ class Trainer:
     """Both networks, their optimizers, the average of G, and one iteration of training.
 
     Every process holds the same networks. A global batch is cut into ``accumulation`` parts, to save memory, and each
-    part into one shard for each rank. Noise is drawn for the whole batch, so neither number changes it.
-
-    Args:
-        config: the whole run, with ``network.num_classes`` set.
-        labels_in_use: classes with images; labels of generated images are drawn from them.
-        world: this process and its device.
+    part into one shard for each rank. Noise is drawn for the whole batch, so neither number changes it. Labels of
+    generated images are drawn from ``labels_in_use``, the classes with images.
     """
 
     def __init__(self, config: RunConfig, labels_in_use: Tensor, world: World) -> None:
@@ -183,8 +179,7 @@ class Trainer:
             loss, measurements = objective(*arguments)
             self.scaler.scale(loss / self.config.accumulation).backward()
         self.means.add({name: loss, **measurements})
-        detached: Tensor = loss.detach()
-        return detached
+        return cast(Tensor, loss.detach())
 
     @contextlib.contextmanager
     def _constant_discriminator(self) -> Iterator[None]:
@@ -212,7 +207,7 @@ class Trainer:
         return torch.compiler.set_stance("fail_on_recompile") if done else contextlib.nullcontext()
 
     def _noise(self, update: int, part: int) -> tuple[Tensor, Tensor | None]:
-        """Return this rank's shard of the latents and labels of a part of an update's generated batch."""
+        """Return this rank's latents and labels for a part of an update's generated batch."""
         config = self.config
         whole_batch = training_noise(
             config.seed,
@@ -234,7 +229,7 @@ class Trainer:
         return tensor.to(self.device, non_blocking=True)
 
     def _wrap(self, objective: nn.Module) -> nn.Module:
-        """Compile an objective if the run says so, and average its gradients over the ranks if there are several."""
+        """Compile an objective and average its gradients over the ranks, as the run requires."""
         if self.config.step.compile:
             objective.compile(fullgraph=True, dynamic=False)
         if self.world.world_size == 1:
@@ -302,8 +297,7 @@ class Trainer:
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        by_rank = state["means_of_processes"]
-        means = state["means"]
+        means, by_rank = state["means"], state["means_of_processes"]
         if len(by_rank) == self.world.world_size:
             means = by_rank[self.world.rank]
         elif len(by_rank) > 1:
@@ -345,8 +339,6 @@ def to_unit_range(pixels: Tensor) -> Tensor:
 
 
 def _adam(network: nn.Module, lr: float, config: RunConfig) -> torch.optim.Adam:
-    settings = config.optimizer
+    betas = config.optimizer.beta1, config.optimizer.beta2
     # Fused: one pass over weights, gradients and moments; and the guard can skip a step without asking the host.
-    return torch.optim.Adam(
-        network.parameters(), lr, (settings.beta1, settings.beta2), settings.eps, fused=True
-    )
+    return torch.optim.Adam(network.parameters(), lr, betas, config.optimizer.eps, fused=True)

@@ -1,11 +1,11 @@
-"""Updates with a NaN or an infinity: skipped, counted, and the end of a run that may not skip them."""
+"""The health of a run: updates with a NaN or an infinity, and signs of collapse."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -49,10 +49,7 @@ class FiniteGuard:
 
     @contextlib.contextmanager
     def iteration(self, number: int, moving: Sequence[Tensor]) -> Iterator[None]:
-        """Enclose the updates of iteration ``number``.
-
-        Buffers that forward passes move, such as running statistics, are restored if it has a skipped update.
-        """
+        """Enclose the updates of an iteration; restore the ``moving`` buffers if it has a skipped update."""
         self._iteration = number
         self._found = torch.zeros_like(self._found)
         before = [tensor.clone() for tensor in moving]
@@ -130,20 +127,100 @@ def check_finite(guard: FiniteGuard, health: HealthConfig, networks: Mapping[str
             found.append(f"{name}: {', '.join(names[:_MAX_NAMED])}{others}")
     where = f" ({'; '.join(found)})" if found else ""
     raise TrainingError(
-        f"losses or gradients not finite {what}{where}. No such update was applied, "
-        "and the last checkpoint is older. Lower learning rates or --precision fp32 usually help; "
-        f"{remedy}"
+        f"losses or gradients not finite {what}{where}. No such update was applied, and the last checkpoint is older. "
+        f"Lower learning rates or --precision fp32 usually help; {remedy}"
     )
 
 
 def check_losses_finite(row: Mapping[str, Any]) -> None:
-    """Raise :class:`TrainingError` if a loss was not finite in any iteration since the last log.
-
-    That happens in fp16, where the gradient scaler skips updates without the guard.
-    """
+    """Raise :class:`TrainingError` if a loss was finite in no iteration since the last log."""
+    # That happens in fp16, where the gradient scaler skips updates without the guard.
     lost = [name for name in ("d_loss", "g_loss") if not math.isfinite(row[name])]
     if lost:
         raise TrainingError(
             f"{' and '.join(lost)} not finite in any iteration since the last log, at iteration {row['iteration']}; "
             "the last checkpoint is older"
         )
+
+
+@dataclass
+class CollapseAlarm:
+    """Watches what a run logs for signs of mode collapse, and of a discriminator that has won.
+
+    Each ``see_*`` method returns a message when its sign appears, else None.
+    """
+
+    config: HealthConfig
+    saturated_logs: int = 0  # consecutive logs in which D's loss was close to zero
+    diversity_was_enough: bool = False  # until samples have differed enough, G has only begun to learn
+    rising: int = 0  # consecutive evaluations, each worse than the one before
+    last_score: float | None = None
+    last_score_of: str = ""  # the kind of that score
+    raised: list[str] = field(default_factory=list)  # signs that are present and reported
+
+    def see_losses(self, d_loss: float) -> str | None:
+        """Check the mean loss of D since the last log."""
+        self.saturated_logs = self.saturated_logs + 1 if d_loss < self.config.saturated_d_loss else 0
+        return self._raise(
+            "saturated",
+            self.saturated_logs >= self.config.saturated_logs,
+            f"D's loss was below {self.config.saturated_d_loss} in {self.saturated_logs} logs in a row: D "
+            "recognises every image, and G learns nothing from it",
+        )
+
+    def see_diversity(self, diversity: float) -> str | None:
+        """Check how much samples differ, as a share of how much real images do."""
+        if diversity >= 2 * self.config.least_diversity:
+            self.diversity_was_enough = True
+        return self._raise(
+            "diversity",
+            self.diversity_was_enough and diversity < self.config.least_diversity,
+            f"samples of one class differ {diversity:.1%} as much as real images do, below "
+            f"{self.config.least_diversity:.1%}: modes are lost",
+        )
+
+    def see_score(self, score: float, of: str = "") -> str | None:
+        """Check the score of an evaluation; less is better. Counting restarts when its kind changes."""
+        if of != self.last_score_of:
+            self.rising, self.last_score, self.last_score_of = 0, None, of
+        worse = self.last_score is not None and score > self.last_score
+        self.rising = self.rising + 1 if worse else 0
+        self.last_score = score
+        return self._raise(
+            "rising",
+            self.rising >= self.config.rising_evaluations,
+            f"the score has become worse in {self.rising} evaluations in a row, now {score:.4g}",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        state = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "config"}
+        return {**state, "raised": list(self.raised)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that :meth:`state_dict` returned."""
+        for name, value in state.items():
+            setattr(self, name, list(value) if isinstance(value, list) else value)
+
+    def _raise(self, sign: str, is_there: bool, text: str) -> str | None:
+        """Return the text if a sign has just appeared. It may appear again after it has gone."""
+        was_there = sign in self.raised
+        if is_there and not was_there:
+            self.raised.append(sign)
+            return text
+        if was_there and not is_there:
+            self.raised.remove(sign)
+        return None
+
+
+def diversity(images: Tensor, labels: Tensor) -> float:
+    """Return the standard deviation over the images of a class, averaged over pixels and classes.
+
+    Images are [N, 3, R, R]. Classes with one image do not count.
+    """
+    spreads = [
+        images[labels == label].float().std(0).mean()
+        for label in torch.unique(labels)
+        if int((labels == label).sum()) > 1
+    ]
+    return float(torch.stack(spreads).mean()) if spreads else 0.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sagan.train.guard import FiniteGuard, Skipped, parameters_not_finite
+from sagan.train.health import FiniteGuard, Skipped, parameters_not_finite
 
 NAN, INF = float("nan"), float("inf")
 
