@@ -88,6 +88,7 @@ class TestSaving:
 
         def torn_save(contents: object, file: Any) -> None:
             file.write(b"PK\3\4 half of a file")
+            assert checkpoints_in(tmp_path) == [earlier]  # no name before the file is complete
             raise OSError("No space left on device")
 
         with monkeypatch.context() as patch:

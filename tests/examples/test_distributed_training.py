@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from several_processes import results_by_rank
-from test_losses import hinge_with_r1
+from test_training_losses import hinge_with_r1
 from torch import Tensor
 from training_runs import ALONE, TINY_NETWORK, Batches, assert_same, set_gammas
 

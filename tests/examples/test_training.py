@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import succeed
 from image_trees import jpeg_bytes
 from PIL import Image
 from torch import Tensor, nn
@@ -248,7 +249,7 @@ class TestPrecision:
         trainer, fresh = (stepped(tiny_config, steps=n, precision="fp16") for n in (3, 0))
         assert trainer.scaler.is_enabled()
         assert all(p.isfinite().all() for p in trainer.generator.parameters())
-        assert differ(trainer.generator.state_dict(), fresh.generator.state_dict())
+        assert differ(weights(trainer.generator), weights(fresh.generator))
         trainer.scaler.update(512.0)
         fresh.load_state_dict(trainer.state_dict())
         assert fresh.scaler.get_scale() == 512
@@ -328,6 +329,9 @@ class TestOutput:
             start = 1.0 if name.endswith("weight") else 0.0
             assert (table[[1, 3]] == start).all()
             assert (table[[0, 2]] != start).any()
+        samples = tmp_path / "samples"
+        succeed("sample", "--source", result.out, "--out", samples, "--layout", "folders", "--count", 4)
+        assert sorted(path.parent.name for path in samples.rglob("*.png")) == ["a", "a", "c", "c"]
 
     def test_the_loader_of_a_cached_data_set_starts_no_worker(
         self, train_tiny: Train, monkeypatch: pytest.MonkeyPatch
