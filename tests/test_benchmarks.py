@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -202,6 +203,15 @@ class TestMeasuring:
         assert "illegal memory access" in results.cases[1]["reason"]
         assert results.finish() == 1
 
+    def test_an_error_that_goes_away_is_no_fault_of_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        answers = iter([partial(raises, RuntimeError("CUDA error: invalid argument")), lambda: None])
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: next(answers)())
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        row: Row = {}
+        with harness.failures_recorded(row, "cuda"):
+            raise RuntimeError("no launch")
+        assert row["status"] == "failed"
+
     @pytest.mark.parametrize(
         ("record", "bad"),
         [
@@ -332,6 +342,8 @@ class TestSuites:
             assert cases["block R1"][name]["status"] == "refused"
             assert "run on CUDA" in cases["block R1"][name]["reason"]
         assert "## block R1" in (tmp_path / "attention.md").read_text()
+        if importlib.util.find_spec("matplotlib"):
+            assert (tmp_path / "attention_block_R1.png").stat().st_size > 10_000
 
     def test_data_runs_end_to_end(self, tmp_path: Path) -> None:
         run = run_quick("data", tmp_path)
@@ -463,6 +475,13 @@ class TestFloors:
             assert self.floor_ms(rates) is not None
         assert bench_attention.make_rates({"ieee": 2.0}, 8, 100, None)["matmul_flops_float32"] == 8**3
         assert self.floor_ms({}) is None
+
+    @pytest.mark.parametrize("allowed", [True, False])
+    def test_products_restore_the_switch_of_tf32(self, allowed: bool) -> None:
+        before = torch.backends.cuda.matmul.allow_tf32
+        (product,) = bench_attention._product(torch.eye(2), torch.eye(2), allow_tf32=allowed).values()
+        assert torch.equal(product, torch.eye(2))
+        assert torch.backends.cuda.matmul.allow_tf32 is before
 
 
 class TestStep:

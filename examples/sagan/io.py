@@ -88,7 +88,7 @@ def load_plain(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:
         raise UserError(first_line(error)) from error
-    except Exception as error:  # of many types; torch's message advises to unpickle the file all the same
+    except Exception as error:  # of many types; torch's message advises to unpickle the file anyway
         raise UserError("it holds more than tensors and plain values, or is no file of torch.save") from error
 
 

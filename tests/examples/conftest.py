@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from image_trees import WNIDS, write_image_tree
-from training_runs import changed
+from training_runs import TINY_NETWORK, Train, changed
 
 from sagan.data import DataConfig, ImageFolderDataset, scan_image_tree
-from sagan.networks import NetworkConfig
 from sagan.recipes import OutputConfig, RunConfig
 from sagan.train.loop import TrainingResult, train
-
-Train = Callable[..., TrainingResult]
 
 
 @pytest.fixture(scope="session")
@@ -39,15 +35,7 @@ def tiny_config(image_folder: Path) -> RunConfig:
         batch_size=4,
         ema_decay=0.8,
         device="cpu",
-        network=NetworkConfig(
-            resolution=32,
-            base_width=2,
-            num_classes=3,
-            latent_dim=6,
-            g_attention=(8, 16),
-            d_attention=(8,),
-            bn_momentum=0.1,
-        ),
+        network=TINY_NETWORK,
         images=DataConfig(horizontal_flip=True),
         output=OutputConfig(grid_columns=2),
     )
@@ -68,9 +56,9 @@ def run_training() -> Train:
 
 @pytest.fixture
 def train_tiny(tiny_config: RunConfig, run_training: Train, tmp_path: Path) -> Train:
-    """``train_tiny(out, **settings)``: train the tiny run in ``tmp_path / out``, "run" by default.
+    """``train_tiny(out, **settings)``: train the tiny run in ``tmp_path / out``.
 
-    Settings are arguments of ``train`` and changes of the configuration, as :func:`training_runs.changed` takes them.
+    Settings are arguments of ``train`` and changes as of :func:`training_runs.changed`.
     """
 
     def run(out: str = "run", **settings: Any) -> TrainingResult:

@@ -1,4 +1,4 @@
-"""Run a function in several processes that are joined by gloo, once for all tests that look at what it returns."""
+"""Run a function in several processes joined by gloo, once for all tests that use its results."""
 
 from __future__ import annotations
 
@@ -20,14 +20,7 @@ Work = Callable[[World], dict[str, Any]]
 def results_by_rank(
     work: Work, count: int, name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """Return what ``work`` returned in each process; started once, also when pytest-xdist spreads the tests.
-
-    Args:
-        work: a function of a module.
-        count: processes.
-        name: another one for each work.
-        tmp_path_factory: pytest's.
-    """
+    """Return the results of ``work`` by rank; it runs once for each name, also when pytest-xdist spreads the tests."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{name}_on_{count}"
     done = folder / "done"
@@ -40,9 +33,8 @@ def results_by_rank(
             time.sleep(0.1)
     else:
         try:
-            torch.multiprocessing.spawn(
-                _run, args=(work, count, str(folder), _port(name, count)), nprocs=count
-            )
+            arguments = work, count, str(folder), _port(name, count)
+            torch.multiprocessing.spawn(_run, args=arguments, nprocs=count)
         finally:
             done.touch()
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]

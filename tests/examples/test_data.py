@@ -590,6 +590,12 @@ class TestFlips:
 
 
 class TestLoader:
+    def test_ranks_together_get_the_batches_of_one(self, dataset: ImageFolderDataset) -> None:
+        options = {"batch_size": 8, "seed": 0, "horizontal_flip": True}
+        ranks = [take(make_loader(dataset, rank=rank, num_replicas=4, **options), 5) for rank in range(4)]
+        together = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
+        assert_same(together, take(make_loader(dataset, **options), 5))
+
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_batches_are_the_samplers_and_resume(self, dataset: ImageFolderDataset, num_workers: int) -> None:
         options = {"batch_size": 8, "seed": 2, "horizontal_flip": True}

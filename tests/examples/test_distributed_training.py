@@ -7,25 +7,16 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from several_processes import results_by_rank
-from test_losses import hinge_with_r1
+from test_training_losses import hinge_with_r1
 from torch import Tensor
-from training_runs import set_gammas
+from training_runs import ALONE, TINY_NETWORK, Batches, assert_same, set_gammas
 
-from sagan.data import ResumableBatchSampler
-from sagan.distributed import (
-    ProcessesDisagreeError,
-    World,
-    check_agreement,
-    init_world,
-    running_statistics,
-)
+from sagan.distributed import ProcessesDisagreeError, World, check_agreement, init_world, running_statistics
 from sagan.errors import UserError
-from sagan.networks import NetworkConfig
 from sagan.recipes import RunConfig, StepConfig
 from sagan.train.losses import LOSSES, Losses, negative_logits
 from sagan.train.update import Trainer
@@ -36,55 +27,31 @@ pytestmark = pytest.mark.skipif(
 
 COUNTS = (2, 4)
 BATCH = 8
-CASES = ("plain", "accumulated", "steps", "gradient penalty", "separate statistics")
-
-
-def config_of(case: str) -> RunConfig:
-    return RunConfig(
-        recipe="best_known",
-        batch_size=BATCH,
-        accumulation=2 if case == "accumulated" else 1,
-        d_steps=2 if case == "steps" else 1,
-        d_vectors_move_in_g_step=case == "steps",
-        ema_decay=0.8,
-        device="cpu",
-        network=NetworkConfig(
-            resolution=32,
-            base_width=2,
-            num_classes=3,
-            latent_dim=6,
-            g_attention=(16,),
-            d_attention=(8,),
-            bn_momentum=0.1,
-        ),
-        step=StepConfig(sync_batch_norm=case != "separate statistics"),
-    )
-
-
-class Batches(Iterator[tuple[Tensor, Tensor]]):
-    """This process's share of the parts of global batches, which are the same for any number of processes."""
-
-    def __init__(self, config: RunConfig, world: World) -> None:
-        self.config, self.world = config, world
-        self.part = 0
-        self.random = torch.Generator().manual_seed(1)
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        parts = self.config.accumulation
-        size = BATCH // parts
-        images = torch.randint(256, (size, 3, 32, 32), generator=self.random, dtype=torch.uint8)
-        labels = torch.randint(3, (size,), generator=self.random)
-        return self.world.shard(images, 0, 1), self.world.shard(labels, 0, 1)
+CONFIG = RunConfig(
+    recipe="best_known",
+    batch_size=BATCH,
+    ema_decay=0.8,
+    device="cpu",
+    network=replace(TINY_NETWORK, g_attention=(16,)),
+    step=StepConfig(sync_batch_norm=True),
+)
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"accumulation": 2},
+    "steps": {"d_steps": 2, "d_vectors_move_in_g_step": True},
+    "gradient penalty": {},
+    "separate statistics": {"step": StepConfig(sync_batch_norm=False)},
+}
 
 
 def train(case: str, world: World) -> dict[str, Tensor]:
     """Two iterations in float64; gradients of both networks after the first, and everything after the second."""
-    config = config_of(case)
+    config = replace(CONFIG, **CASES[case])
     losses = {"hinge": Losses(hinge_with_r1, negative_logits)} if case == "gradient penalty" else {}
     with mock.patch.dict(LOSSES, losses):
         trainer = Trainer(config, torch.arange(3), world)
     set_gammas(trainer)
-    batches = Batches(config, world)
+    batches = Batches(BATCH // config.accumulation, world)
     trainer.step(batches)
     results = {
         f"{name} gradient {parameter}": tensor.grad.clone()
@@ -103,16 +70,14 @@ def train(case: str, world: World) -> dict[str, Tensor]:
 
 
 def disagreement(world: World) -> str:
-    """What is said when process 1 holds another vector and other statistics."""
-    trainer = Trainer(config_of("plain"), torch.arange(3), world)
+    """Return the message when process 1 holds another vector and other statistics."""
+    trainer = Trainer(CONFIG, torch.arange(3), world)
     if world.rank == 1:
         trainer.discriminator.blocks[0].conv1.weight_u[0] += 1e-12
         running_statistics(trainer.generator)[0][0] += 1e-12
-    try:
+    with pytest.raises(ProcessesDisagreeError) as caught:
         check_agreement(world, {"G": trainer.generator, "D": trainer.discriminator})
-    except ProcessesDisagreeError as error:
-        return str(error)
-    return "nothing"
+    return str(caught.value)
 
 
 def work(world: World) -> dict[str, Any]:
@@ -142,7 +107,7 @@ def double_precision() -> Iterator[None]:
 @pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("case", [case for case in CASES if case != "separate statistics"])
 def test_gradients_and_weights_are_those_of_one_process(ranks: list[dict[str, Any]], case: str) -> None:
-    alone = train(case, World(0, 1, torch.device("cpu")))
+    alone = train(case, ALONE)
     assert sum(name.startswith("D gradient") for name in alone) > 20
     for results in ranks:
         found = results["runs"][case]
@@ -154,11 +119,9 @@ def test_gradients_and_weights_are_those_of_one_process(ranks: list[dict[str, An
             assert (found[name] - expected).abs().max() <= allowed * scale, name
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_all_processes_hold_the_same_bits(ranks: list[dict[str, Any]], case: str) -> None:
+def test_all_processes_hold_the_same_bits(ranks: list[dict[str, Any]]) -> None:
     for results in ranks[1:]:
-        for name, first in ranks[0]["runs"][case].items():
-            assert torch.equal(results["runs"][case][name], first), name
+        assert_same(results["runs"], ranks[0]["runs"])
 
 
 def test_without_synchronised_batch_norm_the_gradients_are_others(ranks: list[dict[str, Any]]) -> None:
@@ -188,32 +151,17 @@ def test_messages_reach_every_process(ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("parts", [1, 2])
 def test_shares_of_all_processes_make_up_the_batch_in_order(count: int, parts: int) -> None:
     whole = torch.arange(BATCH)
-    shares = [
-        World(rank, count, torch.device("cpu")).shard(whole, part, parts)
-        for part in range(parts)
-        for rank in range(count)
-    ]
+    worlds = [World(rank, count, ALONE.device) for rank in range(count)]
+    shares = [world.shard(whole, part, parts) for part in range(parts) for world in worlds]
     assert torch.equal(torch.cat(shares), whole)  # so no noise is used twice
-
-
-@pytest.mark.parametrize("count", COUNTS)
-def test_images_come_in_the_same_order_on_any_number_of_processes(count: int) -> None:
-    alone = ResumableBatchSampler(50, BATCH, seed=3)
-    together = [ResumableBatchSampler(50, BATCH, seed=3, rank=r, num_replicas=count) for r in range(count)]
-    for number in range(20):
-        parts = [sampler.batch_at(number).indices for sampler in together]
-        assert np.array_equal(np.concatenate(parts), alone.batch_at(number).indices)
 
 
 def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with init_world("cpu") as world:
         assert (world.rank, world.world_size, world.is_main, world.max_over_ranks(3)) == (0, 1, True, 3)
-        assert (
-            world.run_on_main(lambda: "a"),
-            world.gather_texts("a"),
-            world.mean_over_ranks({"x": 2.0}),
-        ) == ("a", ["a"], {"x": 2.0})
+        assert (world.run_on_main(lambda: "a"), world.gather_texts("a")) == ("a", ["a"])
+        assert world.mean_over_ranks({"x": 2.0}) == {"x": 2.0}
         tensor = torch.ones(3)
         world.average_([tensor])
         assert tensor.eq(1).all()
@@ -224,14 +172,12 @@ def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RANK", "0")
     for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    refused = pytest.raises(
-        UserError, match="WORLD_SIZE is 2 but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"
-    )
-    with refused, init_world("cpu"):
+    message = "WORLD_SIZE is 2 but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"
+    with pytest.raises(UserError, match=message), init_world("cpu"):
         pass
 
 
 def test_a_batch_that_does_not_divide_among_processes_is_refused() -> None:
-    config = replace(config_of("plain"), batch_size=6)
+    config = replace(CONFIG, batch_size=6)
     with pytest.raises(UserError, match="batch_size: expected a multiple of 4"):
         Trainer(config, torch.arange(3), World(0, 4, torch.device("cpu")))

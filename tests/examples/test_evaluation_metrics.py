@@ -90,14 +90,17 @@ def test_fid_and_inception_score_are_torchmetrics_on_the_same_features() -> None
 
 class TestIntraFid:
     @pytest.mark.parametrize("counts", [(7, 5), (10, 24), (24, 25), (40, 12), (60, 70)])
-    def test_gram_form_is_the_direct_formula(self, counts: tuple[int, int]) -> None:
+    @pytest.mark.parametrize("distance", [moments_distance, frechet_distance_of_features])
+    def test_both_forms_are_the_direct_formula(
+        self, counts: tuple[int, int], distance: Callable[[Tensor, Tensor], float]
+    ) -> None:
         a, b = features_of(1, counts[0]), features_of(2, counts[1])
         cov_a, cov_b = a.double().T.cov(), b.double().T.cov()
         # The direct root of a singular product loses half of its digits; by eigenvalues it keeps them.
         root_trace = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()
         direct = (a.double().mean(0) - b.double().mean(0)).square().sum()
         direct += cov_a.trace() + cov_b.trace() - 2 * root_trace
-        assert frechet_distance_of_features(a, b) == pytest.approx(float(direct), rel=1e-6)
+        assert distance(a, b) == pytest.approx(float(direct), rel=1e-6)
 
 
 class TestInceptionScore:

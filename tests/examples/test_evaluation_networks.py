@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from feature_modules import SmallNetwork
+from test_checkpoints import TouchesAFile
 from torch import Tensor, nn
 
 from sagan.errors import UserError
@@ -129,9 +130,11 @@ class TestInception:
         torch.save([torch.zeros(1)], path)
         with pytest.raises(UserError, match="expected a state dict of tensors"):
             load_inception(path)
-        path.write_bytes(pickle.dumps({"fc.weight": Path("more than tensors")}))
+        trap = tmp_path / "was_run"
+        path.write_bytes(pickle.dumps(TouchesAFile(trap)))
         with pytest.raises(UserError, match="is not a readable file of tensors"):
             load_inception(path)
+        assert not trap.exists()
 
 
 @pytest.fixture(scope="module")

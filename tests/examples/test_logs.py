@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -39,33 +39,17 @@ def test_a_resumed_run_drops_later_and_torn_lines(tmp_path: Path) -> None:
 def test_tensorboard_gets_every_number_where_it_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[tuple[str, float, int]] = []
-    made: list[tuple[Path, int]] = []
-
-    class SummaryWriter:
-        def __init__(self, folder: Path, purge_step: int) -> None:
-            made.append((folder, purge_step))
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            written.append((name, value, step))
-
-        def flush(self) -> None:
-            pass
-
-        def close(self) -> None:
-            written.append(("closed", 0, 0))
-
-    board: Any = ModuleType("torch.utils.tensorboard")
-    board.SummaryWriter = SummaryWriter
+    board = mock.Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setattr("sagan.train.logs.importlib.util.find_spec", lambda name: object())
     with RunLog(tmp_path, 4, tensorboard=True) as log:
         log.write({"iteration": 5, "g_loss": 1.5, "alarm": "text"})
-    assert made == [(tmp_path / "tensorboard", 5)]
-    assert written == [("g_loss", 1.5, 5), ("closed", 0, 0)]
+    board.SummaryWriter.assert_called_once_with(tmp_path / "tensorboard", purge_step=5)
+    written = board.SummaryWriter.return_value.mock_calls
+    assert written == [mock.call.add_scalar("g_loss", 1.5, 5), mock.call.flush(), mock.call.close()]
 
 
-def test_reading_what_is_no_run_says_so(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected the folder of a run with metrics\.jsonl, found none"):
         read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
@@ -82,18 +66,13 @@ def test_a_run_is_drawn(trained_run: Path, tmp_path: Path) -> None:
 
 
 def test_a_report_holds_the_pictures_and_what_happened(trained_run: Path, tmp_path: Path) -> None:
-    metrics = trained_run / "metrics.jsonl"
-    before = metrics.read_text()
-    metrics.write_text(
-        before
-        + '{"iteration": 4, "evaluation/proxy": 12.25}\n{"iteration": 4, "alarm": "modes <are> lost"}\n'
-        + '{"iteration": 4, "skipped_updates": 3}\n'
-    )
-    try:
-        text = write_report(trained_run, tmp_path / "page.html").read_text()
-    finally:
-        metrics.write_text(before)
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "evaluation/proxy": 12.25}\n')
+        file.write('{"iteration": 4, "alarm": "modes <are> lost"}\n{"iteration": 4, "skipped_updates": 3}\n')
+    text = write_report(run, tmp_path / "page.html").read_text()
     assert text.count("data:image/png;base64,") >= 4  # curves, two grids, attention
+    assert "<td>skipped updates</td><td>3</td>" in text
     for part in (
         "best_known",
         "4 of 4",

@@ -16,34 +16,19 @@ from typing import Any
 import pytest
 import torch
 from image_trees import jpeg_bytes
-from training_runs import Batches, assert_same, assert_same_run, changed, make_trainer, metrics_of
+from training_runs import Train, assert_same, assert_same_run, changed, make_trainer, metrics_of, stepped
 
 from sagan.errors import UserError
 from sagan.io import locked
 from sagan.recipes import RunConfig, config_from_dict
-from sagan.train.checkpoint import (
-    BEST,
-    CheckpointError,
-    checkpoints_in,
-    find_checkpoint,
-    load_checkpoint,
-    set_aside_later,
-)
+from sagan.train.checkpoint import BEST, CheckpointError, checkpoints_in, find_checkpoint, load_checkpoint
 from sagan.train.health import TrainingError
-from sagan.train.loop import TrainingResult
 from sagan.train.output import Score
 from sagan.train.resume import check_unused
 from sagan.train.update import Trainer
 
-Train = Callable[..., TrainingResult]
-
 RESUME_CASES = {
-    "cached, everything on": {
-        "d_steps": 2,
-        "accumulation": 2,
-        "d_vectors_move_in_g_step": True,
-        "images__horizontal_flip": True,
-    },
+    "cached, flipped, accumulated": {"d_steps": 2, "accumulation": 2, "d_vectors_move_in_g_step": True},
     "decoded here": {"images__cache_mib": 0, "images__workers": 0},
     "decoded by workers": {"images__cache_mib": 0, "images__workers": 2, "d_steps": 2},
     "unconditional, no average, bf16": {"network__num_classes": 0, "ema_decay": 0.0, "precision": "bf16"},
@@ -87,9 +72,7 @@ def remove_latest(out: Path) -> None:
 
 class TestExactness:
     @pytest.mark.parametrize("case", list(RESUME_CASES))
-    def test_a_run_in_two_parts_is_the_uninterrupted_run_bit_for_bit(
-        self, case: str, train_tiny: Train
-    ) -> None:
+    def test_a_run_in_two_parts_is_the_whole_run_bit_for_bit(self, case: str, train_tiny: Train) -> None:
         settings = {"output__log_every": 2, "output__sample_every": 2, **RESUME_CASES[case]}
         whole = train_tiny("whole", iterations=4, **settings)
         assert (whole.iteration, whole.interrupted) == (4, False)
@@ -99,34 +82,25 @@ class TestExactness:
         again = train_tiny("parts", iterations=4, resume=True, **settings)
         assert (again.iteration, again.interrupted) == (4, False)
         assert_same_run(whole.out, again.out)
-        assert_same(whole.trainer.state_dict()["generator"], again.trainer.state_dict()["generator"])
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_a_signal_between_logs_loses_nothing(self, number: int, train_tiny: Train) -> None:
+    @pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, 2), (signal.SIGTERM, 2), (signal.SIGTERM, 0)])
+    def test_a_signal_between_logs_loses_nothing(self, number: int, at: int, train_tiny: Train) -> None:
         settings = {"iterations": 5, "output__log_every": 3, "output__sample_every": 2}
         whole = train_tiny("whole", **settings)
 
         def send_signal(trainer: Trainer) -> None:
-            if trainer.iteration == 2:
+            if trainer.iteration == at:
                 signal.raise_signal(number)
 
         handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
         stopped = train_tiny("parts", observe=send_signal, **settings)
-        assert (stopped.iteration, stopped.interrupted) == (2, True)
+        assert (stopped.iteration, stopped.interrupted) == (max(at, 1), True)
         assert stopped.checkpoint == find_checkpoint(stopped.out)
         assert metrics_of(stopped.out) == []
         assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
         train_tiny("parts", resume=True, **settings)
         assert_same_run(whole.out, stopped.out)
         assert [row["iteration"] for row in metrics_of(stopped.out)] == [3, 5]
-
-    def test_a_signal_before_the_first_iteration_leaves_a_run_to_resume(self, train_tiny: Train) -> None:
-        whole = train_tiny("whole", iterations=3)
-        stopped = train_tiny("parts", iterations=3, observe=lambda _: signal.raise_signal(signal.SIGTERM))
-        assert stopped.interrupted
-        assert load_checkpoint(stopped.checkpoint)["iteration"] == stopped.iteration < 3
-        train_tiny("parts", iterations=3, resume=True)
-        assert_same_run(whole.out, stopped.out)
 
     def test_a_second_signal_acts_as_usual(self, train_tiny: Train) -> None:
         def send_two(_: Trainer) -> None:
@@ -140,9 +114,7 @@ class TestExactness:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def test_after_a_crash_the_rows_and_iterations_since_the_checkpoint_are_made_again(
-        self, train_tiny: Train, tmp_path: Path
-    ) -> None:
+    def test_a_crash_repeats_what_followed_the_checkpoint(self, train_tiny: Train, tmp_path: Path) -> None:
         settings = {"output__log_every": 1, "output__sample_every": 4, "output__checkpoint_every": 2}
         settings["iterations"] = 5
         whole = train_tiny("whole", **settings)
@@ -169,13 +141,12 @@ class TestExactness:
         assert first.checkpoint.read_bytes() == before
         assert [row["iteration"] for row in metrics_of(first.out)] == [2]
 
-    def test_other_seeds_give_other_runs(self, train_tiny: Train) -> None:
-        runs = [train_tiny(f"{number}", seed=seed) for number, seed in enumerate((0, 0, 1))]
-        states = [run.trainer.state_dict()["generator"] for run in runs]
+    def test_other_seeds_give_other_runs(self, tiny_config: RunConfig) -> None:
+        states = [stepped(tiny_config, seed=seed).state_dict()["generator"] for seed in (0, 0, 1)]
         assert_same(states[0], states[1])
         assert any(not torch.equal(tensor, states[2][name]) for name, tensor in states[0].items())
 
-    def test_the_state_of_the_gpus_generator_is_saved_and_restored_there(
+    def test_the_random_state_of_the_gpu_is_saved_and_restored(
         self, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         device = torch.device("cuda", 1)
@@ -225,12 +196,13 @@ class TestRefusals:
         self, changes: dict[str, Any], message: str, trained_run: Path, run_training: Train
     ) -> None:
         config = config_from_dict(load_checkpoint(find_checkpoint(trained_run))["config"])
-        before = [(trained_run / name).read_bytes() for name in ("config.json", "metrics.jsonl")]
+        files = [trained_run / name for name in ("config.json", "metrics.jsonl")]
+        before = [file.read_bytes() for file in files]
         with pytest.raises(CheckpointError, match=f"made with another configuration: {message}"):
             run_training(changed(config, **changes), resume=True)
-        assert [(trained_run / name).read_bytes() for name in ("config.json", "metrics.jsonl")] == before
+        assert [file.read_bytes() for file in files] == before
 
-    def test_changes_are_accepted_when_told(self, train_tiny: Train) -> None:
+    def test_changes_are_accepted_on_request(self, train_tiny: Train) -> None:
         out = train_tiny().out
         changes = {"iterations": 3, "optimizer__d_lr": 0.5}
         with pytest.raises(CheckpointError, match="--accept-changes"):
@@ -258,28 +230,21 @@ class TestRefusals:
             train_tiny()
         assert find_checkpoint(first.out).read_bytes() == before
 
-    def test_what_a_run_left_before_its_first_checkpoint_is_not_overwritten(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("name", ["metrics.jsonl", f"checkpoints/{BEST}"])
+    def test_files_of_a_run_without_a_checkpoint_are_not_overwritten(self, name: str, tmp_path: Path) -> None:
         check_unused(tmp_path / "new")
         (tmp_path / "metrics.jsonl").touch()  # killed before the first log
         check_unused(tmp_path)
-        (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
-        with pytest.raises(CheckpointError, match="holds a run that ended before its first checkpoint"):
-            check_unused(tmp_path)
-        (tmp_path / "metrics.jsonl").unlink()
         (tmp_path / "checkpoints").mkdir()
-        (tmp_path / "checkpoints" / BEST).touch()
+        (tmp_path / name).write_text('{"iteration": 1}\n')
         with pytest.raises(CheckpointError, match="holds a run that ended before its first checkpoint"):
             check_unused(tmp_path)
 
 
 class TestDamagedCheckpoints:
-    def test_without_another_one_the_run_is_refused(self, train_tiny: Train) -> None:
-        path = train_tiny().checkpoint
-        path.write_bytes(path.read_bytes()[:5000])
-        with pytest.raises(CheckpointError, match="is damaged"):
-            train_tiny(resume=True)
-
-    def test_the_one_before_is_taken(self, train_tiny: Train, caplog: pytest.LogCaptureFixture) -> None:
+    def test_the_run_resumes_from_the_one_before(
+        self, train_tiny: Train, caplog: pytest.LogCaptureFixture
+    ) -> None:
         settings = {"iterations": 4, "output__checkpoint_every": 2}
         whole = train_tiny("whole", **settings)
         path = train_tiny("parts", **settings).checkpoint
@@ -304,12 +269,6 @@ class TestDamagedCheckpoints:
         result = train_tiny(iterations=3, output__keep_checkpoints=1, resume=True)
         assert result.checkpoint.is_file()
         assert checkpoints_in(late.parent) == [result.checkpoint]
-
-    def test_set_aside_names_what_it_renamed(self, tmp_path: Path) -> None:
-        for number in (1, 2, 3):
-            (tmp_path / f"iteration_{number:09d}.pt").touch()
-        names = [path.name for path in set_aside_later(tmp_path / "iteration_000000001.pt")]
-        assert names == ["iteration_000000002.pt.damaged", "iteration_000000003.pt.damaged"]
 
 
 class TestBest:
@@ -337,7 +296,7 @@ class TestBest:
 
 class TestLocks:
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-    def test_one_training_at_a_time_works_in_a_folder_and_a_killed_one_frees_it_although_its_workers_live(
+    def test_one_training_at_a_time_uses_a_folder_and_a_killed_one_frees_it_although_its_workers_live(
         self, train_tiny: Train, tmp_path: Path
     ) -> None:
         lock = tmp_path / "run" / ".lock"
@@ -376,6 +335,8 @@ class TestLocks:
 
 
 class TestSkippedUpdates:
+    SETTINGS = {"health__on_nonfinite": "skip", "output__log_every": 8, "output__checkpoint_every": 3}  # noqa: RUF012
+
     @staticmethod
     def poison(monkeypatch: pytest.MonkeyPatch, iterations: set[int]) -> None:
         """Put a NaN into G's gradient in these iterations."""
@@ -389,25 +350,18 @@ class TestSkippedUpdates:
 
         monkeypatch.setattr(Trainer, "update_generator", update)
 
-    def test_their_number_survives_a_resumption(
-        self, train_tiny: Train, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_resumed_run_counts_them(self, train_tiny: Train, monkeypatch: pytest.MonkeyPatch) -> None:
         self.poison(monkeypatch, {1, 4})
-        settings = {"iterations": 6, "output__log_every": 8, "output__checkpoint_every": 3}
-        settings["health__on_nonfinite"] = "skip"
-        whole = train_tiny("whole", **settings)
-        parts = train_tiny("parts", **settings)
+        settings = {**self.SETTINGS, "iterations": 6}
+        whole, parts = (train_tiny(name, **settings) for name in ("whole", "parts"))
         remove_latest(parts.out)
         train_tiny("parts", resume=True, **settings)
         assert metrics_of(parts.out)[-1]["skipped_updates"] == 2
         assert_same_run(whole.out, parts.out)
 
-    def test_too_many_in_a_row_are_told_as_such_also_over_a_resumption(
-        self, train_tiny: Train, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_too_many_end_a_resumed_run(self, train_tiny: Train, monkeypatch: pytest.MonkeyPatch) -> None:
         self.poison(monkeypatch, {1, 2, 3, 4, 5})
-        settings = {"health__on_nonfinite": "skip", "health__most_skipped": 3}
-        settings |= {"output__log_every": 8, "output__checkpoint_every": 3}
+        settings = {**self.SETTINGS, "health__most_skipped": 3}
         train_tiny(iterations=3, **settings)
         with pytest.raises(TrainingError, match=r"in 4 iterations in a row, the first 2 .*most-skipped"):
             train_tiny(iterations=8, resume=True, **settings)
@@ -420,10 +374,7 @@ class TestAcceptedChanges:
     def test_another_batch_size_resumes_at_the_next_image(
         self, tiny_config: RunConfig, before: dict[str, Any], after: dict[str, Any]
     ) -> None:
-        first = make_trainer(tiny_config, **before)
-        batches = Batches(first.config.batch_size // first.config.accumulation)
-        for _ in range(3):
-            first.step(batches)
+        first = stepped(tiny_config, **before)
         second = make_trainer(tiny_config, **after)
         second.load_state_dict(first.state_dict())
         part = second.config.batch_size // second.config.accumulation

@@ -1,16 +1,21 @@
-"""Options of a step that change its time or memory leave its results alone."""
+"""Options that change the time or memory of a step, not its results; and how malloc treats the freed memory."""
 
 from __future__ import annotations
 
 import functools
+import platform
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from training_runs import Batches, assert_same, make_trainer
+from training_runs import Batches, assert_same, make_trainer, run_steps, stepped
 
 from sagan.recipes import RunConfig
+from sagan.train import allocator
 from sagan.train.update import Trainer
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -20,25 +25,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "accumulated, two updates of D": {"accumulation": 2, "d_steps": 2},
     "D's vectors move in G's update": {"d_vectors_move_in_g_step": True},
     "unconditional": {"network__num_classes": 0},
-    "watched for what is not finite": {"health__on_nonfinite": "skip"},
+    "updates that are not finite are skipped": {"health__on_nonfinite": "skip"},
 }
-
-
 # A large epsilon: else Adam divides by the size of the gradient, and where that is zero, rounding decides the step.
 SMOOTH = {"optimizer__eps": 1.0, "optimizer__g_lr": 0.1, "optimizer__d_lr": 0.1}
 
 
-def stepped(config: RunConfig, **changes: Any) -> Trainer:
-    """Return a trainer after three steps."""
-    trainer = make_trainer(config, **changes)
-    batches = Batches(4 // trainer.config.accumulation)
-    for _ in range(3):
-        trainer.step(batches)
-    return trainer
-
-
 def flat(network: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+def assert_close_steps(one: Trainer, other: Trainer, tolerance: float) -> None:
+    """Compare two trainers' weights, relative to how far they have moved from the same start."""
+    for name, start in make_trainer(one.config).networks.items():
+        after = flat(one.networks[name])
+        moved = torch.linalg.vector_norm(after - flat(start))
+        assert moved > 0.01
+        assert torch.linalg.vector_norm(flat(other.networks[name]) - after) < tolerance * moved
 
 
 def state(trainer: Trainer) -> dict[str, Any]:
@@ -50,17 +53,11 @@ def state(trainer: Trainer) -> dict[str, Any]:
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_checkpointed_activations_change_no_bit(tiny_config: RunConfig, settings: dict[str, Any]) -> None:
     runs: list[int] = []
-
-    def counted(network: nn.Module) -> None:
-        network.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
-
     plain = stepped(tiny_config, **settings)
     trainer = make_trainer(tiny_config, step__checkpoint_activations=True, **settings)
-    counted(trainer.generator)
-    counted(trainer.discriminator)
-    batches = Batches(4 // trainer.config.accumulation)
-    for _ in range(3):
-        trainer.step(batches)
+    for network in (trainer.generator, trainer.discriminator):
+        network.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    run_steps(trainer)
     assert_same(state(plain), state(trainer))
     parts, d_steps = trainer.config.accumulation, trainer.config.d_steps
     # D's update runs G without a graph and D's block twice; G's update runs both twice.
@@ -88,12 +85,7 @@ def test_a_compiled_step_is_the_same_step(tiny_config: RunConfig, settings: dict
     )
     # Torch 2.6 rounds to bfloat16 elsewhere when it compiles, and G then differs as much as from float32: by 14%.
     tolerance = 0.25 if settings.get("precision") else 1e-4
-    start = make_trainer(tiny_config, **settings)
-    for name, network in plain.networks.items():
-        before, after = flat(start.networks[name]), flat(network)
-        moved = torch.linalg.vector_norm(after - before)
-        assert moved > 0.01
-        assert torch.linalg.vector_norm(flat(compiled.networks[name]) - after) < tolerance * moved
+    assert_close_steps(plain, compiled, tolerance)
     one, two = plain.means.take(), compiled.means.take()
     assert one.keys() == two.keys()
     for name, value in one.items():
@@ -113,7 +105,41 @@ def test_the_order_of_axes_in_memory_changes_nothing_but_rounding(tiny_config: R
     for trainer, channels_last in ((plain, False), (other, True)):
         weight = trainer.discriminator.blocks[0].conv2.weight
         assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
-    for name, start in make_trainer(tiny_config).networks.items():
-        after = flat(plain.networks[name])
-        moved = torch.linalg.vector_norm(after - flat(start))
-        assert torch.linalg.vector_norm(flat(other.networks[name]) - after) < 1e-4 * moved
+    assert_close_steps(plain, other, 1e-4)
+
+
+# Faults while 64 MiB are allocated, written and freed ten times, after a first time.
+SCRIPT = """
+import resource, sys
+import torch
+from sagan.train.allocator import keep_freed_memory
+
+if "keep" in sys.argv:
+    assert keep_freed_memory()
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(*arguments: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(Path(allocator.__file__).parents[2]), "PATH": ""},
+        check=True,
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_freed_memory_is_reused_with_fewer_faults() -> None:
+    assert faults("keep") < 0.8 * faults()
+
+
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert allocator.keep_freed_memory() is False

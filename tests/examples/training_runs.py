@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,23 @@ import torch
 from torch import Tensor
 
 from sagan.distributed import World
+from sagan.networks import NetworkConfig
 from sagan.recipes import RunConfig
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint
+from sagan.train.loop import TrainingResult
 from sagan.train.update import Trainer
 
+Train = Callable[..., TrainingResult]
+
+TINY_NETWORK = NetworkConfig(
+    resolution=32,
+    base_width=2,
+    num_classes=3,
+    latent_dim=6,
+    g_attention=(8, 16),
+    d_attention=(8,),
+    bn_momentum=0.1,
+)
 ALONE = World(0, 1, torch.device("cpu"))
 TIMINGS = {"images_per_s", "data_wait_share", "seconds_left"}
 
@@ -36,6 +49,19 @@ def make_trainer(config: RunConfig, **changes: Any) -> Trainer:
     return trainer
 
 
+def stepped(config: RunConfig, *, steps: int = 3, **changes: Any) -> Trainer:
+    """Return a trainer after some steps."""
+    trainer = make_trainer(config, **changes)
+    run_steps(trainer, steps)
+    return trainer
+
+
+def run_steps(trainer: Trainer, steps: int = 3) -> None:
+    batches = Batches(trainer.config.batch_size // trainer.config.accumulation)
+    for _ in range(steps):
+        trainer.step(batches)
+
+
 def set_gammas(trainer: Trainer) -> None:
     """Give the mixers an effect: with gamma 0 they are the identity."""
     with torch.no_grad():
@@ -45,17 +71,18 @@ def set_gammas(trainer: Trainer) -> None:
 
 
 class Batches(Iterator[tuple[Tensor, Tensor]]):
-    """Random batches, the same in every run; counts them."""
+    """This rank's shards of random batches, which are the same in every run; counts them."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.taken = 0
+    def __init__(self, size: int, world: World = ALONE) -> None:
+        self.size, self.world = size, world
+        self.drawn = 0
         self.random = torch.Generator().manual_seed(1)
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        self.taken += 1
+        self.drawn += 1
         images = torch.randint(256, (self.size, 3, 32, 32), generator=self.random, dtype=torch.uint8)
-        return images, torch.randint(3, (self.size,), generator=self.random)
+        labels = torch.randint(3, (self.size,), generator=self.random)
+        return self.world.shard(images, 0, 1), self.world.shard(labels, 0, 1)
 
 
 def assert_same(one: Any, other: Any, where: str = "") -> None:
@@ -82,7 +109,7 @@ def metrics_of(out: Path, *, timings: bool = False) -> list[dict[str, float]]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Compare the latest checkpoints (but for where they lie), the metrics but for timings, and every grid."""
+    """Compare the latest checkpoints except "out", the metrics except timings, and every grid."""
     first, second = load_checkpoint(find_checkpoint(one)), load_checkpoint(find_checkpoint(other))
     for state in (first, second):
         del state["config"]["out"]
@@ -90,8 +117,5 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert {"generator", "discriminator", "average", "g_optimizer", "d_optimizer", "means"} <= set(first)
     assert_same(first, second)
     assert metrics_of(one) == metrics_of(other)
-    grids = [sorted((out / "samples").iterdir()) for out in (one, other)]
-    assert [path.name for path in grids[0]] == [path.name for path in grids[1]]
-    assert all(
-        left.read_bytes() == right.read_bytes() for left, right in zip(grids[0], grids[1], strict=True)
-    )
+    grids = [{path.name: path.read_bytes() for path in (out / "samples").iterdir()} for out in (one, other)]
+    assert grids[0] == grids[1]

@@ -121,7 +121,7 @@ def save_attention_figure(
 ) -> None:
     """Write figure 5 of the paper: each image with its query points, and next to it the map of each point.
 
-    Images, maps and points are as :func:`attention_at` returns and takes them; ``names`` has one for each image.
+    ``images``, ``maps`` and ``points`` are those of :func:`attention_at`; ``names`` has one for each image.
     """
     count, resolution = len(images), images.size(2)
     large = F.interpolate(maps.float().cpu(), (resolution, resolution), mode="bilinear")

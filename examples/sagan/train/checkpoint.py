@@ -119,16 +119,15 @@ def find_checkpoint(path: Path) -> Path:
     return _candidates(path)[-1]
 
 
-def set_aside_later(path: Path) -> list[Path]:
-    """Rename the checkpoints later than this one, and return their new paths.
+def set_aside_later(path: Path) -> None:
+    """Rename the checkpoints later than this one.
 
     They are damaged, else the run would resume from them. So they must not count among those to keep.
     """
-    later = [each for each in checkpoints_in(path.parent) if each.name > path.name]
-    renamed = [each.replace(each.with_suffix(".pt.damaged")) for each in later]
-    for each in later:
-        _digest_path(each).unlink(missing_ok=True)
-    return renamed
+    for each in checkpoints_in(path.parent):
+        if each.name > path.name:
+            each.replace(each.with_suffix(".pt.damaged"))
+            _digest_path(each).unlink(missing_ok=True)
 
 
 def load_latest(path: Path) -> tuple[Path, RunState]:

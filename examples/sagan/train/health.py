@@ -49,7 +49,7 @@ class FiniteGuard:
 
     @contextlib.contextmanager
     def iteration(self, number: int, moving: Sequence[Tensor]) -> Iterator[None]:
-        """Enclose the updates of an iteration; restore the ``moving`` buffers if it has a skipped update."""
+        """Enclose the updates of an iteration; restore the buffers in ``moving`` if an update was skipped."""
         self._iteration = number
         self._found = torch.zeros_like(self._found)
         before = [tensor.clone() for tensor in moving]

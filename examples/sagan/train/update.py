@@ -282,7 +282,7 @@ class Trainer:
         self.iteration = state["iteration"]
         before = state["config"]
         images_drawn = state["batches_drawn"] * (before["batch_size"] // before["accumulation"])
-        # A run with another batch size resumes at the next image all the same.
+        # With another batch size too, the run resumes at the next image.
         self.batches_drawn = -(-images_drawn // (self.config.batch_size // self.config.accumulation))
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])

@@ -10,11 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from training_runs import Batches, assert_same_run, make_trainer, metrics_of
+from training_runs import Batches, Train, assert_same_run, make_trainer, metrics_of
 
 from sagan.randomness import training_noise
 from sagan.recipes import RunConfig
-from sagan.train.loop import TrainingResult
 from sagan.train.losses import (
     LOSSES,
     Discriminator,
@@ -27,7 +26,6 @@ from sagan.train.losses import (
 )
 from sagan_layers import gradient_penalty, hinge_discriminator_loss, interpolate_images
 
-Train = Callable[..., TrainingResult]
 R1_WEIGHT = 5.0
 
 
