@@ -225,6 +225,25 @@ def assert_close(
         )
 
 
+def check_derivatives(module: nn.Module, *inputs: Tensor) -> None:
+    """Compare derivatives of first and second order by inputs and parameters with finite differences."""
+    parameters = dict(module.named_parameters())
+    floating = [i for i, x in enumerate(inputs) if x.is_floating_point()]
+
+    def forward(*tensors: Tensor) -> Tensor:
+        filled = list(inputs)
+        for i, tensor in zip(floating, tensors, strict=False):
+            filled[i] = tensor
+        named = dict(zip(parameters, tensors[len(floating) :], strict=True))
+        output: Tensor = torch.func.functional_call(module, named, tuple(filled))
+        return output
+
+    arguments = [*(inputs[i] for i in floating), *parameters.values()]
+    arguments = [argument.detach().clone().requires_grad_() for argument in arguments]
+    assert torch.autograd.gradcheck(forward, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(forward, arguments, fast_mode=True)
+
+
 def spectral_layers(module: nn.Module) -> list[SpectralNormLayer]:
     return [layer for layer in module.modules() if isinstance(layer, SpectralNormLayer)]
 

@@ -15,6 +15,7 @@ from blocks import (
     assert_close,
     assert_same,
     build,
+    check_derivatives,
     cotangent,
     draw_inputs,
     hold_vectors,
@@ -153,24 +154,7 @@ def test_every_parameter_and_input_gets_a_gradient(block: Block, training: bool)
 @both_modes
 def test_derivatives_of_first_and_second_order_pass_the_numerical_check(block: Block, training: bool) -> None:
     module = hold_vectors(build(block, dtype=torch.float64).train(training))
-    inputs = draw_inputs(block, batch=2, dtype=torch.float64)
-    parameters = dict(module.named_parameters())
-    floating = [i for i, x in enumerate(inputs) if x.is_floating_point()]
-
-    def forward(*tensors: Tensor) -> Tensor:
-        filled = list(inputs)
-        for i, tensor in zip(floating, tensors, strict=False):
-            filled[i] = tensor
-        named = dict(zip(parameters, tensors[len(floating) :], strict=True))
-        output: Tensor = torch.func.functional_call(module, named, tuple(filled))
-        return output
-
-    arguments = (
-        *(inputs[i].clone().requires_grad_() for i in floating),
-        *(parameter.detach().clone().requires_grad_() for parameter in parameters.values()),
-    )
-    assert torch.autograd.gradcheck(forward, arguments, fast_mode=True)
-    assert torch.autograd.gradgradcheck(forward, arguments, fast_mode=True)
+    check_derivatives(module, *draw_inputs(block, batch=2, dtype=torch.float64))
 
 
 @every_block

@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import assert_close, assert_same, converge, gradients_of, hold_vectors, matrix_of
+from blocks import (
+    assert_close,
+    assert_same,
+    check_derivatives,
+    converge,
+    gradients_of,
+    hold_vectors,
+    matrix_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -168,6 +176,15 @@ def test_gradient_takes_u_and_v_as_constants(kind: str) -> None:
     # u^T W v is linear in W, so the normalised weight, and with it the output, is invariant to scale.
     dot = (layer.weight.grad * layer.weight.detach()).sum()
     assert abs(dot.item()) < 1e-10 * layer.weight.grad.abs().sum().item()
+
+
+# The other kinds are among the blocks of test_module_contract.py.
+@pytest.mark.parametrize(
+    "kind", ["conv_depthwise_dilated", "conv_same_circular", "transpose", "transpose_grouped"]
+)
+def test_derivatives_of_first_and_second_order_pass_the_numerical_check(kind: str) -> None:
+    layer = hold_vectors(LAYERS[kind](dtype=torch.float64))
+    check_derivatives(layer, input_of(layer)[:1, ..., :5, :5])
 
 
 def test_double_backward_works_while_u_is_updated() -> None:
