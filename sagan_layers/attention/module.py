@@ -24,7 +24,7 @@ class SelfAttention2d(nn.Module):
 
     The four W are 1x1 convolutions, ``query``, ``key``, ``value`` and ``out``; attention is
     :func:`sagan_layers.functional.attention` over the positions, without a scale on the logits. ``gamma``
-    starts at 0, so a new layer returns its input bit for bit (as long as what it gathers is finite).
+    starts at 0, so a new layer returns its input bit for bit (as long as the gathered values are finite).
 
     The defaults are those of the released code. Other forms in use:
 
@@ -46,7 +46,7 @@ class SelfAttention2d(nn.Module):
             border are dropped, as with TensorFlow's 'VALID'.
         output_projection: whether there is a last 1x1 convolution, value_channels -> C.
         bias: whether the 1x1 convolutions have biases.
-        spectral_norm: whether they are :class:`~sagan_layers.SNConv2d`, or ``nn.Conv2d``.
+        spectral_norm: whether they are :class:`~sagan_layers.SNConv2d` instead of ``nn.Conv2d``.
         gamma_init: where gamma starts.
         backend: "auto" or a backend of :func:`sagan_layers.functional.self_attention_2d`.
         n_power_iterations, eps: as for :class:`~sagan_layers.SNConv2d`; ignored without ``spectral_norm``.

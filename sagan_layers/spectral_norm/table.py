@@ -22,7 +22,7 @@ class SpectralNormInputs(NamedTuple):
     Attributes:
         weight: at least two axes.
         dim: the axis of the outputs.
-        alone: whether one weight is normalised by itself, not those of a whole network.
+        alone: whether this weight is normalised alone; False for the weights of a whole network together.
     """
 
     weight: Tensor
