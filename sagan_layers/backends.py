@@ -162,7 +162,7 @@ def find_operation(name: str) -> Operation[Any, Any]:
 
 @contextlib.contextmanager
 def force_backend(backend: str, *, operation: str | None = None) -> Iterator[None]:
-    """Make every call inside a ``with`` block use one backend, whatever its own ``backend`` says.
+    """Make every call inside a ``with`` block use one backend, regardless of its ``backend`` argument.
 
     Modules, functions and networks that were built with other choices all follow. Operations without a backend of
     this name choose as usual. Contexts nest; the innermost wins. A backend that cannot serve raises, as it does when

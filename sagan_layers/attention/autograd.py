@@ -1,8 +1,7 @@
 """Makes kernels for attention and its derivatives into differentiable functions.
 
-Attention is differentiated by the kernel of its backward, and that by the kernel of the double backward. The
-double backward, for derivatives of third and higher order, is written out with the reference, whose memory grows
-with L x S.
+A kernel computes the backward of attention, and another one the backward of that, the double backward. Derivatives of
+third and higher order differentiate the reference's double backward, whose memory grows with L x S.
 
 Eager code calls the kernels through autograd alone. For torch.compile and torch.export each backend also has
 three opaque operations, ``sagan_layers::attention_<name>``, ``..._backward`` and ``..._double_backward``: in eager

@@ -80,7 +80,7 @@ def self_attention_2d(
     pool_size: int = 2,
     backend: str = "auto",
 ) -> Tensor:
-    r"""Return x plus gamma times what each position of a feature map gathers from all the others.
+    r"""Return x plus gamma times the attention output of a feature map's positions.
 
     .. math:: y = x + \gamma\, W_o\, \mathrm{attention}(W_q x,\; \mathrm{pool}(W_k x),\; \mathrm{pool}(W_v x))
 

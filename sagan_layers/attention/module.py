@@ -141,7 +141,7 @@ class SelfAttention2d(nn.Module):
         nn.init.constant_(self.gamma, self.gamma_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x plus gamma times what each position gathered from the others."""
+        """Return x plus gamma times the attention output."""
         self._check_input(x)
         projections = _weights_or_layers(self.query, self.key, self.value, self.out)
         return functional.self_attention_of_projections(
@@ -196,7 +196,7 @@ class SelfAttention2d(nn.Module):
         return weights.view(*weights.shape[:2], *key.shape[2:]) if key_grid else weights
 
     def extra_repr(self) -> str:
-        """Return the sizes and what is not visible in the layers."""
+        """Return the sizes and options that the layers do not show."""
         return f"{self.in_channels}, pool_size={self.pool_size}, backend={self.backend!r}"
 
     def _pool(self, features: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def register_conditional_norm(name: str, load: LoadKernels) -> Callable[..., Con
 
     Returns:
         A function that takes what :func:`reference.conditional_batch_norm` takes; inside torch.compile the process
-        group has to be None.
+        group must be None.
     """
     eager = _as_function(load)
     compiled = _as_operation(name, load)

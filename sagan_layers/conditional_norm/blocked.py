@@ -250,7 +250,7 @@ def _statistics_around(
 def _statistics_of_columns(positions: Tensor, entries: int) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of each column of [positions, C], by torch's kernel.
 
-    The relative error of the mean is about 1e-7, so the mean has to be within a few standard deviations of 0.
+    The relative error of the mean is about 1e-7, so the mean must be within a few standard deviations of 0.
     """
     columns = positions.size(1)
     means, variances, counts = [], [], []

@@ -22,9 +22,9 @@ class ResamplingConv2d(nn.Conv2d):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
-            dtype: as for :class:`torch.nn.Conv2d`. With resampling ``stride`` has to be 1.
+            dtype: as for :class:`torch.nn.Conv2d`. With resampling ``stride`` must be 1.
         upsample: factor by which height and width grow before the convolution; 1 for none.
-        downsample: factor by which they shrink after it; 1 for none. One of the two has to be 1.
+        downsample: factor by which they shrink after it; 1 for none. One of the two must be 1.
         backend: "auto", or the name of a form of :func:`sagan_layers.functional.upsample_conv2d` to require.
 
     Shape:

@@ -82,7 +82,7 @@ def recording_spectral_norm(module: nn.Module, record: SpectralNormRecord) -> It
 def replaying_spectral_norm(record: SpectralNormRecord) -> Iterator[None]:
     """Let forwards inside a ``with`` block use the recorded weights again, in their order; nothing is updated.
 
-    The weights and their gradients are those of the record, whatever has updated u and v since, and whether or not
+    The weights and their gradients are those of the record, even if u and v were updated since, and whether or not
     the layers are in training, frozen or shared now. The caller checks that the parameters are still the same.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The stateless form of spectral normalisation, and what the layers call: task -> backend of the table -> result."""
+"""The stateless form of spectral normalisation, and the functions that layers call: task -> backend -> result."""
 
 from __future__ import annotations
 

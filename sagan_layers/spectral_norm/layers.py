@@ -32,7 +32,7 @@ class SharedWeight(NamedTuple):
     """Set by :func:`~sagan_layers.shared_spectral_norm`.
 
     Attributes:
-        task: what was normalised.
+        task: the weight, and the u and v before.
         result: the normalised weight, sigma, u and v, without a graph.
         version: of the weight at that time; None where torch counts none.
     """
@@ -142,7 +142,7 @@ class SpectralNormLayer(nn.Module):
             weight, _, u, v = normalize_weight(self._task(self.weight, iterate=iterate))
             used = UsedVectors(u, v)
             if self._updates_vectors:
-                # The gradient has tensors of its own, so an earlier forward's graph survives this.
+                # The graph has its own u and v, so an earlier forward's graph stays valid.
                 with torch.no_grad():
                     self.weight_u.copy_(u)
                     self.weight_v.copy_(v)

@@ -18,9 +18,9 @@ def shared_spectral_norm(module: nn.Module, *, dtype: torch.dtype | None = None)
 
     On entry, one call does for every spectrally normalised layer what its next forward would have done: in training,
     unless frozen, it updates u and v, and it computes the normalised weight. Inside the block nothing is updated or
-    computed again: the real batch, the fake batch and all parts of an accumulated batch use the same weights. That is
-    what a first forward followed by others inside ``frozen_spectral_norm(module, iterate=False)`` computes, at the
-    cost of one.
+    computed again: the real batch, the fake batch and all parts of an accumulated batch use the same weights. The
+    results are those of a first forward followed by others inside ``frozen_spectral_norm(module, iterate=False)``, at
+    the cost of one.
 
     Args:
         module: a layer or a network that contains some; one in DistributedDataParallel or under ``torch.compile``
