@@ -1,7 +1,7 @@
 """Which backend serves an operation's inputs, and why the others do not.
 
 Each operation has a table of backends (``attention/table.py`` and its siblings). A backend lists why it cannot serve
-given inputs, and why another one is preferred for them. ``"auto"`` takes the first backend without either; naming a
+given inputs, and why another one is preferred for them. ``"auto"`` takes the first backend without either; a named
 backend that cannot serve raises with every reason. A backend changes speed, memory and the last bits, never what is
 computed, and no failure falls back to another backend.
 """
@@ -35,10 +35,10 @@ class Backend(Generic[Inputs, Implementation]):
 
     Attributes:
         name: what a caller writes as ``backend=``.
-        implementation: what computes, in the form that the operation's table says.
+        implementation: the function that computes, with the signature that the operation's table documents.
         unsupported_reasons: takes the operation's inputs; returns why the backend cannot serve them.
         not_preferred_reasons: takes the same; returns why "auto" takes a later backend, although this one could serve.
-        delegates_to: the operation whose backend computes in the end; its names select this backend too.
+        delegates_to: an operation that this backend calls; the names of its backends select this one too.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Operation(Generic[Inputs, Implementation]):
         raise ValueError(f"no {self.title} backend serves these inputs ({' | '.join(refusals)})")
 
     def select_and_record(self, inputs: Inputs, name: str) -> Backend[Inputs, Implementation]:
-        """Return the backend for a call, and tell :func:`record_backends` of it."""
+        """Return the backend for a call, and add it to the lists of :func:`record_backends`."""
         backend = self.select(inputs, name)
         if backend.delegates_to is None:
             for operation, served in _records:
@@ -162,12 +162,12 @@ def find_operation(name: str) -> Operation[Any, Any]:
 
 @contextlib.contextmanager
 def force_backend(backend: str, *, operation: str | None = None) -> Iterator[None]:
-    """Make every call inside a ``with`` block use one backend, whatever its own ``backend`` says.
+    """Make every call inside a ``with`` block use one backend, regardless of its ``backend`` argument.
 
     Modules, functions and networks that were built with other choices all follow. Operations without a backend of
-    this name choose as usual. Contexts nest; the innermost holds. A backend that cannot serve raises, as it does when
+    this name choose as usual. Contexts nest; the innermost wins. A backend that cannot serve raises, as it does when
     named. Forward makes the choice: backward uses the same backend, also after the ``with`` block has ended. The
-    choice holds for all threads of the process.
+    choice applies to all threads of the process.
 
     Args:
         backend: "auto" or a backend's name, for instance "reference" or "fused".
@@ -194,7 +194,7 @@ def force_backend(backend: str, *, operation: str | None = None) -> Iterator[Non
     try:
         yield
     finally:
-        # Remove this very entry: in several threads, contexts may end in another order than they began.
+        # By identity: with several threads, contexts may end in another order than they began.
         del _forced[next(i for i, other in enumerate(_forced) if other is entry)]
 
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing that repeats a block exactly, whatever is updated in it or has changed around it."""
+"""Activation checkpointing whose second pass repeats the first exactly and updates nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["checkpointed"]
 def checkpointed(module: nn.Module, *inputs: Any) -> Any:
     """Return ``module(*inputs)`` and save only the inputs for backward, which computes the rest again.
 
-    ``torch.utils.checkpoint`` runs the block a second time during backward. By itself that would update the vectors of
+    ``torch.utils.checkpoint`` runs the block a second time during backward. On its own it would update the vectors of
     spectral normalisation and the running statistics of batch norm once more, and use other normalised weights than
     the first pass: the gradients would be wrong without a message. Here the second pass uses the parameters, normalised
     weights and vectors of the first, and updates nothing. Results and gradients are those without checkpointing. So
@@ -33,17 +33,17 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
 
     Args:
         module: a block, in the same mode (``train`` or ``eval``) in ``backward`` as now.
-        inputs: what to call it with.
+        inputs: its arguments.
 
     Raises:
-        RuntimeError: inside torch.compile, whose partitioner itself decides what to save; in ``backward``, if a
+        RuntimeError: inside torch.compile, whose partitioner decides what to save; in ``backward``, if a
             parameter has changed since, or a buffer of a part in evaluation (steps of ``fused=True`` optimizers
             go unnoticed).
         TypeError: for a :class:`~sagan_layers.DiscriminatorPass` or :class:`~sagan_layers.GeneratorPass`, whose
-            other network is not a part of it: checkpoint blocks of the networks.
+            other network is not a submodule: checkpoint blocks of the networks instead.
 
     Note:
-        First derivatives, and second ones as far as torch's checkpoint without reentry takes them. Layers of other
+        First derivatives, and second ones as far as torch's non-reentrant checkpoint supports them. Layers of other
         packages that update buffers in their forward, such as ``nn.BatchNorm2d``, update them twice. A compiled block
         (``block.compile()``) works, with a graph break at every normalised weight.
 
@@ -80,7 +80,7 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _read_only_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return what must not change before backward: parameters, and buffers that the forward reads and keeps."""
+    """Return what must not change before backward: parameters, and buffers that the forward only reads."""
     tensors: dict[str, Tensor] = dict(module.named_parameters())
     for prefix, part in module.named_modules():
         if not part.training and not isinstance(part, SpectralNormLayer):  # its vectors are recorded
@@ -90,7 +90,7 @@ def _read_only_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _SecondPass:
-    """The context of the second pass. Second derivatives enter it more than once, so it is no generator."""
+    """The context of the second pass: a class, because second derivatives enter it more than once."""
 
     def __init__(self, module: nn.Module, record: SpectralNormRecord) -> None:
         self._module = module
@@ -106,8 +106,8 @@ class _SecondPass:
         changed = [name for name, (tensor, version) in self._versions.items() if tensor._version != version]
         if changed:
             raise RuntimeError(
-                f"checkpointed: {', '.join(changed[:5])} changed since the forward that is to be repeated; run "
-                "backward before that"
+                f"checkpointed: {', '.join(changed[:5])} changed since the forward, which backward repeats; run "
+                "backward before the change"
             )
         stack = contextlib.ExitStack()
         stack.enter_context(replaying_spectral_norm(self._record))

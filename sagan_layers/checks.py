@@ -1,6 +1,6 @@
 """The one place that checks a caller's tensors and numbers.
 
-Every check raises ``ValueError`` or ``TypeError`` that says what was expected and what came. Modules check their
+Every check raises ``ValueError`` or ``TypeError`` that says what was expected and what was passed. Modules check their
 options and inputs, functional forms their arguments; backends check nothing.
 """
 
@@ -21,7 +21,7 @@ def set_debug_checks(enabled: bool) -> None:
 
     Values of labels and query points on the CPU are always checked. On a GPU reading them would stall the stream at
     every step, so they are checked only after ``set_debug_checks(True)`` or with the environment variable
-    ``SAGAN_LAYERS_DEBUG_CHECKS=1``; otherwise CUDA's assertion stops an index out of range. Inside
+    ``SAGAN_LAYERS_DEBUG_CHECKS=1``; otherwise an index out of range fails a CUDA assertion. Inside
     ``torch.compile`` and ``torch.export`` values are never checked.
 
     Args:
@@ -57,7 +57,7 @@ def integer_of(name: str, number: object, *, least: int) -> int:
 
 
 def pair_of(name: str, value: _size_2_t, *, least: int) -> tuple[int, int]:
-    """Return one integer twice, or two as they are; raise unless each is at least ``least``."""
+    """Return a pair: one integer twice, or the two integers; raise unless each is at least ``least``."""
     pair: tuple[object, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"{name}: expected one number or two, got {value!r}")
@@ -125,13 +125,13 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 
 def check_same_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
-    """Raise ``TypeError`` unless the dtype is that of x; under autocast any will do."""
+    """Raise ``TypeError`` unless the dtype is that of x; under autocast any dtype is accepted."""
     if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
 def check_like_parameter(name: str, x: Tensor, like: Tensor) -> None:
-    """Raise unless x has the device and dtype of a module's parameter; under autocast any dtype will do."""
+    """Raise unless x has the device and dtype of a module's parameter; under autocast any dtype is accepted."""
     check_same_device(name, x, "the module's parameters", like)
     if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(

@@ -1,8 +1,8 @@
 """The stateless forms of the layers.
 
 Every function takes and returns plain tensors and raises ``ValueError`` or ``TypeError`` that says what was expected
-and what came. Shape letters: N batch, C channels, H height, W width, L queries, S keys, E and Ev widths. Each function
-is defined in its operation's folder, next to its backends.
+and what was passed. Each function is defined in its operation's folder, next to its backends. Shape letters: N batch,
+C channels, H height, W width, L queries, S keys, E and Ev widths.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all operations ask of torch: accumulation dtypes, autocast, export, transforms, attributes for a while."""
+"""Helpers around torch: accumulation dtypes, autocast, export, function transforms, temporary attributes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 def is_exporting() -> bool:
     """Return whether torch.export is tracing."""
-    # Torch 2.6 cannot tell; there, compiling counts as exporting.
+    # Torch 2.6 does not say; there, compiling counts as exporting.
     return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
@@ -36,7 +36,7 @@ def is_known(condition: bool | torch.SymBool) -> bool:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Return whether more than autograd follows the operations: a compiler, torch.func, forward mode, a subclass."""
+    """Return whether a compiler, torch.func, forward mode or a tensor subclass sees the operations on a tensor."""
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return True
     transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)

@@ -176,8 +176,22 @@ BLOCKS = [
 ]
 
 
+class Discriminator(nn.Module):
+    """Convolution, attention and head, as in SAGAN's D."""
+
+    def __init__(self, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.conv = SNConv2d(3, 8, 3, padding=1)
+        self.attention = SelfAttention2d(8, gamma_init=0.7, backend=backend)
+        self.head = ProjectionDiscriminatorHead(8, CLASSES)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.attention(torch.tanh(self.conv(images))), labels)
+        return logits
+
+
 def build(block: Block, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Construct the block with parameters none of which is at a special value."""
+    """Construct the block; no parameter has a special value such as 0 or 1."""
     torch.manual_seed(seed)
     module = block.make(dtype=dtype)
     if isinstance(module, ConditionalBatchNorm2d) and module.weight is not None and module.bias is not None:
@@ -189,7 +203,7 @@ def build(block: Block, *, seed: int = 0, dtype: torch.dtype = torch.float32) ->
 def draw_inputs(
     block: Block, *, batch: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32, grad: bool = False
 ) -> tuple[Tensor, ...]:
-    """Draw inputs; the floating-point ones in ``dtype``, requiring gradients if asked."""
+    """Draw inputs; the floating-point ones in ``dtype``, requiring gradients if ``grad``."""
     drawn = block.inputs(batch, torch.Generator().manual_seed(seed))
     return tuple(x.to(dtype).requires_grad_(grad) if x.is_floating_point() else x for x in drawn)
 
@@ -218,11 +232,35 @@ def assert_close(
     ours: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5, atol: float = 1e-6
 ) -> None:
     """Equal names and values close to each other."""
-    assert ours.keys() == expected.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(
-            value, expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol)
+
+
+def check_derivatives(module: nn.Module, *inputs: Tensor) -> None:
+    """Compare derivatives of first and second order by inputs and parameters with finite differences."""
+    parameters = dict(module.named_parameters())
+    floating = [i for i, x in enumerate(inputs) if x.is_floating_point()]
+
+    def forward(*tensors: Tensor) -> Tensor:
+        filled = list(inputs)
+        for i, tensor in zip(floating, tensors, strict=False):
+            filled[i] = tensor
+        named = dict(zip(parameters, tensors[len(floating) :], strict=True))
+        output: Tensor = torch.func.functional_call(module, named, tuple(filled))
+        return output
+
+    arguments = [*(inputs[i] for i in floating), *parameters.values()]
+    arguments = [argument.detach().clone().requires_grad_() for argument in arguments]
+    assert torch.autograd.gradcheck(forward, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(forward, arguments, fast_mode=True)
+
+
+def inside_larger(values: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """The values as part of a larger tensor: a step over the end of a row, sample or tensor meets NaN."""
+    large = values.new_full([size + 3 for size in values.shape], torch.nan)
+    large = large.contiguous(memory_format=memory_format)
+    inner = large[tuple(slice(1 + axis % 2, -2 + axis % 2) for axis in range(values.dim()))]
+    inner.copy_(values)
+    return inner
 
 
 def spectral_layers(module: nn.Module) -> list[SpectralNormLayer]:

@@ -1,4 +1,4 @@
-"""Activation checkpointing repeats a block: nothing is updated twice, and gradients are those without it."""
+"""Activation checkpointing: nothing is updated twice, and gradients are those without it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from blocks import assert_close, assert_same, gradients_of, state_of
+from dispatched import saved_tensors
 from torch import Tensor, nn
 
 from sagan_layers import (
@@ -75,7 +76,7 @@ def plainly(module: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 class Holder(nn.Module):
-    """A network of one block, which it calls in a given way."""
+    """A network of one block, which it calls by ``run``."""
 
     def __init__(self, block: nn.Module, run: Run) -> None:
         super().__init__()
@@ -196,8 +197,7 @@ def test_a_discriminator_of_such_blocks_serves_the_generators_pass(sharing: Cont
         assert all(parameter.grad is None for parameter in d.parameters())
         results.append([loss, g.weight.grad, *d.buffers()])
     assert results[0][1].ne(0).any()
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
+    assert all(map(torch.equal, *results))
 
 
 @either_sharing
@@ -231,17 +231,17 @@ def test_running_statistics_updated_since_an_evaluation_are_an_error() -> None:
         loss.backward()
 
 
-def test_buffers_given_by_functional_call_are_those_of_the_second_pass_too() -> None:
+def test_buffers_of_functional_call_are_those_of_the_second_pass_too() -> None:
     block = nn.Sequential(SNConv2d(3, 3, 3, padding=1), ConditionalBatchNorm2d(3), nn.Tanh())
     net, x = Holder(block, plainly).eval(), torch.randn(2, 3, 8, 8)
-    given = {
+    buffers = {
         name: torch.full_like(buffer, 9.0) if "running" in name else buffer
         for name, buffer in net.named_buffers()
     }
     gradients = []
     for net.run in (plainly, checkpointed):
         net.zero_grad()
-        loss_of(torch.func.functional_call(net, (dict(net.named_parameters()), given), (x,))).backward()
+        loss_of(torch.func.functional_call(net, (dict(net.named_parameters()), buffers), (x,))).backward()
         gradients.append(net.block[0].weight.grad)
     assert torch.equal(*gradients)
 
@@ -286,15 +286,9 @@ def test_a_block_that_is_compiled_itself_repeats_its_weights_too() -> None:
 
 def test_it_saves_fewer_activations() -> None:
     def saved(run: Run) -> int:
-        sizes: list[int] = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            sizes.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved_tensors() as tensors:
             run(Block(), *inputs())
-        return sum(sizes)
+        return sum(tensor.numel() for tensor in tensors)
 
     assert saved(checkpointed) < 0.3 * saved(plainly)
 
@@ -335,7 +329,7 @@ class TestFrozenRunningStatistics:
         assert norm.norm.num_batches_tracked == 1
         assert norm.norm.running_mean.ne(0).all()
 
-    def test_evaluation_is_as_always(self) -> None:
+    def test_evaluation_does_not_change(self) -> None:
         norm = ConditionalBatchNorm2d(4)
         norm(torch.randn(3, 4, 5, 5) + 2)
         norm.eval()

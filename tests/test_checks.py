@@ -33,7 +33,7 @@ def check_labels_on_a_gpu() -> None:
     checks.check_labels(labels, num_classes=5, batch=3, like=labels)
 
 
-def test_label_values_on_a_gpu_are_read_only_when_asked(reads: list[Tensor]) -> None:
+def test_label_values_on_a_gpu_are_read_only_with_debug_checks(reads: list[Tensor]) -> None:
     check_labels_on_a_gpu()
     assert len(reads) == 0
     functional.set_debug_checks(True)
@@ -78,18 +78,3 @@ def test_a_step_with_labels_on_a_gpu_does_not_wait_for_it() -> None:
 def test_empty_labels_of_an_empty_batch_pass() -> None:
     labels = torch.empty(0, dtype=torch.long)
     checks.check_labels(labels, num_classes=5, batch=0, like=labels)
-
-
-@pytest.mark.parametrize("number", [0, -1.0, float("nan")])
-def test_check_positive_refuses_what_is_not_above_zero(number: float) -> None:
-    with pytest.raises(ValueError, match=f"x: expected a positive number, got {number!r}"):
-        checks.check_positive("x", number)
-
-
-def test_check_sizes_takes_positive_integers_only() -> None:
-    checks.check_sizes(first=1, second=5)
-    for wrong in (1.0, "1", True, None):
-        with pytest.raises(TypeError, match="second: expected an int, got"):
-            checks.check_sizes(first=1, second=wrong)
-    with pytest.raises(ValueError, match="second: expected at least 1, got 0"):
-        checks.check_sizes(first=1, second=0)

@@ -125,12 +125,6 @@ def test_convolution_axes_come_from_height_and_width_first(kind: str) -> None:
     assert torch.equal(module.weight_u, tensor(variables["u"][0]))
 
 
-def test_linear_matrix_is_transposed() -> None:
-    module, variables = case("linear")
-    load_tensorflow(module, variables)
-    assert torch.equal(module.weight, tensor(variables["Matrix"].T))
-
-
 @pytest.mark.parametrize("kind", ["conv", "conv_transpose", "linear", "embedding"])
 def test_the_right_vector_is_made_to_fit(kind: str) -> None:
     module, variables = case(kind)

@@ -197,7 +197,7 @@ def gather_nothing() -> None:
 
 
 def refusals() -> dict[str, str]:
-    """Messages of what a process inside a group has to refuse."""
+    """The messages of the errors that a process inside a group must raise."""
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     of_one = nn.SyncBatchNorm.convert_sync_batchnorm(ConditionalBatchNorm2d(CHANNELS), process_group=alone)
     of_all = synchronize_batch_norm(ConditionalBatchNorm2d(CHANNELS))
@@ -210,7 +210,7 @@ def refusals() -> dict[str, str]:
     }
 
 
-def evaluation_beside_another_process() -> bool:
+def evaluation_of_one_process() -> bool:
     """Whether frozen statistics give evaluation's output, computed by the first process alone."""
     module = batch_norm("none", biased=False)
     x = torch.randn(2, CHANNELS, 2, 2, generator=torch.Generator().manual_seed(dist.get_rank())).double()
@@ -247,18 +247,12 @@ def work(rank: int, world_size: int, folder: str) -> None:
             "standing": {biased: gather_standing_statistics(biased, rank) for biased in (False, True)},
             "refusals": refusals(),
             "uneven": uneven_batches(rank),
-            "evaluation": evaluation_beside_another_process(),
+            "evaluation": evaluation_of_one_process(),
         }
         torch.save(results, Path(folder) / f"{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
-
-
-def whole(compute: Callable[..., dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
-    """What one process computes without a group."""
-    assert not dist.is_initialized()
-    return compute(*arguments, rank=None)
 
 
 def assert_equal_and_close(
@@ -294,7 +288,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_synchronised_batch_norm_of_two_processes_is_that_of_the_whole_batch(
     ranks: list[dict[str, Any]], case: tuple[str, str, bool]
 ) -> None:
-    one_process = whole(batch_norm_pass, *case)
+    one_process = batch_norm_pass(*case, rank=None)
     first, second = (results["batch_norm"][case] for results in ranks)
     assert first.keys() == second.keys() == one_process.keys()
     assert any(name.startswith("second parameter gradient") for name in one_process)
@@ -313,7 +307,7 @@ def test_synchronised_batch_norm_of_two_processes_is_that_of_the_whole_batch(
 
 
 def test_batches_of_different_sizes_are_normalised_together(ranks: list[dict[str, Any]]) -> None:
-    expected = whole(uneven_batches)
+    expected = uneven_batches(rank=None)
     first, second = (results["uneven"] for results in ranks)
     for name in ("y", "gradient"):
         torch.testing.assert_close(torch.cat([first[name], second[name]]), expected[name])
@@ -321,7 +315,7 @@ def test_batches_of_different_sizes_are_normalised_together(ranks: list[dict[str
 
 
 def test_training_on_two_processes_is_training_on_one(ranks: list[dict[str, Any]]) -> None:
-    expected = whole(train_discriminator)
+    expected = train_discriminator(rank=None)
     assert_equal_and_close([results["discriminator"] for results in ranks], expected, rtol=1e-6, atol=1e-8)
     torch.manual_seed(2)
     start = Discriminator().double().state_dict()
@@ -332,7 +326,7 @@ def test_training_on_two_processes_is_training_on_one(ranks: list[dict[str, Any]
 def test_shared_weights_and_accumulated_gradients_are_equal_on_one_and_two_processes(
     ranks: list[dict[str, Any]],
 ) -> None:
-    expected = whole(train_with_shared_weights)
+    expected = train_with_shared_weights(rank=None)
     assert_equal_and_close([results["shared weights"] for results in ranks], expected, rtol=1e-9, atol=1e-12)
 
 
@@ -340,7 +334,7 @@ def test_shared_weights_and_accumulated_gradients_are_equal_on_one_and_two_proce
 def test_standing_statistics_are_equal_on_one_and_two_processes(
     ranks: list[dict[str, Any]], biased: bool
 ) -> None:
-    expected = whole(gather_standing_statistics, biased)
+    expected = gather_standing_statistics(biased, rank=None)
     first, second = (results["standing"][biased] for results in ranks)
     assert_equal_and_close([first, second], expected, rtol=1e-12, atol=1e-12)
     values = expected["all values"].transpose(0, 1).flatten(1)

@@ -41,29 +41,16 @@ def test_attention_is_the_written_out_formula(
 
 
 @given(queries=lengths, keys=lengths, seed=seeds)
-def test_attention_does_not_depend_on_the_order_of_key_value_pairs(
+def test_attention_follows_the_order_of_queries_and_not_that_of_key_value_pairs(
     queries: int, keys: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     query, key, value = triple(2, queries, keys, 3, 5)
-    order = torch.randperm(keys)
-    torch.testing.assert_close(
-        functional.attention(query, key[:, order], value[:, order]), functional.attention(query, key, value)
-    )
-    torch.testing.assert_close(
-        functional.attention_weights(query, key[:, order]),
-        functional.attention_weights(query, key)[..., order],
-    )
-
-
-@given(queries=lengths, keys=lengths, seed=seeds)
-def test_attention_is_equivariant_to_the_order_of_queries(queries: int, keys: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    query, key, value = triple(2, queries, keys, 3, 5)
-    order = torch.randperm(queries)
-    torch.testing.assert_close(
-        functional.attention(query[:, order], key, value), functional.attention(query, key, value)[:, order]
-    )
+    y, weights = functional.attention(query, key, value), functional.attention_weights(query, key)
+    order, key_order = torch.randperm(queries), torch.randperm(keys)
+    key, value = key[:, key_order], value[:, key_order]
+    torch.testing.assert_close(functional.attention(query[:, order], key, value), y[:, order])
+    torch.testing.assert_close(functional.attention_weights(query, key), weights[..., key_order])
 
 
 @given(queries=lengths, keys=lengths, seed=seeds)
@@ -123,21 +110,13 @@ QUERY, KEY, VALUE = torch.ones(2, 3, 4), torch.ones(2, 5, 4), torch.ones(2, 5, 6
         ({"key": KEY[..., :3]}, ValueError, r"key: expected \[N, S, E\] = \[2, S, 4\].*got \[2, 5, 3\]"),
         ({"key": KEY[:, :0]}, ValueError, r"key: .*with S, E >= 1, got \[2, 0, 4\]"),
         ({"query": QUERY[..., :0], "key": KEY[..., :0]}, ValueError, r"key: .*S, 0\].*got \[2, 5, 0\]"),
-        (
-            {"value": VALUE[:, :4]},
-            ValueError,
-            r"value: expected \[N, S, Ev\] = \[2, 5, Ev\].*got \[2, 4, 6\]",
-        ),
+        ({"value": VALUE[:, :4]}, ValueError, r"value: expected \[N, S, Ev\] = \[2, 5, .*got \[2, 4, 6\]"),
         ({"value": VALUE[:1]}, ValueError, r"value: expected \[N, S, Ev\] = \[2, 5, Ev\].*got \[1, 5, 6\]"),
         ({"value": VALUE[..., :0]}, ValueError, r"value: .*with Ev >= 1, got \[2, 5, 0\]"),
         ({"query": QUERY.long()}, TypeError, "query: expected a floating-point tensor, got torch.int64"),
         ({"value": None}, TypeError, "value: expected a floating-point tensor, got NoneType"),
         ({"key": KEY.double()}, TypeError, "key: expected the query's dtype .*float32, got torch.float64"),
-        (
-            {"value": VALUE.half()},
-            TypeError,
-            "value: expected the query's dtype .*float32, got torch.float16",
-        ),
+        ({"value": VALUE.half()}, TypeError, "value: expected the query's dtype .*float32, got .*float16"),
         ({"key": KEY.to("meta")}, ValueError, "key: expected the device of the query, cpu, got meta"),
         ({"value": VALUE.to("meta")}, ValueError, "value: expected the device of the query, cpu, got meta"),
     ],
@@ -354,11 +333,7 @@ X, COEFFICIENTS, MEAN = torch.ones(4, 3, 2), torch.ones(4, 3), torch.zeros(3)
         ({"bias": X[..., :1]}, ValueError, r"bias: expected.*got \[4, 3, 1\]"),
         ({"gain": COEFFICIENTS.long()}, TypeError, "gain: expected a floating-point tensor, got torch.int64"),
         ({"bias": COEFFICIENTS.to("meta")}, ValueError, "bias: expected the device of x, cpu, got meta"),
-        (
-            {"running_mean": MEAN},
-            ValueError,
-            "running_mean and running_var: expected both or neither, got one",
-        ),
+        ({"running_mean": MEAN}, ValueError, "running_mean and running_var: .* both or neither, got one"),
         ({"running_var": MEAN}, ValueError, "expected both or neither, got one"),
         ({"running_mean": MEAN, "running_var": MEAN[:2]}, ValueError, r"running_var: .* \[3\], got \[2\]"),
         ({"running_mean": MEAN[:1], "running_var": MEAN}, ValueError, r"running_mean: .* \[3\], got \[1\]"),
@@ -482,9 +457,6 @@ def test_the_fused_block_says_why_it_cannot_serve() -> None:
         ValueError, match=r"no self-attention backend serves .*fused: pool_size = 3 is above 2"
     ):
         functional.self_attention_2d(x, **block(), pool_size=3, backend="fused")
-    wide = block(E=2, Ev=300)
-    with pytest.raises(ValueError, match=r"fused: .*300"):
-        functional.self_attention_2d(x, **wide, backend="fused")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

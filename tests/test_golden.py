@@ -1,4 +1,4 @@
-"""The layers against what the released TensorFlow code computed (tests/golden)."""
+"""The layers against recorded results of the released TensorFlow code (tests/golden)."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_conditional_batch_norm_agrees_in_evaluation_and_in_training() -> None:
     for name, ours in (("mean", module.norm.running_mean), ("var", module.norm.running_var)):
         before, after = (arrays[f"{when}/cbn/{name}"].ravel() for when in ("before", "after"))
         assert_agrees(ours, after, LAYER_TOLERANCE, name)
-        # One step moves little, so the step itself is compared too, to what float32 keeps of it.
+        # One update is small, so the difference is compared too, as far as float32 resolves it.
         step = torch.from_numpy(after) - torch.from_numpy(before)
         assert relative_error(ours - torch.from_numpy(before), step) < 1e-3
     (y * nchw(arrays["cotangent"])).sum().backward()

@@ -283,6 +283,7 @@ def test_penalty_works_while_u_is_updated() -> None:
     (loss + gradient_penalty(logits=logits, images=images)).backward()
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter.grad).all(), name
+    assert torch.count_nonzero(model.conv.weight.grad) > 0
 
 
 @pytest.mark.parametrize("kind", ["r1", "r2"])
@@ -368,11 +369,9 @@ def test_impossible_penalties_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         gradient_penalty(**{"logits": POINTS.sum(1), "images": POINTS, **changes})
-
-
-def test_penalty_module_refuses_an_unknown_kind_at_once() -> None:
-    with pytest.raises(ValueError, match="kind: expected 'r1', 'r2' or 'wgan-gp', got 'dragan'"):
-        GradientPenalty("dragan")
+    if "kind" in changes:
+        with pytest.raises(error, match=message):
+            GradientPenalty(**changes)
 
 
 def test_interpolated_images_lie_on_the_segment_between_each_pair() -> None:
@@ -403,12 +402,7 @@ PAIR = torch.ones(2, 3)
     [
         (PAIR, torch.ones(3, 3), ValueError, r"the shape of the real images \[2, 3\], got \[3, 3\]"),
         (PAIR, PAIR.double(), TypeError, "the dtype of the real images torch.float32, got torch.float64"),
-        (
-            PAIR,
-            PAIR.to("meta"),
-            ValueError,
-            "fake_images: expected the device of the real images, cpu, got meta",
-        ),
+        (PAIR, PAIR.to("meta"), ValueError, "fake_images: .* device of the real images, cpu, got meta"),
         (PAIR.byte(), PAIR, TypeError, "real_images: expected a floating-point"),
         (PAIR, PAIR.byte(), TypeError, "fake_images: expected a floating-point"),
         (PAIR[:0], PAIR[:0], ValueError, r"real_images: expected at least one entry.*\[0, 3\]"),

@@ -1,4 +1,4 @@
-"""What every block does as an nn.Module, in every variant of tests/blocks.py."""
+"""Every block as an nn.Module, in every variant of tests/blocks.py."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from blocks import (
     assert_close,
     assert_same,
     build,
+    check_derivatives,
     cotangent,
     draw_inputs,
     hold_vectors,
+    inside_larger,
     matrix_of,
     spectral_layers,
     state_of,
@@ -153,24 +155,7 @@ def test_every_parameter_and_input_gets_a_gradient(block: Block, training: bool)
 @both_modes
 def test_derivatives_of_first_and_second_order_pass_the_numerical_check(block: Block, training: bool) -> None:
     module = hold_vectors(build(block, dtype=torch.float64).train(training))
-    inputs = draw_inputs(block, batch=2, dtype=torch.float64)
-    parameters = dict(module.named_parameters())
-    floating = [i for i, x in enumerate(inputs) if x.is_floating_point()]
-
-    def forward(*tensors: Tensor) -> Tensor:
-        filled = list(inputs)
-        for i, tensor in zip(floating, tensors, strict=False):
-            filled[i] = tensor
-        named = dict(zip(parameters, tensors[len(floating) :], strict=True))
-        output: Tensor = torch.func.functional_call(module, named, tuple(filled))
-        return output
-
-    arguments = (
-        *(inputs[i].clone().requires_grad_() for i in floating),
-        *(parameter.detach().clone().requires_grad_() for parameter in parameters.values()),
-    )
-    assert torch.autograd.gradcheck(forward, arguments, fast_mode=True)
-    assert torch.autograd.gradgradcheck(forward, arguments, fast_mode=True)
+    check_derivatives(module, *draw_inputs(block, batch=2, dtype=torch.float64))
 
 
 @every_block
@@ -270,10 +255,7 @@ def test_channels_last_inputs_and_modules_give_channels_last_outputs(block: Bloc
 def test_slices_and_expanded_inputs_give_the_values_of_their_copies(block: Block) -> None:
     module = build(block).eval()
     inputs = draw_inputs(block)
-    large = torch.full([size + 2 for size in inputs[0].shape], torch.nan)
-    inner = large[1:-1, 1:-1, 1:-1, 1:-1]
-    inner.copy_(inputs[0])
-    torch.testing.assert_close(module(inner, *inputs[1:]), module(*inputs))
+    torch.testing.assert_close(module(inside_larger(inputs[0]), *inputs[1:]), module(*inputs))
     expanded = inputs[0][:1].expand_as(inputs[0])
     torch.testing.assert_close(module(expanded, *inputs[1:]), module(expanded.clone(), *inputs[1:]))
 
@@ -299,7 +281,7 @@ def test_compiled_without_graph_breaks_it_equals_eager(block: Block, training: b
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("outputs", [1, 2, 3, 5])
 def test_compiled_gradient_takes_the_vectors_of_its_own_forward(outputs: int) -> None:
-    # With few outputs it is cheap to recompute v from the buffer u, which has moved by the time of backward.
+    # With few outputs it is cheap to recompute v from the buffer u, but u has been updated before backward.
     layer = SNLinear(64, outputs)
     eager, x = copy.deepcopy(layer), torch.randn(3, 64)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
@@ -307,8 +289,8 @@ def test_compiled_gradient_takes_the_vectors_of_its_own_forward(outputs: int) ->
         real = function(x).square().sum()
         with frozen_spectral_norm(module):
             fake = function(2 * x).square().sum()
-        moved_again = function(3 * x).square().sum()
-        (real + fake + moved_again).backward()
+        real_again = function(3 * x).square().sum()
+        (real + fake + real_again).backward()
     torch.testing.assert_close(layer.weight.grad, eager.weight.grad)
     torch.testing.assert_close(layer.weight_u, eager.weight_u)
 
@@ -342,9 +324,9 @@ def test_exported_with_a_dynamic_batch_it_equals_eager(block: Block, training: b
 
 
 @every_block
-def test_functional_call_computes_with_the_parameters_given(block: Block) -> None:
+def test_functional_call_computes_with_its_parameters(block: Block) -> None:
     module, other, inputs = build(block).eval(), build(block, seed=1).eval(), draw_inputs(block)
     y = module(*inputs)
-    given = {name: tensor.detach() for name, tensor in other.state_dict().items()}
-    assert torch.equal(torch.func.functional_call(module, given, inputs), other(*inputs))
+    parameters = {name: tensor.detach() for name, tensor in other.state_dict().items()}
+    assert torch.equal(torch.func.functional_call(module, parameters, inputs), other(*inputs))
     assert torch.equal(module(*inputs), y)

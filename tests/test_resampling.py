@@ -19,7 +19,6 @@ from sagan_layers import (
     SNConv2d,
     SpectralNormLayer,
     apply_spectral_norm,
-    frozen_spectral_norm,
     functional,
     remove_spectral_norm,
 )
@@ -71,7 +70,7 @@ def test_output_and_gradients_are_the_compositions(
     expected.backward(cotangent)
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-12, atol=1e-12)
     assert_close(gradients_of(layer), gradients_of(plain), 1e-11, 1e-11)
-    assert_same(dict(layer.named_buffers()), dict(plain.named_buffers()))  # the vectors, updated alike
+    assert_same(dict(layer.named_buffers()), dict(plain.named_buffers()))  # u and v after one update
 
 
 @both_classes
@@ -93,19 +92,6 @@ def test_one_image_without_a_batch_axis_is_taken(
     layer = kind(3, 5, 3, padding=1, padding_mode=mode, **{direction: 2}).eval()
     image = torch.randn(3, 6, 8)
     torch.testing.assert_close(layer(image), layer(image[None])[0])
-
-
-@both_directions
-def test_vectors_are_updated_only_in_training_and_unless_frozen(direction: str) -> None:
-    layer = SNConv2d(4, 4, 3, padding=1, **{direction: 2})
-    x = torch.randn(2, 4, 6, 6)
-    before = layer.weight_u.clone()
-    with frozen_spectral_norm(layer):
-        layer(x)
-    layer.eval()(x)
-    assert torch.equal(layer.weight_u, before)
-    layer.train()(x)
-    assert not torch.equal(layer.weight_u, before)
 
 
 def test_without_resampling_it_is_the_plain_convolution() -> None:
@@ -252,18 +238,8 @@ IMAGE, KERNEL = torch.zeros(2, 4, 8, 8), torch.zeros(6, 4, 3, 3)
         ((IMAGE[0, 0], KERNEL), {}, ValueError, "x: expected [N, C, H, W] or [C, H, W], got [8, 8]"),
         ((IMAGE, KERNEL.double()), {}, TypeError, "weight: expected the dtype of x, torch.float32"),
         ((IMAGE, KERNEL.to("meta")), {}, ValueError, "weight: expected the device of x"),
-        (
-            (IMAGE, KERNEL[0]),
-            {},
-            ValueError,
-            "weight: expected [out, C / groups, kernel height, kernel width]",
-        ),
-        (
-            (IMAGE, KERNEL[:0]),
-            {},
-            ValueError,
-            "weight: expected [out, C / groups, kernel height, kernel width]",
-        ),
+        ((IMAGE, KERNEL[0]), {}, ValueError, "weight: expected [out, C / groups, kernel height, kernel"),
+        ((IMAGE, KERNEL[:0]), {}, ValueError, "weight: expected [out, C / groups, kernel height, kernel"),
         ((IMAGE, KERNEL[:, :3]), {}, ValueError, "with C = 4 and groups = 1 dividing out, got [6, 3, 3, 3]"),
         ((IMAGE, KERNEL[:, :1]), {"groups": 4}, ValueError, "groups = 4 dividing out, got [6, 1, 3, 3]"),
         ((IMAGE, KERNEL), {"groups": 0}, ValueError, "groups: expected at least 1, got 0"),

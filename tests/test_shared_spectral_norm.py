@@ -1,4 +1,4 @@
-"""Normalised weights that the forwards of a step share, against layers that each look after themselves."""
+"""Normalised weights that the forwards of a step share, against layers without sharing."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def output_axis(layer: SpectralNormLayer) -> int:
 
 
 def is_shared(layer: SpectralNormLayer) -> bool:
-    """Whether a forward in training takes a given weight, so that u is not updated."""
+    """Whether a forward in training uses a shared weight, so that u is not updated."""
     before = layer.weight_u.clone()
     layer.normalized_weight()
     return torch.equal(layer.weight_u, before)
@@ -295,7 +295,7 @@ def test_second_derivatives_work_and_refuse_a_weight_that_has_changed() -> None:
         torch.autograd.grad(y, layer.weight, create_graph=True)
 
 
-def test_weights_without_gradients_get_none_whenever_that_is_asked() -> None:
+def test_weights_get_gradients_only_while_they_require_them() -> None:
     network = Network()
     x, labels = batch(0)
     with shared_spectral_norm(network):
@@ -355,7 +355,7 @@ def test_the_form_for_a_gpu_computes_the_same(iterations: int, lowered: bool) ->
             assert ours.stride() == weight.stride()
 
 
-def test_a_weight_that_is_no_matrix_in_memory_is_left_to_the_reference() -> None:
+def test_a_weight_that_is_no_matrix_in_memory_is_refused() -> None:
     assert "outputs lie between other axes" in grouped.unsupported_reasons(torch.empty(6, 16, 3, 3), 1)
     assert "the weight does not fill its memory" in grouped.unsupported_reasons(torch.empty(6, 16)[:, ::2], 0)
 
@@ -409,11 +409,11 @@ def test_a_changed_or_replaced_weight_is_refused_until_the_update() -> None:
             layer(x)
         shared.update()
         layer(x)
-        given = {"weight": torch.randn(3, 4)}
+        other = {"weight": torch.randn(3, 4)}
         with pytest.raises(
             RuntimeError, match="expected the parameter that shared_spectral_norm has normalised"
         ):
-            torch.func.functional_call(layer, given, x)
+            torch.func.functional_call(layer, other, x)
     layer(x)
 
 
@@ -623,7 +623,7 @@ def test_the_explicit_form_ends_with_release() -> None:
 
 
 class TestFunctionTransforms:
-    """Parameters given inside the block are divided by what u and v find for them."""
+    """Other parameters inside the block are divided by the sigma that u and v give for them."""
 
     @pytest.fixture
     def net(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What all Triton kernels share."""
+"""The module that all Triton kernels share."""
 
 from __future__ import annotations
 

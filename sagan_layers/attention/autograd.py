@@ -1,8 +1,7 @@
 """Makes kernels for attention and its derivatives into differentiable functions.
 
-Attention is differentiated by the kernel of its backward, and that by the kernel of the double backward. The
-double backward, for derivatives of third and higher order, is written out with the reference, whose memory grows
-with L x S.
+A kernel computes the backward of attention, and another one the backward of that, the double backward. Derivatives of
+third and higher order differentiate the reference's double backward, whose memory grows with L x S.
 
 Eager code calls the kernels through autograd alone. For torch.compile and torch.export each backend also has
 three opaque operations, ``sagan_layers::attention_<name>``, ``..._backward`` and ``..._double_backward``: in eager
@@ -27,14 +26,14 @@ _GRAD_GRADS = "Tensor grad_grad_query, Tensor grad_grad_key, Tensor grad_grad_va
 
 
 class BackwardInputs(NamedTuple):
-    """What a backend computes attention's derivatives from.
+    """The inputs of attention's derivatives.
 
     Attributes:
         query: [N, L, E], with N and L not 0.
         key: [N, S, E].
         value: [N, S, Ev].
         y: the output, [N, L, Ev]; None for kernels that do not read it.
-        saved: what the kernels' forward returned beside y.
+        saved: the second result of the kernels' forward.
         grad_y: the gradient of y, any strides.
         scale: factor on the logits.
     """
@@ -49,7 +48,7 @@ class BackwardInputs(NamedTuple):
 
 
 class GradGrads(NamedTuple):
-    """The gradients of what backward returned: of those of query [N, L, E], key [N, S, E] and value [N, S, Ev]."""
+    """The gradients of backward's three results: query [N, L, E], key [N, S, E] and value [N, S, Ev]."""
 
     query: Tensor
     key: Tensor
@@ -58,14 +57,14 @@ class GradGrads(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionKernels:
-    """How a backend computes attention and its derivatives, none of it seen by autograd.
+    """How a backend computes attention and its derivatives; autograd sees none of it.
 
     Attributes:
-        forward: takes (query, key, value, scale, save_weights), N and L not 0; returns y, contiguous, and what it saves
-            for backward. ``save_weights`` allows it to save something of size L x S.
+        forward: takes (query, key, value, scale, save_weights), N and L not 0; returns y, contiguous, and a tensor
+            to save for backward. ``save_weights`` allows a saved tensor of size L x S.
         backward: returns the gradients of query, key and value.
         double_backward: returns the gradients of query, key, value and grad_y through ``backward``.
-        saved_form: takes the arguments of ``forward``; returns shape and dtype of what it saves.
+        saved_form: takes the arguments of ``forward``; returns shape and dtype of the saved tensor.
         channels_first: whether the gradients lie in memory as [N, width, length].
         reads_output: whether the derivatives read y, so that it is saved and must not be changed in place.
     """
@@ -141,7 +140,7 @@ def _save_forward(
     query, key, value, ctx.scale, _ = inputs
     y, saved = output
     ctx.mark_non_differentiable(saved)
-    ctx.set_materialize_grads(False)  # no zeros for the gradient of what was saved
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of ``saved``
     ctx.save_for_backward(query, key, value, y if kernels.reads_output else None, saved)
 
 
@@ -167,7 +166,7 @@ def _differentiate_backward(
     else:
         results = double_backward(query, key, value, y, saved, grad_y, ctx.scale, *grad_grads)
     grad_query, grad_key, grad_value, grad_grad_y = results
-    # y and what was saved are functions of the inputs, whose gradients already count them.
+    # y and ``saved`` are functions of the inputs, so the inputs' gradients already include theirs.
     return grad_query, grad_key, grad_value, None, None, grad_grad_y, None
 
 
@@ -216,7 +215,7 @@ def _as_functions(kernels: AttentionKernels) -> Callable[..., Any]:
         @staticmethod
         def jvp(ctx: Any, *tangents: object) -> Any:
             raise NotImplementedError(
-                "of attention's backends only 'reference' has forward-mode derivatives: name it, or use "
+                "attention: only 'reference' has forward-mode derivatives; pass backend='reference', or use "
                 "functional.force_backend('reference')"
             )
 

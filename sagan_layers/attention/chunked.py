@@ -1,6 +1,6 @@
 """Attention in blocks of queries: plain torch on any device, memory linear in L + S, first and second order.
 
-A block holds as many rows of the weights as fit with its few intermediates into a CPU's cache, or several whole
+A block is as many rows of the weights as fit into a CPU's cache together with a few intermediates, or several whole
 samples if they are small. Backward computes the weights again, unless forward was allowed to save them.
 docs/attention.md derives the formulas.
 """
@@ -21,7 +21,7 @@ from sagan_layers.attention.autograd import (
 from sagan_layers.attention.reference import AttentionInputs
 from sagan_layers.torch_support import accumulation_dtype, is_known, without_autocast
 
-# With fewer weights a sample the reference is as fast on a CPU.
+# With fewer weights per sample the reference is as fast on a CPU.
 FEW_WEIGHTS = 2**18
 # Up to this size the weights of the whole batch are saved for backward: computing them again would cost more. Half
 # precision has a higher limit, because its logits are computed in float32.
@@ -30,11 +30,11 @@ MAX_SAVED_BYTES_OF_HALF = 2**25
 
 # Entries of one block of weights (4 MiB in float32).
 BLOCK_ENTRIES = 2**20
-# Products of narrow matrices keep more than one core busy only when there are several of them.
+# A product of narrow matrices uses one core; several products at once use more.
 FEW_SAMPLES = 4
 # Fewer rows would starve the products.
 MIN_ROWS = 128
-# With fewer entries in all, handling blocks costs more than it saves.
+# With fewer entries in total, blocks cost more than they save.
 WHOLE_ENTRIES = 2**19
 
 Block = tuple[slice, slice]
@@ -47,7 +47,7 @@ def not_preferred_reasons(inputs: AttentionInputs) -> list[str]:
         return [f"it was never tried on {query.device.type}"]
     few = is_known(query.size(1) * key.size(1) < FEW_WEIGHTS)
     if few and query.dtype in (torch.float32, torch.float64):
-        return [f"with fewer than {FEW_WEIGHTS} weights a sample 'reference' is as fast"]
+        return [f"with fewer than {FEW_WEIGHTS} weights per sample 'reference' is as fast"]
     return []
 
 
@@ -165,7 +165,7 @@ def double_backward(inputs: BackwardInputs, grad_grads: GradGrads) -> tuple[Tens
             weights = softmax(block, wide=True)
             q, a, g = (tensor[n, :, rows] for tensor in (query_t, grad_grad_query_t, grad_y_t))
             tangent, grad_weights, second, product = (_view(flat, weights.shape) for flat in scratch)
-            # How the logits move along grad_grad_query and grad_grad_key, centred over the keys.
+            # The logits' derivative along grad_grad_query and grad_grad_key, centred over the keys.
             _matmul(a.mT, key_t[n], out=tangent)
             _matmul(q.mT, grad_grad_key_t[n], out=product)
             tangent.add_(product).mul_(scale)
@@ -176,9 +176,9 @@ def double_backward(inputs: BackwardInputs, grad_grads: GradGrads) -> tuple[Tens
             second.addcmul_(grad_weights, tangent)
             second.sub_(_row_sums(weights, second, product)).mul_(weights)
             grad_logits = grad_weights.mul_(weights)
-            moved = tangent.mul_(weights)
-            grad_grad_y[n, :, rows] = value_t[n] @ moved.mT + grad_grad_value_t[n] @ weights.mT
-            grad_value.add(n, g, moved)
+            weight_tangent = tangent.mul_(weights)
+            grad_grad_y[n, :, rows] = value_t[n] @ weight_tangent.mT + grad_grad_value_t[n] @ weights.mT
+            grad_value.add(n, g, weight_tangent)
             grad_query[n, :, rows] = key_t[n] @ second.mT + grad_grad_key_t[n] @ grad_logits.mT
             grad_key.add(n, q, second)
             grad_key_through_logits.add(n, a, grad_logits)
@@ -294,7 +294,7 @@ def _row_sums(weights: Tensor, other: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _matmul(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """Write left @ right; a single sample goes to the faster product of two matrices."""
+    """Write left @ right; a single sample takes torch.mm, which is faster than torch.bmm."""
     if not out.is_contiguous():
         out.copy_(left @ right)
     elif out.size(0) == 1:

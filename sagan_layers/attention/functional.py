@@ -39,7 +39,7 @@ def attention(
         key: [N, S, E].
         value: [N, S, Ev]; Ev need not equal E.
         scale: factor on the logits, a number; for one that learns, multiply the query by it.
-        backend: "auto", or the name of a backend to insist on (:func:`select_backend` tells which serves).
+        backend: "auto", or the name of a backend to require (:func:`select_backend` returns which one serves).
 
     Shape:
         - Output: [N, L, Ev], in the dtype of ``value``.
@@ -80,12 +80,12 @@ def self_attention_2d(
     pool_size: int = 2,
     backend: str = "auto",
 ) -> Tensor:
-    r"""Return x plus gamma times what each position of a feature map gathers from all the others.
+    r"""Return x plus gamma times the attention output of a feature map's positions.
 
     .. math:: y = x + \gamma\, W_o\, \mathrm{attention}(W_q x,\; \mathrm{pool}(W_k x),\; \mathrm{pool}(W_v x))
 
-    The stateless form of :class:`~sagan_layers.SelfAttention2d`. Weights come in ready: spectral normalisation
-    is the caller's.
+    The stateless form of :class:`~sagan_layers.SelfAttention2d`. It takes the weights as they are; the caller applies
+    spectral normalisation.
 
     Args:
         x: [N, C, H, W], floating point.
@@ -99,8 +99,8 @@ def self_attention_2d(
         value_bias: [Ev] or None.
         out_bias: [C] or None.
         pool_size: side and stride of the max-pool over keys and values; 1 for none.
-        backend: "fused" for two kernels on CUDA; a backend of :func:`attention`, or "composed" for whichever of
-            them serves, for projections, pooling and attention one by one; "auto" for the first that serves.
+        backend: "fused" for two kernels on CUDA; "composed", or a backend of :func:`attention`, for projections,
+            pooling and attention one by one; "auto" for the first that serves.
 
     Shape:
         - Output: [N, C, H, W], in the dtype and memory format of x.
@@ -164,11 +164,10 @@ def self_attention_of_projections(
     pool_size: int,
     backend: str,
 ) -> Tensor:
-    """Return :func:`self_attention_2d` for projections in one record, or of any kind.
+    """Return :func:`self_attention_2d` for a record of weights, or for layers of any kind.
 
     Raises:
-        ValueError: as :func:`self_attention_2d`; also if ``backend`` is "fused", which needs weights, and there are
-            none.
+        ValueError: as :func:`self_attention_2d`; also if ``backend`` is "fused" and the projections are layers.
         TypeError: as :func:`self_attention_2d`.
     """
     inputs = SelfAttentionInputs(x, projections, gamma, pool_size)

@@ -1,8 +1,8 @@
 """The whole self-attention block in a few Triton kernels, as one differentiable operation of torch.
 
 ``sagan_layers::self_attention_2d`` and its ``..._backward`` are opaque to torch.compile and torch.export. Second
-derivatives are those of the composed form (projections, pooling and attention one by one), which is written out
-when a graph of the gradients is asked for. Triton is imported when the kernels are first asked for.
+derivatives are those of the composed form (projections, pooling and attention one by one), which runs when backward
+creates a graph. Triton is imported when the kernels are first used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NUM_TENSORS = 10  # of the inputs
 
 
 class Saved(NamedTuple):
-    """What forward writes for backward; all but key and value are empty if it was not asked to save.
+    """What forward saves for backward; without ``save`` all but key and value are empty.
 
     Attributes:
         query: [N, L, E].
@@ -36,7 +36,7 @@ class Saved(NamedTuple):
         value: [N, S, Ev].
         attended: [N, L, Ev].
         lse: [N, L], the natural logarithm of the softmax's denominators, in the accumulation dtype.
-        key_argmax: [N, S, E], uint8: the place in its window that each key was taken from; empty without pooling.
+        key_argmax: [N, S, E], uint8: the position in its window of each key; empty without pooling.
         value_argmax: [N, S, Ev], the same for values.
     """
 
@@ -119,7 +119,7 @@ def self_attention_2d(attend: Attend) -> Callable[[SelfAttentionInputs], Tensor]
     def block(inputs: SelfAttentionInputs) -> Tensor:
         x, weights, gamma, pool_size = inputs
         assert isinstance(weights, ProjectionWeights)
-        # No more than what autocast does.
+        # As autocast does.
         tensors = x, *weights.to(x.dtype), gamma
         save = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in tensors
@@ -171,7 +171,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     *tensors, ctx.pool_size, _ = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)  # no zeros for the gradients of what was saved
+    ctx.set_materialize_grads(False)  # no zeros for the gradients of saved tensors
     ctx.save_for_backward(*tensors, *saved)
 
 
@@ -190,7 +190,7 @@ def _differentiate(
 def _composed_gradients(
     attend: Attend, tensors: tuple[Any, ...], pool_size: int, grad_y: Tensor
 ) -> tuple[Tensor | None, ...]:
-    # Views, because grad_y may itself depend on x: derivatives are to stop here.
+    # Views, because grad_y may itself depend on x: derivatives must stop here.
     stops = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     with without_autocast(grad_y.device):
         y = reference.self_attention_2d(_inputs_of(*stops, pool_size), attend)

@@ -24,7 +24,7 @@ class SelfAttention2d(nn.Module):
 
     The four W are 1x1 convolutions, ``query``, ``key``, ``value`` and ``out``; attention is
     :func:`sagan_layers.functional.attention` over the positions, without a scale on the logits. ``gamma``
-    starts at 0, so a new layer returns its input bit for bit (as long as what it gathers is finite).
+    starts at 0, so a new layer returns its input bit for bit (as long as the gathered values are finite).
 
     The defaults are those of the released code. Other forms in use:
 
@@ -46,7 +46,7 @@ class SelfAttention2d(nn.Module):
             border are dropped, as with TensorFlow's 'VALID'.
         output_projection: whether there is a last 1x1 convolution, value_channels -> C.
         bias: whether the 1x1 convolutions have biases.
-        spectral_norm: whether they are :class:`~sagan_layers.SNConv2d`, or ``nn.Conv2d``.
+        spectral_norm: whether they are :class:`~sagan_layers.SNConv2d` instead of ``nn.Conv2d``.
         gamma_init: where gamma starts.
         backend: "auto" or a backend of :func:`sagan_layers.functional.self_attention_2d`.
         n_power_iterations, eps: as for :class:`~sagan_layers.SNConv2d`; ignored without ``spectral_norm``.
@@ -141,7 +141,7 @@ class SelfAttention2d(nn.Module):
         nn.init.constant_(self.gamma, self.gamma_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x plus gamma times what each position gathered from the others."""
+        """Return x plus gamma times the attention output."""
         self._check_input(x)
         projections = _weights_or_layers(self.query, self.key, self.value, self.out)
         return functional.self_attention_of_projections(
@@ -196,7 +196,7 @@ class SelfAttention2d(nn.Module):
         return weights.view(*weights.shape[:2], *key.shape[2:]) if key_grid else weights
 
     def extra_repr(self) -> str:
-        """Return the sizes and what is not visible in the layers."""
+        """Return the sizes and options that the layers do not show."""
         return f"{self.in_channels}, pool_size={self.pool_size}, backend={self.backend!r}"
 
     def _pool(self, features: Tensor) -> Tensor:

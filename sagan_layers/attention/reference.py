@@ -20,7 +20,7 @@ ProjectionLayers = tuple[Projection, Projection, Projection, Projection]
 
 
 class AttentionInputs(NamedTuple):
-    """What attention is computed from: query [N, L, E], key [N, S, E], value [N, S, Ev]."""
+    """The inputs of attention: query [N, L, E], key [N, S, E], value [N, S, Ev]."""
 
     query: Tensor
     key: Tensor
@@ -54,7 +54,7 @@ def attention_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and grad_y through attention's backward.
 
-    ``grad_y`` is what backward was given, ``grad_grad_...`` the gradients of its three results.
+    ``grad_y`` is the gradient that backward took, ``grad_grad_...`` are the gradients of its three results.
     """
     inputs = query, key, value, grad_y
     dtype = accumulation_dtype(query.dtype)
@@ -68,17 +68,17 @@ def attention_double_backward(
         def centred(tensor: Tensor) -> Tensor:
             return tensor - (weights * tensor).sum(-1, keepdim=True)
 
-        # How the logits move along grad_grad_query and grad_grad_key, and the gradient of the weights.
+        # The logits' derivative along grad_grad_query and grad_grad_key, and the gradient of the weights.
         tangent = centred(scale * (grad_grad_query @ key.mT + query @ grad_grad_key.mT))
         grad_weights = centred(grad_y @ value.mT)
         first = scale * weights * grad_weights
         second = scale * weights * centred(grad_weights * tangent + grad_y @ grad_grad_value.mT)
-        moved = weights * tangent
+        weight_tangent = weights * tangent
         results = (
             second @ key + first @ grad_grad_key,
             second.mT @ query + first.mT @ grad_grad_query,
-            moved.mT @ grad_y,
-            moved @ value + weights @ grad_grad_value,
+            weight_tangent.mT @ grad_y,
+            weight_tangent @ value + weights @ grad_grad_value,
         )
     grad_query, grad_key, grad_value, grad_grad_y = (
         result.to(tensor.dtype) for result, tensor in zip(results, inputs, strict=True)
@@ -117,7 +117,7 @@ class ProjectionWeights(NamedTuple):
 
 
 class SelfAttentionInputs(NamedTuple):
-    """What a block of self-attention is computed from.
+    """The inputs of a block of self-attention.
 
     Attributes:
         x: [N, C, H, W].

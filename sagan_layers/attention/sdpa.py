@@ -1,7 +1,7 @@
 """Attention through PyTorch's fused kernels, padded to widths that they support.
 
-The kernels are called by name, so that torch does not silently replace them by the one that builds the whole
-matrix: on a CPU flash attention, on CUDA flash attention (half precision, widths up to 256) or the
+The kernels are called by name, so that torch does not silently replace them with the one that builds the whole
+matrix. They are: on a CPU flash attention, on CUDA flash attention (half precision, widths up to 256) or the
 memory-efficient one. Flash attention needs query and value of equal width, so the narrower is padded with zeros;
 on CUDA widths are also padded to a multiple of 8.
 """
@@ -64,7 +64,7 @@ def served_by(query: Tensor, value: Tensor) -> str:
     half = query.dtype in _HALF and torch.cuda.get_device_capability(query.device) >= (8, 0)
     widest = max(query.size(2), value.size(2))
     large = torch.cuda.get_device_capability(query.device) in ((8, 0), (9, 0), (10, 0))
-    # On smaller chips flash attention's backward leaves out the widths between 192 and 224.
+    # On smaller chips flash attention's backward does not support widths from 193 to 224.
     fits = widest <= _MAX_FLASH_WIDTH_ON_CUDA and (large or not 192 < widest <= 224)
     return "flash" if half and fits else "efficient"
 
@@ -165,7 +165,7 @@ def _as_heads(kernel: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[T
 
 def _padded(tensor: Tensor, width: int) -> Tensor:
     missing = width - tensor.size(2)
-    # The kernels read along the width without asking for its stride.
+    # The kernels assume that the width has stride 1.
     tensor = F.pad(tensor, (0, missing)) if missing else tensor.contiguous()
     # Not unsqueeze: where the length is 1, the new axis would get a stride that some kernels refuse.
     return tensor.view(tensor.size(0), 1, *tensor.shape[1:])

@@ -1,4 +1,4 @@
-"""The backends of attention and of the whole self-attention block, in the order in which "auto" asks them."""
+"""The backends of attention and of the whole self-attention block, in the order in which "auto" tries them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention on this library's Triton kernels; Triton is imported when they are first asked for."""
+"""Attention on this library's Triton kernels; Triton is imported when they are first used."""
 
 from __future__ import annotations
 

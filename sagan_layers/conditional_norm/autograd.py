@@ -53,7 +53,7 @@ def register_conditional_norm(name: str, load: LoadKernels) -> Callable[..., Con
 
     Returns:
         A function that takes what :func:`reference.conditional_batch_norm` takes; inside torch.compile the process
-        group has to be None.
+        group must be None.
     """
     eager = _as_function(load)
     compiled = _as_operation(name, load)
@@ -117,7 +117,7 @@ class _Population:
 def _run_forward(
     kernels: ConditionalNormKernels, population: _Population, arguments: ForwardArguments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y and the batch's mean and variance, which have size 0 if the arguments have others to use."""
+    """Return y and the batch's mean and variance, which have size 0 if the arguments have a mean and variance."""
     x, mean, var = arguments.x, arguments.mean, arguments.var
     y = empty_like(x)
     size = x.size(1) if mean is None else 0
@@ -176,7 +176,7 @@ def _as_function(load: LoadKernels) -> Callable[..., Any]:
         @staticmethod
         def jvp(ctx: Any, *tangents: object) -> Any:
             raise NotImplementedError(
-                "of conditional batch norm's backends only 'reference' has forward-mode derivatives: name it"
+                "conditional batch norm: only 'reference' has forward-mode derivatives; pass backend='reference'"
             )
 
         @staticmethod
@@ -271,7 +271,7 @@ def _gradients(
     needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():  # the gradients need a graph themselves
         running = None if ctx.batch_statistics else (mean, var)
-        # Views, so that what the caller computed gain or bias from is not differentiated here.
+        # Views, so that derivatives stop at gain and bias, which may depend on other tensors.
         x, gain, bias = inputs = [tensor.view_as(tensor) for tensor in (x, gain, bias)]
         y = reference.conditional_batch_norm(x, gain, bias, running, ctx.eps, ctx.relu, process_group).y
         needed = [tensor for tensor, is_needed in zip(inputs, needs, strict=True) if is_needed]

@@ -1,9 +1,9 @@
 """Conditional batch norm on a CPU, in blocks that stay in the cache.
 
-Every step runs a few torch operations on one block after the other, in place or into a block of scratch memory. So a
-feature map comes from memory once a pass: one pass for the statistics, one for the output, two for backward. If a mean
-is large compared with the standard deviation, values are centred before they are squared or scaled, and the remainder
-of the mean that the rounded centre lacks is corrected for, so that no digits cancel.
+Every step runs a few torch operations on one block after the other, in place or into a block of scratch memory. So each
+pass reads a feature map from memory once: one pass for the statistics, one for the output, two for backward. If a mean
+is large compared with the standard deviation, values are centred before they are squared or scaled, and the rounding
+error of the centre is corrected afterwards, so that no digits cancel.
 
 A feature map is viewed as [N * C, L], or as [N, L, C] if the channels of a position are adjacent in memory.
 """
@@ -29,7 +29,7 @@ from sagan_layers.conditional_norm.kernels import (
 from sagan_layers.torch_support import accumulation_dtype, is_exporting
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Below so many values in a feature map the reference is as fast.
+# With fewer values in a feature map the reference is as fast.
 _FEW_VALUES = 2**16
 # A thread's block, in the accumulation dtype: about the size of a core's cache.
 BLOCK_BYTES = 2**21
@@ -37,9 +37,9 @@ BLOCK_BYTES = 2**21
 _ESTIMATE_VALUES = 32
 # Width of the rows in which torch's kernel adds up columns.
 ROW_VALUES = 1024
-# A mean of at most so many standard deviations costs at most three bits where values are not centred first.
+# Without centring, a mean of up to this many standard deviations costs at most three bits.
 _NEAR_DEVIATIONS = 8.0
-# From so many standard deviations on, an estimate of the mean was so far off that squares around it lost digits.
+# If the estimated mean is further off, in standard deviations, squares around it have lost digits.
 _MISSED_DEVIATIONS = 2.0
 
 
@@ -58,7 +58,7 @@ def not_preferred_reasons(inputs: ConditionalNormInputs) -> list[str]:
         return ["an exported program should need torch alone"]
     if not torch.compiler.is_compiling() and type(x) not in (Tensor, torch.nn.Parameter):
         return [f"it reads values and writes in place, and x is a {type(x).__name__}"]
-    # The processes of a group must choose alike, and their batches may have different sizes.
+    # All processes of a group must make the same choice, and their batches may have different sizes.
     if inputs.process_group is None and x.numel() < _FEW_VALUES:
         return [f"below {_FEW_VALUES} values 'reference' is as fast"]
     return []
@@ -189,7 +189,7 @@ class _Layout:
         return torch.empty(entries, dtype=self.dtype)
 
     def blocks(self, *maps: Tensor) -> Iterable[Sequence[Tensor]]:
-        """Split maps and coefficients alike."""
+        """Split maps and coefficients at the same places."""
         if maps[0].numel() <= self.entries:
             return [maps]
         return zip(*map(self._split, maps), strict=True)
@@ -250,7 +250,7 @@ def _statistics_around(
 def _statistics_of_columns(positions: Tensor, entries: int) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of each column of [positions, C], by torch's kernel.
 
-    The relative error of the mean is about 1e-7, so the mean has to be within a few standard deviations of 0.
+    The relative error of the mean is about 1e-7, so the mean must be within a few standard deviations of 0.
     """
     columns = positions.size(1)
     means, variances, counts = [], [], []
@@ -267,7 +267,7 @@ def _statistics_of_columns(positions: Tensor, entries: int) -> tuple[Tensor, Ten
 
 
 def _wide_rows(positions: Tensor, entries: int) -> list[Tensor]:
-    """Split [positions, C] into blocks of rows that hold several positions each.
+    """Split [positions, C] into blocks of rows of several positions each.
 
     Torch's kernel adds one row to the next. Wide rows make sums of few terms, which keep their digits, and threads do
     not write to the same cache line. Positions that do not fill a row come last, one in each row.

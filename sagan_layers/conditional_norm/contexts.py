@@ -1,4 +1,4 @@
-"""Functions that change over which values a network's conditional batch norms take their statistics."""
+"""Functions that choose the values over which a network's conditional batch norms take their statistics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def synchronize_batch_norm(module: _ModuleT, process_group: ProcessGroup | None 
     """Make every :class:`ConditionalBatchNorm2d` in ``module`` take its training statistics over several processes.
 
     Unlike ``nn.SyncBatchNorm.convert_sync_batchnorm`` this replaces nothing: DistributedDataParallel refuses networks
-    on a CPU that hold an ``nn.SyncBatchNorm``. State dicts do not change. Torch's batch norms are not touched.
+    on a CPU that contain an ``nn.SyncBatchNorm``. State dicts do not change. Torch's batch norms are not touched.
 
     Args:
         module: a layer or a network.
@@ -89,7 +89,7 @@ def standing_statistics(module: nn.Module, *, process_group: ProcessGroup | None
         process_group: gather over its processes; over all by default.
 
     Raises:
-        ValueError: if there is no such layer, or the module also holds torch batch norms with running statistics,
+        ValueError: if there is no such layer, or the module also contains torch batch norms with running statistics,
             which would not be replaced; use ``ConditionalBatchNorm2d(C)`` for those.
 
     Reference:

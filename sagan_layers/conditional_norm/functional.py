@@ -96,7 +96,7 @@ def conditional_batch_norm(
     )
     result = chosen.implementation(x, gain, bias, running, eps, activation == "relu", process_group)
     if training and running_mean is not None and running_var is not None:
-        _move_running_statistics(running_mean, running_var, result, momentum, biased_running_var)
+        _update_running_statistics(running_mean, running_var, result, momentum, biased_running_var)
     return result.y
 
 
@@ -138,7 +138,7 @@ def _check(
 
 
 @torch.no_grad()
-def _move_running_statistics(
+def _update_running_statistics(
     running_mean: Tensor,
     running_var: Tensor,
     batch: ConditionalNormResult,

@@ -1,4 +1,4 @@
-"""What a backend of conditional batch norm takes and returns, so that autograd.py can make it differentiable.
+"""The interface of a backend's kernels for conditional batch norm; autograd.py makes them differentiable.
 
 Shapes: N batch, C channels; x, y and their gradients [N, C, *], not empty; gain and bias [N, C] or [C]; mean and
 variance [C], float64. Outputs are written into tensors named ``out``, which are contiguous or channels_last.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ConditionalNormInputs(NamedTuple):
-    """What selects a backend.
+    """The inputs that decide which backend serves.
 
     Attributes:
         x: [N, C, *].
@@ -32,7 +32,7 @@ class ConditionalNormInputs(NamedTuple):
 
 
 class ForwardArguments(NamedTuple):
-    """What y is computed from.
+    """The arguments of forward.
 
     Attributes:
         x, gain, bias: as above.
@@ -51,7 +51,7 @@ class ForwardArguments(NamedTuple):
 
 
 class BackwardArguments(NamedTuple):
-    """What the gradients are computed from.
+    """The arguments of backward.
 
     Attributes:
         grad_y, x, gain: as above.
@@ -116,7 +116,7 @@ class ConditionalNormKernels:
 
 
 def opaque_unsupported_reasons(inputs: ConditionalNormInputs) -> list[str]:
-    """Return why no kernels can serve: neither autograd nor torch.compile sees inside them."""
+    """Return why no backend with kernels can serve: neither autograd nor torch.compile sees inside kernels."""
     reasons = []
     if inputs.running is not None and any(statistic.requires_grad for statistic in inputs.running):
         reasons.append("it has no gradients of running statistics")

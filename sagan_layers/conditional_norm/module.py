@@ -58,7 +58,7 @@ class ConditionalBatchNorm2d(nn.Module):
     Note:
         Training normalises by the batch's mean and biased variance and updates the running ones; evaluation
         normalises by the running ones. Statistics are computed in float32, also under autocast. The child ``norm``
-        holds only the running statistics (``norm.running_mean`` and ``norm.running_var`` in the state dict). After
+        contains only the running statistics (``norm.running_mean`` and ``norm.running_var`` in the state dict). After
         :func:`synchronize_batch_norm`, or ``nn.SyncBatchNorm.convert_sync_batchnorm``, which replaces the child,
         training takes statistics over the whole group's batch. Derivatives of every order.
 
@@ -175,7 +175,7 @@ class ConditionalBatchNorm2d(nn.Module):
         """Start to gather standing statistics.
 
         Until :meth:`end_standing_statistics` every forward normalises by its batch's statistics, in training and in
-        evaluation, and adds its values to the gathered ones; the running statistics stay as they are.
+        evaluation, and adds its values to the gathered ones; the running statistics do not change.
         :func:`standing_statistics` does this for a whole network.
 
         Raises:
@@ -195,7 +195,7 @@ class ConditionalBatchNorm2d(nn.Module):
                 them must call this, and all end with the same numbers.
 
         Raises:
-            ValueError: if nothing was gathered. The running statistics then stay as they are.
+            ValueError: if nothing was gathered. The running statistics then do not change.
         """
         if self._standing is None:
             raise ValueError("standing statistics: expected begin_standing_statistics first")
@@ -272,7 +272,7 @@ class ConditionalBatchNorm2d(nn.Module):
         return group or torch.distributed.group.WORLD
 
     def extra_repr(self) -> str:
-        """Return the sizes and the options that are not in the child's description."""
+        """Return the sizes, the condition and the options that differ from the defaults."""
         if self.condition_features is None:
             text = f"{self.num_features}, num_classes={self.num_classes}"
         else:
@@ -284,5 +284,5 @@ class ConditionalBatchNorm2d(nn.Module):
         return text
 
     def __getstate__(self) -> dict[str, Any]:
-        """Exclude what a context has set for its block from copies."""
+        """Return the state for copies, without what a context has set for its block."""
         return self.__dict__ | {"_standing": None, "_frozen_statistics": False}

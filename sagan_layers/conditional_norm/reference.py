@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class ConditionalNormResult(NamedTuple):
-    """A normalised batch, and what it was normalised with.
+    """A normalised batch and its statistics.
 
     Attributes:
         y: [N, C, *].
         mean: [C].
         var: [C], biased.
-        num_values: of how many values of a channel mean and variance are; None for running statistics.
+        num_values: the number of values per channel in mean and variance; None for running statistics.
     """
 
     y: Tensor

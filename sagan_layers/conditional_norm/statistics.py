@@ -19,7 +19,7 @@ class SynchronizedStatistics:
     """The processes over which training takes statistics. Copies use the same group; pickles do not contain it.
 
     Attributes:
-        group: of these processes; None for all.
+        group: these processes; None for all.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
@@ -36,7 +36,7 @@ class StandingStatistics:
     """Count, mean and sum of squared deviations of each channel of all batches added, in float64."""
 
     def __init__(self, num_features: int, device: torch.device) -> None:
-        # A tensor, since torch.compile takes numbers for constants.
+        # A tensor, because torch.compile treats numbers as constants.
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.mean = torch.zeros(num_features, dtype=torch.float64, device=device)
         self.squares = torch.zeros_like(self.mean)
@@ -56,7 +56,7 @@ class StandingStatistics:
 
     @torch.no_grad()
     def gather(self, process_group: ProcessGroup | None) -> None:
-        """Merge those of all processes, in the same order on each.
+        """Merge the statistics of all processes, in the same order on each.
 
         Raises:
             ValueError: if no process has added a batch.

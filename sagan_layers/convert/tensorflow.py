@@ -1,6 +1,6 @@
-"""Weights of the released TensorFlow code (brain-research/self-attention-gan).
+"""Load weights of the released TensorFlow code (brain-research/self-attention-gan).
 
-They come as a mapping from variable name to array, however they were read from a checkpoint; TensorFlow is not needed.
+The weights are a mapping from variable name to array, read from a checkpoint by any means; TensorFlow is not needed.
 """
 
 from __future__ import annotations

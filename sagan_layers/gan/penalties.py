@@ -31,8 +31,8 @@ def gradient_penalty(*, logits: Tensor, images: Tensor, kind: str = "r1", target
 
     Note:
         Keeps the graph of the first derivative. Norms are accumulated in float32 (float64 for float64). Where a
-        gradient is exactly zero, the norm of "wgan-gp" has the subgradient zero, not NaN. With a gradient scaler call
-        it outside autocast with unscaled logits.
+        gradient is exactly zero, the norm of "wgan-gp" has the subgradient zero, not NaN. With a gradient scaler, call
+        it outside autocast on unscaled logits.
 
     Reference:
         Mescheder et al., Which Training Methods for GANs do actually Converge (R1, R2); Gulrajani et al.,

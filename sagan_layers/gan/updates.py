@@ -54,7 +54,7 @@ def call_with_constant_parameters(module: nn.Module, *inputs: Any) -> Any:
 
     Args:
         module: any module.
-        inputs: what to call it with.
+        inputs: its arguments.
 
     Example:
         >>> critic, x = nn.Linear(4, 1), torch.randn(2, 4, requires_grad=True)
@@ -130,8 +130,8 @@ class DiscriminatorPass(nn.Module):
             logits = self.discriminator(images, torch.cat([real_labels, fake_labels]))
         if not isinstance(logits, Tensor):
             raise TypeError(
-                f"discriminator: expected one tensor of logits, got {type(logits).__name__}; return one, or write the "
-                "pass out"
+                f"discriminator: expected one tensor of logits, got {type(logits).__name__}; return one, or write your "
+                "own update"
             )
         real_logits, fake_logits = torch.split(logits, [len(real), len(fake)])
         return DiscriminatorResult(
@@ -142,8 +142,8 @@ class DiscriminatorPass(nn.Module):
 class GeneratorPass(nn.Module):
     r"""The forward pass of a generator's update: generated images, their logits, and the loss.
 
-    The discriminator's parameters are constants of this pass: its weights get no gradients, which would have to be
-    cleared, and ``requires_grad`` stays as it is. Only the generator is a submodule.
+    The discriminator's parameters are constants of this pass: its weights get no gradients that would have to be
+    cleared, and ``requires_grad`` does not change. Only the generator is a submodule.
 
     Args:
         generator: called as ``generator(latents)``, or ``generator(latents, labels)`` when labels are given.

@@ -1,4 +1,4 @@
-"""Convolutions with resampling: the module, its functional forms, their definition and how they are computed."""
+"""Convolutions with resampling: the module, its functional forms, their definition and their forms."""
 
 from sagan_layers.resampling.module import ResamplingConv2d
 

@@ -1,4 +1,4 @@
-"""Sums of windows beside a convolution with stride: of its result when upsampling, of its input when pooling."""
+"""A strided convolution and sums of windows: of its result when upsampling, of its input when pooling."""
 
 from __future__ import annotations
 

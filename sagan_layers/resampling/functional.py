@@ -45,7 +45,7 @@ def upsample_conv2d(
         padding: p, zeros around the upsampled map: a number, one for (height, width), "same" or "valid".
         dilation: of the kernel, a number or one for (height, width).
         groups: of the convolution.
-        backend: "auto", or the name of a form to insist on (:func:`explain_backends` lists them).
+        backend: "auto", or the name of a form to require (:func:`explain_backends` lists them).
 
     Shape:
         - Output: [N, out, Ho, Wo] with Ho = s H + 2 p - dilation (kernel height - 1).

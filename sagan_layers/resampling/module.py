@@ -13,19 +13,19 @@ __all__ = ["ResamplingConv2d"]
 
 
 class ResamplingConv2d(nn.Conv2d):
-    r"""Two-dimensional convolution that doubles or halves the resolution on the way.
+    r"""Two-dimensional convolution with upsampling before it or pooling after it.
 
     ``upsample=s`` is nearest upsampling by s before the convolution, ``downsample=s`` average pooling over s x s
     after it, each computed as one operation with a fraction of the multiplications
     (:func:`sagan_layers.functional.upsample_conv2d`, :func:`sagan_layers.functional.conv2d_downsample`). Parameters
-    and ``state_dict`` are those of ``nn.Conv2d``, and so are the values drawn for them.
+    and ``state_dict`` are those of ``nn.Conv2d``, and so are their initial values.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
-            dtype: as for :class:`torch.nn.Conv2d`. With resampling ``stride`` has to be 1.
+            dtype: as for :class:`torch.nn.Conv2d`. With resampling ``stride`` must be 1.
         upsample: factor by which height and width grow before the convolution; 1 for none.
-        downsample: factor by which they shrink after it; 1 for none. One of the two has to be 1.
-        backend: "auto", or a form of :func:`sagan_layers.functional.upsample_conv2d` to insist on.
+        downsample: factor by which they shrink after it; 1 for none. One of the two must be 1.
+        backend: "auto", or the name of a form of :func:`sagan_layers.functional.upsample_conv2d` to require.
 
     Shape:
         - Input: [N, C, H, W] or [C, H, W].
@@ -92,7 +92,7 @@ class ResamplingConv2d(nn.Conv2d):
 
     @property
     def resamples(self) -> bool:
-        """Whether the layer changes the resolution beside its convolution."""
+        """Whether the layer upsamples or pools in addition to its convolution."""
         return self.upsample != 1 or self.downsample != 1
 
     def forward(self, input: Tensor) -> Tensor:
@@ -101,8 +101,8 @@ class ResamplingConv2d(nn.Conv2d):
         return self._resampled(input, self.weight)
 
     def _resampled(self, input: Tensor, weight: Tensor) -> Tensor:
-        """Return the same with another weight."""
-        if self.upsample != 1 and self.padding_mode != "zeros":  # what is padded is the upsampled map
+        """Return the forward with another weight."""
+        if self.upsample != 1 and self.padding_mode != "zeros":  # the upsampled map is padded
             input = input.repeat_interleave(self.upsample, -2).repeat_interleave(self.upsample, -1)
         elif self.resamples:
             return self._resampled_as_one(input, weight)

@@ -54,7 +54,7 @@ class ResamplingOptions:
 
 
 class ResamplingInputs(NamedTuple):
-    """What the forms choose by: x [N, C, H, W] and weight [out, C / groups, kernel height, kernel width]."""
+    """Decide which form serves: x [N, C, H, W] and weight [out, C / groups, kernel height, kernel width]."""
 
     x: Tensor
     weight: Tensor

@@ -1,6 +1,6 @@
-"""The forms of the two resampling convolutions, in the order in which "auto" asks them.
+"""The forms of the two resampling convolutions, in the order in which "auto" tries them.
 
-A new form is a file with ``upsample``, ``downsample`` and what it does not support, and a row here.
+A new form is a file with ``upsample``, ``downsample`` and ``unsupported_reasons``, and a row here.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from sagan_layers.resampling import filtered, folded, matmul, reference, reorder
 from sagan_layers.resampling.reference import ResamplingInputs, ResamplingOptions
 from sagan_layers.torch_support import is_known
 
-# Measured on a CPU (docs/blocks/resampling.md). Below so many multiplications of the plain form, twice as many in
-# 16 bits, the extra calls cost more than they save.
+# Measured on a CPU (docs/blocks/resampling.md). With fewer multiplications in the plain form (twice as many in 16 bits)
+# the extra calls cost more than they save.
 _MIN_MULTIPLICATIONS = 25_000_000
-# Below so many channels on the small map's side of the convolution, filtering costs more than it saves.
+# With fewer channels on the small map's side of the convolution, filtering costs more than it saves.
 _MIN_CHANNELS = 48
 _MIN_CHANNELS_OF_LARGE_MAP = 192
 # A large map's memory is fresh at every call (see spectral_norm/memory.py), which costs as much as filtering it.
@@ -60,7 +60,7 @@ def _matmul_not_preferred(inputs: ResamplingInputs) -> list[str]:
 
 
 def _filtered_bytes(x: Tensor, weight: Tensor, options: ResamplingOptions) -> int:
-    """Return the size of the map whose windows are summed, give or take its border."""
+    """Return the size of the map whose windows are summed, ignoring its border."""
     height, width = x.shape[2:]
     if options.upsample:
         height, width = options.output_size(x, weight)

@@ -1,9 +1,9 @@
-"""Sums of windows, by which resampling moves to the other side of a convolution.
+"""Sums of windows, which move resampling to the other side of a convolution.
 
-Repeating pixels is placing them ``s`` apart between zeros and summing every ``s`` x ``s`` window; averaging squares
-is averaging every window and keeping each ``s``-th. Sums of windows commute with a convolution, so they can leave the
-large map's side of it: for the map on the other side (``filtered``, ``matmul``), or for its weight (``folded``). Either
-way the convolution itself runs at the small map's resolution, with stride ``s``.
+Repeating pixels means placing them ``s`` apart between zeros and summing every ``s`` x ``s`` window; averaging squares
+means averaging every window and keeping each ``s``-th average. Sums of windows commute with a convolution. So they can
+run on its other side (``filtered``, ``matmul``), or on its weight (``folded``). Either way the convolution runs at the
+small map's resolution, with stride ``s``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def window_sums(x: Tensor, size: int, padding: tuple[int, int] = (0, 0), scale: 
         padding: zeros on each side of (height, width) before; negative crops.
         scale: factor on the sums.
     """
-    if torch.compiler.is_compiling():  # which fuses the derivative of the slices by itself
+    if torch.compiler.is_compiling():  # the compiler fuses the derivative of the slices
         return _window_sums(x, size, padding, scale)
     result: Tensor = _WindowSums.apply(x, size, padding, scale)  # type: ignore[no-untyped-call]
     return result

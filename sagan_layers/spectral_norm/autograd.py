@@ -1,7 +1,7 @@
 """The contract of a backend, and the node that gives its normalised weight a gradient.
 
-Every use of a weight gets a node of its own: each part of an accumulated batch has its own backward, and data-parallel
-training sees each layer's gradient as soon as it is there.
+Every use of a weight gets its own node: each part of an accumulated batch has its own backward, and data-parallel
+training sees each layer's gradient as soon as it is computed.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def _differentiable_gradient(ctx: Any, grad: Tensor, result: SpectralNormResult)
     if ctx.weight._version != ctx.version:
         raise RuntimeError(
             "a spectrally normalised weight was modified in place after the forward pass whose second "
-            "derivatives were asked for; take them before optimizer.step()"
+            "derivatives are needed; compute them before optimizer.step()"
         )
-    # A view, because grad may itself depend on the weight: derivatives are to stop here.
+    # A view, because grad may itself depend on the weight: derivatives must stop here.
     weight = ctx.weight.view_as(ctx.weight)
     normalized = reference.spectral_normalize(
         weight, result.u, result.v, 0, ctx.options.eps, ctx.options.dim

@@ -1,4 +1,4 @@
-"""Contexts that say which weights the forwards inside them use: frozen, recorded and replayed ones."""
+"""Contexts that choose the weights of the forwards inside them: frozen, recorded or replayed."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def spectral_layers(module: nn.Module) -> list[SpectralNormLayer]:
 
 @contextlib.contextmanager
 def frozen_spectral_norm(module: nn.Module, *, iterate: bool | None = None) -> Iterator[None]:
-    """Keep u and v of every spectrally normalised layer in ``module`` as they are inside a ``with`` block.
+    """Do not update u and v of any spectrally normalised layer in ``module`` inside a ``with`` block.
 
     The released code updates D's vectors on the real batch and not on the fake batch that follows. Gradients, dropout
-    and batch norm are as usual. Contexts nest, and the innermost counts. Inside
-    :func:`~sagan_layers.shared_spectral_norm` the weights are given and this changes nothing.
+    and batch norm are as usual. Contexts nest; the innermost wins. Inside
+    :func:`~sagan_layers.shared_spectral_norm` the weights are fixed already and this changes nothing.
 
     Args:
-        module: a layer or a network that holds some.
-        iterate: whether sigma is taken after an iteration from the stored u and v (True), or from these as they
-            are (False), which gives the weight of the last forward that updated them: for passes that must repeat
+        module: a layer or a network that contains some.
+        iterate: whether sigma is taken after an iteration from the stored u and v (True), or without iterating
+            (False), which gives the weight of the last forward that updated them: for passes that must repeat
             it, such as further parts of an accumulated batch. None takes each layer's ``iterate_when_frozen``.
 
     Example:
@@ -56,7 +56,7 @@ def frozen_spectral_norm(module: nn.Module, *, iterate: bool | None = None) -> I
 def recording_spectral_norm(module: nn.Module, record: SpectralNormRecord) -> Iterator[None]:
     """Record which weights the forwards inside a ``with`` block use, for :func:`replaying_spectral_norm`.
 
-    For :func:`~sagan_layers.checkpointed`. Contexts nest, and each records all that happens in it.
+    For :func:`~sagan_layers.checkpointed`. Contexts nest; each records every forward inside it.
 
     Example:
         >>> import torch
@@ -82,7 +82,7 @@ def recording_spectral_norm(module: nn.Module, record: SpectralNormRecord) -> It
 def replaying_spectral_norm(record: SpectralNormRecord) -> Iterator[None]:
     """Let forwards inside a ``with`` block use the recorded weights again, in their order; nothing is updated.
 
-    The weights and their gradients are those of the record, whatever has updated u and v since, and whether or not
+    The weights and their gradients are those of the record, even if u and v were updated since, and whether or not
     the layers are in training, frozen or shared now. The caller checks that the parameters are still the same.
 
     Raises:

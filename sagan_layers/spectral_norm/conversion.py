@@ -31,7 +31,7 @@ _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 def remove_spectral_norm(module: _ModuleT) -> _ModuleT:
     """Turn every spectrally normalised layer in ``module`` into its plain torch layer, in place.
 
-    Each layer stays the same object, now of class ``nn.Conv2d`` (:class:`ResamplingConv2d` where it resamples),
+    Each layer stays the same object, now of class ``nn.Conv2d`` (:class:`ResamplingConv2d` if it resamples),
     ``nn.ConvTranspose2d``, ``nn.Linear`` or ``nn.Embedding``, and computes what it computed in evaluation. Its
     ``weight`` is a new parameter: make a new optimizer. Weights that two layers shared are no longer shared.
 
@@ -78,7 +78,7 @@ def apply_spectral_norm(
 
     Args:
         model: a layer or a network.
-        exclude: what to leave as it is, with everything inside it: qualified names or shell patterns of them
+        exclude: what to leave unchanged, with everything inside it: qualified names or shell patterns of them
             ("head.*", "blocks.0.conv"), classes, or modules.
         n_power_iterations: see :class:`SpectralNormLayer`.
         eps: see there.

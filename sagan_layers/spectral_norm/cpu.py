@@ -1,7 +1,8 @@
 """Spectral normalisation on the CPU in the fewest passes over the weight.
 
-One power iteration reads it twice and the division once, in memory order (:mod:`~sagan_layers.spectral_norm.layout`).
-Large results go into reused memory (:mod:`~sagan_layers.spectral_norm.memory`).
+A power iteration reads the weight twice and the division reads it once, in memory order
+(:mod:`~sagan_layers.spectral_norm.layout`). Large results go into reused memory
+(:mod:`~sagan_layers.spectral_norm.memory`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from sagan_layers.spectral_norm.layout import layout_of, same_strides
 from sagan_layers.spectral_norm.memory import ReusedMemory
 from sagan_layers.spectral_norm.reference import SpectralNormOptions, SpectralNormResult, SpectralNormTask
 
-# Products of at least so many entries are split over the threads; torch does not split a matrix-vector product.
+# Larger products are split over the threads; torch itself does not split a matrix-vector product.
 _MIN_SPLIT_ENTRIES = 2**16
 _SPLITS = 8
-# A division that also rounds works on so many entries at a time: few enough to stay in a core's cache.
+# Entries of a block for a division that also rounds: few enough to stay in a core's cache.
 _ROUNDED_ENTRIES = 2**17
 
 

@@ -1,4 +1,4 @@
-"""The stateless form of spectral normalisation, and what the layers call: task -> backend of the table -> result."""
+"""The stateless form of spectral normalisation, and the functions that layers call: task -> backend -> result."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def spectral_normalize(
 
 
 def spectral_norm_inputs(weight: Tensor, *, dim: int = 0) -> SpectralNormInputs:
-    """Return what the backends of a layer's weight choose by, after all checks."""
+    """Return the inputs that decide which backend normalises a layer's weight, after all checks."""
     check_floating("weight", weight)
     if weight.dim() < 2 or dim not in (0, 1):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Spectral normalisation of many weights on a GPU in few launches, without waiting for it.
+"""Spectral normalisation of many weights on a GPU, in few launches and without a synchronisation.
 
 The vectors of all weights are the rows of one tensor, padded with zeros, so that norms, divisions and sigma are single
 operations over all layers.
@@ -41,11 +41,11 @@ def _normalize(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
         groups.setdefault(key, []).append(index)
     results: dict[int, SpectralNormResult] = {}
     for indices in groups.values():
-        results.update(zip(indices, _normalize_alike([tasks[index] for index in indices]), strict=True))
+        results.update(zip(indices, _normalize_group([tasks[index] for index in indices]), strict=True))
     return [results[index] for index in range(len(tasks))]
 
 
-def _normalize_alike(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
+def _normalize_group(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
     _, n_power_iterations, eps, *_ = tasks[0].options
     layouts = [layout_of(task.weight, task.options.dim) for task in tasks]
     matrices = [_matrix(task.weight.detach(), task.options.dim) for task in tasks]

@@ -18,7 +18,7 @@ from sagan_layers.torch_support import accumulation_dtype
 
 __all__ = ["SNConv2d", "SNConvTranspose2d", "SNEmbedding", "SNLinear", "SpectralNormLayer"]
 
-# What contexts and earlier steps set on a layer; copies and plain layers are made without it.
+# Set on a layer by contexts and earlier steps; copies and plain layers do not have them.
 TEMPORARY_ATTRIBUTES = ("_frozen", "_shared", "_memory", "_records", "_replayed")
 
 
@@ -32,7 +32,7 @@ class SharedWeight(NamedTuple):
     """Set by :func:`~sagan_layers.shared_spectral_norm`.
 
     Attributes:
-        task: what was normalised.
+        task: the weight, and the u and v before.
         result: the normalised weight, sigma, u and v, without a graph.
         version: of the weight at that time; None where torch counts none.
     """
@@ -61,7 +61,7 @@ class SpectralNormLayer(nn.Module):
         eps: added to the norms of u and v.
         iterate_when_frozen: what a forward does when it must not update u (in evaluation, or inside
             :func:`~sagan_layers.frozen_spectral_norm`): iterate from the stored u without storing the result, as
-            the released code and BigGAN do (True), or take the stored u and v as they are, as
+            the released code and BigGAN do (True), or use the stored u and v without iterating, as
             ``torch.nn.utils.spectral_norm`` does in evaluation (False).
 
     Example:
@@ -83,7 +83,7 @@ class SpectralNormLayer(nn.Module):
     _frozen: Frozen | None = None
     _shared: SharedWeight | None = None
     _memory: LayerMemory | None = None
-    # Where enclosing contexts record what forwards use, and what forwards have to use again.
+    # What enclosing contexts record of the forwards, and what forwards must replay.
     _records: tuple[list[UsedVectors | SharedWeight], ...] = ()
     _replayed: Iterator[UsedVectors | SharedWeight] | None = None
 
@@ -116,7 +116,7 @@ class SpectralNormLayer(nn.Module):
 
     @torch.no_grad()
     def reset_right_vector(self) -> None:
-        """Set v to fit the weight and u: v = W^T u / ||W^T u||. For weights that come with u alone."""
+        """Set v to fit the weight and u: v = W^T u / ||W^T u||. For weights that were stored with u alone."""
         dtype = accumulation_dtype(self.weight.dtype)
         matrix = self.weight.to(dtype).transpose(0, self._output_axis).flatten(1)
         v = torch.mv(matrix.t(), self.weight_u.to(dtype))
@@ -130,8 +130,7 @@ class SpectralNormLayer(nn.Module):
     def normalized_weight(self) -> Tensor:
         """Return ``weight / sigma`` in the weight's shape and dtype; in training, unless frozen, update u and v.
 
-        Inside :func:`~sagan_layers.shared_spectral_norm` it is the shared weight, in the dtype that was asked for
-        there.
+        Inside :func:`~sagan_layers.shared_spectral_norm` it is the shared weight, in the dtype chosen there.
         """
         used = self._shared if self._replayed is None else self._next_replayed(self._replayed)
         if isinstance(used, SharedWeight):
@@ -143,7 +142,7 @@ class SpectralNormLayer(nn.Module):
             weight, _, u, v = normalize_weight(self._task(self.weight, iterate=iterate))
             used = UsedVectors(u, v)
             if self._updates_vectors:
-                # The gradient has tensors of its own, so an earlier forward's graph survives this.
+                # The graph has its own u and v, so an earlier forward's graph stays valid.
                 with torch.no_grad():
                     self.weight_u.copy_(u)
                     self.weight_v.copy_(v)
@@ -205,7 +204,7 @@ class SpectralNormLayer(nn.Module):
         if lowered != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
             raise RuntimeError(
                 f"weight: it is {weight.dtype}, and shared_spectral_norm has normalised it to {lowered}, which serves "
-                "under autocast only (off here)"
+                "under autocast only, and autocast is off"
             )
         task = SpectralNormTask(weight, shared.task.u, shared.task.v, shared.task.options)
         return weight_of_result(task, shared.result)
@@ -219,7 +218,7 @@ class SpectralNormLayer(nn.Module):
         return text
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copies: what belongs to contexts and earlier steps stays out."""
+        """Return the state for copies, without what contexts and earlier steps have set."""
         return {name: value for name, value in self.__dict__.items() if name not in TEMPORARY_ATTRIBUTES}
 
 

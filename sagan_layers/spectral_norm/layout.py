@@ -1,4 +1,4 @@
-"""How a weight lies in memory. Backends read it in memory order; it is the small v that they bring into that order."""
+"""How a weight lies in memory. Backends read it in memory order; they permute the small v, not the weight."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Layout(NamedTuple):
 
     Attributes:
         order: its axes, from the largest stride to the smallest.
-        sizes: products of the sizes before the axis of the outputs, of it, and after it, in that order.
-        rest_sizes: the sizes of the axes beside the outputs, in the weight's order.
+        sizes: in memory order: the product of the sizes before the axis of the outputs, its size, the product after it.
+        rest_sizes: the sizes of the other axes, in the weight's order.
         rest_order: those axes in memory order; None if that is the weight's order.
         is_dense: whether the weight fills its memory.
     """
@@ -70,7 +70,7 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> Layou
 
 
 def same_strides(first: Tensor, second: Tensor) -> bool:
-    """Return whether both have the same strides, those of axes of size 1 aside."""
+    """Return whether both have the same strides, ignoring axes of size 1."""
     return first.stride() == second.stride() or all(
         size == 1 or one == other
         for size, one, other in zip(first.shape, first.stride(), second.stride(), strict=True)

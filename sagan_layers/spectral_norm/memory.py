@@ -1,7 +1,7 @@
-"""Memory that a layer's large tensors take again at every step.
+"""Memory that a layer's large tensors reuse at every step.
 
 glibc returns a large block to the system when it is freed, and the system hands out zeroed pages for the next one.
-Filling those pages takes longer than all passes over a weight together. So a layer's normalised weight and gradient
+Faulting in those pages takes longer than all passes over a weight together. So a layer's normalised weight and gradient
 go into the memory of the previous step's, once nothing refers to it any more.
 """
 
@@ -40,7 +40,7 @@ class ReusedMemory:
                 start = -whole.ctypes.data % _ALIGNMENT_BYTES
                 self._bytes = whole[start : start + size]
             lease = self._bytes[:]
-            # The storage holds this view for as long as any tensor holds the storage.
+            # The view lives as long as the storage, and the storage as long as any tensor on it.
             storage = torch.frombuffer(lease, dtype=dtype).untyped_storage()
             self._lease = weakref.ref(lease)
         return torch.empty(0, dtype=dtype).set_(storage, 0, like.shape, like.stride())

@@ -14,7 +14,7 @@ from sagan_layers.torch_support import accumulation_dtype, without_autocast
 
 
 class SpectralNormResult(NamedTuple):
-    """A normalised weight and what its spectral norm was estimated with."""
+    """A normalised weight, sigma, and the vectors u and v that gave it."""
 
     weight: Tensor
     sigma: Tensor
@@ -78,7 +78,7 @@ def spectral_normalize(
 
 
 def spectral_divisor(sigma: Tensor, eps: float) -> Tensor:
-    """Return sigma, or 1 where sigma is not above eps: a weight of zeros is left as it is."""
+    """Return sigma, or 1 where sigma is not above eps: so that a weight of zeros stays zero."""
     return torch.where(sigma.abs() > eps, sigma, torch.ones_like(sigma))
 
 

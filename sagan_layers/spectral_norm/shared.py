@@ -18,12 +18,12 @@ def shared_spectral_norm(module: nn.Module, *, dtype: torch.dtype | None = None)
 
     On entry, one call does for every spectrally normalised layer what its next forward would have done: in training,
     unless frozen, it updates u and v, and it computes the normalised weight. Inside the block nothing is updated or
-    computed again: the real batch, the fake batch and all parts of an accumulated batch use the same weights. That is
-    what a first forward followed by others inside ``frozen_spectral_norm(module, iterate=False)`` computes, at the
-    cost of one.
+    computed again: the real batch, the fake batch and all parts of an accumulated batch use the same weights. The
+    results are those of a first forward followed by others inside ``frozen_spectral_norm(module, iterate=False)``, at
+    the cost of one.
 
     Args:
-        module: a layer or a network that holds some; one in DistributedDataParallel or under ``torch.compile``
+        module: a layer or a network that contains some; one in DistributedDataParallel or under ``torch.compile``
             as well.
         dtype: of the normalised weights of convolutions and linear layers, for forwards under autocast, which then
             need not cast them each time. None takes autocast's dtype if it is enabled on entry, else each weight's.
@@ -40,10 +40,10 @@ def shared_spectral_norm(module: nn.Module, *, dtype: torch.dtype | None = None)
 
     Note:
         Training mode and frozen contexts are read on entry only. Layers that an enclosing context already shares
-        stay as they are. :func:`~sagan_layers.frozen_spectral_norm` around the block keeps u and v; inside the block
-        it changes nothing. ``backward`` may run inside the block or after it, once for every forward, also after
-        ``optimizer.step()``; second derivatives must come before that. Copies and pickles of the module made inside
-        the block do not share.
+        keep their weights. :func:`~sagan_layers.frozen_spectral_norm` around the block prevents the update of u and v;
+        inside the block it changes nothing. ``backward`` may run inside the block or after it, once for every forward,
+        also after ``optimizer.step()``; second derivatives must come before that. Copies and pickles of the module
+        made inside the block do not share.
 
     Example:
         >>> from sagan_layers import SNConv2d, SNLinear

@@ -1,6 +1,6 @@
 """The backends of spectral normalisation, in the order in which they are tried.
 
-A new one is a file with ``unsupported_reasons`` and ``KERNELS``, and a row here.
+A new backend is a file with ``unsupported_reasons`` and ``KERNELS``, and a row here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from sagan_layers.torch_support import is_traced
 
 
 class SpectralNormInputs(NamedTuple):
-    """What selects a backend.
+    """The inputs that decide which backend serves.
 
     Attributes:
         weight: at least two axes.
         dim: the axis of the outputs.
-        alone: whether one weight is normalised by itself, not those of a whole network.
+        alone: whether this weight is normalised alone; False for the weights of a whole network together.
     """
 
     weight: Tensor
@@ -33,11 +33,11 @@ class SpectralNormInputs(NamedTuple):
 def _opaque(
     unsupported_reasons: Callable[[Tensor, int], list[str]],
 ) -> Callable[[SpectralNormInputs], list[str]]:
-    """Return the reasons of kernels whose operations cannot be followed."""
+    """Return the reasons of a backend with kernels, which compilers and transforms cannot trace."""
 
     def reasons(inputs: SpectralNormInputs) -> list[str]:
         if is_traced(inputs.weight):
-            return ["a compiler, a transform or a subclass follows the operations"]
+            return ["a compiler, a transform or a tensor subclass traces the operations"]
         return unsupported_reasons(inputs.weight, inputs.dim)
 
     return reasons
@@ -52,7 +52,7 @@ SPECTRAL_NORM: Operation[SpectralNormInputs, SpectralNormKernels] = Operation(
             "grouped",
             grouped.KERNELS,
             _opaque(grouped.unsupported_reasons),
-            lambda inputs: ["one weight makes no group"] if inputs.alone else [],
+            lambda inputs: ["it needs more than one weight"] if inputs.alone else [],
         ),
         Backend("reference", SpectralNormKernels(reference.normalize)),
     ),

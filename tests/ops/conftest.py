@@ -1,4 +1,4 @@
-"""What the tests of kernels share."""
+"""Fixtures of the tests of kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def _unwritten_memory_is_nan() -> Iterator[None]:
-    """What a kernel leaves unwritten in a fresh tensor shows as NaN (255 in bytes)."""
+    """Fill fresh tensors with NaN (bytes with 255), so that unwritten results show."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from accuracy import assert_accurate, distance
+from blocks import inside_larger
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -40,11 +42,8 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         spread = values.new_full((*values.shape[:2], 2 * values.size(2)), torch.nan)
         spread[..., ::2] = values
         return spread[..., ::2]
-    if layout == "inside_larger":  # a step over the end of a row, sample or tensor meets NaN
-        large = values.new_full([size + 3 for size in values.shape], torch.nan)
-        inner = large[1:-2, 2:-1, 1:-2]
-        inner.copy_(values)
-        return inner
+    if layout == "inside_larger":
+        return inside_larger(values)
     assert layout == "expanded_batch"
     return values[:1].expand_as(values)
 
@@ -54,10 +53,6 @@ def run(backend: Backend, inputs: Sequence[Tensor], grad_y: Tensor, scale: float
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     y = backend.implementation(*leaves, scale)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(y.dtype))]
-
-
-def distance(ours: Tensor, exact: Tensor) -> float:
-    return (ours.double() - exact).abs().max().item()
 
 
 def sums_of_sizes(inputs: Sequence[Tensor], grad_y: Tensor, scale: float) -> tuple[list[float], float]:
@@ -90,14 +85,10 @@ def assert_as_accurate_as_the_reference(
     unit = torch.finfo(inputs[0].dtype).eps
     sizes, logit = sums_of_sizes(inputs, grad_y, scale)
     if inputs[0].dtype == torch.float64:
-        unit *= 2  # what the result is held against was itself computed in float64
+        unit *= 2  # the exact result is computed in float64 too
     # A logit's own rounding, in the accumulation dtype, is a relative error of the weight.
     unit += logit * torch.finfo(accumulation_dtype(inputs[0].dtype)).eps
-    for what, got, plain, wanted, size in zip("yqkv", ours, same_dtype, exact, sizes, strict=True):
-        assert got.shape == wanted.shape
-        assert got.dtype == inputs[0].dtype
-        assert torch.isfinite(got).all(), what
-        assert distance(got, wanted) <= 2 * distance(plain, wanted) + 4 * unit * size, what
+    assert_accurate("yqkv", ours, same_dtype, exact, [unit * size for size in sizes])
 
 
 class Case(NamedTuple):

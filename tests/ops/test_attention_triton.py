@@ -1,6 +1,6 @@
 """The Triton attention kernels: what is specific to them, in Triton's interpreter and on a GPU.
 
-``test_attention_backends.py`` holds every backend, this one too, to the reference.
+``test_attention_backends.py`` compares every backend, this one too, with the reference.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_attention_backends import LAYOUTS, distance, laid_out, sums_of_sizes
+from accuracy import assert_accurate, distance
+from test_attention_backends import LAYOUTS, laid_out, sums_of_sizes
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -41,7 +42,7 @@ SIZES = [
 
 
 class Case(NamedTuple):
-    """What the three launchers are given from outside."""
+    """The arguments of the three launchers."""
 
     query: Tensor
     key: Tensor
@@ -128,13 +129,8 @@ def assert_as_accurate_as_the_reference(case: Case, scale: float = 1.0) -> None:
     sizes, logit = sums_of_all_sizes(case, scale)
     # A logit's own rounding, in the accumulation dtype, is a relative error of the weight.
     unit = torch.finfo(dtype).eps + logit * torch.finfo(accumulation_dtype(dtype)).eps
-    for name, got, plain, wanted, size in zip(NAMES, ours, same_dtype, exact, sizes, strict=True):
-        assert got.shape == wanted.shape
-        assert got.dtype == dtype
-        assert got.is_contiguous()
-        assert torch.isfinite(got).all(), name
-        bound = 2 * distance(plain, wanted) + 4 * unit * size
-        assert distance(got, wanted) <= bound, f"{name}: {distance(got, wanted):.2e} > {bound:.2e}"
+    assert_accurate(NAMES, ours, same_dtype, exact, [unit * size for size in sizes])
+    assert all(result.is_contiguous() for result in ours)
 
 
 @interpreted
@@ -155,10 +151,8 @@ def test_any_strides_are_read_and_nothing_beyond_the_ends(layout: str, dtype: to
 
 
 def assert_same_bits(first: list[Tensor], second: list[Tensor]) -> None:
-    assert all(
-        torch.isfinite(one).all() and torch.equal(one, other)
-        for one, other in zip(first, second, strict=True)
-    )
+    assert all(torch.isfinite(result).all() for result in first)
+    assert all(map(torch.equal, first, second))
 
 
 def contiguous(case: Case) -> Case:
@@ -400,7 +394,8 @@ def test_large_memory_strides_are_read_by_compiled_kernels() -> None:
 def test_compiled_kernels_repeat_their_bits(dtype: torch.dtype) -> None:
     case = case_of((4, 1024, 256, 16, 64), dtype, device="cuda")
     first = run(case, 1.0)
-    assert all(torch.equal(*pair) for _ in range(3) for pair in zip(first, run(case, 1.0), strict=True))
+    for _ in range(3):
+        assert_same_bits(first, run(case, 1.0))
 
 
 @pytest.mark.gpu

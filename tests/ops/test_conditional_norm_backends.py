@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_accurate
+from blocks import inside_larger
+from dispatched import DispatchedOperations, saved_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sagan_layers import functional
 from sagan_layers.backends import Backend
@@ -50,7 +52,7 @@ half_and_single = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat1
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The values (or one of them everywhere, if expanded) with the strides of a layout, and NaN beside them."""
+    """The values (or one of them everywhere, if expanded) with the strides of a layout."""
     if layout == "contiguous":
         return values.contiguous()
     if layout == "channels_last":
@@ -60,10 +62,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     if layout == "expanded":
         return values.flatten()[0].expand(values.shape)
     assert layout == "inside_larger"
-    large = values.new_full([size + 3 for size in values.shape], torch.nan)
-    inner = large[tuple(slice(1 + axis % 2, -2 + axis % 2) for axis in range(values.dim()))]
-    inner.copy_(values)
-    return inner
+    return inside_larger(values)
 
 
 def compute(
@@ -152,18 +151,12 @@ def assert_as_accurate_as_the_reference(
     exact, sizes = in_float64(inputs, cotangent, running, passed)
     if relu:
         same_dtype[0], exact[0] = same_dtype[0].relu(), exact[0].relu()
-    for name, got, plain, expected, size, like in zip(
-        NAMES, ours, same_dtype, exact, sizes, (inputs[0], *inputs), strict=True
-    ):
-        unit = torch.finfo(like.dtype).eps + torch.finfo(accumulation_dtype(inputs[0].dtype)).eps
-        if inputs[0].dtype == torch.float64:
-            unit *= 8  # the exact result adds thousands of numbers in float64, too
-        assert got.shape == expected.shape, name
-        assert got.dtype == like.dtype, name
-        assert torch.isfinite(got).all(), name
-        error, allowed = ((each.double() - expected).abs().max().item() for each in (got, plain))
-        limit = 2 * allowed + 4 * unit * size
-        assert error <= limit, f"{name}: {error:.3g} > {limit:.3g} (reference {allowed:.3g})"
+    wide_unit = torch.finfo(accumulation_dtype(inputs[0].dtype)).eps
+    units = [torch.finfo(result.dtype).eps + wide_unit for result in same_dtype]
+    if inputs[0].dtype == torch.float64:
+        units = [8 * unit for unit in units]  # the exact result adds thousands of numbers in float64, too
+    roundings = [unit * size for unit, size in zip(units, sizes, strict=True)]
+    assert_accurate(NAMES, ours, same_dtype, exact, roundings)
 
 
 def assert_digits(
@@ -297,8 +290,8 @@ def test_the_same_input_gives_the_same_bits_and_is_not_changed(backend: Conditio
     copies = [tensor.clone() for tensor in inputs]
     cotangent = torch.randn(inputs[0].shape)
     first, second = (run(backend, inputs, cotangent, relu=relu) for _ in range(2))
-    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
-    assert all(torch.equal(*pair) for pair in zip(inputs, copies, strict=True))
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, inputs, copies))
 
 
 @kernels
@@ -378,13 +371,7 @@ def test_the_input_is_saved_for_backward_and_with_relu_the_output(
     backend: ConditionalNorm, relu: bool
 ) -> None:
     x = torch.randn(3, 4, 8, 8, requires_grad=True)
-    saved: list[Tensor] = []
-
-    def save(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    with saved_tensors() as saved:
         y = compute(served(backend, x), x, torch.randn(3, 4), torch.randn(3, 4), relu=relu).y
     large = {tensor.data_ptr() for tensor in saved if tensor.numel() > 12}
     assert large == {x.data_ptr(), *([y.data_ptr()] if relu else [])}
@@ -468,29 +455,6 @@ def test_blocks_of_any_size_are_as_accurate(
     )
 
 
-class Sizes(TorchDispatchMode):
-    """Records how many entries each new tensor has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
-        self.seen += [
-            tensor.untyped_storage().nbytes()
-            for tensor in _tensors(result)
-            if tensor.untyped_storage().data_ptr() not in known
-        ]
-        return result
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(tree)
-    return (leaf for leaf in leaves if isinstance(leaf, Tensor))
-
-
 @both_formats
 @half_and_single
 @with_and_without_relu
@@ -500,13 +464,14 @@ def test_forward_and_backward_allocate_one_map_each_and_small_blocks(
     monkeypatch.setattr(conditional_norm_blocked, "BLOCK_BYTES", 2**16 // torch.get_num_threads())
     x = laid_out(torch.randn(4, 8, 64, 64).to(dtype), layout).requires_grad_()
     cotangent = laid_out(torch.randn(x.shape).to(dtype), layout)
-    with Sizes() as forward:
+    with DispatchedOperations() as forward:
         y = compute(BACKENDS["blocked"], x, torch.ones(4, 8), relu=relu).y
-    with Sizes() as backward:
+    with DispatchedOperations() as backward:
         torch.autograd.grad(y, x, cotangent)
-    for mode in (forward, backward):
-        assert sorted(mode.seen)[-1] == x.untyped_storage().nbytes()
-        assert sorted(mode.seen)[-2] <= 2**16
+    for dispatched in (forward, backward):
+        *_, second, largest = sorted(dispatched.allocated_bytes)
+        assert largest == x.untyped_storage().nbytes()
+        assert second <= 2**16
 
 
 def normalise(backend: str, activation: str | None = None) -> Callable[..., Tensor]:
@@ -518,13 +483,13 @@ def normalise(backend: str, activation: str | None = None) -> Callable[..., Tens
     return function
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
 @kernels
 @pytest.mark.parametrize("activation", [None, "relu"])
 @both_formats
 def test_compiled_without_breaks_it_equals_eager(
     backend: ConditionalNorm, layout: str, activation: str | None
 ) -> None:
-    torch.compiler.reset()
     function = normalise(backend.name, activation)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for batch in (3, 5):  # the second time with dynamic sizes
@@ -575,8 +540,8 @@ def test_exported_it_is_made_of_torchs_operations_unless_a_backend_is_named(
     torch.testing.assert_close(program.module()(*inputs), normalise("reference", "relu")(*inputs))
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_auto_takes_the_blocks_from_the_same_size_on() -> None:
-    torch.compiler.reset()
     graphs: list[torch.fx.GraphModule] = []
 
     def record(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:

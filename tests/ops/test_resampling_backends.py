@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import inside_larger
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -276,7 +276,7 @@ def test_autocast_lowers_the_convolution_and_not_the_folding(upsample: bool, bac
 
 @every_backend
 @both_directions
-def test_memory_format_of_the_input_is_kept(upsample: bool, backend: str) -> None:
+def test_output_has_the_memory_format_of_the_input(upsample: bool, backend: str) -> None:
     problem = fitting(upsample, backend)
     strided = problem._replace(x=problem.x.to(memory_format=torch.channels_last))
     y, expected = ours(strided, backend), ours(problem, backend)
@@ -289,10 +289,8 @@ def test_memory_format_of_the_input_is_kept(upsample: bool, backend: str) -> Non
 @both_directions
 def test_slices_of_larger_tensors_give_the_values_of_their_copies(upsample: bool, form: str) -> None:
     problem = draw(upsample)
-    wide = torch.full([size + 2 for size in problem.x.shape], torch.nan, dtype=torch.float64)
-    inner = wide[1:-1, 1:-1, 1:-1, 1:-1]
-    inner.copy_(problem.x)
-    torch.testing.assert_close(ours(problem._replace(x=inner), form), ours(problem, form))
+    part = problem._replace(x=inside_larger(problem.x))
+    torch.testing.assert_close(ours(part, form), ours(problem, form))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
@@ -383,7 +381,7 @@ def test_on_a_cpu_the_measured_rule_chooses(
         (16, 64, 64, {"dilation": 2}, "filtered"),
     ],
 )
-def test_dtype_device_and_options_bear_on_the_choice(
+def test_the_choice_depends_on_dtype_device_and_options(
     batch: int, channels: int, side: int, options: dict[str, Any], expected: str, upsample: bool
 ) -> None:
     assert (
@@ -413,30 +411,7 @@ def test_a_factor_of_one_is_the_convolution(upsample: bool) -> None:
         ours(problem, "folded")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"operation": "upsample_conv2d", "factor": 1},
-        {"operation": "upsample_conv2d"},
-        {"operation": "conv2d_downsample", "dilation": 2, "padding": "same"},
-    ],
-)
-def test_the_explanation_says_what_select_says(options: dict[str, Any]) -> None:
-    for kernel in (1, 2, 3):
-        x, weight = torch.randn(4, 64, 16, 16), torch.randn(64, 64, kernel, kernel)
-        sentences = functional.explain_backends(x, weight, **options)
-        assert list(sentences) == BACKENDS
-        (taken,) = [name for name, sentence in sentences.items() if sentence == "chosen"]
-        assert functional.select_backend(x, weight, **options) == taken
-        for name, sentence in sentences.items():
-            if sentence.startswith("cannot serve: "):
-                with pytest.raises(ValueError, match=re.escape(sentence.removeprefix("cannot serve: "))):
-                    functional.select_backend(x, weight, **options, backend=name)
-            else:
-                assert functional.select_backend(x, weight, **options, backend=name) == name
-
-
-def test_inside_export_no_size_is_looked_at() -> None:
+def test_inside_export_the_choice_does_not_depend_on_sizes() -> None:
     class Up(torch.nn.Module):
         def forward(self, x: Tensor, weight: Tensor) -> Tensor:
             return functional.upsample_conv2d(x, weight, padding=1)
