@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sagan_layers import SNConv2d, functional
+from sagan_layers import SNConv2d, backends, functional
 from sagan_layers.functional import explain_backends, force_backend, record_backends, select_backend
 
 Call = tuple[tuple[Tensor, ...], dict[str, Any]]
@@ -152,3 +152,14 @@ def test_unknown_names_are_refused(name: str) -> None:
     ):
         with pytest.raises(ValueError, match=f"operation: expected one of 'attention', .*got {name!r}"):
             call()
+
+
+def test_triton_kernels_need_an_nvidia_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_INTERPRETING", False)
+    monkeypatch.setattr(backends, "_HAS_TRITON", True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert backends.no_triton_reasons(cpu) == ["its kernels run on CUDA, and the tensors are on cpu"]
+    assert backends.no_triton_reasons(cuda) == []
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert backends.no_triton_reasons(cuda) == ["its kernels were never compiled for ROCm"]

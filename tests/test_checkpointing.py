@@ -280,7 +280,7 @@ def test_a_block_that_is_compiled_itself_repeats_its_weights_too() -> None:
     for _ in range(2):
         (loss_of(checkpointed(block, x)) + loss_of(checkpointed(block, 2 * x))).backward()
         (loss_of(plain(x)) + loss_of(plain(2 * x))).backward()
-    assert_close(gradients_of(block), gradients_of(plain))
+    assert_close(gradients_of(block), gradients_of(plain), rtol=1.3e-6, atol=1e-5)
     assert_same(dict(block.named_buffers()), dict(plain.named_buffers()))
 
 

@@ -440,3 +440,16 @@ def test_wrong_inputs_are_refused_before_statistics_are_updated(
     with pytest.raises(error, match=message):
         module(*inputs)
     assert torch.equal(module.norm.running_mean, mean)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_standing_statistics_of_a_compiled_network_compile_once() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), ConditionalBatchNorm2d(4))
+    other, batches = copy.deepcopy(network), [torch.randn(6, 3, 8, 8) for _ in range(12)]
+    network.compile(backend="eager", fullgraph=True)
+    with torch.no_grad(), standing_statistics(network):
+        for number, batch in enumerate(batches):
+            with torch.compiler.set_stance("default" if number < 2 else "fail_on_recompile"):
+                network(batch)
+    gather(other, *batches)
+    assert_running_statistics(network[1], other[1].norm.running_mean, other[1].norm.running_var)

@@ -457,6 +457,8 @@ def test_the_fused_block_says_why_it_cannot_serve() -> None:
         ValueError, match=r"no self-attention backend serves .*fused: pool_size = 3 is above 2"
     ):
         functional.self_attention_2d(x, **block(), pool_size=3, backend="fused")
+    with pytest.raises(ValueError, match=r"fused: Ev = 300 is more than 128"):
+        functional.self_attention_2d(x, **block(Ev=300), backend="fused")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -237,8 +237,9 @@ def test_a_quarter_or_four_ninths_of_the_multiplications_are_done(
     form: str, expected: float, upsample: bool
 ) -> None:
     problem = fitting(upsample, form, size=(64, 64), dtype=torch.float32)
-    # The forms differ by a row or two at the border.
-    assert flops(problem, form) / flops(problem, "plain") == pytest.approx(expected, rel=0.04)
+    # The forms differ by a row or two at the border; a 1x1 kernel has none.
+    tolerance = 0 if form == "reordered" else 0.04
+    assert flops(problem, form) / flops(problem, "plain") == pytest.approx(expected, rel=tolerance)
 
 
 @every_form
