@@ -1,4 +1,8 @@
-"""The backends of attention and of the whole self-attention block, in the order in which "auto" tries them."""
+"""The backends of attention and of the whole self-attention block, in the order in which "auto" tries them.
+
+The block is computed at once on CUDA ("fused", Triton kernels) or composed of projections, pooling and attention.
+Attention alone: "triton" and "sdpa" (torch's own kernels) on CUDA, "chunked" and "reference" on any device.
+"""
 
 from __future__ import annotations
 
