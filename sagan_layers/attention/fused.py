@@ -8,15 +8,16 @@ creates a graph. Triton is imported when the kernels are first used.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sagan_layers.attention import reference
 from sagan_layers.attention.reference import ProjectionWeights, SelfAttentionInputs
+from sagan_layers.attention.saved import Saved, empty_results
 from sagan_layers.backends import interpreter_reasons, no_triton_reasons
-from sagan_layers.torch_support import accumulation_dtype, without_autocast
+from sagan_layers.torch_support import without_autocast
 
 # Autograd functions and registered operations take flat arguments: the fields of the records, in their order.
 _INPUTS = (
@@ -25,28 +26,6 @@ _INPUTS = (
 )
 _SAVED = "Tensor query, Tensor key, Tensor value, Tensor attended, Tensor lse, Tensor key_argmax, Tensor value_argmax"
 _NUM_TENSORS = 10  # of the inputs
-
-
-class Saved(NamedTuple):
-    """What forward saves for backward; without ``save`` all but key and value are empty.
-
-    Attributes:
-        query: [N, L, E].
-        key: [N, S, E].
-        value: [N, S, Ev].
-        attended: [N, L, Ev].
-        lse: [N, L], the natural logarithm of the softmax's denominators, in the accumulation dtype.
-        key_argmax: [N, S, E], uint8: the position in its window of each key; empty without pooling.
-        value_argmax: [N, S, Ev], the same for values.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attended: Tensor
-    lse: Tensor
-    key_argmax: Tensor
-    value_argmax: Tensor
 
 
 def unsupported_reasons(inputs: SelfAttentionInputs) -> list[str]:
@@ -68,27 +47,6 @@ def unsupported_reasons(inputs: SelfAttentionInputs) -> list[str]:
 def not_preferred_reasons(inputs: SelfAttentionInputs) -> list[str]:
     """Return why "auto" takes the composed form, although the kernels could serve."""
     return interpreter_reasons(inputs.x.device)
-
-
-def empty_results(inputs: SelfAttentionInputs, save: bool) -> tuple[Tensor, Saved]:
-    """Return tensors like those of the kernels' forward, not computed."""
-    x, weights, _, pool_size = inputs
-    assert isinstance(weights, ProjectionWeights)
-    N, _, H, W = x.shape
-    E, Ev = weights.key.size(0), weights.value.size(0)
-    S = (H // pool_size) * (W // pool_size)
-    positions = (N, H * W) if save else (0, 0)
-    pooled = (N, S) if save and pool_size > 1 else (0, 0)
-    saved = Saved(
-        query=x.new_empty((*positions, E)),
-        key=x.new_empty((N, S, E)),
-        value=x.new_empty((N, S, Ev)),
-        attended=x.new_empty((*positions, Ev)),
-        lse=x.new_empty(positions, dtype=accumulation_dtype(x.dtype)),
-        key_argmax=x.new_empty((*pooled, E), dtype=torch.uint8),
-        value_argmax=x.new_empty((*pooled, Ev), dtype=torch.uint8),
-    )
-    return torch.empty_like(x), saved
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

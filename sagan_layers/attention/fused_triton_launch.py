@@ -16,7 +16,6 @@ from torch import Tensor
 from sagan_layers import triton_support
 from sagan_layers.attention import triton_launch
 from sagan_layers.attention.autograd import BackwardInputs
-from sagan_layers.attention.fused import Saved, empty_results
 from sagan_layers.attention.fused_triton_kernels import (
     attend_kernel,
     input_gradient_kernel,
@@ -24,6 +23,7 @@ from sagan_layers.attention.fused_triton_kernels import (
     weight_gradient_kernel,
 )
 from sagan_layers.attention.reference import ProjectionWeights, SelfAttentionInputs
+from sagan_layers.attention.saved import Saved, empty_results
 from sagan_layers.torch_support import accumulation_dtype
 from sagan_layers.triton_support import CompileJob
 
