@@ -258,10 +258,10 @@ def _results(d_loss: Tensor, g_loss: Tensor, generator: nn.Module) -> Outputs:
 
 
 def measure_separately(case: StepCase, *, steps: int, rounds: int) -> Row:
-    """Return the step of each contender in fresh processes, as users run them: ours keeps freed memory there.
+    """Return the step times of each contender in processes of its own, where ours keeps freed memory as in training.
 
-    In one process all contenders would share the allocator's settings. Results are checked where they do. Each process,
-    of so many rounds, times so many steps after one that is not timed.
+    In one process, all contenders would share the allocator's settings. Results are not checked here. Each contender
+    gets ``rounds`` processes; each makes one warm-up step and then times ``steps`` steps.
     """
     context = multiprocessing.get_context("spawn")
     times_s: dict[str, list[float]] = {name: [] for name in case.contenders()}
@@ -281,10 +281,10 @@ def _step_times_s(case: StepCase, contender: str, steps: int, threads: int) -> l
 
 
 def measure_loop(device: str, *, iterations: int) -> Row:
-    """Return the median time of the demo's step inside ``train``, and of a whole turn of the loop around it.
+    """Return the median time of the demo's training step inside ``train``, and of a whole iteration of its loop.
 
-    Logs are written as often as by default, samples and checkpoints not at all: a run writes them too rarely to show
-    in so few turns.
+    Logs are written as often as by default. Samples and checkpoints are not written: in a real run they are too rare to
+    matter in so few iterations.
     """
     inside: list[float] = []
     starts: list[float] = []

@@ -122,7 +122,7 @@ class Case(abc.ABC):
         return run()
 
     def is_repeated(self, contender: str, rows: Mapping[str, Row]) -> bool:
-        """Return whether this is the backend that "ours" was seen to take, which is not measured twice."""
+        """Return whether "ours" has already measured this contender, because it selected the same backend."""
         taken = rows.get("ours", {}).get("served_by", "").split(" + ")[0]
         return bool(taken) and contender == f"ours: {taken}"
 
@@ -246,7 +246,7 @@ def time_contenders(
 
 
 def measurement(times_s: Sequence[float], repeats: int = 1) -> Measurement:
-    """Return times of one run as torch's measurement; each was taken over so many repetitions."""
+    """Return times of one run as torch's measurement; each is the mean of ``repeats`` repetitions."""
     return Measurement(repeats, [time_s * repeats for time_s in times_s], TaskSpec("run()", "pass"))
 
 
@@ -270,7 +270,7 @@ def timed_rows(
 def timed_record(
     suite: str, case: str, baseline: str, times_s: Mapping[str, Sequence[float]], images: int
 ) -> Row:
-    """Return the record of a case from its contenders' times of one run, which takes in so many images."""
+    """Return the record of a case from the times of its contenders; one run processes ``images`` images."""
     measurements = {name: measurement(times) for name, times in times_s.items()}
     rows = timed_rows(measurements, baseline, images)
     return {"suite": suite, "case": case, "baseline": baseline, "contenders": rows}
@@ -362,7 +362,7 @@ def available_mib() -> float | None:
 
 
 def measure_case(case: Case, settings: Settings, rates: Mapping[str, float] | None = None) -> Row:
-    """Check, time and weigh every contender of a case; return the record of the case.
+    """Check every contender; measure its time and peak memory. Return the record of the case.
 
     A contender that refuses, fails or is wrong has the reason in its row, and the others go on.
     """

@@ -69,7 +69,7 @@ class Usage:
 
     def blocks_per_sm(self, chip: Chip, num_warps: int) -> int:
         """Return how many blocks fit on an SM at once."""
-        # Registers are handed to a warp in 256s; each block takes 1 KiB of shared memory for the system.
+        # A warp's registers are allocated in units of 256; the system reserves 1 KiB of shared memory per block.
         registers_per_warp = -(-self.registers * 32 // 256) * 256
         return min(
             chip.blocks,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Offsets inside a sample have 32 bits, those of a block's padding included: they are computed, though not read.
+# Kernels compute offsets inside a sample in 32 bits. The margin is for masked positions past the end of a sample.
 MAX_SAMPLE_SPAN = 2**31 - 2**16
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -87,9 +87,9 @@ def device_guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def launch_options(tile: Tile) -> dict[str, Any]:
-    """Return what a launch takes beside the kernel's arguments.
+    """Return the options of a launch.
 
-    No multiply-adds but those written as such, so that two kernels compute the same product with the same bits.
+    The compiler must not fuse multiplications and additions, so that two kernels compute a product with the same bits.
     """
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": False}
 

@@ -7,7 +7,7 @@ one for the weights', which route the gradients of pooled keys and values by the
 
 Shape letters: N batch, C channels, L positions, S pooled positions, E and Ev widths of keys and values.
 
-A name that is assigned before and inside a loop must keep its type and shape: hence the many names of pointers.
+A variable that is assigned before and inside a loop must keep its type and shape, so pointers have separate names.
 """
 # Kernels are not Python for a type checker, and Triton ships no types.
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False

@@ -86,7 +86,7 @@ WEIGHT_GRADIENT_TILES = {
 
 def unsupported_reasons(x: Tensor, weights: ProjectionWeights) -> list[str]:
     """Return why these kernels cannot serve, on a device that runs Triton."""
-    # Beside operands of 32 bits the accumulators of a whole block do not fit into registers.
+    # With 32-bit operands, the accumulators do not fit into registers.
     reasons = triton_support.unsupported_reasons(x, torch.bfloat16, torch.float16)
     reasons += triton_support.large_sample_reasons(x)
     if x.numel() == 0:
@@ -99,7 +99,7 @@ def unsupported_reasons(x: Tensor, weights: ProjectionWeights) -> list[str]:
             reasons.append(f"{name} = {size} is more than {largest}")
     if triton_support.INTERPRETED:
         return reasons
-    # Loads would be of single elements, and their addresses would take the registers.
+    # Loads could not be vectorised; their addresses would exhaust the registers.
     if any(width % 8 for width in (C, E, EV)):
         reasons.append(f"serves widths that are multiples of 8, got C = {C}, E = {E}, Ev = {EV}")
     # There values and features meet in one block, and masks of both would not fit into registers.

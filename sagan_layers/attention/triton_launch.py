@@ -51,7 +51,7 @@ WIDTHS_OF_OTHERS = WIDTHS[:-1]
 
 # Wider values are cut into chunks, for the accumulators of a block to fit into registers: by bytes of an operand.
 MAX_CHUNK = {2: 128, 4: 64}
-# The double kernels hold so much more that they always go in two launches, too.
+# Double-backward kernels need more registers, so they are always split into two launches.
 MAX_CHUNK_OF_DOUBLE = 32
 
 # By kernel, padded value width and bytes of an operand (float64, interpreted only, takes float32's). Chosen with
@@ -312,7 +312,7 @@ def _products(kernel: Any, dtype: torch.dtype, float32_precision: str) -> tuple[
     if dtype == torch.float64:
         return "ieee", "ieee"
     if dtype == torch.float32:
-        # Second derivatives are taken of few samples or rarely, and sum what cancels.
+        # Second derivatives are rare and suffer from cancellation, so they always use three TF32 products.
         product = "tf32x3" if kernel in _DOUBLE_KERNELS else float32_precision
         return product, product
     if dtype == torch.bfloat16:

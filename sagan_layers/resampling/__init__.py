@@ -1,4 +1,4 @@
-"""Convolutions with resampling: the module, its functional forms, their definition and their forms."""
+"""Convolutions with resampling: the module, its functional forms, the reference and the backends."""
 
 from sagan_layers.resampling.module import ResamplingConv2d
 

@@ -1,4 +1,4 @@
-"""A strided convolution and sums of windows: of its result when upsampling, of its input when pooling."""
+"""A strided convolution with a box filter: after it when upsampling, before it when pooling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same as ``filtered``, its convolution by one matrix product: faster for small maps with many channels."""
+"""Like ``filtered``, but the convolution is one matrix product: faster for small maps with many channels."""
 
 from __future__ import annotations
 

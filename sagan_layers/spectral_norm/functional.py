@@ -1,4 +1,4 @@
-"""The stateless form of spectral normalisation, and the functions that layers call: task -> backend -> result."""
+"""The stateless form of spectral normalisation, and the functions that layers call."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def spectral_norm_inputs(weight: Tensor, *, dim: int = 0) -> SpectralNormInputs:
 
 
 def normalize_weight(task: SpectralNormTask) -> SpectralNormResult:
-    """Normalise one weight; the normalised one has its graph, sigma has none."""
+    """Normalise one weight. The result is differentiable; sigma is detached."""
     inputs = SpectralNormInputs(task.weight, task.options.dim, alone=True)
     kernels = SPECTRAL_NORM.select_and_record(inputs, "auto").implementation
     if kernels.gradient is None:

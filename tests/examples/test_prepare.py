@@ -366,7 +366,7 @@ class TestGroundTruth:
         truth.write_text("n01443537\nn01440764\n")
         assert self.names(val, ground_truth=truth) == ["n01440764/b.jpg", "n01443537/a.jpg"]
         truth.write_text("n01443537\n" * 3)
-        with pytest.raises(DatasetError, match="which is which cannot be known"):
+        with pytest.raises(DatasetError, match="the lines cannot be matched to images"):
             self.names(val, ground_truth=truth)
 
     def test_words_of_a_named_file_must_cover_the_classes(self, made: Made, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Resuming a run, whatever ended it and whatever has changed since: exact, or refused, and nothing good is lost."""
+"""A run resumes exactly or is refused, however it ended and whatever has changed; intact checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ class TestLocks:
         assert other.stdout is not None
         try:
             assert other.stdout.readline() == b"held\n"
-            with pytest.raises(UserError, match="another training is at work in"):
+            with pytest.raises(UserError, match="another training run is using"):
                 train_tiny()
             other.kill()
             other.wait()

@@ -31,7 +31,7 @@ class Evaluate:
     Attributes:
         source: folder of a run, or a checkpoint.
         evaluation: what to evaluate, and how.
-        weights: moving average ("ema"), the weights themselves ("raw"), or the average if there is one ("auto").
+        weights: moving average ("ema"), current weights ("raw"), or the average if there is one ("auto").
         out: folder to write to; by default "evaluation" in the run's.
         device: "auto", "cpu", "cuda", ...
     """

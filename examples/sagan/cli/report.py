@@ -1,4 +1,4 @@
-"""The subcommands about finished and running runs: ``plot``, ``report`` and ``compare``."""
+"""The subcommands ``plot``, ``report`` and ``compare``."""
 
 from __future__ import annotations
 

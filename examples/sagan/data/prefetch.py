@@ -1,4 +1,4 @@
-"""Work done ahead of its turn: on threads (Pillow, NumPy and file reads release Python's lock) or a CUDA stream."""
+"""Prefetching on threads (Pillow, NumPy and file reads release Python's lock) or on a CUDA stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features of many images, extracted by all processes and handed to the first one in order."""
+"""Features of many images, extracted by all processes and gathered on rank 0 in order."""
 
 from __future__ import annotations
 

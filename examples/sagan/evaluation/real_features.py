@@ -1,4 +1,4 @@
-"""What evaluations need of the real images: computed in one pass over them, once, and saved in a cache."""
+"""Statistics and features of the real images, computed once and cached."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ class GroundTruth:
             if len(names) != len(self.by_number):
                 raise DatasetError(
                     f"the ground truth has {len(self.by_number):,} lines for {len(names):,} images of {source}, whose "
-                    "names do not end in their number (as ILSVRC2012_val_00000001.JPEG does): which is which cannot "
-                    "be known"
+                    "names do not end in their number (as ILSVRC2012_val_00000001.JPEG does): the lines cannot be "
+                    "matched to images"
                 )
         if numbers and (min(numbers) < 1 or max(numbers) > len(self.by_number)):
             raise DatasetError(

@@ -24,7 +24,7 @@ WNID = re.compile(r"n\d{8}")
 # n02190166_1007.JPEG, and on the Hugging Face hub n02190166_1007_n02190166.JPEG.
 _WNID_IN_FILE_NAME = re.compile(r"(n\d{8})_\d+\.")
 _HINTED_ITEMS = 16
-# Of one stretch at most this; behind it the system notices by itself that a file is read in order.
+# Upper limit of one read-ahead request in bytes; beyond it the kernel detects sequential reads.
 _MAX_HINTED_BYTES = 64 * 2**20
 
 
@@ -52,7 +52,7 @@ class ImageFiles(abc.ABC):
 
     @abc.abstractmethod
     def identity(self) -> bytes:
-        """Return what changes with the source beside names and labels, such as the sizes of files."""
+        """Return further facts that identify the source, beside names and labels, such as file sizes."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,7 +50,7 @@ from sagan.prepare.staging import Staging
 
 _CROP = "the central square, as wide as the short side"
 _DECODING = "full decode by Pillow, upright as EXIF says, RGB"
-# A killed run redoes what it finished in this time; markers are not written more often, since each waits for the disk.
+# Seconds between flushes. A crash loses at most this much finished work; each flush waits for the disk.
 MARK_EVERY_S = 0.5
 
 

@@ -142,7 +142,7 @@ class Staging:
                     if earlier != path:
                         earlier.unlink()
                 start += block
-            # If only the end is cut off, nothing was moved; is_moving must still tell a resumed run about it.
+            # Truncation alone moves no rows; write an empty marker so that a resumed run sees it.
             if not moved and first_gap >= len(readable):
                 atomic_write_text(self._moved / f"{len(readable):012d}.rows", "")
             file.truncate(HEADER_BYTES + len(readable) * row_bytes)

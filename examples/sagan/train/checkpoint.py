@@ -103,7 +103,7 @@ def _write(path: Path, state: RunState) -> None:
         free = shutil.disk_usage(path.parent).free
         raise CheckpointError(
             f"{path} could not be written ({first_line(error)}; {free / 1e6:,.1f} MB are free there); "
-            "the checkpoints before it are whole"
+            "earlier checkpoints are intact"
         ) from error
 
 

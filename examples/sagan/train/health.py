@@ -145,7 +145,7 @@ def check_losses_finite(row: Mapping[str, Any]) -> None:
 
 @dataclass
 class CollapseAlarm:
-    """Watches what a run logs for signs of mode collapse, and of a discriminator that has won.
+    """Watches a run's logs for signs of mode collapse and a discriminator that separates all real and generated images.
 
     Each ``see_*`` method returns a message when its sign appears, else None.
     """

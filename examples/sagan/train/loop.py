@@ -161,7 +161,7 @@ def train(
 def _lock(out: Path) -> Iterator[None]:
     """Keep other trainings out of a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / ".lock", f"another training is at work in {out}"):
+    with locked(out / ".lock", f"another training run is using {out}"):
         yield
 
 

@@ -8,7 +8,7 @@ from sagan.recipes import RunConfig, config_from_dict, differences
 from sagan.train.checkpoint import BEST, CheckpointError, RunState, checkpoints_in, load_latest
 from sagan.train.logs import METRICS
 
-# May change when a run resumes: how long, where and how it computes or reports, not what it computes.
+# May change when a run resumes: its length, its paths, and settings that do not affect the results.
 _MAY_CHANGE = (
     "data", "out", "iterations", "device", "images.workers", "images.cache_mib", "step.compile",
     "step.channels_last", "step.checkpoint_activations",

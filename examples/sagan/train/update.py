@@ -42,7 +42,7 @@ _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DiscriminatorObjective(nn.Module):
-    """D's loss as a module, which compiles as one graph. G is no submodule, so DDP reduces D's gradients alone."""
+    """D's loss as a module, which compiles as one graph. G is not a submodule, so DDP reduces only D's gradients."""
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module, loss: DiscriminatorLoss) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class DiscriminatorObjective(nn.Module):
 
 
 class GeneratorObjective(nn.Module):
-    """G's loss, as :class:`DiscriminatorObjective` is D's. D's parameters are constants: they get no gradient."""
+    """Computes G's loss; the counterpart of :class:`DiscriminatorObjective`. D's parameters get no gradient."""
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module, loss: GeneratorLoss) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Trainer:
     def _backward(self, objective: nn.Module, name: str, part: int, *arguments: Tensor | None) -> Tensor:
         """Add a part's gradients to those of the parts before it; return its loss."""
         dtype = self._autocast_dtype
-        # DDP averages gradients over the ranks as they arrive: needed once an update, with its last part.
+        # Synchronise gradients only with the last accumulated part.
         waits = isinstance(objective, DistributedDataParallel) and part + 1 < self.config.accumulation
         with (
             torch.autocast(self.device.type, dtype, enabled=dtype is not None),
