@@ -21,7 +21,6 @@ extensions = [
 exclude_patterns = ["_build"]
 highlight_language = "text"  # what a block without a language is
 
-# --- HTML ---------------------------------------------------------------------------------------------------
 
 html_theme = "furo"
 html_title = f"sagan-layers {version}"
@@ -40,13 +39,11 @@ copybutton_selector = "div:not(.highlight-none) > div.highlight > pre"  # not on
 mathjax_path = "mathjax/tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}}
 
-# --- Markdown -----------------------------------------------------------------------------------------------
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 myst_update_mathjax = False  # mathjax3_config above is complete
 
-# --- API reference ------------------------------------------------------------------------------------------
 
 add_module_names = False
 autodoc_member_order = "bysource"
@@ -67,7 +64,6 @@ nitpick_ignore_regex = [
     ("py:.*", r"(_ModuleT|_size_2_t|.*\._ModuleT)"),  # private type variables and aliases in signatures
 ]
 
-# --- doctest ------------------------------------------------------------------------------------------------
 
 # Examples of docstrings and pages run in the names a reader has after these imports. Each page starts anew.
 doctest_global_setup = """

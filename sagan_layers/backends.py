@@ -39,6 +39,7 @@ class Backend(Generic[Inputs, Implementation]):
         unsupported_reasons: takes the operation's inputs; returns why the backend cannot serve them.
         not_preferred_reasons: takes the same; returns why "auto" takes a later backend, although this one could serve.
         delegates_to: an operation that this backend calls; the names of its backends select this one too.
+        delegate_inputs: takes the inputs; returns those of ``delegates_to``, or None if only the call can tell.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Backend(Generic[Inputs, Implementation]):
     unsupported_reasons: Callable[[Inputs], list[str]] = _no_reasons
     not_preferred_reasons: Callable[[Inputs], list[str]] = _no_reasons
     delegates_to: Operation[Any, Any] | None = None
+    delegate_inputs: Callable[[Inputs], Any] = lambda inputs: None
 
     @property
     def names(self) -> list[str]:
@@ -84,6 +86,13 @@ class Operation(Generic[Inputs, Implementation]):
         Raises:
             ValueError: if the name is unknown, or the named backend cannot serve: with every reason.
         """
+        backend = self._first(inputs, name)
+        if backend.delegates_to is not None and (seen := backend.delegate_inputs(inputs)) is not None:
+            name = self.effective_name(name)
+            backend.delegates_to.select(seen, "auto" if name == backend.name else name)
+        return backend
+
+    def _first(self, inputs: Inputs, name: str) -> Backend[Inputs, Implementation]:
         name = self.effective_name(name)
         if name != "auto":
             self.check_name(name)
@@ -101,16 +110,19 @@ class Operation(Generic[Inputs, Implementation]):
 
     def select_and_record(self, inputs: Inputs, name: str) -> Backend[Inputs, Implementation]:
         """Return the backend for a call, and add it to the lists of :func:`record_backends`."""
-        backend = self.select(inputs, name)
-        if backend.delegates_to is None:
-            for operation, served in _records:
-                if operation in (None, self.name):
-                    served.append(backend.name)
+        backend = self._first(inputs, name)  # a delegate checks its own inputs when it is called
+        for operation, served in _records:
+            # A record of all operations holds what computes in the end: the delegate's name, not this one.
+            if operation == self.name or (operation is None and backend.delegates_to is None):
+                served.append(backend.name)
         return backend
 
     def explain(self, inputs: Inputs) -> dict[str, str]:
         """Return a sentence for each backend: chosen, or why not."""
-        chosen = self.select(inputs).name
+        try:
+            chosen = self.select(inputs).name
+        except ValueError:  # a forced backend cannot serve: its sentence says why
+            chosen = self.effective_name("auto")
         sentences = {}
         for backend in self.backends:
             if unsupported := backend.unsupported_reasons(inputs):
@@ -170,7 +182,8 @@ def force_backend(backend: str, *, operation: str | None = None) -> Iterator[Non
     choice applies to all threads of the process.
 
     Args:
-        backend: "auto" or a backend's name, for instance "reference" or "fused".
+        backend: "auto" or a backend's name, for instance "reference" or "fused". The definition of the resampling
+            convolutions is called "plain".
         operation: the operation to force, as in :func:`~sagan_layers.functional.select_backend`; None for all that
             have such a backend.
 

@@ -18,6 +18,11 @@ ATTENTION_INPUTS = torch.ones(1, 1024, 2), torch.ones(1, 512, 2), torch.ones(1, 
 IMAGES, KERNEL, CHANNELS = torch.ones(2, 4, 6, 6), torch.ones(4, 4, 3, 3), torch.ones(4)
 BLOCK = {name: torch.ones(4, 4) for name in ("query_weight", "key_weight", "value_weight", "out_weight")}
 BLOCK["gamma"] = torch.ones(())
+# Wider than any Triton kernel takes.
+WIDE, WIDE_BLOCK = (
+    torch.ones(1, 600, 4, 4),
+    {name: torch.ones(600, 600) for name in BLOCK} | {"gamma": torch.ones(())},
+)
 
 # How each function is called, how many of its tensors select a backend, and a backend that "auto" does not take.
 CALLS: dict[str, tuple[Call, int, str]] = {
@@ -43,8 +48,7 @@ def test_every_operation_can_be_selected_explained_forced_and_recorded(operation
     sentences = explain_backends(*selecting, operation=operation, **options)
     assert [name for name, sentence in sentences.items() if sentence == "chosen"] == [chosen]
     assert sentences[other].startswith("serves when named: ")
-    if operation != "self_attention_2d":  # 'composed' is recorded as the attention inside
-        assert served_by() == [chosen]
+    assert served_by() == [chosen]
     assert served_by(backend=other) == [other]
     with force_backend(other, operation=operation):
         assert select_backend(*selecting, operation=operation, **options) == other
@@ -163,3 +167,19 @@ def test_triton_kernels_need_an_nvidia_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert backends.no_triton_reasons(cuda) == []
     monkeypatch.setattr(torch.version, "hip", "6.2")
     assert backends.no_triton_reasons(cuda) == ["its kernels were never compiled for ROCm"]
+
+
+def test_selecting_for_the_block_asks_the_attention_inside() -> None:
+    with pytest.raises(ValueError, match=r"no attention backend serves these inputs \(triton: "):
+        select_backend(WIDE, operation="self_attention_2d", backend="triton", **WIDE_BLOCK)
+    with force_backend("triton", operation="attention"), pytest.raises(ValueError, match=r"\(triton: "):
+        select_backend(WIDE, operation="self_attention_2d", **WIDE_BLOCK)
+    assert select_backend(WIDE, operation="self_attention_2d", backend="chunked", **WIDE_BLOCK) == "composed"
+
+
+def test_a_forced_backend_that_cannot_serve_is_explained() -> None:
+    query = torch.ones(1, 4, 600)
+    with force_backend("triton"):
+        sentences = explain_backends(query, query, query)
+    assert sentences["triton"].startswith("cannot serve: ")
+    assert sentences["reference"] == "serves when named: 'triton' comes first"

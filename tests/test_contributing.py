@@ -27,12 +27,15 @@ CONTENT = {**vars(attention), **vars(conditional_norm), **vars(conditional_norm_
 def test_a_backend_is_one_file_and_one_row(
     operation: Operation[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    function = operation.name
     (block,) = (
-        text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if operation.name in text
+        text
+        for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+        if f"def {function}(" in text
     )
-    *file, row = block.strip().splitlines()
+    (row,) = re.findall(rf"`(Backend\(\"plain\", plain\.{function},.*?)`", PAGE.read_text())
     names = {**CONTENT, "reference": conditional_norm, "torch": torch, "Tensor": Tensor, "Backend": Backend}
-    exec("\n".join(file), names)
+    exec(block, names)
     names["plain"] = types.SimpleNamespace(**names)
     monkeypatch.setattr(operation, "backends", (eval(row, names), *operation.backends))
     x, gain, bias = torch.randn(4, 3, 5, 5), torch.randn(4, 3), torch.randn(4, 3)

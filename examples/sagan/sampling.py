@@ -143,7 +143,7 @@ def claim_folder(out: Path, trained: TrainedGenerator, **options: object) -> Non
         check_is_new(out)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{SAMPLES}.{os.getpid()}")
+        temporary = path.with_name(f"{SAMPLES}.{os.getpid()}")  # several processes may write it at once
         temporary.write_text(json.dumps(samples, indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
 

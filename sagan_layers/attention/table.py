@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from sagan_layers.attention import chunked, fused, reference, sdpa, triton
-from sagan_layers.attention.reference import AttentionInputs, SelfAttentionInputs
+from sagan_layers.attention.reference import AttentionInputs, ProjectionWeights, SelfAttentionInputs
 from sagan_layers.backends import Backend, Operation
 
 # Takes query, key, value and the factor on the logits.
@@ -36,6 +37,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0, backen
     return chosen.implementation(query, key, value, scale)
 
 
+def _attention_inputs(inputs: SelfAttentionInputs) -> AttentionInputs | None:
+    """Return tensors like those that the attention inside the block will see; None if layers project."""
+    x, projections, _, pool_size = inputs
+    if not isinstance(projections, ProjectionWeights):
+        return None
+    N, _, H, W = x.shape
+    L, S = H * W, (H // pool_size) * (W // pool_size)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    like = x.new_empty(1, dtype=torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+    E, Ev = projections.query.size(0), projections.value.size(0)
+    return AttentionInputs(like.expand(N, L, E), like.expand(N, S, E), like.expand(N, S, Ev))
+
+
 def _composed(inputs: SelfAttentionInputs, backend: str) -> Tensor:
     return reference.self_attention_2d(inputs, partial(attend, backend=backend))
 
@@ -52,7 +66,7 @@ SELF_ATTENTION_2D: Operation[SelfAttentionInputs, SelfAttend] = Operation(
         Backend(
             "fused", lambda inputs, _: _fused(inputs), fused.unsupported_reasons, fused.not_preferred_reasons
         ),
-        Backend("composed", _composed, delegates_to=ATTENTION),
+        Backend("composed", _composed, delegates_to=ATTENTION, delegate_inputs=_attention_inputs),
     ),
 )
 

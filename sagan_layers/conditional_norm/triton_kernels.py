@@ -35,7 +35,7 @@ from sagan_layers.conditional_norm.kernels import (
     opaque_unsupported_reasons,
 )
 from sagan_layers.torch_support import accumulation_dtype
-from sagan_layers.triton_support import CompileJob, rounded
+from sagan_layers.triton_support import CompileJob, device_guard, rounded
 
 # How many programs compute the sums: four for each multiprocessor of an H100.
 PROGRAMS = 528
@@ -452,7 +452,7 @@ def forward(
     parts = torch.empty((3, splits, C), dtype=torch.float64, device=x.device)
     mean, var = (torch.empty(C, dtype=torch.float64, device=x.device) for _ in range(2))
     prepared = torch.empty((3, C), dtype=accumulation_dtype(x.dtype), device=x.device)
-    with torch.cuda.device_of(x):
+    with device_guard(x):
         _statistics_kernel[(chunks * splits,)](
             x, parts, *x.stride(), C, L, blocks, items, items_each, splits, **_map_options(x, tile)
         )
@@ -477,7 +477,7 @@ def _prepare(mean: Tensor, var: Tensor, averages: Tensor | None, eps: float, lik
     C = mean.size(0)
     rows = 3 if averages is None else 5
     prepared = torch.empty((rows, C), dtype=accumulation_dtype(like.dtype), device=mean.device)
-    with torch.cuda.device_of(mean):
+    with device_guard(mean):
         _prepare_kernel[(triton.cdiv(C, SUM_TILE.channels),)](
             mean, var, averages, prepared, C, EPS=eps, **_options(like, SUM_TILE)
         )
@@ -489,7 +489,7 @@ def _normalize(arguments: ForwardArguments, prepared: Tensor, y: Tensor) -> None
     tile = _tile_of(y)
     sizes = _sizes(x, tile)
     strides = *x.stride(), *y.stride(), *_strides(gain), *_strides(bias)
-    with torch.cuda.device_of(x):
+    with device_guard(x):
         _normalize_kernel[(sizes.tiles,)](
             x, prepared, gain, bias, y, *strides, *sizes[1:], RELU=arguments.relu, **_map_options(x, tile)
         )
@@ -525,7 +525,7 @@ def _sums(
     sums, products = torch.empty((2, splits, N, C), dtype=dtype, device=x.device).unbind()
     grad_gain, grad_bias = (torch.empty((N, C), dtype=dtype, device=x.device) for _ in range(2))
     totals = torch.empty((2, C), dtype=torch.float64, device=x.device)
-    with torch.cuda.device_of(x):
+    with device_guard(x):
         _sums_kernel[(N * chunks * splits,)](
             *maps, mean, sums, products, *strides, *sizes, blocks_each, splits, **_map_options(x, tile)
         )
@@ -549,7 +549,7 @@ def _write_gradient(
     sizes = _sizes(grad_x, tile)
     strides = [*strides, *grad_x.stride(), *_strides(gain)]
     options = {"BATCH_STATISTICS": arguments.batch_statistics, **_map_options(grad_x, tile)}
-    with torch.cuda.device_of(grad_x):
+    with device_guard(grad_x):
         _gradient_kernel[(sizes.tiles,)](*maps, prepared, gain, grad_x, *strides, *sizes[1:], **options)
 
 

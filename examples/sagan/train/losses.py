@@ -1,4 +1,4 @@
-"""The losses of D and G. A new one is a function here and an entry of ``LOSSES``.
+"""The losses of D and G. A new one is a function here, a name in ``LossName`` and an entry of ``LOSSES``.
 
 A loss calls the discriminator itself, so that it may penalise gradients, augment images or weigh logits::
 
@@ -8,7 +8,7 @@ A loss calls the discriminator itself, so that it may penalise gradients, augmen
 Images are [N, 3, R, R] from -1 to 1, labels [N] or None. D's loss gets D's parameters and ``fake`` without a graph; G's
 loss gets D with constant parameters. The first result is the scalar to minimise, logged as d_loss or g_loss; the
 measurements are scalars to log as well, by name. Draw random numbers from torch's global generators: checkpoints hold
-their states.
+their states. All ranks start from one seed, so they draw the same numbers unless the loss mixes in the rank.
 """
 
 from __future__ import annotations

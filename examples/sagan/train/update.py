@@ -185,13 +185,11 @@ class Trainer:
     def _constant_discriminator(self) -> Iterator[None]:
         """Normalise D's weights once, as constants. Its vectors move only if the recipe says so."""
         frozen = frozen_spectral_norm(self.discriminator)
-        with contextlib.nullcontext() if self.config.d_vectors_move_in_g_step else frozen:
-            shared = shared_spectral_norm(self.discriminator, dtype=self._autocast_dtype)
-            with torch.no_grad():  # for the normalisation alone: G's update needs a graph
-                shared.__enter__()
-            with contextlib.ExitStack() as stack:
-                stack.push(shared)
-                yield
+        with (
+            contextlib.nullcontext() if self.config.d_vectors_move_in_g_step else frozen,
+            shared_spectral_norm(self.discriminator, dtype=self._autocast_dtype),
+        ):
+            yield
 
     def _apply(self, optimizer: torch.optim.Adam, network: nn.Module, losses: list[Tensor]) -> None:
         if self.scaler.is_enabled():  # checks for infinities itself, and expects some
