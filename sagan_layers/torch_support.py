@@ -17,9 +17,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast where it is on, else None."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # autocast has no meta device
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which autocast does not lower the precision of operations on ``device``."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # autocast has no meta device
+    if autocast_dtype(device) is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 

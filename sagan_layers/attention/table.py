@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from sagan_layers.attention import chunked, fused, reference, sdpa, triton
 from sagan_layers.attention.reference import AttentionInputs, ProjectionWeights, SelfAttentionInputs
 from sagan_layers.backends import Backend, Operation
+from sagan_layers.torch_support import autocast_dtype
 
 # Takes query, key, value and the factor on the logits.
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -44,8 +44,7 @@ def _attention_inputs(inputs: SelfAttentionInputs) -> AttentionInputs | None:
         return None
     N, _, H, W = x.shape
     L, S = H * W, (H // pool_size) * (W // pool_size)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    like = x.new_empty(1, dtype=torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+    like = x.new_empty(1, dtype=autocast_dtype(x.device) or x.dtype)
     E, Ev = projections.query.size(0), projections.value.size(0)
     return AttentionInputs(like.expand(N, L, E), like.expand(N, S, E), like.expand(N, S, Ev))
 

@@ -14,6 +14,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGE = "sagan_layers"
 SDIST_REQUIRED = {
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "LICENSE",
     "Makefile",
     "PKG-INFO",
