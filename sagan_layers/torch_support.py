@@ -26,7 +26,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which autocast does not lower the precision of operations on ``device``."""
-    if autocast_dtype(device) is None:
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
