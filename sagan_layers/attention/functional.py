@@ -235,7 +235,9 @@ def _checked(inputs: SelfAttentionInputs) -> SelfAttentionInputs:
         raise ValueError(
             f"x: expected height and width of at least pool_size = {pool_size}, got {shape_of(x)}"
         )
-    matrices = ProjectionWeights(query, key, value, out, *weights[4:])
+    # Written out: torch.compile of torch 2.6 has no slices of named tuples.
+    biases = weights.query_bias, weights.key_bias, weights.value_bias, weights.out_bias
+    matrices = ProjectionWeights(query, key, value, out, *biases)
     return SelfAttentionInputs(x, matrices, gamma.reshape(()), pool_size)
 
 

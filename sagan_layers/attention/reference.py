@@ -109,11 +109,13 @@ class ProjectionWeights(NamedTuple):
 
     def layers(self) -> ProjectionLayers:
         """Return the four convolutions as functions."""
-        biases = self.query_bias, self.key_bias, self.value_bias, self.out_bias
-        query, key, value, out = (
-            _conv1x1(weight, bias) for weight, bias in zip(self[:4], biases, strict=True)
+        # Written out: torch.compile of torch 2.6 has no slices of named tuples.
+        return (
+            _conv1x1(self.query, self.query_bias),
+            _conv1x1(self.key, self.key_bias),
+            _conv1x1(self.value, self.value_bias),
+            _conv1x1(self.out, self.out_bias),
         )
-        return query, key, value, out
 
 
 class SelfAttentionInputs(NamedTuple):
