@@ -88,8 +88,7 @@ class Operation(Generic[Inputs, Implementation]):
         """
         backend = self._first(inputs, name)
         if backend.delegates_to is not None and (seen := backend.delegate_inputs(inputs)) is not None:
-            name = self.effective_name(name)
-            backend.delegates_to.select(seen, "auto" if name == backend.name else name)
+            backend.delegates_to.select(seen, self.delegated_name(backend, name))
         return backend
 
     def _first(self, inputs: Inputs, name: str) -> Backend[Inputs, Implementation]:
@@ -133,6 +132,11 @@ class Operation(Generic[Inputs, Implementation]):
                 reasons = backend.not_preferred_reasons(inputs) or [f"{chosen!r} comes first"]
                 sentences[backend.name] = f"serves when named: {'; '.join(reasons)}"
         return sentences
+
+    def delegated_name(self, backend: Backend[Inputs, Implementation], name: str) -> str:
+        """Return the name that a delegating backend passes on: the one that selected it, if it is the delegate's."""
+        name = self.effective_name(name)
+        return "auto" if name == backend.name else name
 
     def effective_name(self, name: str) -> str:
         """Return the name that :func:`force_backend` imposes on this operation, else ``name``."""

@@ -19,16 +19,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype of autocast where it is on, else None."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # autocast has no meta device
-        return None
-    return torch.get_autocast_dtype(device.type)
+    return torch.get_autocast_dtype(device.type) if _autocasts(device) else None
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # autocast has no meta device
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which autocast does not lower the precision of operations on ``device``."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else contextlib.nullcontext()
 
 
 def is_exporting() -> bool:

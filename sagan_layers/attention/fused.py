@@ -17,7 +17,7 @@ from sagan_layers.attention import reference
 from sagan_layers.attention.reference import ProjectionWeights, SelfAttentionInputs
 from sagan_layers.attention.saved import Saved, empty_results
 from sagan_layers.backends import interpreter_reasons, no_triton_reasons
-from sagan_layers.torch_support import without_autocast
+from sagan_layers.torch_support import autocast_dtype, without_autocast
 
 # Autograd functions and registered operations take flat arguments: the fields of the records, in their order.
 _INPUTS = (
@@ -35,10 +35,9 @@ def unsupported_reasons(inputs: SelfAttentionInputs) -> list[str]:
         return ["a projection is not a plain 1x1 convolution, or has hooks"]
     if reasons := no_triton_reasons(x.device):
         return reasons
-    if torch.is_autocast_enabled(x.device.type):
-        computed = torch.get_autocast_dtype(x.device.type)
-        if x.dtype != computed:
-            reasons.append(f"autocast projects in {computed}, and x is {x.dtype}")
+    computed = autocast_dtype(x.device)
+    if computed is not None and x.dtype != computed:
+        reasons.append(f"autocast projects in {computed}, and x is {x.dtype}")
     if pool_size > 2:
         reasons.append(f"pool_size = {pool_size} is above 2")
     return reasons + list(_kernels().unsupported_reasons(x, weights))

@@ -73,5 +73,4 @@ SELF_ATTENTION_2D: Operation[SelfAttentionInputs, SelfAttend] = Operation(
 def self_attend(inputs: SelfAttentionInputs, backend: str) -> Tensor:
     """Compute the whole block on the backend that serves."""
     chosen = SELF_ATTENTION_2D.select_and_record(inputs, backend)
-    name = SELF_ATTENTION_2D.effective_name(backend)
-    return chosen.implementation(inputs, "auto" if name == chosen.name else name)
+    return chosen.implementation(inputs, SELF_ATTENTION_2D.delegated_name(chosen, backend))
