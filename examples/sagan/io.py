@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,10 +61,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; raise ``OSError`` unless it is a regular one: a pipe would block, a device never end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(
+            errno.EINVAL, "expected a regular file, got a folder, pipe, device or socket", str(path)
+        )
+    return os.fdopen(descriptor, "rb")
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 digest of a file as 64 hex digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()

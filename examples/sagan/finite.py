@@ -1,0 +1,22 @@
+"""The one check that values are finite, before they become pixels, labels, figures or files."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sagan.errors import UserError
+
+
+class NotFiniteError(UserError):
+    """A value is NaN or infinite."""
+
+
+def check_finite(what: str, tensor: Tensor) -> None:
+    """Raise :class:`NotFiniteError` if an entry is NaN or infinite; the message counts them."""
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        raise NotFiniteError(
+            f"{what}: expected finite values, got {bad:,} of {tensor.numel():,} NaN or infinite"
+        )

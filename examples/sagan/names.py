@@ -1,0 +1,53 @@
+"""Names read from files (classes, archive members, recipes), made safe for paths, pages and terminals."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+# What Windows forbids in a file's name, the separators of all systems among it.
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*]')
+_LONGEST = 100  # bytes; file systems take 255
+
+
+def printable(text: str) -> str:
+    r"""Return text whose control characters, direction marks, and bytes that are no UTF-8 are escaped.
+
+    Example:
+        >>> printable("cat\x1b[2J\n")
+        'cat\\x1b[2J\\n'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def file_names(names: Iterable[str]) -> list[str]:
+    """Return a name for a file or folder for each name, in order: safe, and different also where case is ignored.
+
+    Ordinary names stay as they are. In others ``_`` replaces separators, control characters, a leading dot and the
+    like; a repeated name gets a number.
+
+    Example:
+        >>> file_names(["tench", "../../x", "Tench", ""])
+        ['tench', '_._.._x', 'Tench_2', '_']
+    """
+    taken: set[str] = set()
+    chosen: list[str] = []
+    for name in names:
+        plain = _file_name(name)
+        candidate, number = plain, 1
+        while candidate.casefold() in taken:
+            number += 1
+            candidate = f"{plain}_{number}"
+        taken.add(candidate.casefold())
+        chosen.append(candidate)
+    return chosen
+
+
+def _file_name(name: str) -> str:
+    visible = "".join(c if c.isprintable() else "_" for c in unicodedata.normalize("NFC", name))
+    safe = _FORBIDDEN.sub("_", visible)
+    short = safe.encode()[:_LONGEST].decode(errors="ignore")
+    if short.startswith("."):
+        short = f"_{short[1:]}"
+    return f"{short[:-1]}_" if short.endswith((".", " ")) or not short else short
