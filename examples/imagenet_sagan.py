@@ -8,8 +8,10 @@ from typing import Any
 
 from sagan.cli import attention_maps, demo, evaluate, make_images, prepare, report, sample, train
 from sagan.cli.parsing import parse
+from sagan.cli.terminal import printable_output
 from sagan.distributed import ReportedByMainError
 from sagan.errors import UserError
+from sagan.names import printable
 from sagan.recipes import DEFAULT_RECIPE, RECIPES
 
 OVERVIEW = f"""\
@@ -67,11 +69,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         # The recipe gives the defaults of the other options.
         default = train.from_recipe(options) if name == "train" else None
-        return run(parse(kind, name, options, default))
+        command = parse(kind, name, options, default)
+        with printable_output():
+            return run(command)
     except ReportedByMainError:
         return 1
     except (UserError, OSError) as error:
-        print(f"imagenet_sagan.py {name}: {error}", file=sys.stderr)
+        print(f"imagenet_sagan.py {name}: {printable(str(error), keep=chr(10))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # outside the training loop, which saves a checkpoint
         print(f"imagenet_sagan.py {name}: interrupted", file=sys.stderr)

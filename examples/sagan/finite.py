@@ -12,11 +12,12 @@ class NotFiniteError(UserError):
     """A value is NaN or infinite."""
 
 
-def check_finite(what: str, tensor: Tensor) -> None:
-    """Raise :class:`NotFiniteError` if an entry is NaN or infinite; the message counts them."""
+def check_finite(what: str, tensor: Tensor, *, remedy: str = "") -> None:
+    """Raise :class:`NotFiniteError` if an entry is NaN or infinite; the message counts them and ends with a remedy."""
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         bad = int((~finite).sum())
         raise NotFiniteError(
             f"{what}: expected finite values, got {bad:,} of {tensor.numel():,} NaN or infinite"
+            + (remedy and f"; {remedy}")
         )

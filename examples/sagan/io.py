@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +22,15 @@ _READ_BYTES = 2**20
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, sync: bool = True, shared: bool = False) -> Iterator[BinaryIO]:
     """Yield a binary file that takes the name ``path`` once it is complete and on the disk.
 
     A reader sees the old contents or the new ones, also after a crash. If the block raises, the old file stays.
-    ``sync=False`` is faster, but a power failure may lose the file: for pictures.
+    ``sync=False`` is faster, but a power failure may lose the file: for pictures. With ``shared``, several processes
+    may write the file at once.
     """
-    temporary = path.with_name(f"{path.name}.partial")
+    number = f".{secrets.token_hex(4)}" if shared else ""
+    temporary = path.with_name(f"{path.name}{number}.partial")
     try:
         with temporary.open("wb") as file:
             yield file

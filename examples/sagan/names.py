@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -11,14 +12,34 @@ _FORBIDDEN = re.compile(r'[<>:"/\\|?*]')
 _LONGEST = 100  # bytes; file systems take 255
 
 
-def printable(text: str) -> str:
-    r"""Return text whose control characters, direction marks, and bytes that are no UTF-8 are escaped.
+def printable(text: str, *, keep: str = "") -> str:
+    r"""Return text with escapes for control characters, direction marks and bytes that are no UTF-8, except ``keep``.
 
     Example:
         >>> printable("cat\x1b[2J\n")
         'cat\\x1b[2J\\n'
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() or c in keep else escaped(c) for c in text)
+
+
+def escaped(text: str) -> str:
+    """Return text as the escapes of its characters in Python, except those of ASCII that are printable."""
+    return text.encode("unicode_escape").decode("ascii")
+
+
+def in_markdown(text: str) -> str:
+    r"""Return text as one line of Markdown that shows it: no markup, no HTML, no new cell of a table.
+
+    Example:
+        >>> in_markdown("a|b<i>")
+        'a\\|b\\<i\\>'
+    """
+    return re.sub(r"[\\|<>`*\[\]&]", r"\\\g<0>", printable(text))
+
+
+def in_html(text: str) -> str:
+    """Return text as HTML that shows it, also inside an attribute's quotes."""
+    return html.escape(printable(text))
 
 
 def file_names(names: Iterable[str]) -> list[str]:

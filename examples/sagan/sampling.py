@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sagan.errors import UserError, check_is_new, is_in_use
-from sagan.io import module_digest
+from sagan.finite import check_finite
+from sagan.io import atomic_write, module_digest
 from sagan.networks import Generator, NetworkConfig
 from sagan.randomness import mixed_seed
 from sagan.recipes import RunConfig, config_from_dict
@@ -23,6 +23,7 @@ SAMPLES = "samples.json"
 Weights = Literal["auto", "ema", "raw"]
 # Sample i of a seed has the random numbers of seed * _SEED_STRIDE + i, so sets of different seeds do not overlap.
 _SEED_STRIDE = 0x9E3779B97F4A7C15
+_REMEDY = "the generator has diverged: an earlier checkpoint, or --weights raw or ema, may be sound"
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,6 @@ class TrainedGenerator:
         """The iteration and the kind of weights, for messages."""
         return f"iteration {self.iteration}, {'averaged' if self.averaged else 'raw'} weights"
 
-    def class_name(self, label: int) -> str | None:
-        """Return the name of a class; None for an unconditional generator."""
-        return self.class_names[label] if self.config.network.num_classes else None
-
     def chosen_labels(self, classes: Sequence[str]) -> Tensor:
         """Return the labels of classes given by name or number; without any, the labels in use."""
         if not classes:
@@ -53,6 +50,9 @@ class TrainedGenerator:
             raise UserError("classes: expected none, the run is unconditional")
         labels = []
         for text in classes:
+            if self.class_names.count(text) > 1:
+                same = [str(label) for label, name in enumerate(self.class_names) if name == text]
+                raise UserError(f"classes: {text!r} is the name of several; give one of {', '.join(same)}")
             if text in self.class_names:  # names first: the digits' names are numbers
                 labels.append(self.class_names.index(text))
             elif text.isdecimal() and int(text) < len(self.class_names):
@@ -143,9 +143,8 @@ def claim_folder(out: Path, trained: TrainedGenerator, **options: object) -> Non
         check_is_new(out)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{SAMPLES}.{os.getpid()}")  # several processes may write it at once
-        temporary.write_text(json.dumps(samples, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with atomic_write(path, shared=True) as file:
+            file.write((json.dumps(samples, indent=2) + "\n").encode())
 
 
 def generate(generator: nn.Module, latents: Tensor, labels: Tensor, *, batch_size: int) -> Tensor:
@@ -196,5 +195,6 @@ def _generate_batch(generator: nn.Module, latents: Tensor, labels: Tensor) -> Te
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Return images from -1 to 1 as uint8 from 0 to 255, rounded, on the CPU."""
+    """Return images from -1 to 1 as uint8 from 0 to 255, rounded, on the CPU; NaN and infinities are an error."""
+    check_finite("generated images", images, remedy=_REMEDY)
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sagan.distributed import pick_device
 from sagan.errors import UserError, check_at_least
-from sagan.report.figures import default_points, draw_attention
+from sagan.report.figures import class_labels, default_points, draw_attention
 from sagan.sampling import Weights, load_generator, sample_inputs
 
 
@@ -44,7 +44,7 @@ def run(command: AttentionMaps) -> int:
     points = [_point(text) for text in command.points] or default_points(network.resolution)
     chosen = trained.chosen_labels(command.classes)
     latents, labels = sample_inputs(range(command.count), network, command.seed, chosen)
-    names = [trained.class_name(int(label)) or "" for label in labels]
+    names = class_labels(trained.class_names, labels.tolist()) if network.num_classes else None
     draw_attention(command.out, trained.generator, latents, labels, points, names=names)
     images = f"{command.count} images with {len(points)} maps each"
     print(f"{images} written to {command.out} ({trained.description})")

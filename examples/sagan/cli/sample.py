@@ -12,8 +12,16 @@ from PIL import Image
 
 from sagan.distributed import pick_device
 from sagan.errors import UserError, check_at_least
-from sagan.report.figures import save_grid, save_image
-from sagan.sampling import TrainedGenerator, Weights, claim_folder, load_generator, numbered_samples
+from sagan.names import file_names
+from sagan.report.figures import class_labels, save_grid, save_image
+from sagan.sampling import (
+    SAMPLES,
+    TrainedGenerator,
+    Weights,
+    claim_folder,
+    load_generator,
+    numbered_samples,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ def run(command: Sample) -> int:
     if command.layout == "grid":
         return _sample_grid(command, trained, labels_in_use)
     claim_folder(command.out, trained, count=command.count, seed=command.seed, classes=labels_in_use.tolist())
+    conditional = bool(trained.config.network.num_classes)
+    folders = file_names([SAMPLES, *trained.class_names])[1:] if conditional else None
     written = 0
     for numbers, images, labels in numbered_samples(
         trained.generator,
@@ -73,7 +83,7 @@ def run(command: Sample) -> int:
         labels_in_use=labels_in_use,
     ):
         for number, image, label in zip(numbers, images, labels, strict=True):
-            folder = trained.class_name(int(label)) or "images"
+            folder = folders[int(label)] if folders else "images"
             save_image(command.out / folder / f"{number:06d}.png", image)
             written += 1
     print(f"{written} images written to {command.out} ({trained.description}, seed {command.seed})")
@@ -105,7 +115,7 @@ def _sample_grid(command: Sample, trained: TrainedGenerator, labels_in_use: torc
             found.setdefault(label, []).append(image)
     ordered = [image for label in labels_in_use.tolist() for image in found[label]][: rows * command.columns]
     row_labels = [label for label in labels_in_use.tolist() for _ in range(per_class // command.columns)]
-    names = [trained.class_name(label) or "" for label in row_labels[:rows]] if conditional else None
+    names = class_labels(trained.class_names, row_labels[:rows]) if conditional else None
     path = command.out if suffix == ".png" else command.out / "grid.png"
     save_grid(path, torch.stack(ordered), columns=command.columns, row_names=names)
     print(f"{len(ordered)} images written to {path} ({trained.description}, seed {command.seed})")

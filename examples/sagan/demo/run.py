@@ -15,7 +15,7 @@ from torch import Tensor
 from sagan.data import open_dataset
 from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
 from sagan.recipes import RunConfig
-from sagan.report.figures import Panel, default_points, draw_attention, save_curves, save_grid
+from sagan.report.figures import Panel, class_labels, default_points, draw_attention, save_curves, save_grid
 from sagan.sampling import TrainedGenerator, generate, load_generator, sample_inputs
 from sagan.train.checkpoint import checkpoints_in
 from sagan.train.logs import read_metrics, series
@@ -146,7 +146,7 @@ def _judge_samples(trained: TrainedGenerator, judge: Judge, real: Tensor) -> tup
 def _draw_attention(trained: TrainedGenerator, path: Path) -> None:
     network = trained.config.network
     latents, labels = sample_inputs(range(10), network, trained.config.seed + 1)
-    names = [trained.class_names[int(label)] for label in labels]
+    names = class_labels(trained.class_names, labels.tolist())
     draw_attention(path, trained.generator, latents, labels, default_points(network.resolution), names=names)
 
 

@@ -2,26 +2,64 @@
 
 from __future__ import annotations
 
+import functools
+import textwrap
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from sagan.errors import UserError
+from sagan.finite import check_finite
 from sagan.io import atomic_write
+from sagan.names import escaped, printable
 from sagan.sampling import generate
 from sagan_layers import SelfAttention2d
 
 # Iterations and values.
 Curve = tuple[Sequence[float], Sequence[float]]
+_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # of matplotlib's figures, too
+_LONGEST_LABEL, _LONGEST_LINE = 36, 60  # characters
 _QUERY_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#00a5a5", "#c8a400", "#f032e6")
+
+
+@functools.cache
+def _letters() -> frozenset[int]:
+    """Return the code points that the font draws."""
+    return frozenset(FT2Font(str(_FONT)).get_charmap())
+
+
+def class_labels(class_names: Sequence[str], labels: Sequence[int]) -> list[str]:
+    """Return what to draw for classes: their names, shortened, or their numbers where the font lacks a letter."""
+    return [_class_label(class_names[label], label) for label in labels]
+
+
+def _class_label(name: str, number: int) -> str:
+    text = printable(unicodedata.normalize("NFC", name))
+    if not text.strip() or not _letters().issuperset(map(ord, text)):
+        return f"class {number}"
+    return _shortened(text, _LONGEST_LABEL)
+
+
+def _drawable(line: str) -> str:
+    """Return text that the font can draw, with escapes for the rest, and without the middle of a long line."""
+    text = "".join(c if ord(c) in _letters() else escaped(c) for c in printable(line))
+    return _shortened(text, _LONGEST_LINE)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2 - 2]}...{text[-(most // 2 - 1) :]}"
 
 
 def save_image(path: Path, image: Tensor) -> None:
@@ -32,20 +70,19 @@ def save_image(path: Path, image: Tensor) -> None:
 def save_grid(
     path: Path, images: Tensor, *, columns: int, row_names: Sequence[str] | None = None, gap: int = 2
 ) -> None:
-    """Write uint8 images [N, 3, H, W] as one PNG, row by row, with a name in front of each row."""
+    """Write uint8 images [N, 3, H, W] as one PNG, row by row, with a name (of :func:`class_labels`) before each row."""
     height, width = images.shape[2:]
     rows = -(-len(images) // columns)
-    font = ImageFont.load_default(size=max(11, min(16, height // 2)))
-    margin = 0
-    if row_names:
-        margin = 2 * gap + 4 + max(round(font.getlength(name)) for name in row_names)
+    font = ImageFont.truetype(str(_FONT), size=max(11, min(16, height // 2)))
+    names = [_drawable(name) for name in row_names or ()]
+    margin = 2 * gap + 4 + max(round(font.getlength(name)) for name in names) if names else 0
     sheet = Image.new("RGB", (margin + columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
         place = (margin + gap + column * (width + gap), gap + row * (height + gap))
         sheet.paste(_picture(image), place)
-    for row, name in enumerate(row_names or ()):
+    for row, name in enumerate(names):
         middle = gap + row * (height + gap) + height / 2
         draw.text((margin - gap - 2, middle), name, fill="black", font=font, anchor="rm")
     _save_png(path, sheet)
@@ -59,6 +96,10 @@ def _save_png(path: Path, picture: Image.Image | Figure) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, sync=False) as file:
         if isinstance(picture, Figure):
+            for text in picture.findobj(Text):
+                assert isinstance(text, Text)
+                text.set_parse_math(False)  # a $ is a $
+                text.set_text("\n".join(map(_drawable, text.get_text().split("\n"))))
             picture.savefig(file, format="png", dpi=130)
         else:
             picture.save(file, format="PNG")
@@ -86,7 +127,9 @@ def attention_at(
                 f"points: expected rows and columns from 0 to {size - 1}, got {point[0]},{point[1]}"
             )
     queries = [(row * resolution // size, column * resolution // size) for row, column in points]
-    return images, layers[-1].attention_weights(seen[0], queries), resolution
+    maps = layers[-1].attention_weights(seen[0], queries)
+    check_finite("attention maps", maps)
+    return images, maps, resolution
 
 
 def default_points(resolution: int) -> list[tuple[int, int]]:
@@ -121,7 +164,8 @@ def save_attention_figure(
 ) -> None:
     """Write figure 5 of the paper: each image with its query points, and next to it the map of each point.
 
-    ``images``, ``maps`` and ``points`` are those of :func:`attention_at`; ``names`` has one for each image.
+    ``images``, ``maps`` and ``points`` are those of :func:`attention_at`; ``names``, of :func:`class_labels`, has
+    one for each image.
     """
     count, resolution = len(images), images.size(2)
     large = F.interpolate(maps.float().cpu(), (resolution, resolution), mode="bilinear")
@@ -131,7 +175,7 @@ def save_attention_figure(
         picture = images[row].permute(1, 2, 0).numpy()
         axes[row, 0].imshow(picture)
         if names:
-            axes[row, 0].set_ylabel(names[row], fontsize=9)
+            axes[row, 0].set_ylabel(textwrap.fill(names[row], 20), fontsize=9)
         for number, (y, x) in enumerate(points):
             axis = axes[row, number + 1]
             axis.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=255)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sagan.data import ImageDataset
 from sagan.io import atomic_write_text
 from sagan.recipes import RunConfig
-from sagan.report.figures import default_points, draw_attention, save_grid
+from sagan.report.figures import class_labels, default_points, draw_attention, save_grid
 from sagan.sampling import generate, sample_inputs
 from sagan.train.checkpoint import (
     BEST,
@@ -105,7 +105,7 @@ class RunOutput:
             trainer.sampling_generator, self._latents, self._labels, batch_size=config.batch_size
         )
         conditional = bool(config.network.head_classes)
-        names = [self._class_names[int(label)] for label in self._labels] if conditional else None
+        names = class_labels(self._class_names, self._labels.tolist()) if conditional else None
         file = f"iteration_{trainer.iteration:09d}.png"
         save_grid(
             config.out / "samples" / file, images, columns=columns, row_names=names and names[::columns]

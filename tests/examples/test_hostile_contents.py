@@ -1,0 +1,133 @@
+"""What strangers wrote into checkpoints and records: names that are no names, numbers that are none."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import read_png, refused, succeed
+
+from sagan.cli.terminal import PrintableStream, printable_output
+from sagan.report.figures import Panel, class_labels, save_attention_figure, save_comparison, save_grid
+from sagan.train.checkpoint import find_checkpoint
+
+NAMES = [
+    "\udcff",
+    "猫",
+    "Größe",
+    "кот",
+    "🐈",
+    "a$b$c",
+    "$\\frac{",
+    "x" * 150 + "y" * 150,
+    "line\nbreak",
+    "\0\x1b[31m",
+    "",
+    " ",
+]
+LABELS = [
+    *("\\udcff", "class 1", "Größe", "кот", "class 4", "a$b$c", "$\\frac{"),
+    *("x" * 16 + "..." + "y" * 17, "line\\nbreak", "\\x00\\x1b[31m", "class 10", "class 11"),
+]
+
+
+def altered(run: Path, folder: Path, **contents: Any) -> Path:
+    """Return a copy of a run's checkpoint with other contents."""
+    state = torch.load(find_checkpoint(run), weights_only=True)
+    path = folder / "altered.pt"
+    torch.save({**state, **contents}, path)
+    return path
+
+
+class TestFolders:
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("..", "../../x", "a/b"),
+            ("same", "same", "SAME"),
+            ("\0\x1b[31m", "samples.json", ""),
+            ("{tmp_path}/absolute", ".", "\udcff\u202e猫"),
+        ],
+    )
+    def test_samples_stay_in_the_folder_and_each_class_has_its_own(
+        self, names: Sequence[str], trained_run: Path, tmp_path: Path
+    ) -> None:
+        names = [name.replace("{tmp_path}", str(tmp_path)) for name in names]
+        source, out = altered(trained_run, tmp_path, class_names=names), tmp_path / "a" / "b" / "out"
+        options = ("--source", source, "--out", out, "--layout", "folders", "--count", 7)
+        assert "7 images written" in succeed("sample", *options)
+        files = {path for path in tmp_path.rglob("*") if path.is_file()}
+        assert files - set(out.rglob("*")) == {source}
+        assert [path.parent.parent for path in files if path.suffix == ".png"] == [out] * 7
+        assert sorted(len(list(each.iterdir())) for each in out.iterdir() if each.is_dir()) == [2, 2, 3]
+
+    def test_a_class_is_chosen_by_its_real_name(self, trained_run: Path, tmp_path: Path) -> None:
+        source, out = altered(trained_run, tmp_path, class_names=["../x", "same", "same"]), tmp_path / "out"
+        options = ("--source", source, "--layout", "folders", "--count", 2)
+        succeed("sample", *options, "--out", out, "--classes", "../x")
+        assert [path.name for path in out.iterdir() if path.is_dir()] == ["_._x"]
+        message = refused("sample", *options, "--out", tmp_path / "other", "--classes", "same")
+        assert "classes: 'same' is the name of several; give one of 1, 2" in message
+
+
+class TestPictures:
+    def test_a_label_is_a_name_that_the_font_can_draw_or_a_number(self) -> None:
+        assert class_labels(NAMES, range(len(NAMES))) == LABELS
+        assert class_labels(["n01440764", "猫"], [1, 0, 0]) == ["class 1", "n01440764", "n01440764"]
+
+    @pytest.mark.parametrize("names", [NAMES, LABELS], ids=["names", "labels"])
+    def test_every_name_can_be_drawn(self, names: list[str], tmp_path: Path) -> None:
+        images, maps = torch.zeros(len(names), 3, 8, 8, dtype=torch.uint8), torch.rand(2, 1, 2, 2)
+        save_grid(tmp_path / "grid.png", images, columns=1, row_names=names)
+        for start in range(0, len(names), 2):
+            pair = names[start : start + 2]
+            save_attention_figure(tmp_path / "map.png", images[:2], maps, [(1, 1)], names=pair)
+        panel = Panel("a$b\n猫", {name: ([1, 2], [1.0, 2.0]) for name in names}, {NAMES[5]: 1.5})
+        save_comparison(tmp_path / "curves.png", [panel])
+        for path in tmp_path.iterdir():
+            assert read_png(path).float().std() > 1
+
+    def test_letters_are_drawn_and_not_boxes(self, tmp_path: Path) -> None:
+        drawn = []
+        for name in ("кот", "ток", "猫"):
+            save_grid(
+                tmp_path / "grid.png",
+                torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+                columns=1,
+                row_names=[name],
+            )
+            drawn.append(read_png(tmp_path / "grid.png"))
+        assert drawn[0].shape == drawn[1].shape
+        assert not torch.equal(drawn[0], drawn[1])
+        assert drawn[2].size(2) > drawn[0].size(2)  # the escape of one letter
+
+    def test_commands_draw_them(self, trained_run: Path, tmp_path: Path) -> None:
+        source = altered(trained_run, tmp_path, class_names=["\udcff", "a$b", "猫"])
+        succeed("sample", "--source", source, "--out", tmp_path / "grid.png", "--count", 9)
+        succeed("attention-maps", "--source", source, "--out", tmp_path / "maps.png", "--count", 3)
+
+
+class TestTerminal:
+    def test_what_is_printed_cannot_steer_the_terminal(self, trained_run: Path, tmp_path: Path) -> None:
+        out = tmp_path / "\x1b[31m\udcff"
+        shown = succeed("sample", "--source", trained_run, "--out", out, "--count", 3)
+        assert f"{tmp_path}/\\x1b[31m\\udcff/grid.png" in shown
+        assert "\\x1b[31m\\udcff" in refused("sample", "--source", out / "none")
+
+    def test_letters_that_the_encoding_lacks_are_escaped(self) -> None:
+        written = io.BytesIO()
+        stream = PrintableStream(io.TextIOWrapper(written, encoding="latin-1", write_through=True))
+        print("é猫\udcff\ta\r", file=stream, flush=True)
+        assert written.getvalue() == b"\xe9\\u732b\\udcff\ta\\r\n"
+        assert not stream.isatty()
+
+    def test_log_lines_are_printable(self) -> None:
+        with printable_output():
+            assert logging.lastResort is not None
+            record = logging.LogRecord("x", logging.WARNING, "f", 1, "a\x1b[2J%s", ("\u202e",), None)
+            assert logging.lastResort.format(record) == "a\\x1b[2J\\u202e"
