@@ -6,10 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sagan import signals
+
+if __name__ == "__main__":
+    signals.handle(signals.end_at_once)  # importing torch takes seconds
+
 from sagan.cli import attention_maps, demo, evaluate, make_images, prepare, report, sample, train
 from sagan.cli.parsing import parse
 from sagan.cli.terminal import printable_output
-from sagan.distributed import ReportedByMainError
+from sagan.distributed import ReportedElsewhereError
 from sagan.errors import UserError
 from sagan.names import printable
 from sagan.recipes import DEFAULT_RECIPE, RECIPES
@@ -72,15 +77,16 @@ def main(arguments: Sequence[str]) -> int:
         command = parse(kind, name, options, default)
         with printable_output():
             return run(command)
-    except ReportedByMainError:
+    except ReportedElsewhereError:
         return 1
     except (UserError, OSError) as error:
-        print(f"imagenet_sagan.py {name}: {printable(str(error), keep=chr(10))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # outside the training loop, which saves a checkpoint
-        print(f"imagenet_sagan.py {name}: interrupted", file=sys.stderr)
-        return 130
+        text, code = str(error), 1
+    except KeyboardInterrupt as error:  # outside the training loop, which saves a checkpoint
+        text, code = f"interrupted ({error})" if str(error) else "interrupted", getattr(error, "code", 130)
+    print(f"imagenet_sagan.py {name}: {printable(text, keep=chr(10))}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with signals.program():
+        sys.exit(main(sys.argv[1:]))

@@ -46,7 +46,7 @@ class World:
         """Return the result of a function that runs on rank 0 only; JSON must be able to hold it.
 
         Raises:
-            UserError: if rank 0 raised it or an OSError; the other ranks raise :class:`ReportedByMainError`.
+            UserError: if rank 0 raised it or an OSError; the other ranks raise :class:`ReportedElsewhereError`.
         """
         if self.world_size == 1:
             return work()
@@ -62,7 +62,7 @@ class World:
             raise failed
         answer = json.loads(message[0])
         if "error" in answer:
-            raise ReportedByMainError(answer["error"])
+            raise ReportedElsewhereError(answer["error"])
         result: T = answer["result"]
         return result
 
@@ -130,8 +130,8 @@ class World:
             dist.destroy_process_group(group)
 
 
-class ReportedByMainError(UserError):
-    """An error that rank 0 reports; the other ranks stay silent."""
+class ReportedElsewhereError(UserError):
+    """An error that another rank reports; this one stays silent."""
 
 
 class ProcessesDisagreeError(UserError):

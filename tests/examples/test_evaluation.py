@@ -346,5 +346,5 @@ def test_a_refusal_reaches_all_processes(ranks: list[dict[str, Any]], alone: dic
     for found in (alone, ranks[0]):
         assert "RealFeaturesError: " in found["refusal"]
     for found in ranks[1:]:
-        assert "ReportedByMainError: " in found["refusal"]
+        assert "ReportedElsewhereError: " in found["refusal"]
         assert "holds features of other images" in found["refusal"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -16,11 +17,14 @@ from typing import Any
 import pytest
 import torch
 from image_trees import jpeg_bytes
+from torch import Tensor
 from training_runs import Train, assert_same, assert_same_run, changed, make_trainer, metrics_of, stepped
 
 from sagan.errors import UserError
 from sagan.io import locked
 from sagan.recipes import RunConfig, config_from_dict
+from sagan.signals import NUMBERS, StopRequestedError, stop_requested
+from sagan.train import loop
 from sagan.train.checkpoint import BEST, CheckpointError, checkpoints_in, find_checkpoint, load_checkpoint
 from sagan.train.health import TrainingError
 from sagan.train.output import Score
@@ -92,27 +96,65 @@ class TestExactness:
             if trainer.iteration == at:
                 signal.raise_signal(number)
 
-        handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+        handlers = [signal.getsignal(each) for each in NUMBERS]
         stopped = train_tiny("parts", observe=send_signal, **settings)
-        assert (stopped.iteration, stopped.interrupted) == (max(at, 1), True)
+        assert (stopped.iteration, stopped.interrupted) == (at, True)
         assert stopped.checkpoint == find_checkpoint(stopped.out)
         assert metrics_of(stopped.out) == []
-        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+        assert [signal.getsignal(each) for each in NUMBERS] == handlers
+        assert not stop_requested()
         train_tiny("parts", resume=True, **settings)
         assert_same_run(whole.out, stopped.out)
         assert [row["iteration"] for row in metrics_of(stopped.out)] == [3, 5]
 
-    def test_a_second_signal_acts_as_usual(self, train_tiny: Train) -> None:
-        def send_two(_: Trainer) -> None:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+    def test_more_signals_lose_nothing_until_the_third_ctrl_c(
+        self, train_tiny: Train, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        def send(*numbers: int) -> Callable[[Trainer], None]:
+            return lambda trainer: [signal.raise_signal(each) for each in numbers if trainer.iteration]
+
+        def end(code: int) -> None:
+            raise SystemExit(code)
 
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        monkeypatch.setattr(os, "_exit", end)
+        settings = {"iterations": 3, "output__sample_every": 1, "output__checkpoint_every": 1}
         try:
-            with pytest.raises(KeyboardInterrupt):
-                train_tiny(observe=send_two)
+            stopped = train_tiny(observe=send(*2 * NUMBERS, *2 * NUMBERS[1:]), **settings)
+            assert (stopped.iteration, stopped.interrupted) == (1, True)
+            assert capfd.readouterr().err.count("SIGINT: stopping after this iteration") == 1
+            with pytest.raises(SystemExit, match="130"):
+                train_tiny(observe=send(*[signal.SIGINT] * 3), resume=True, **settings)
         finally:
             signal.signal(signal.SIGINT, before)
+        lost = f"ended at once by Ctrl-C; lost: all after {stopped.checkpoint}\n"
+        assert capfd.readouterr().err.endswith(lost)
+
+    @pytest.mark.parametrize("error", [OSError("gone"), RuntimeError("a bug"), StopRequestedError()])
+    def test_images_that_cannot_be_read_end_it_after_a_checkpoint(
+        self, error: Exception, train_tiny: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = train_tiny("whole", iterations=4)
+
+        def broken(*_: object) -> Iterator[tuple[Tensor, Tensor]]:
+            yield from itertools.islice(real(*_), 2)
+            signal.raise_signal(signal.SIGTERM) if isinstance(error, StopRequestedError) else None
+            raise error
+
+        real = loop._batches
+        monkeypatch.setattr(loop, "_batches", broken)
+        if isinstance(error, StopRequestedError):
+            assert train_tiny(iterations=4).interrupted
+        else:
+            kind, message = (
+                (TrainingError, "gone\nSaved ") if isinstance(error, OSError) else (type(error), "bug")
+            )
+            with pytest.raises(kind, match=message):
+                train_tiny(iterations=4)
+        monkeypatch.undo()
+        resumed = train_tiny(iterations=4, resume=True)
+        assert checkpoints_in(resumed.out / "checkpoints")[0].stem == "iteration_000000002"
+        assert_same_run(whole.out, resumed.out)
 
     def test_a_crash_repeats_what_followed_the_checkpoint(self, train_tiny: Train, tmp_path: Path) -> None:
         settings = {"output__log_every": 1, "output__sample_every": 4, "output__checkpoint_every": 2}

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from sagan.data import ImageDataset, make_loader, prefetch_to_device
-from sagan.distributed import World, check_agreement, pick_device
+from sagan.distributed import ReportedElsewhereError, World, check_agreement, pick_device
+from sagan.errors import UserError
 from sagan.io import locked
 from sagan.recipes import RunConfig
-from sagan.train.health import CollapseAlarm, check_losses_finite
+from sagan.signals import StopRequestedError, stop_requests
+from sagan.train.health import CollapseAlarm, TrainingError, check_losses_finite
 from sagan.train.logs import Console, RunLog, Throughput
 from sagan.train.output import RunOutput, Score
 from sagan.train.resume import check_images, check_start
@@ -32,6 +34,7 @@ class Stop(IntEnum):
     NO = 0
     SIGNAL = 1
     COLLAPSE = 2
+    FAILURE = 3  # the next images could not be read
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,14 @@ def train(
     evaluate: Evaluate | None = None,
     observe: Callable[[Trainer], None] | None = None,
 ) -> TrainingResult:
-    """Train, or resume training, until ``config.iterations`` or a first SIGINT or SIGTERM.
+    """Train, or resume training, until ``config.iterations``, a signal (see :mod:`sagan.signals`) or a failure.
 
     On the CPU a run that was interrupted and resumed equals one that was not, bit for bit.
+
+    Between two iterations, all ranks agree whether to stop. Each has then drawn the images of the next iteration, or
+    has a reason to stop: a signal, a sign of collapse, or an exception of the iterator over batches, whatever its type.
+    So all ranks stop after the same iteration and save it; then the exception goes on, on the rank that had it. An
+    iterator that has to wait raises :class:`sagan.signals.StopRequestedError` once ``stop_requested()``.
 
     Args:
         config: the whole run, ``network.num_classes`` set to the dataset's (or 0).
@@ -73,7 +81,8 @@ def train(
 
     Raises:
         CheckpointError: as :func:`sagan.train.resume.check_start`, and for other images.
-        TrainingError: if losses or gradients are not finite.
+        TrainingError: if losses or gradients are not finite, or images could not be read; a checkpoint is saved then.
+        ReportedElsewhereError: if another rank could not read its images.
     """
     world = world or World(0, 1, pick_device(config.device))
     settings, evaluate_every = config.output, config.evaluation.every
@@ -96,13 +105,33 @@ def train(
         console = stack.enter_context(Console(config, trainer.iteration, enabled=progress and world.is_main))
         log = RunLog(config.out, trainer.iteration, tensorboard=settings.tensorboard, enabled=world.is_main)
         stack.enter_context(log)
-        signals = stack.enter_context(_first_signal())
+        signals = stack.enter_context(stop_requests(lambda: f"all after {output.checkpoint or 'the start'}"))
 
         if trainer.iteration == 0 and world.is_main:
             output.save_samples(observe)
-        stop = Stop.NO
-        while trainer.iteration < config.iterations and stop is Stop.NO:
-            trainer.step(batches)
+        stop, start = Stop.NO, trainer.iteration
+        per_iteration = config.d_steps * config.accumulation
+        while True:
+            iteration = trainer.iteration
+            last = iteration >= config.iterations
+            drawn, failure = ([], None) if last or signals else _draw(batches, per_iteration)
+            if failure is not None:
+                stop = Stop.FAILURE
+            elif signals:
+                stop = max(stop, Stop.SIGNAL)
+            # Ranks agree in every iteration, so that all stop after the same one and save it.
+            stop = Stop(world.max_over_ranks(stop))
+            is_new = iteration > start or (iteration == 0 and stop is Stop.SIGNAL)
+            saves = is_new and (last or stop is not Stop.NO or iteration % settings.checkpoint_every == 0)
+            if saves or (is_new and iteration % config.health.check_every == 0):
+                check_agreement(world, trainer.networks)
+            if saves:
+                trainer.check_finite()
+                output.save_checkpoint()
+            if last or stop is not Stop.NO:
+                break
+
+            trainer.step(iter(drawn))
             console.advance()
             iteration = trainer.iteration
             last = iteration == config.iterations
@@ -130,22 +159,14 @@ def train(
                 output.keep_best(score)
                 console.show_figures(iteration, score.figures)
 
-            stop = Stop.SIGNAL if signals else Stop.NO
             for sign in filter(None, signs if config.health.on_collapse != "off" else []):
                 console.print(f"Iteration {iteration}: {sign}.")
                 log.write({"iteration": iteration, "alarm": sign})
                 if config.health.on_collapse == "stop":
                     stop = Stop.COLLAPSE
 
-            # Ranks agree in every iteration, so that all stop after the same one and save it.
-            stop = Stop(world.max_over_ranks(stop))
-            saves = last or stop is not Stop.NO or iteration % settings.checkpoint_every == 0
-            if saves or iteration % config.health.check_every == 0:
-                check_agreement(world, trainer.networks)
-            if saves:
-                trainer.check_finite()
-                output.save_checkpoint()
-
+    if stop is Stop.FAILURE:
+        _raise_failure(failure, output.checkpoint)
     assert output.checkpoint is not None
     return TrainingResult(
         out=config.out,
@@ -165,29 +186,25 @@ def _lock(out: Path) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _first_signal() -> Iterator[list[int]]:
-    """Yield a list that gets the number of the first SIGINT or SIGTERM. A second one acts as usual."""
-    received: list[int] = []
-    handlers: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    def receive(number: int, frame: object) -> None:
-        received.append(number)
-        restore()
-
+def _draw(
+    batches: Iterator[tuple[Tensor, Tensor]], count: int
+) -> tuple[list[tuple[Tensor, Tensor]], Exception | None]:
+    """Return the next batches, or why there are none; neither if a signal has asked training to stop."""
     try:
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-            handlers[number] = signal.signal(number, receive)
-    except ValueError:  # not the main thread, which gets the signals
-        handlers.clear()
-    try:
-        yield received
-    finally:
-        restore()
+        return list(itertools.islice(batches, count)), None
+    except StopRequestedError:
+        return [], None
+    except Exception as error:
+        return [], error
+
+
+def _raise_failure(failure: Exception | None, checkpoint: Path | None) -> NoReturn:
+    if failure is None:
+        raise ReportedElsewhereError("another process could not read its images")
+    if not isinstance(failure, (UserError, OSError)):
+        raise failure
+    saved = "" if checkpoint is None else f"\nSaved {checkpoint}; --resume continues from it."
+    raise TrainingError(f"{failure}{saved}") from failure
 
 
 def _batches(dataset: ImageDataset, trainer: Trainer) -> Iterator[tuple[Tensor, Tensor]]:

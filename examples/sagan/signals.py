@@ -1,0 +1,162 @@
+"""What SIGINT, SIGTERM, SIGHUP and SIGUSR1 do: end imports, interrupt a command, or ask training to stop.
+
+=====================  ==========================================================================================
+while                  a signal
+=====================  ==========================================================================================
+modules are imported   ends the program at once, with one line (:func:`end_at_once`)
+a command runs         raises :class:`Interrupted`: files in work are removed, workers end, one line (:func:`interrupt`)
+training runs          asks it to stop after this iteration, with a checkpoint (:func:`stop_requests`). Further signals
+                       change nothing, except a third Ctrl-C: it ends the program at once and says what is lost
+the program ends       ends it at once, with the exit code that it has; so does a wait of 10 s (:func:`program`)
+=====================  ==========================================================================================
+
+Whoever waits in training, as for images, looks at :func:`stop_requested` and raises :class:`StopRequestedError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], object]
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+NUMBERS = tuple(int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name))  # Windows lacks some
+_AT_ONCE = 3  # the number of Ctrl-C that end training without a checkpoint
+_BURST_S = 1.0  # schedulers and torchrun send several
+_MAX_END_S = 10.0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a command outside training."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number  # as shells report it
+
+
+class StopRequestedError(Exception):
+    """Raised by what training waits for, because a signal has asked training to stop."""
+
+
+class StopRequest:
+    """The signals that training has received; true once there is one.
+
+    Attributes:
+        training: whether training runs.
+    """
+
+    def __init__(self, lost: Callable[[], str]) -> None:
+        self._lost = lost
+        self.training = True
+        self._received: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._received)
+
+    def receive(self, number: int, _: FrameType | None = None) -> None:
+        """Count a signal; the third Ctrl-C ends the process."""
+        self._received.append(number)
+        if self._received.count(signal.SIGINT) == _AT_ONCE:
+            _say(f"ended at once by Ctrl-C; lost: {self._lost()}")
+            os._exit(128 + number)
+        if len(self._received) == 1 and os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(number).name
+            _say(f"{name}: stopping after this iteration, with a checkpoint (two more Ctrl-C: without one)")
+
+
+_training = StopRequest(str)  # the latest; a stop it was asked for goes on after it
+_interrupted_s = float("-inf")
+
+
+def stop_requested() -> bool:
+    """Return whether a signal has asked training to stop."""
+    return bool(_training) and _training.training
+
+
+@contextlib.contextmanager
+def stop_requests(lost: Callable[[], str]) -> Iterator[StopRequest]:
+    """Yield the request to stop that signals make during a ``with`` block; they do nothing else.
+
+    ``lost`` returns what is lost if the third Ctrl-C ends the process.
+    """
+    global _training
+    _training = StopRequest(lost)
+    before = handle(_training.receive)
+    try:
+        yield _training
+    finally:
+        _training.training = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def handle(handler: Handler) -> dict[int, Any]:
+    """Set the handler of all signals but ignored ones (nohup, a background job); return the handlers before."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in NUMBERS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    return before
+
+
+def end_at_once(number: int, _: FrameType | None = None) -> None:
+    """End the process: there is nothing to save yet."""
+    _say(f"interrupted ({signal.Signals(number).name})")
+    os._exit(128 + number)
+
+
+def interrupt(number: int, _: FrameType | None = None) -> None:
+    """Raise :class:`Interrupted`, unless the program is already ending because of a signal."""
+    global _interrupted_s
+    now = time.monotonic()
+    if _training:
+        _training.receive(number)
+    elif now - _interrupted_s > _BURST_S:
+        _interrupted_s = now
+        raise Interrupted(number)
+
+
+@contextlib.contextmanager
+def program() -> Iterator[None]:
+    """Enclose a whole program, to which its exit is the last thing that happens: it waits for nothing for long."""
+    code: object = 1  # of an exception
+    # Forked workers leave these signals to this process, and end when it ends them.
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_leave_to_parent)
+    try:
+        handle(interrupt)
+        yield
+        code = 0
+    except SystemExit as error:
+        code = error.code
+        raise
+    except KeyboardInterrupt as error:
+        raise SystemExit(getattr(error, "code", 130)) from None
+    finally:
+        code = code if isinstance(code, int) else 0 if code is None else 1
+        handle(lambda *_: os._exit(code))
+        timer = threading.Timer(_MAX_END_S, os._exit, [code])
+        timer.daemon = True
+        timer.start()
+
+
+def _leave_to_parent() -> None:
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+
+
+def _say(text: str) -> None:
+    """Write a line to the standard error output, from any place of the program."""
+    start = "\n" if os.isatty(2) else ""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{start}{Path(sys.argv[0]).name}: {text}\n".encode())
