@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
+import os
 import pickle
 import random
 import shutil
@@ -43,6 +44,7 @@ from sagan.data import (
     preflight,
     scan_image_tree,
 )
+from sagan.data.layout import FORMAT_EXTENSIONS
 from sagan.data.prefetch import prefetch
 
 Patch = pytest.MonkeyPatch
@@ -115,16 +117,69 @@ class TestLayout:
         for path, label in zip(tree.paths, tree.labels, strict=True):
             assert path.relative_to(tree.root).parts[0] == class_names[label]
 
+    def test_links_that_multiply_end_and_are_counted(self, tmp_path: Path) -> None:
+        root = write_files(tmp_path, *(f"c{n}/{k}/x.jpg" for n in range(12) for k in range(12)))
+        for n in range(12):
+            for k in range(12):
+                for other in range(12):
+                    (root / f"c{n}" / str(k) / f"to{other}").symlink_to(root / f"c{n}" / str(other))
+            (root / f"c{n}" / "mutual").symlink_to(root / f"c{(n + 1) % 12}")
+        (root / "loop").symlink_to(root)
+        (root / "above").symlink_to(root.parent)
+        tree = scan_image_tree(root)
+        assert tree.class_names == tuple(sorted(f"c{n}" for n in range(12)))
+        assert len(tree.paths) <= 4 * 144
+        assert all(tree.images_per_class() >= 12)
+        assert tree.skipped["link to a folder that contains it"] > 0
+        assert tree.skipped["link to a folder that another link leads to"] > 0
+
+    def test_pipes_and_devices_are_counted_and_not_opened(self, tmp_path: Path) -> None:
+        root = write_files(tmp_path, "cat/x.jpg", "dog/y.jpg")
+        os.mkfifo(root / "cat" / "pipe.jpg")
+        (root / "dog" / "zero.jpg").symlink_to("/dev/zero")
+        os.mkfifo(root / "pipe")
+        tree = scan_image_tree(root)
+        assert (len(tree.paths), tree.skipped) == (2, {"not a regular file": 3})
+
+    def test_what_systems_put_among_images_is_no_class_and_not_read(self, tmp_path: Path) -> None:
+        folders = (
+            "@eaDir",
+            "#recycle",
+            "$RECYCLE.BIN",
+            "System Volume Information",
+            "lost+found",
+            "__MACOSX",
+        )
+        files = [
+            f"{place}{name}/SYNOPHOTO_THUMB.jpg" for name in folders for place in ("", "cat/", "cat/in/")
+        ]
+        files += [
+            f"{name}/x-checkpoint.jpg" for name in (".Trash-1000", ".ipynb_checkpoints", "dog/.AppleDouble")
+        ]
+        root = write_files(tmp_path, "cat/x.jpg", "dog/y.jpg", "dog/Thumbs.db", "desktop.ini", *files)
+        tree = scan_image_tree(root)
+        assert (tree.class_names, len(tree.paths)) == (("cat", "dog"), 2)
+        assert tree.skipped == {"hidden": 3, "Thumbs.db": 1, "desktop.ini": 1} | dict.fromkeys(folders, 3)
+
+    def test_names_end_as_those_of_every_format_that_is_read(self) -> None:
+        Image.init()
+        known = {
+            name: kind for name, kind in Image.registered_extensions().items() if kind in FORMAT_EXTENSIONS
+        }
+        assert known == {name: kind for kind, names in FORMAT_EXTENSIONS.items() for name in names}
+
     def test_linked_classes_and_images_are_read_and_link_loops_end(self, tmp_path: Path) -> None:
         small_tree(tmp_path / "real")
         root = write_files(tmp_path / "linked", "dog/")
         (root / "cat").symlink_to(tmp_path / "real" / "cat")
+        write_files(tmp_path / "aside", "@eaDir/thumb.jpg")
+        (root / "dog" / "aside").symlink_to(tmp_path / "aside")
         (root / "dog" / "a.jpg").symlink_to(tmp_path / "real" / "dog" / "0.jpg")
         (root / "dog" / "loop").symlink_to(root / "dog")
         (root / "dog" / "itself.jpg").symlink_to("itself.jpg")
         tree = scan_image_tree(root)
         assert tree.images_per_class().tolist() == [2, 2]
-        assert tree.skipped == {"link to a folder that contains it": 1}
+        assert tree.skipped == {"@eaDir": 1, "link to a folder that contains it": 1}
         assert [f.path for f in preflight(tree, resolution=8).unreadable] == ["dog/itself.jpg"]
 
     def test_fingerprint_changes_with_files_and_classes_only(self, tmp_path: Path) -> None:
@@ -178,7 +233,7 @@ CAT_AND_DOG = ("cat/0.jpg", "cat/1.jpg", "dog/0.jpg", "dog/1.jpg")
          "only one class folder, imagenet", "/imagenet as ROOT"),
         (("train/animals/cat/0.jpg", "train/animals/dog/0.jpg", "train/vehicles/bus/0.jpg", "train/vehicles/car/0.jpg"),
          "", "4 folders inside them that hold images (in animals: cat, dog)", "move the inner"),
-        (("cat/", "dog/x.gif"), "", "2 folders (cat, dog) without any image; files: 1 .gif", ".jpg, .jpeg"),
+        (("cat/", "dog/x.svg"), "", "2 folders (cat, dog) without any image; files: 1 .svg", ".jpg, .jpeg"),
         ((), "", "an empty folder", "class folders"),
     ],
 )  # fmt: skip

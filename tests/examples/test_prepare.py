@@ -192,7 +192,8 @@ class TestSources:
     def test_the_user_is_told_of_missing_images(self, tmp_path: Path) -> None:
         archives = {f"n{label:08d}.tar": tar({"a.JPEG": b""}) for label in range(1000)}
         listing = listed(write_tar(tmp_path / "t.tar", archives))
-        assert "ILSVRC2012 has 1,281,167 (train) or 50,000 (val): this is not all of it" in listing.describe()
+        assert "WARNING: NOT ALL OF ImageNet" in listing.describe()
+        assert "got 1,000 classes and 1,000 images" in listing.describe()
 
     def test_labels_follow_sorted_class_archives_and_empty_ones_keep_theirs(self, tmp_path: Path) -> None:
         archives = {
@@ -326,6 +327,49 @@ class TestGroundTruth:
         assert paths_of(listing) == paths_of(scan_image_tree(made("folder"), split="val"))
 
     @pytest.mark.parametrize(
+        "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "latin-1"]
+    )
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", ",\r\n", ";;\n"])
+    def test_text_is_read_as_editors_shells_and_spreadsheets_save_it(
+        self, made: Made, val: Path, tmp_path: Path, encoding: str, end: str
+    ) -> None:
+        expected = paths_of(scan_image_tree(made("folder"), split="val"))
+        wnids = [name.split("/")[0] for name in sorted(expected, key=lambda name: name.split("/")[1])]
+        by_id = sorted(zip(ilsvrc_ids(MADE), MADE.wnids, strict=True))
+        number_of = {wnid: number for number, wnid in by_id}
+        separator = ";" if ";" in end else ","
+        texts = {
+            "wnids.txt": [f'"{wnid}"' for wnid in wnids],
+            "numbers.txt": [str(number_of[wnid]) for wnid in wnids],
+            "synsets.txt": [f"{wnid}{separator}caf\u00e9" for _, wnid in by_id],
+            "words.txt": [f"{wnid} caf\u00e9" for wnid in MADE.wnids],
+            "solution.csv": ["ImageId,PredictionString".replace(",", separator)]
+            + [f"ILSVRC2012_val_{n:08d}{separator}{wnid} 1 2 3 4" for n, wnid in enumerate(wnids, 1)],
+        }
+        for name, lines in texts.items():
+            (tmp_path / name).write_bytes("".join(line + end for line in lines).encode(encoding))
+        truth = {"ground_truth": tmp_path / "numbers.txt", "synsets": tmp_path / "synsets.txt"}
+        assert self.names(val, **truth) == expected
+        for name in ("wnids.txt", "solution.csv"):
+            assert self.names(val, ground_truth=tmp_path / name) == expected, name
+        words = listed(made("folder"), words=tmp_path / "words.txt").class_words
+        assert words is not None
+        assert {word.rstrip(",;") for word in words} == {"caf\u00e9"}
+
+    def test_a_damaged_kit_is_one_sentence(self, made: Made, val: Path, tmp_path: Path) -> None:
+        kit = tmp_path / "kit.tar.gz"
+        for mode in ("w", "w:gz", "w:bz2", "w:xz"):
+            with tarfile.open(kit, mode) as archive:
+                archive.add(made("tars") / "ILSVRC2012_devkit_t12", "kit")
+            data = kit.read_bytes()
+            assert len(self.names(val, ground_truth=kit)) == 12
+            zeroed = data[:600] + bytes(600) + data[1200:]
+            for damaged in (data[: len(data) // 2], zeroed, data[:200] + b"X" + data[201:]):
+                kit.write_bytes(damaged)
+                with pytest.raises(DatasetError, match="cannot read the development kit"):
+                    self.names(val, ground_truth=kit)
+
+    @pytest.mark.parametrize(
         ("files", "message"),
         [
             ({}, "classes cannot be known.*LOC_val_solution.csv"),
@@ -338,7 +382,9 @@ class TestGroundTruth:
             ({"ground_truth.txt": "n01440764\n"}, "the images of .* are numbered 1 to 12"),
             ({"ground_truth.txt": "x.JPEG n01440764\n"}, "does not name 12 of 12 images"),
             ({"ground_truth.csv": "ImageId,PredictionString\n"}, "holds no row"),
-            ({"ground_truth.csv": "a,b\n1,2\n"}, "expected the columns ImageId"),
+            ({"ground_truth.csv": "ImageId,b\n1,2\n"}, "expected the columns ImageId"),
+            ({"ground_truth.csv": "a,b\n1,2\n"}, "cannot read the ground truth"),
+            ({"ground_truth.txt": "a.JPEG n01440764\na.JPEG n01443537\n"}, "expected one class for a.JPEG"),
             ({"ground_truth.tar.gz": "no archive"}, "cannot read the development kit"),
             (
                 {"ground_truth.txt": "1\n", "synsets.txt": "n01440764\nn01443537\n"},
@@ -403,14 +449,6 @@ class TestWrongSources:
         nested = write_tar(tmp_path / "d.tar", {"cat/a.jpg": jpeg_bytes()})
         assert "holds folders of images" in self.refused(nested)
 
-    def test_a_class_archive_that_ends_early_does_not_run_on_into_the_next(self, tmp_path: Path) -> None:
-        archives = {}
-        for wnid in WNIDS[:2]:
-            data = tar({f"{wnid}_1.JPEG": jpeg_bytes()}).rstrip(b"\0")
-            archives[f"{wnid}.tar"] = data + bytes(-len(data) % 512)
-        listing = listed(write_tar(tmp_path / "t.tar", archives))
-        assert paths_of(listing) == [f"{wnid}/{wnid}_1.JPEG" for wnid in WNIDS[:2]]
-
     def test_two_archives_of_a_class(self, tmp_path: Path) -> None:
         archives = {f"{folder}/{WNIDS[0]}.tar": tar({}) for folder in ("a", "b")}
         assert "got two of" in self.refused(write_tar(tmp_path / "t.tar", archives))
@@ -418,6 +456,100 @@ class TestWrongSources:
     def test_wrong_folders_get_the_advice_of_the_folder_scan(self, tmp_path: Path) -> None:
         (tmp_path / "cat").mkdir()
         assert "Likely fix" in self.refused(tmp_path)
+
+
+def class_archive(wnid: str) -> bytes:
+    return tar({f"{wnid}_{n}.JPEG": jpeg_bytes(n, 300, 200) for n in range(3)})
+
+
+class TestDamagedArchives:
+    """`tarfile` takes each of these for the end of the archive."""
+
+    @pytest.fixture
+    def whole(self) -> bytes:
+        return tar({f"{wnid}.tar": class_archive(wnid) for wnid in WNIDS[:3]})
+
+    def refused(self, tmp_path: Path, data: bytes) -> str:
+        (tmp_path / "t.tar").write_bytes(data)
+        with pytest.raises(
+            DatasetError, match=r"expected a whole tar archive at .*an incomplete download"
+        ) as caught:
+            listed(tmp_path / "t.tar")
+        return str(caught.value)
+
+    def headers(self, whole: bytes, name: str) -> list[int]:
+        """Return where in the archive the headers of these files are."""
+        return [match.start() for match in re.finditer(re.escape(name.encode()), whole)]
+
+    @pytest.mark.parametrize(
+        "name", [f"{WNIDS[1]}.tar", f"{WNIDS[1]}_0.JPEG", f"{WNIDS[1]}_1.JPEG", f"{WNIDS[2]}_2.JPEG"]
+    )
+    @pytest.mark.parametrize("damage", ["flip", "zeros"])
+    def test_a_damaged_header_is_found(self, tmp_path: Path, whole: bytes, name: str, damage: str) -> None:
+        (place,) = self.headers(whole, name)
+        new = bytes(512) if damage == "zeros" else bytes([whole[place + 130] ^ 1])
+        start = place if damage == "zeros" else place + 130
+        self.refused(tmp_path, whole[:start] + new + whole[start + len(new) :])
+
+    def test_cut_anywhere_it_is_refused(self, tmp_path: Path, whole: bytes) -> None:
+        for place in self.headers(whole, f"{WNIDS[1]}.tar") + self.headers(whole, f"{WNIDS[2]}_1.JPEG"):
+            for cut in (place, place + 1, place + 200, place + 512, place + 700):
+                self.refused(tmp_path, whole[:cut])
+
+    def test_a_download_into_a_file_of_full_size_is_refused(self, tmp_path: Path, whole: bytes) -> None:
+        for part in (2, 3, 5):
+            done = len(whole) // part
+            self.refused(tmp_path, whole[:done] + bytes(len(whole) - done))
+
+    def test_a_class_archive_that_ends_where_a_file_ends_is_refused(self, tmp_path: Path) -> None:
+        archives = {f"{wnid}.tar": class_archive(wnid) for wnid in WNIDS[:2]}
+        data = archives[f"{WNIDS[0]}.tar"].rstrip(b"\0")
+        archives[f"{WNIDS[0]}.tar"] = data + bytes(-len(data) % 512)
+        assert "without the two empty blocks" in self.refused(tmp_path, tar(archives))
+
+    def test_two_archives_in_one_file_are_refused(self, tmp_path: Path, whole: bytes) -> None:
+        assert "zeros where a file's header should be" in self.refused(tmp_path, whole + whole)
+
+    def test_an_archive_that_says_to_be_huge_ends(self, tmp_path: Path, whole: bytes) -> None:
+        for size in (-(2**33), 2**60):
+            member = tarfile.TarInfo("x")
+            member.type, member.size = tarfile.XHDTYPE, size
+            self.refused(tmp_path, member.tobuf(tarfile.GNU_FORMAT) + whole)
+            member.type = tarfile.REGTYPE
+            self.refused(tmp_path, member.tobuf(tarfile.GNU_FORMAT) + whole)
+
+
+class TestForeignFiles:
+    """What other systems put among images, and what is no regular file."""
+
+    def test_an_archive_from_a_mac_is_recognised(self, tmp_path: Path) -> None:
+        archives = {}
+        for wnid in WNIDS[:2]:
+            files = {f"._{wnid}_1.JPEG": b"\0\5\26\7", f"{wnid}_1.JPEG": jpeg_bytes()}
+            archives |= {f"./._{wnid}.tar": b"\0\5\26\7", f"./{wnid}.tar": tar(files)}
+        listing = listed(write_tar(tmp_path / "t.tar", {"._.": b"x", ".DS_Store": b"x", **archives}))
+        assert paths_of(listing) == [f"{wnid}/{wnid}_1.JPEG" for wnid in WNIDS[:2]]
+        assert listing.skipped == {"hidden": 6}
+
+    def test_links_and_devices_in_an_archive_are_counted(self, tmp_path: Path) -> None:
+        archives = {}
+        for wnid in WNIDS[:2]:
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as archive:
+                add_member(archive, "1.JPEG", jpeg_bytes())
+                for kind in (
+                    tarfile.SYMTYPE,
+                    tarfile.LNKTYPE,
+                    tarfile.FIFOTYPE,
+                    tarfile.CHRTYPE,
+                    tarfile.DIRTYPE,
+                ):
+                    member = tarfile.TarInfo("2.JPEG")
+                    member.type = kind
+                    archive.addfile(member)
+            archives[f"{wnid}.tar"] = buffer.getvalue()
+        listing = listed(write_tar(tmp_path / "t.tar", archives))
+        assert (len(listing), listing.skipped) == (2, {"not a regular file": 8})
 
 
 class TestBadFiles:

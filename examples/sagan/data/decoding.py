@@ -18,13 +18,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from sagan.data.layout import DatasetError
+from sagan.data.layout import FORMAT_EXTENSIONS, DatasetError
 
 Resample = Literal["bilinear", "bicubic", "lanczos", "box"]
 RESAMPLE_FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Resample)}
 
-# The content decides, not the name: ImageNet has a PNG named .JPEG. EPS is missing because it runs a program.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+_FORMATS = tuple(FORMAT_EXTENSIONS)  # the content decides, not the name: ImageNet has a PNG named .JPEG
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE_FOR_ORIENTATION = {

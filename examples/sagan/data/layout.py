@@ -9,11 +9,46 @@ from pathlib import Path
 
 from sagan.errors import UserError
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+# Pillow's names of the formats that are read, and what their files' names end in.
+# EPS is missing because it runs a program.
+FORMAT_EXTENSIONS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+}
+IMAGE_EXTENSIONS = tuple(extension for each in FORMAT_EXTENSIONS.values() for extension in each)
+# Images all the same: a user should hear that they are left out.
+UNREAD_IMAGE_EXTENSIONS = frozenset(
+    (
+        ".avif",
+        ".heic",
+        ".heif",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".jxl",
+        ".tga",
+        ".dib",
+        ".mpo",
+        ".psd",
+        ".svg",
+        ".eps",
+    )
+)
 
 _ARCHIVE_EXTENSIONS = (".tar", ".gz", ".tgz", ".zip", ".7z", ".bz2", ".xz")
 _SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
-_SYSTEM_FOLDERS = ("__MACOSX", "lost+found")
+# In lower case: what macOS, Windows, Synology, QNAP and Unix put among people's files. Names with a dot are hidden too.
+_SYSTEM_NAMES = frozenset(
+    {
+        "__macosx", "lost+found", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin",
+        "recycler", "system volume information", "network trash folder", "temporary items", "thumbs.db", "desktop.ini",
+    }
+)  # fmt: skip
 _CLASS_ARCHIVE = re.compile(r"n\d{8}\.tar")
 
 _EXPECTED = """\
@@ -48,9 +83,19 @@ def has_image_extension(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
-def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is hidden: its name starts with a dot, or an operating system made it."""
-    return name.startswith(".") or name in _SYSTEM_FOLDERS
+def hidden_kind(path: str) -> str | None:
+    """Return "hidden" if a part of a path starts with a dot, its name if a system made it, None for other files."""
+    for name in path.split("/"):
+        if name.lower() in _SYSTEM_NAMES:
+            return name
+        if name.startswith(".") and name not in (".", ".."):
+            return "hidden"
+    return None
+
+
+def is_hidden(path: str) -> bool:
+    """Return whether a part of a path starts with a dot, or is a file or folder that an operating system made."""
+    return hidden_kind(path) is not None
 
 
 def is_class_archive(name: str) -> bool:
@@ -64,6 +109,17 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
+
+
+def is_special(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a pipe, device or socket, or a link to one: reading it may block or never end."""
+    try:
+        if entry.is_file() or entry.is_dir():
+            return False
+        entry.stat()
+    except OSError:  # a link that cannot be followed
+        return False
+    return True
 
 
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:

@@ -17,6 +17,10 @@ from sagan.data import layout
 
 _OUTSIDE_CLASSES = "image outside a class folder"
 _LINK_LOOP = "link to a folder that contains it"
+_LINKED_AGAIN = "link to a folder that another link leads to"
+_LINKS_IN_LINKS = "link behind many links"
+_MOST_LINKS = 8  # on the way to a file; systems follow 40
+NOT_REGULAR = "not a regular file"
 
 
 class SkippedFiles:
@@ -27,12 +31,8 @@ class SkippedFiles:
         self.examples: list[str] = []
 
     def add(self, path: str, kind: str | None = None) -> None:
-        """Count a file; its kind is "hidden", its extension in lower case, or "no extension" unless given."""
-        name = PurePosixPath(path).name
-        if kind is None:
-            kind = (
-                "hidden" if layout.is_hidden(name) else PurePosixPath(name).suffix.lower() or "no extension"
-            )
+        """Count a file; its kind is what `layout.hidden_kind` says, its extension in lower case, or "no extension"."""
+        kind = kind or layout.hidden_kind(path) or PurePosixPath(path).suffix.lower() or "no extension"
         self.counts[kind] += 1
         if len(self.examples) < 20:
             self.examples.append(path)
@@ -87,7 +87,7 @@ class ImageTree:
     A class's label is its place in `class_names`. A class folder without images keeps its place, so that it cannot
     shift the labels of the others. `skipped` counts files that are not images by extension (lower case), or as
     `"no extension"`, `"hidden"` (also in a hidden folder), `"image outside a class folder"` or `"link to a folder
-    that contains it"`.
+    that contains it"` and the like, or as what a system made it for (`"@eaDir"`).
     """
 
     root: Path  # the folder that holds the class folders
@@ -144,20 +144,22 @@ def scan_image_tree(root: Path | str, *, split: str = "train") -> ImageTree:
         DatasetError: the folder has another layout; the message says what was found and the likely fix.
     """
     base = layout.find_base(Path(root).expanduser(), split)
-    skipped = SkippedFiles()
+    scan = _Scan()
     class_names: list[str] = []
     names: list[str] = []
     labels: list[int] = []
     for entry in layout.list_folder(base):
-        if layout.is_hidden(entry.name):
-            _skip_all(entry, base, skipped)
-        elif layout.is_folder(entry):
-            images = _images_below(entry.path, entry.name, base, skipped)
+        if layout.is_folder(entry) and not layout.is_hidden(entry.name):
+            if entry.is_symlink() and base.resolve().is_relative_to(Path(entry.path).resolve()):
+                scan.skipped.add(entry.name, _LINK_LOOP)
+                continue
+            images = scan.images_below(entry)
             labels.extend([len(class_names)] * len(images))
             class_names.append(entry.name)
             names.extend(images)
         else:
-            skipped.add(entry.name, _OUTSIDE_CLASSES if layout.has_image_extension(entry.name) else None)
+            scan.skip(entry, entry.name, _OUTSIDE_CLASSES)
+    skipped = scan.skipped
     layout.check_classes(base, class_names, names, skipped.counts)
     return ImageTree(
         root=base,
@@ -170,31 +172,60 @@ def scan_image_tree(root: Path | str, *, split: str = "train") -> ImageTree:
     )
 
 
-def _skip_all(entry: os.DirEntry[str], base: Path, skipped: SkippedFiles) -> None:
-    """Count a hidden file, or every file of a hidden folder."""
-    if not entry.is_dir(follow_symlinks=False):
-        skipped.add(Path(entry.path).relative_to(base).as_posix(), "hidden")
-        return
-    for folder, _, files in os.walk(entry.path):
-        for name in files:
-            skipped.add((Path(folder) / name).relative_to(base).as_posix(), "hidden")
+class _Scan:
+    """Lists folders, counts what is not an image, and enters the target of each link once: links can multiply."""
 
+    def __init__(self) -> None:
+        self.skipped = SkippedFiles()
+        self._entered: set[Path] = set()
 
-def _images_below(folder: str, relative: str, base: Path, skipped: SkippedFiles) -> list[str]:
-    """Return the images in and below `folder`, sorted, as paths below the base."""
-    images: list[str] = []
-    # Entries of os.scandir, unlike paths, know files from folders without a stat call for each.
-    for entry in layout.list_folder(Path(folder)):
-        name = f"{relative}/{entry.name}"
-        if layout.is_hidden(entry.name):
-            _skip_all(entry, base, skipped)
-        elif layout.is_folder(entry):
-            if entry.is_symlink() and Path(folder).resolve().is_relative_to(Path(entry.path).resolve()):
-                skipped.add(name, _LINK_LOOP)
+    def images_below(self, folder: os.DirEntry[str]) -> list[str]:
+        """Return the images in and below a folder of the base, sorted, as paths below the base."""
+        images: list[str] = []
+        waiting = _inside(folder.path, folder.name, ())
+        while waiting:
+            entry, name, crossed = waiting.pop()
+            hidden = layout.is_hidden(entry.name)
+            if not hidden and layout.is_folder(entry):
+                if not entry.is_symlink():
+                    waiting.extend(_inside(entry.path, name, crossed))
+                    continue
+                crossed = (*crossed, Path(entry.path).parent.resolve())
+                target = Path(entry.path).resolve()
+                if kind := self._reason_to_skip(target, crossed):
+                    self.skipped.add(name, kind)
+                else:
+                    self._entered.add(target)
+                    waiting.extend(_inside(str(target), name, crossed))
+            elif hidden or not layout.has_image_extension(entry.name) or layout.is_special(entry):
+                self.skip(entry, name)
             else:
-                images.extend(_images_below(entry.path, name, base, skipped))
-        elif layout.has_image_extension(entry.name):
-            images.append(name)
+                images.append(name)
+        return images
+
+    def _reason_to_skip(self, target: Path, crossed: Sequence[Path]) -> str | None:
+        if any(place.is_relative_to(target) for place in crossed):
+            return _LINK_LOOP
+        if target in self._entered:
+            return _LINKED_AGAIN
+        return _LINKS_IN_LINKS if len(crossed) > _MOST_LINKS else None
+
+    def skip(self, entry: os.DirEntry[str], name: str, kind: str | None = None) -> None:
+        """Count a file, or every file of a hidden folder; ``kind`` is that of an image."""
+        if layout.is_special(entry):
+            self.skipped.add(name, NOT_REGULAR)
+        elif not entry.is_dir(follow_symlinks=False):
+            hidden = layout.is_hidden(name) or not layout.has_image_extension(name)
+            self.skipped.add(name, None if hidden else kind)
         else:
-            skipped.add(name)
-    return images
+            for folder, _, files in os.walk(entry.path):
+                for each in files:
+                    self.skipped.add(f"{name}/{(Path(folder) / each).relative_to(entry.path).as_posix()}")
+
+
+def _inside(
+    folder: str, name: str, crossed: tuple[Path, ...]
+) -> list[tuple[os.DirEntry[str], str, tuple[Path, ...]]]:
+    """Return what is in a folder, the last first: entry, path below the base, where the links on its way lie."""
+    # Entries of os.scandir, unlike paths, know files from folders without a stat call for each.
+    return [(entry, f"{name}/{entry.name}", crossed) for entry in reversed(layout.list_folder(Path(folder)))]

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sagan.data import DatasetError, PathTable, scan_image_tree
-from sagan.prepare.listing import ImageFiles, Indices, Listing, hinted, will_need
+from sagan.io import open_regular
+from sagan.prepare.listing import ImageFiles, Indices, Listing, hinted, too_large, will_need
 
 # Errors of a single file; any other is the disk's or the network's, and ends the run.
 _SINGLE_FILE_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
@@ -27,7 +28,8 @@ class Files(ImageFiles):
     def __iter__(self) -> Iterator[bytes | str]:
         for path in hinted(self.paths, will_need):
             try:
-                yield path.read_bytes()
+                with open_regular(path) as file:
+                    yield too_large(os.fstat(file.fileno()).st_size) or file.read()
             except OSError as error:
                 if error.errno not in _SINGLE_FILE_ERRORS or not os.path.lexists(path):
                     raise DatasetError(

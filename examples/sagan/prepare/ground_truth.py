@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import csv
+import gzip
 import io
+import lzma
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from sagan.data import DatasetError
+from sagan.io import open_regular
 from sagan.prepare.listing import WNID
+from sagan.prepare.tars import walk
 
 _DEVKIT_LABELS = "ILSVRC2012_validation_ground_truth.txt"
 _VAL_SOLUTION = "LOC_val_solution.csv"
@@ -24,6 +32,13 @@ _FOUND_BY_NAME = (
     _VAL_SOLUTION,
 )
 _WORDS_FOUND_BY_NAME = ("LOC_synset_mapping.txt", "words.txt", "synset_words.txt")
+_PACKERS: dict[bytes, Callable[[io.BytesIO], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZ": bz2.open,
+    b"\xfd7": lzma.open,
+}
+_LARGEST = 256 * 2**20  # bytes; the largest of these files takes 2.5 MB
+_SEPARATORS = re.compile(r"[\s,;]+")
 _NUMBER = re.compile(r"_(\d{8})\.\w+")
 _HELP = (
     "Give --ground-truth: LOC_val_solution.csv (Kaggle), a text file with the WNID of one image per line, or the "
@@ -109,48 +124,101 @@ def read_ground_truth(path: Path | None, synsets: Path | None, source: Path) -> 
     if found.name.endswith((".tar.gz", ".tgz", ".tar")):
         text, meta = _from_archive(found)
     else:
-        text = found.read_text(encoding="utf-8")
+        text = _text(_read(found))
         beside = found.with_name("meta.mat")
-        meta = beside.read_bytes() if beside.is_file() else None
-    if found.suffix == ".csv":
+        meta = _read(beside) if beside.is_file() else None
+    if found.suffix == ".csv" and "ImageId" in text.partition("\n")[0]:
         return _val_solution(text, found), remark
-    lines = [line.split() for line in text.splitlines() if line.strip()]
+    lines = _fields(text)
     if lines and all(len(line) == 1 and line[0].isdecimal() for line in lines):
         return _devkit([int(line[0]) for line in lines], synsets, meta, found), remark
     if lines and all(len(line) == 1 and WNID.fullmatch(line[0]) for line in lines):
         return GroundTruth(by_number=[line[0] for line in lines]), remark
     if lines and all(len(line) == 2 and WNID.fullmatch(line[1]) for line in lines):
-        return GroundTruth(by_name={_stem(name): wnid for name, wnid in lines}), remark
+        return _by_name([(name, wnid) for name, wnid in lines], found), remark
     raise DatasetError(
         f"cannot read the ground truth in {found}: expected a number or a WNID (n01440764) per line, or an image and "
-        f"its WNID, got {' '.join(lines[0]) if lines else 'an empty file'!r}. {_HELP}"
+        f"its WNID, got {' '.join(lines[0])[:80] if lines else 'an empty file'!r}. {_HELP}"
     )
 
 
 def _from_archive(path: Path) -> tuple[str, bytes | None]:
     found: dict[str, bytes] = {}
+    data = _read(path)
+    packer = next((packer for magic, packer in _PACKERS.items() if data.startswith(magic)), None)
     try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name = member.name.rpartition("/")[2]
-                if name in (_DEVKIT_LABELS, "meta.mat") and (file := archive.extractfile(member)) is not None:
-                    found[name] = file.read()
-    except tarfile.TarError as error:
+        if packer is not None:
+            with packer(io.BytesIO(data)) as file:
+                data = file.read(_LARGEST)  # to its end, where its checksum is
+        for member in walk(io.BytesIO(data), 0, len(data)):
+            name = member.name.rpartition("/")[2]
+            if name in (_DEVKIT_LABELS, "meta.mat") and member.isreg():
+                found[name] = data[member.offset_data : member.offset_data + member.size]
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DatasetError(f"cannot read the development kit {path}: {error}") from error
     if _DEVKIT_LABELS not in found:
         raise DatasetError(f"expected {_DEVKIT_LABELS} in {path}, found none. {_HELP}")
-    return found[_DEVKIT_LABELS].decode("utf-8"), found.get("meta.mat")
+    return _text(found[_DEVKIT_LABELS]), found.get("meta.mat")
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file:
+        data = file.read(_LARGEST + 1)
+    if len(data) > _LARGEST:
+        raise DatasetError(f"expected a file of classes of at most {_LARGEST:,} bytes, got more in {path}")
+    return data
+
+
+def _text(data: bytes) -> str:
+    """Decode a text file as editors, shells and spreadsheets save it."""
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if data.startswith(mark):
+            return data.decode(encoding, "replace")
+    if data[:2].count(0) == 1:  # UTF-16 without a mark
+        return data.decode("utf-16-be" if data[0] == 0 else "utf-16-le", "replace")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _fields(text: str) -> list[list[str]]:
+    """Return the fields of each line that has any; blanks, commas and semicolons separate, quotes do not count."""
+    split = (_SEPARATORS.split(line) for line in text.splitlines())
+    lines = [[field for each in line if (field := each.strip("\"'\ufeff"))] for line in split]
+    return [line for line in lines if line]
 
 
 def _val_solution(text: str, path: Path) -> GroundTruth:
-    by_name = {}
-    for row in csv.DictReader(io.StringIO(text)):
+    pairs = []
+    lines = text.splitlines()
+    separator = next((each for each in ";\t" if each in lines[0]), ",")
+    try:
+        rows = list(csv.DictReader(lines, delimiter=separator))
+    except csv.Error as error:
+        raise DatasetError(f"cannot read {path}: {error}") from error
+    for row in rows:
         wnid = ((row.get("PredictionString") or "").split() or [""])[0]
         if not WNID.fullmatch(wnid) or not row.get("ImageId"):
-            raise DatasetError(f"{path}: expected the columns ImageId and PredictionString, got {row}")
-        by_name[_stem(row["ImageId"])] = wnid
-    if not by_name:
+            found = str(list(row.values()))[:80]
+            raise DatasetError(f"{path}: expected the columns ImageId and PredictionString, got {found}")
+        pairs.append((row["ImageId"], wnid))
+    if not pairs:
         raise DatasetError(f"{path} holds no row. {_HELP}")
+    return _by_name(pairs, path)
+
+
+def _by_name(pairs: Sequence[tuple[str, str]], path: Path) -> GroundTruth:
+    by_name: dict[str, str] = {}
+    for name, wnid in pairs:
+        if by_name.setdefault(_stem(name), wnid) != wnid:
+            raise DatasetError(
+                f"{path}: expected one class for {name}, got {by_name[_stem(name)]} and {wnid}"
+            )
     return GroundTruth(by_name=by_name)
 
 
@@ -163,7 +231,7 @@ def _devkit(numbers: Sequence[int], synsets: Path | None, meta: bytes | None, pa
     """Turn the kit's numbers, which are not in the sorted order of the WNIDs, into WNIDs."""
     words: dict[str, str] = {}
     if synsets is not None and synsets.suffix == ".mat":
-        meta = synsets.read_bytes()
+        meta = _read(synsets)
     if synsets is not None and synsets.suffix != ".mat":
         wnids = _synset_lines(synsets)
     elif meta is not None:
@@ -182,8 +250,7 @@ def _devkit(numbers: Sequence[int], synsets: Path | None, meta: bytes | None, pa
 
 
 def _synset_lines(path: Path) -> list[str]:
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    wnids = [line[0] for line in lines]
+    wnids = [line[0] for line in _fields(_text(_read(path)))]
     if not wnids or not all(map(WNID.fullmatch, wnids)):
         raise DatasetError(
             f"expected a line for each class in {path} that begins with its WNID, such as n01440764"
@@ -206,9 +273,14 @@ def _meta_mat(data: bytes) -> tuple[list[str], dict[str, str]]:
         rows = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
         leaves = {int(row["ILSVRC2012_ID"]): row for row in rows if int(row["num_children"]) == 0}
         wnids = [str(leaves[number]["WNID"]) for number in range(1, len(leaves) + 1)]
-        return wnids, {str(row["WNID"]): str(row["words"]) for row in leaves.values()}
+        words = {str(row["WNID"]): str(row["words"]) for row in leaves.values()}
     except Exception as error:  # arbitrary bytes
         raise DatasetError(f"cannot read the synsets in meta.mat: {type(error).__name__}: {error}") from error
+    if len(words) < len(wnids) or not all(map(WNID.fullmatch, wnids)):
+        raise DatasetError(
+            "cannot read the synsets in meta.mat: expected a WNID for each class, all different"
+        )
+    return wnids, words
 
 
 def read_words(path: Path | None, class_names: Sequence[str], source: Path) -> dict[str, str]:
@@ -224,8 +296,8 @@ def read_words(path: Path | None, class_names: Sequence[str], source: Path) -> d
             f"expected a text file with a WNID and its words per line at {found}, found nothing"
         )
     words = {}
-    for line in found.read_text(encoding="utf-8", errors="replace").splitlines():
-        wnid, _, text = line.strip().replace("\t", " ", 1).partition(" ")
+    for line in _text(_read(found)).splitlines():
+        wnid, _, text = line.strip("\ufeff \r").replace("\t", " ", 1).partition(" ")
         if text:
             words[wnid] = text.strip()
     missing = [name for name in class_names if name not in words]

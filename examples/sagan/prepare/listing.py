@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from sagan.data import PathTable
 from sagan.data.tree import names_digest
+from sagan.io import open_regular
+from sagan.names import printable
 
 Item = TypeVar("Item")
 Indices = npt.NDArray[np.int64]
@@ -26,6 +28,12 @@ _WNID_IN_FILE_NAME = re.compile(r"(n\d{8})_\d+\.")
 _HINTED_ITEMS = 16
 # Upper limit of one read-ahead request in bytes; beyond it the kernel detects sequential reads.
 _MAX_HINTED_BYTES = 64 * 2**20
+_MAX_IMAGE_BYTES = 2**30  # more than Pillow's limit of pixels takes
+
+
+def too_large(size: int) -> str | None:
+    """Return why a file of this many bytes is not read into memory as an image, None if it may be."""
+    return f"{size:,} bytes are too many for an image" if size > _MAX_IMAGE_BYTES else None
 
 
 class ImageFiles(abc.ABC):
@@ -69,6 +77,7 @@ class Listing:
     skipped: Mapping[str, int] = field(default_factory=dict)  # files that are not images, by kind
     skipped_examples: Sequence[str] = ()
     remarks: Sequence[str] = ()  # what a user should know about how the source was read
+    warnings: Sequence[str] = ()  # what may mean that images are missing
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -93,7 +102,8 @@ class Listing:
     def describe(self) -> str:
         """Return what to print."""
         lines = [f"{self.kind}: {len(self):,} images in {len(self.class_names):,} classes, {self.path}"]
-        return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
+        lines += [f"  {remark}" for remark in self.remarks] + [f"WARNING: {each}" for each in self.warnings]
+        return "\n".join(map(printable, lines))
 
 
 def sorted_by_class_and_name(labels: Sequence[int], names: Sequence[str]) -> list[int]:
@@ -116,5 +126,5 @@ def hinted(items: Sequence[Item], hint: Callable[[Item], None]) -> Iterator[Item
 def will_need(path: Path, start: int = 0, size: int = _MAX_HINTED_BYTES) -> None:
     """Let the system fetch a stretch of a file, if it can; returns at once and never raises."""
     if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+        with contextlib.suppress(OSError), open_regular(path) as file:
             os.posix_fadvise(file.fileno(), start, min(size, _MAX_HINTED_BYTES), os.POSIX_FADV_WILLNEED)

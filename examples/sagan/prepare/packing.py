@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 import sagan_layers
 from sagan.data.decoding import check_decode_options
-from sagan.data.inspection import printable
 from sagan.data.packed_format import (
     DIGEST_BYTES,
     DIGESTS,
@@ -42,6 +41,7 @@ from sagan.data.packed_format import (
 from sagan.data.prefetch import usable_cpus
 from sagan.errors import UserError, check_is_new
 from sagan.io import atomic_write
+from sagan.names import printable
 from sagan.prepare.listing import Listing
 from sagan.prepare.part import UNREADABLE, Part, PartResult, pack_part
 from sagan.prepare.pool import run_tasks

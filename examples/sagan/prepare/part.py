@@ -9,20 +9,13 @@ from pathlib import Path, PurePosixPath
 
 from sagan.data.decoding import ImageFacts, ImageReadError, pillow_warnings, read_pixels
 from sagan.data.inspection import widen
+from sagan.data.layout import FORMAT_EXTENSIONS
 from sagan.data.packed_format import DIGEST_BYTES, HEADER_BYTES, digest
 from sagan.prepare.listing import ImageFiles, Indices
 
 UNREADABLE, ROTATED, ENLARGED, MISNAMED_FORMAT = "unreadable", "rotated by EXIF", "enlarged", "format"
 _IMAGES_PER_WRITE = 64
-_EXTENSIONS = {
-    "JPEG": (".jpg", ".jpeg"),
-    "MPO": (".jpg", ".jpeg"),
-    "PNG": (".png",),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
-    "PPM": (".ppm",),
-    "TIFF": (".tif", ".tiff"),
-}
+_EXTENSIONS = {**FORMAT_EXTENSIONS, "MPO": FORMAT_EXTENSIONS["JPEG"]}
 
 
 @dataclass(frozen=True, eq=False)

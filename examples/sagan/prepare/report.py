@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sagan.data.inspection import printable
+from sagan.names import printable
 from sagan.prepare.listing import Listing
 from sagan.prepare.part import ENLARGED, MISNAMED_FORMAT, ROTATED, UNREADABLE, PartResult
 
@@ -38,6 +38,7 @@ def make_report(
     across, within = _same_images(listing, digests)
     conversions = sorted(set(by_kind) - {UNREADABLE, ROTATED, ENLARGED, MISNAMED_FORMAT})
     return {
+        "warnings": [printable(warning) for warning in listing.warnings],
         "listed": len(listing),
         "packed": len(listing) - len(unreadable),
         "unreadable": entries(by_kind[UNREADABLE]),
@@ -48,7 +49,7 @@ def make_report(
         "name_of_another_class": entries([(row, f"named after {wnid}") for row, wnid in listing.misnamed()]),
         "same_image_in_several_classes": across,
         "same_image_within_a_class": within,
-        "not_images": dict(listing.skipped),
+        "not_images": {printable(kind): count for kind, count in listing.skipped.items()},
         "not_images_examples": [printable(name) for name in listing.skipped_examples],
         "empty_classes": _classes(listing, listed == 0),
         "lost_classes": _classes(listing, (listed > 0) & (listed == lost)),
@@ -74,7 +75,7 @@ def _same_images(listing: Listing, digests: npt.NDArray[np.uint8]) -> tuple[list
 
 
 def _classes(listing: Listing, chosen: npt.NDArray[np.bool_]) -> list[str]:
-    return [listing.class_names[label] for label in np.flatnonzero(chosen).tolist()]
+    return [printable(listing.class_names[label]) for label in np.flatnonzero(chosen).tolist()]
 
 
 def _union(spans: Sequence[tuple[int, int]]) -> list[int] | None:
@@ -84,7 +85,8 @@ def _union(spans: Sequence[tuple[int, int]]) -> list[int] | None:
 def format_report(report: Mapping[str, Any]) -> str:
     """Return the report as text for people, long lists shortened."""
     skipped = sum(report["not_images"].values())
-    lines = [
+    lines = [f"WARNING: {warning}" for warning in report["warnings"]]
+    lines += [
         f"{report['listed']:,} images listed = {report['packed']:,} packed + {len(report['unreadable']):,} unreadable"
         f"; {skipped:,} other files skipped"
     ]
@@ -108,13 +110,11 @@ def format_report(report: Mapping[str, Any]) -> str:
     for title, entries, most in sections:
         lines += _section(title, entries, most)
     if skipped:
-        kinds = ", ".join(
-            f"{printable(kind)} {count:,}" for kind, count in sorted(report["not_images"].items())
-        )
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(report["not_images"].items()))
         lines.append(f"not images: {kinds}; such as {', '.join(report['not_images_examples'][:5])}")
     for name, what in (("empty_classes", "without any image"), ("lost_classes", "of unreadable images only")):
         if report[name]:
-            shown = ", ".join(map(printable, report[name][:20]))
+            shown = ", ".join(report[name][:20])
             lines.append(f"{len(report[name]):,} classes {what} (they keep their labels): {shown}")
     return "\n".join(lines)
 

@@ -10,16 +10,25 @@ from typing import Literal
 import numpy as np
 
 from sagan.data import DatasetError, PathTable
-from sagan.data.layout import has_image_extension, is_class_archive, is_folder, is_hidden, list_folder
-from sagan.data.tree import SkippedFiles
+from sagan.data.layout import (
+    UNREAD_IMAGE_EXTENSIONS,
+    has_image_extension,
+    is_class_archive,
+    is_folder,
+    is_hidden,
+    is_special,
+    list_folder,
+)
+from sagan.data.tree import NOT_REGULAR, SkippedFiles
 from sagan.prepare import tars
 from sagan.prepare.folders import Files, list_class_folders
 from sagan.prepare.ground_truth import read_ground_truth, read_words
-from sagan.prepare.listing import Listing, sorted_by_class_and_name
+from sagan.prepare.listing import WNID, Listing, sorted_by_class_and_name
 from sagan.prepare.parquet import find_shards, list_parquet
 
 Kind = Literal["auto", "class-tars", "flat", "folder", "parquet"]
-_ILSVRC_COUNTS = {"train": 1_281_167, "val": 50_000}
+# Images of each part of ILSVRC2012, and how many its smallest and its largest class have.
+_ILSVRC_COUNTS = {"train": (1_281_167, 732, 1300), "val": (50_000, 50, 50)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ def list_source(source: str, options: SourceOptions, *, workers: int = 1) -> Lis
             )
         if options.kind not in ("auto", "parquet") or any(match.suffix != ".parquet" for match in matches):
             raise DatasetError(f"source: expected a pattern to match parquet files only, got {matches[0]}")
-        return _with_words(list_parquet(matches, source), path, options)
+        return _with_warnings(_with_words(list_parquet(matches, source), path, options))
     path = _archive_in(path, options)
     kind = _recognise(path, options.split) if options.kind == "auto" else options.kind
     if kind == "class-tars":
@@ -70,7 +79,7 @@ def list_source(source: str, options: SourceOptions, *, workers: int = 1) -> Lis
         listing = list_parquet(files, source)
     else:
         listing = list_class_folders(path, options.split)
-    return _with_count(_with_words(listing, path, options))
+    return _with_warnings(_with_words(listing, path, options))
 
 
 def _archive_in(path: Path, options: SourceOptions) -> Path:
@@ -124,26 +133,30 @@ def _class_archives(folder: Path) -> bool:
 
 def _list_flat(path: Path, options: SourceOptions) -> Listing:
     skipped = SkippedFiles()
-    images: list[tuple[str, tars.Stretch | None]]
+    images: list[tuple[str, tars.Stretch]] = []
     if path.is_file():
-        images = [*tars.images_among(tars.list_members(tars.whole(path)), skipped)]
+        images = tars.images_among(tars.list_members(tars.whole(path)), skipped)
+        names = [name for name, _ in images]
     else:
         path = path / options.split if (path / options.split).is_dir() else path
-        images = []
+        names = []
         for entry in list_folder(path):
-            if has_image_extension(entry.name) and not is_hidden(entry.name) and not is_folder(entry):
-                images.append((entry.name, None))
+            if is_special(entry):
+                skipped.add(entry.name, NOT_REGULAR)
+            elif has_image_extension(entry.name) and not is_hidden(entry.name) and not is_folder(entry):
+                names.append(entry.name)
             elif not is_folder(entry):
                 skipped.add(entry.name)
-    if not images:
+    if not names:
         raise DatasetError(f"expected images directly in {path}, got none")
-    names = [name for name, _ in images]
     truth, remark = read_ground_truth(options.ground_truth, options.synsets, path)
     wnids = truth.of(names, str(path))
     label_of = {wnid: label for label, wnid in enumerate(truth.wnids)}
     labels = [label_of[wnid] for wnid in wnids]
     order = sorted_by_class_and_name(labels, names)
-    stretches = [stretch for index in order if (stretch := images[index][1]) is not None]
+    stretches = [images[index][1] for index in order] if images else []
+    known = len(truth.by_name or truth.by_number)
+    warnings = [f"the ground truth has the classes of {known:,} images, the source holds {len(names):,}"]
     return Listing(
         kind="flat images",
         path=str(path),
@@ -155,6 +168,7 @@ def _list_flat(path: Path, options: SourceOptions) -> Listing:
         skipped=skipped.counts,
         skipped_examples=skipped.examples,
         remarks=[remark],
+        warnings=warnings if known != len(names) else [],
     )
 
 
@@ -165,13 +179,27 @@ def _with_words(listing: Listing, path: Path, options: SourceOptions) -> Listing
     return replace(listing, class_words=tuple(words.values())) if words else listing
 
 
-def _with_count(listing: Listing) -> Listing:
-    """Remark on a set of ImageNet's 1,000 classes whether it has as many images as the original."""
-    if len(listing.class_names) != 1000:
-        return listing
-    counts = " or ".join(f"{count:,} ({split})" for split, count in _ILSVRC_COUNTS.items())
-    remark = f"ILSVRC2012 has {counts}: this is not all of it, or more"
-    for split, count in _ILSVRC_COUNTS.items():
-        if len(listing) == count:
-            remark = f"as many as ILSVRC2012 {split} has"
-    return replace(listing, remarks=[*listing.remarks, remark])
+def _with_warnings(listing: Listing) -> Listing:
+    """Compare a set of WordNet classes with ILSVRC2012, and name images of formats that are not read."""
+    remarks, warnings = [*listing.remarks], [*listing.warnings]
+    if all(map(WNID.fullmatch, listing.class_names)):
+        classes, images = len(listing.class_names), len(listing)
+        counts = np.bincount(listing.labels, minlength=classes)
+        found = (images, int(counts.min()), int(counts.max()))
+        split = next((split for split, expected in _ILSVRC_COUNTS.items() if found == expected), None)
+        if classes == 1000 and split:
+            remarks.append(f"as many as ILSVRC2012 {split} has, in all and in the smallest and largest class")
+        else:
+            known = " or ".join(f"{each:,} ({split})" for split, (each, *_) in _ILSVRC_COUNTS.items())
+            warnings.append(
+                f"NOT ALL OF ImageNet, or more: ILSVRC2012 has 1,000 classes and {known} images, got {classes:,} "
+                f"classes and {images:,} images, from {found[1]:,} to {found[2]:,} in a class. Right for another set "
+                "of WordNet classes, such as a part of it; else images are missing"
+            )
+    unread = {kind: count for kind, count in listing.skipped.items() if kind in UNREAD_IMAGE_EXTENSIONS}
+    if unread:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(unread.items()))
+        warnings.append(
+            f"images of formats that are not read, left out: {kinds}. Convert them to PNG or JPEG"
+        )
+    return replace(listing, remarks=remarks, warnings=warnings)

@@ -5,17 +5,29 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
 from sagan.data import DatasetError, PathTable
-from sagan.data.layout import has_image_extension, is_class_archive, is_hidden
-from sagan.data.tree import SkippedFiles
-from sagan.prepare.listing import ImageFiles, Indices, Listing, hinted, will_need
+from sagan.data.layout import (
+    has_image_extension,
+    is_class_archive,
+    is_folder,
+    is_hidden,
+    is_special,
+    list_folder,
+)
+from sagan.data.tree import NOT_REGULAR, SkippedFiles
+from sagan.io import open_regular
+from sagan.prepare.listing import ImageFiles, Indices, Listing, hinted, too_large, will_need
 from sagan.prepare.pool import run_tasks
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd", b"PK": "zip"}
+_BLOCK = 512
+# What writers put behind the last file: two blocks of zeros, filled up to a record of 20 blocks.
+_MOST_ZEROS = 22 * _BLOCK
+_LONGEST_HEADER = 2**20  # bytes; the names of very long paths are a few thousand
 
 
 class Stretch(NamedTuple):
@@ -31,22 +43,70 @@ def whole(path: Path) -> Stretch:
     return Stretch(path, 0, path.stat().st_size)
 
 
-def list_members(archive: Stretch) -> list[tuple[str, Stretch]]:
-    """Return the names and places of an archive's regular files; raise DatasetError unless it is whole and plain."""
-    end = archive.start + archive.size
-    members = []
-    with archive.path.open("rb") as file:
+class _Window:
+    """Some bytes of a file, as a file for `tarfile`: a damaged archive does not run on into the next one."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self.file, self.start, self.size, self.place = file, start, size, 0
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, place: int) -> None:
+        self.place = place
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        if not 0 <= self.place < self.size:
+            return b""
+        self.file.seek(self.start + self.place)
+        data = self.file.read(min(size, self.size - self.place))
+        self.place += len(data)
+        return data
+
+
+def walk(file: BinaryIO, start: int, size: int) -> Iterator[tarfile.TarInfo]:
+    """Yield an archive's members, their places counted from ``start``; raise `tarfile.TarError` unless it is whole.
+
+    `tarfile` alone takes a header that is damaged, cut or overwritten with zeros for the archive's end.
+    """
+    window = _Window(file, start, size)
+    try:
+        with tarfile.TarFile(fileobj=cast(BinaryIO, window)) as tar:
+            for member in tar:
+                if member.size < 0:
+                    raise tarfile.ReadError(f"a file of {member.size:,} bytes")
+                yield member
+            end = tar.offset
+    except (ValueError, OverflowError, RecursionError) as error:  # of a damaged header
+        raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
+    window.seek(end)
+    rest = window.read(_MOST_ZEROS + 1)
+    if len(rest) < _BLOCK:
+        raise tarfile.ReadError(f"it ends at byte {size:,} without the two empty blocks that end an archive")
+    if rest[:_BLOCK].strip(b"\0"):
+        raise tarfile.ReadError(f"no file's header at byte {end:,}, and {size - end:,} bytes behind it")
+    if len(rest) > _MOST_ZEROS or rest.strip(b"\0"):
+        raise tarfile.ReadError(f"zeros where a file's header should be, at byte {end:,} of {size:,}")
+
+
+def list_members(archive: Stretch) -> list[tuple[str, Stretch | None]]:
+    """Return the names and places of an archive's files, without place if not regular; folders are left out.
+
+    Raises:
+        DatasetError: the archive is damaged, incomplete or compressed.
+    """
+    members: list[tuple[str, Stretch | None]] = []
+    with open_regular(archive.path) as file:
         magic = file.read(2)
-        file.seek(archive.start)
         try:
-            with tarfile.TarFile(fileobj=file) as tar:
-                for member in tar:
-                    if member.offset >= end:
-                        break
-                    if member.offset_data + member.size > end:
-                        raise tarfile.ReadError("unexpected end of data")
-                    if member.isreg():
-                        members.append((member.name, Stretch(archive.path, member.offset_data, member.size)))
+            for member in walk(file, *archive[1:]):
+                if member.isreg() and not member.issparse():
+                    place = Stretch(archive.path, archive.start + member.offset_data, member.size)
+                    members.append((member.name, place))
+                elif not member.isdir():
+                    members.append((member.name, None))
         except tarfile.TarError as error:
             packer = _COMPRESSED.get(magic) if archive.start == 0 else None
             reason = (
@@ -54,15 +114,19 @@ def list_members(archive: Stretch) -> list[tuple[str, Stretch]]:
                 if packer
                 else f"{error}; an incomplete download? It has {archive.size:,} bytes"
             )
-            raise DatasetError(f"expected a whole tar archive at {archive.path}, got: {reason}") from error
+            inside = f" (the archive inside it at byte {archive.start:,})" if archive.start else ""
+            raise DatasetError(
+                f"expected a whole tar archive at {archive.path}{inside}, got: {reason}"
+            ) from error
     return members
 
 
 def first_member(path: Path) -> str | None:
-    """Return the name of an archive's first file, None if it has none or is not a tar archive."""
+    """Return the name of an archive's first file, the system's own aside; None if there is none or no archive."""
     try:
-        with tarfile.open(path, "r:") as archive:
-            return next((member.name for member in archive if member.isreg()), None)
+        with open_regular(path) as file:
+            members = (member.name for member in walk(file, *whole(path)[1:]) if member.isreg())
+            return next((name for name in members if not is_hidden(name)), None)
     except (tarfile.TarError, OSError):
         return None
 
@@ -91,6 +155,9 @@ class TarredFiles(ImageFiles):
                     if file is not None:
                         file.close()
                     path, file = place.path, place.path.open("rb", buffering=0)
+                if reason := too_large(place.size):
+                    yield reason
+                    continue
                 file.seek(place.start)
                 data = file.read(place.size)
                 yield data if len(data) == place.size else f"truncated: {len(data):,} of {place.size:,} bytes"
@@ -113,14 +180,17 @@ def list_class_tars(path: Path, workers: int) -> Listing:
     """List a tar of class archives (ILSVRC2012_img_train.tar) or a folder of them; processes read their headers."""
     skipped = SkippedFiles()
     archives: dict[str, Stretch] = {}
-    inside = (
-        [(entry.name, whole(entry)) for entry in sorted(path.iterdir()) if entry.is_file()]
-        if path.is_dir()
-        else list_members(whole(path))
-    )
+    inside: list[tuple[str, Stretch | None]]
+    if path.is_dir():
+        entries = [entry for entry in list_folder(path) if not is_folder(entry)]
+        inside = [(entry.name, None if is_special(entry) else whole(Path(entry.path))) for entry in entries]
+    else:
+        inside = list_members(whole(path))
     for name, place in inside:
         class_name = PurePosixPath(name).stem
-        if not is_class_archive(PurePosixPath(name).name):
+        if place is None:
+            skipped.add(name, NOT_REGULAR)
+        elif is_hidden(name) or not is_class_archive(PurePosixPath(name).name):
             skipped.add(name)
         elif class_name in archives:
             raise DatasetError(f"expected one archive for each class in {path}, got two of {class_name}")
@@ -150,14 +220,15 @@ def list_class_tars(path: Path, workers: int) -> Listing:
 
 
 def images_among(
-    members: Sequence[tuple[str, Stretch]], skipped: SkippedFiles, prefix: str = ""
+    members: Sequence[tuple[str, Stretch | None]], skipped: SkippedFiles, prefix: str = ""
 ) -> list[tuple[str, Stretch]]:
     """Return file name and place of the images among an archive's files, sorted by file name."""
     images = []
     for path, place in members:
-        name = PurePosixPath(path).name
-        if is_hidden(name) or not has_image_extension(name):
+        if place is None:
+            skipped.add(prefix + path, NOT_REGULAR)
+        elif is_hidden(path) or not has_image_extension(path):
             skipped.add(prefix + path)
         else:
-            images.append((name, place))
+            images.append((PurePosixPath(path).name, place))
     return sorted(images)
