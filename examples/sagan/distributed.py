@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sagan.errors import UserError
+from sagan.finite import NotFiniteError
 from sagan.io import tensor_bytes
 from sagan_layers import SpectralNormLayer
 
@@ -65,6 +66,24 @@ class World:
             raise ReportedElsewhereError(answer["error"])
         result: T = answer["result"]
         return result
+
+    def raise_together(self, error: UserError | OSError | None) -> None:
+        """Raise on all ranks if one has an error: its own where it has one, else a :class:`NotFiniteError` or silence.
+
+        All ranks raise a :class:`NotFiniteError` unless one of them has another error, so all can go on after it.
+        """
+        if self.world_size == 1:
+            if error is not None:
+                raise error
+            return
+        kind = 0 if error is None else 1 if isinstance(error, NotFiniteError) else 2
+        worst = self.max_over_ranks(kind)
+        if error is not None and kind == worst:
+            raise error
+        if worst == 1:
+            raise NotFiniteError("another process found NaN or infinite values")
+        if worst == 2:
+            raise ReportedByMainError("another process failed")
 
     def barrier(self) -> None:
         """Wait for all ranks."""

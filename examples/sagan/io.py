@@ -32,7 +32,7 @@ def atomic_write(path: Path, *, sync: bool = True, shared: bool = False) -> Iter
     number = f".{secrets.token_hex(4)}" if shared else ""
     temporary = path.with_name(f"{path.name}{number}.partial")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             yield file
             if sync:
                 file.flush()
@@ -44,6 +44,17 @@ def atomic_write(path: Path, *, sync: bool = True, shared: bool = False) -> Iter
         raise
     if sync:
         sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name this path in an ``OSError`` of a ``with`` block that names none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def atomic_write_text(path: Path, text: str) -> None:

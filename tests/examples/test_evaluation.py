@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -11,6 +12,7 @@ from statistics import mean
 from tempfile import mkdtemp
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,6 +33,8 @@ from sagan.evaluation.protocol import FIGURES, Protocol, ProtocolError
 from sagan.evaluation.real_features import RealFeaturesError
 from sagan.evaluation.real_images import RealImages
 from sagan.evaluation.results import Evaluation
+from sagan.finite import NotFiniteError
+from sagan.io import file_sha256
 from sagan.networks import Generator, NetworkConfig
 from sagan.sampling import generate, sample_inputs
 
@@ -276,6 +280,61 @@ class TestCache:
         assert again.figures == expected
         assert evaluator_of(tmp_path).real_facts.from_cache
 
+    @pytest.mark.parametrize(
+        "facts",
+        [
+            {"count": "many"},
+            {"checksum": None},
+            {"half_distance": float("nan")},
+            {"inception_score": [1.0]},
+            {"inception_score": 3},
+            {"unknown": 1},
+        ],
+    )
+    def test_facts_that_are_none_are_made_again(
+        self, facts: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        expected = evaluator_of(tmp_path).real_facts
+        [path] = (tmp_path / "cache").glob("*/manifest.json")
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps({**manifest, "facts": manifest["facts"] | facts}))
+        assert evaluator_of(tmp_path).real_facts == expected
+        assert "manifest.json is damaged" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"mean": None}, "mean is not a file in the archive"),
+            ({"products": torch.zeros(2, 2)}, r"products: expected \[\d+, \d+\], got \[2, 2\]"),
+            ({"sample": "nan"}, "sample: expected finite values, got"),
+        ],
+    )
+    def test_statistics_that_are_none_are_refused(
+        self, changes: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        evaluator_of(tmp_path)
+        [path] = (tmp_path / "cache").glob("*/statistics.npz")
+        arrays = dict(np.load(path))
+        [(name, value)] = changes.items()
+        arrays[name] = arrays[name] * np.nan if value == "nan" else value
+        np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+        manifest = json.loads((path.parent / "manifest.json").read_text())
+        manifest["files"]["statistics.npz"] = file_sha256(path)
+        (path.parent / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(RealFeaturesError, match=f"holds damaged features .*{message}.*: delete it"):
+            evaluator_of(tmp_path)
+
+    def test_a_full_disk_is_named_and_leaves_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object, **__: object) -> NoReturn:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(np, "savez", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*statistics.npz"):
+            evaluator_of(tmp_path)
+        assert not list((tmp_path / "cache").iterdir())
+
     def test_features_of_other_images_are_refused(self, tmp_path: Path) -> None:
         evaluator_of(tmp_path)
         [path] = (tmp_path / "cache").glob("*/manifest.json")
@@ -318,6 +377,18 @@ def work(world: World) -> dict[str, Any]:
         evaluator_of(folder, world)
     except UserError as error:
         found["refusal"] = f"{type(error).__name__}: {error}"
+    diverged = generator_of()
+    diverged.get_parameter("blocks.0.conv1.weight").data[:] = torch.nan
+    try:
+        evaluator_of(folder / "new", world).evaluate(diverged, LABELS, weights="ema")
+    except UserError as error:
+        found["diverged"] = type(error).__name__
+    for last in (NotFiniteError("nan"), OSError("disk")):
+        try:
+            world.raise_together(last if world.rank == world.world_size - 1 else None)
+        except (UserError, OSError) as error:
+            found[str(last)] = type(error).__name__
+    world.raise_together(None)
     return found
 
 
@@ -345,6 +416,9 @@ def test_all_processes_return_the_figures_of_one(ranks: list[dict[str, Any]], al
 def test_a_refusal_reaches_all_processes(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     for found in (alone, ranks[0]):
         assert "RealFeaturesError: " in found["refusal"]
+    for found in (alone, *ranks):
+        assert found["diverged"] == found["nan"] == "NotFiniteError"
+    assert [found["disk"] for found in ranks] == ["ReportedByMainError"] * (len(ranks) - 1) + ["OSError"]
     for found in ranks[1:]:
         assert "ReportedElsewhereError: " in found["refusal"]
         assert "holds features of other images" in found["refusal"]

@@ -18,6 +18,7 @@ from sagan.evaluation.fid import (
 from sagan.evaluation.inception_score import InceptionScore, splits_in_order
 from sagan.evaluation.kid import kernel_inception_distance
 from sagan.evaluation.precision_recall import precision_and_recall
+from sagan.finite import NotFiniteError
 
 
 def features_of(seed: int, count: int, width: int = 24, shift: float = 0.0) -> Tensor:
@@ -167,6 +168,53 @@ class TestPrecisionAndRecall:
         a = features_of(1, 30)
         assert precision_and_recall(a, a) == (1.0, 1.0)
         assert precision_and_recall(a, a + 1000) == (0.0, 0.0)
+
+
+def score_of(logits: Tensor) -> float:
+    score = InceptionScore(logits.size(1), splits=1)
+    score.add(logits, torch.zeros(len(logits), dtype=torch.int64))
+    return score.result()[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[0.0, -torch.inf]] * 2, 1),
+        ([[0.0, -torch.inf], [-torch.inf, 0.0]], 2),
+        ([[0.0, 0.0, -torch.inf]] * 3, 1),
+    ],
+)
+def test_a_class_of_probability_zero_adds_nothing_to_the_inception_score(
+    rows: list[list[float]], expected: float
+) -> None:
+    assert score_of(torch.tensor(rows)) == pytest.approx(expected, rel=1e-14)
+    assert score_of(torch.tensor(rows).clamp_min(-1e3)) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("row", [[0.0, torch.nan], [0.0, torch.inf], [-torch.inf, -torch.inf]])
+def test_logits_without_probabilities_give_an_error_and_no_score(row: list[float]) -> None:
+    with pytest.raises(NotFiniteError, match="class probabilities: expected finite values, got 2 of 4"):
+        score_of(torch.tensor([[0.0, 1.0], row]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        moments_distance,
+        frechet_distance_of_features,
+        kernel_inception_distance,
+        precision_and_recall,
+    ],
+)
+def test_values_that_are_not_finite_give_an_error_and_no_figure(
+    metric: Callable[[Tensor, Tensor], object], value: float
+) -> None:
+    sound, broken = features_of(1, 30), features_of(2, 30)
+    broken[7, 3] = value
+    for pair in ((sound, broken), (broken, sound)):
+        with pytest.raises(NotFiniteError, match="expected finite values, got"):
+            metric(*pair)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,14 @@ class TestFeatureNetwork:
         [
             (lambda images: images, r"expected features \[2, d\] for 2 images, got \[2, 3, 8, 8\]"),
             (lambda _: "words", r"expected features \[2, d\] for 2 images, got str"),
-            (lambda images: images.flatten(1) * torch.nan, "expected finite features, got a NaN or an infi"),
+            (
+                lambda images: images.flatten(1) * torch.nan,
+                "features: expected finite values, got 384 of 384",
+            ),
+            (
+                lambda images: (images.flatten(1), torch.full((2, 3), torch.inf)),
+                "probabilities: expected finite",
+            ),
         ],
     )
     def test_other_outputs_are_refused(self, function: Callable[[Tensor], object], message: str) -> None:

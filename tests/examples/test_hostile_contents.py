@@ -11,10 +11,17 @@ from typing import Any
 import pytest
 import torch
 from command_line import read_png, refused, succeed
+from training_runs import ALONE, Train, changed
 
 from sagan.cli.terminal import PrintableStream, printable_output
+from sagan.data import open_dataset
+from sagan.evaluation.config import TrainingEvaluationConfig
+from sagan.evaluation.feature_networks import proxy_network
+from sagan.evaluation.periodic import periodic_evaluation
+from sagan.recipes import RunConfig
 from sagan.report.figures import Panel, class_labels, save_attention_figure, save_comparison, save_grid
 from sagan.train.checkpoint import find_checkpoint
+from sagan.train.update import Trainer
 
 NAMES = [
     "\udcff",
@@ -110,6 +117,55 @@ class TestPictures:
         source = altered(trained_run, tmp_path, class_names=["\udcff", "a$b", "猫"])
         succeed("sample", "--source", source, "--out", tmp_path / "grid.png", "--count", 9)
         succeed("attention-maps", "--source", source, "--out", tmp_path / "maps.png", "--count", 3)
+
+
+class TestDivergedGenerators:
+    @pytest.fixture
+    def source(self, trained_run: Path, tmp_path: Path) -> Path:
+        average = torch.load(find_checkpoint(trained_run), weights_only=True)["average"]
+        average["module.blocks.0.conv1.weight"][:] = torch.nan
+        return altered(trained_run, tmp_path, average=average)
+
+    @pytest.mark.parametrize("layout", ["grid", "folders"])
+    def test_are_not_sampled(self, source: Path, layout: str, tmp_path: Path) -> None:
+        message = refused("sample", "--source", source, "--out", tmp_path / "out", "--layout", layout)
+        assert "generated images: expected finite values, got" in message
+        assert "has diverged: an earlier checkpoint, or --weights raw" in message
+        assert not list(tmp_path.rglob("*.png"))
+        succeed("sample", "--source", source, "--out", tmp_path / "raw", "--weights", "raw", "--count", 3)
+
+    def test_have_no_attention_maps_and_no_figures(self, source: Path, tmp_path: Path) -> None:
+        for command, *options in (
+            ("attention-maps",),
+            ("evaluate", "--proxy", "--count", 20, "--cache", tmp_path),
+        ):
+            out = tmp_path / command
+            message = refused(command, "--source", source, "--out", out, "--device", "cpu", *options)
+            assert "expected finite values" in message
+            assert not out.exists()
+
+    def test_do_not_end_training_by_their_pictures_and_figures(
+        self, tiny_config: RunConfig, run_training: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        evaluation = TrainingEvaluationConfig(every=1, proxy=True, count=20, cache=tmp_path / "cache")
+        config = changed(tiny_config, out=tmp_path / "run", evaluation=evaluation, output__sample_every=1)
+        dataset = open_dataset(config.data, 32, config.images)
+        evaluate = periodic_evaluation(config, dataset, ALONE, proxy_network(ALONE.device, resolution=32))
+
+        def diverge(trainer: Trainer) -> None:
+            trainer.average.module.blocks[0].conv1.weight.data[:] = torch.nan
+
+        result = run_training(config, evaluate=evaluate, observe=diverge)  # the first average is G itself
+        assert result.iteration == config.iterations == 2
+        grids = sorted(path.name for path in (config.out / "samples").iterdir())
+        assert grids == ["iteration_000000000.png", "iteration_000000001.png"]
+        assert not (config.out / "evaluation").exists()
+        assert not (config.out / "checkpoints" / "best.pt").exists()
+        assert [text.split(" (")[0] for text in caplog.messages] == [
+            "iteration 1: not evaluated",
+            "iteration 2: no samples saved",
+            "iteration 2: not evaluated",
+        ]
 
 
 class TestTerminal:

@@ -100,16 +100,15 @@ class Evaluator:
         classes, skipped_classes = self._intra_fid_classes(generator, labels_in_use)
         generated = _GeneratedFeatures(self._config, self._network)
         with deterministic_float32():
-            blocks = extract_features(
+            extract_features(
                 generated_blocks(generator, self._config, self._world, labels_in_use),
                 self._config.num_samples,
                 self._config.block_size,
                 self._network,
                 self._world,
+                generated.add,
                 description="generated images" if self._progress else None,
             )
-            for block in blocks:  # rank 0 receives all of them, the others none
-                generated.add(block)
             measured = self._world.run_on_main(lambda: self._measure(generated, labels_in_use, classes))
         protocol = self._protocol(len(labels_in_use), weights)
         names = self._real_images.dataset.class_names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from sagan.data import ImageDataset
 from sagan.data.prefetch import prefetch
 from sagan.distributed import World
+from sagan.errors import UserError
 from sagan.evaluation.feature_networks import FeatureNetwork
 
 _DECODE_THREADS = 4
@@ -35,19 +36,21 @@ def extract_features(
     block_size: int,
     network: FeatureNetwork,
     world: World,
+    consume: Callable[[FeatureBlock], None],
     *,
     description: str | None = None,
-) -> Iterator[FeatureBlock]:
-    """Yield the features of all ranks' blocks in order on rank 0, and nothing on the others.
+) -> None:
+    """Call ``consume`` on rank 0 with the features of all ranks' blocks, in order.
 
-    All processes iterate to the end together. One process computes each block, process k modulo world_size block k, so
-    rank 0 sees the same bits for any number of processes.
+    All processes call this together; if one fails to make, to see or to consume images, all raise. One process
+    computes each block, process k modulo world_size block k, so rank 0 sees the same bits for any number of processes.
 
     Args:
         blocks: the images of this rank's blocks, rank, rank + world_size, ...: uint8 [n, 3, R, R].
         count: images in the blocks of all ranks.
         block_size: images in each block but the last.
         network, world: the feature network, and this process.
+        consume: what to do with each block, on rank 0.
         description: label of a progress bar; None for none.
     """
     hidden = description is None or not world.is_main
@@ -58,20 +61,30 @@ def extract_features(
         for round_start in range(0, count, block_size * world.world_size):
             outputs = torch.zeros(block_size, network.num_features + network.num_logits)
             digests = torch.zeros(block_size, 32, dtype=torch.uint8)
-            if (images := next(blocks, None)) is not None:
-                outputs[: len(images)] = torch.cat(network(images), 1)
-                joined = b"".join(hashlib.sha256(image.tobytes()).digest() for image in images.numpy())
-                digests[: len(images)] = torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, 32)
+            error: UserError | OSError | None = None
+            try:
+                if (images := next(blocks, None)) is not None:
+                    outputs[: len(images)] = torch.cat(network(images), 1)
+                    joined = b"".join(hashlib.sha256(image.tobytes()).digest() for image in images.numpy())
+                    digests[: len(images)] = torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(
+                        -1, 32
+                    )
+            except (UserError, OSError) as failure:
+                error = failure
+            world.raise_together(error)
             gathered = zip(world.gather(outputs), world.gather(digests), strict=True)
             for start, (all_outputs, all_digests) in zip(
                 range(round_start, count, block_size), gathered, strict=False
             ):
                 stop = min(start + block_size, count)
                 features, logits = all_outputs[: stop - start].tensor_split([network.num_features], 1)
-                yield FeatureBlock(
-                    start, stop, features, logits, all_digests[: stop - start].numpy().tobytes()
-                )
+                digests_of_block = all_digests[: stop - start].numpy().tobytes()
+                try:
+                    consume(FeatureBlock(start, stop, features, logits, digests_of_block))
+                except (UserError, OSError) as failure:
+                    error = error or failure
                 progress.update(stop - start)
+            world.raise_together(error)
 
 
 def dataset_blocks(dataset: ImageDataset, block_size: int, world: World) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sagan.errors import UserError
 from sagan.evaluation.config import NO_NETWORK, EvaluationConfig
 from sagan.evaluation.inception import WEIGHTS_SHA256_START, load_inception
+from sagan.finite import check_finite
 from sagan.io import file_sha256, module_digest
 
 # Images at a time on a CPU. Twice as fast as whole blocks, whose feature maps do not fit its caches.
@@ -73,13 +74,14 @@ class FeatureNetwork:
         for what, output in (("features", features), ("logits", logits)):
             if output is None and what == "logits":
                 continue
-            if isinstance(output, Tensor) and not output.isfinite().all():
-                raise UserError(f"feature network: expected finite {what}, got a NaN or an infinity")
             if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
                 found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise UserError(
                     f"feature network: expected {what} [{len(images)}, d] for {len(images)} images, got {found}"
                 )
+        check_finite("feature network: features", features)
+        if logits is not None:  # one of -inf is a class that cannot be
+            check_finite("feature network: class probabilities", logits.float().softmax(1))
         return features, logits
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sagan.finite import check_finite
+
 
 @dataclass
 class Moments:
@@ -88,7 +90,12 @@ def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covar
     Args:
         mean_a, mean_b: [d], float64.
         covariance_a, covariance_b: [d, d], float64.
+
+    Raises:
+        NotFiniteError: if a value is NaN or infinite.
     """
+    for values in (mean_a, covariance_a, mean_b, covariance_b):
+        check_finite("frechet distance: moments", values)
     cross = torch.linalg.svdvals(_factor(covariance_a).T @ _factor(covariance_b)).sum()
     return _distance(mean_a - mean_b, covariance_a.trace() + covariance_b.trace(), cross)
 
@@ -109,11 +116,12 @@ def frechet_distance_of_features(features_a: Tensor, features_b: Tensor) -> floa
         features_a, features_b: [n, d], at least two samples in each.
 
     Raises:
-        ValueError: if a set has fewer than two samples, or their widths differ.
+        ValueError: if a set has fewer than two samples, a value is NaN or infinite, or widths differ.
     """
     for name, features in (("features_a", features_a), ("features_b", features_b)):
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"{name}: expected [n, d] with at least 2 samples, got {list(features.shape)}")
+        check_finite(name, features)
     if features_a.size(1) != features_b.size(1):
         raise ValueError(
             f"features_b: expected {features_a.size(1)} features as in features_a, got {features_b.size(1)}"

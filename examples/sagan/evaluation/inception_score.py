@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sagan.finite import check_finite
+
 SPLITS = 10
 
 
@@ -24,10 +26,15 @@ class InceptionScore:
         self.probabilities = torch.zeros(splits, num_logits, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, splits: Tensor) -> None:
-        """Add logits [n, num_logits] and the split of each, int64 [n]."""
+        """Add logits [n, num_logits], where -inf is a class that cannot be, and the split of each, int64 [n].
+
+        Raises:
+            NotFiniteError: for NaN, +inf, or a row of -inf.
+        """
         log_probabilities = logits.to(self.probabilities).log_softmax(1)
         probabilities = log_probabilities.exp()
-        negative_entropies = (probabilities * log_probabilities).sum(1)
+        check_finite("class probabilities", probabilities)
+        negative_entropies = torch.where(probabilities > 0, probabilities * log_probabilities, 0).sum(1)
         splits = splits.to(self.counts.device)
         for split in set(splits.tolist()):
             chosen = splits == split

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sagan.finite import check_finite
+
 SUBSETS = 100
 SUBSET_SIZE = 1000
 
@@ -28,7 +30,7 @@ def kernel_inception_distance(
         seed: seed of the subsets.
 
     Raises:
-        ValueError: if there are fewer than two samples in a set.
+        ValueError: if there are fewer than two samples in a set, or a value is NaN or infinite.
 
     Reference:
         Binkowski et al., Demystifying MMD GANs.
@@ -36,6 +38,8 @@ def kernel_inception_distance(
     size = min(subset_size, len(features_a), len(features_b))
     if size < 2:
         raise ValueError(f"kernel inception distance: expected at least 2 samples in each set, got {size}")
+    check_finite("features_a", features_a)
+    check_finite("features_b", features_b)
     draws = torch.Generator().manual_seed(seed)  # on the CPU: the same subsets on every device
     distances = []
     for _ in range(subsets):

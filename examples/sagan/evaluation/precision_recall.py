@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sagan.finite import check_finite
+
 NEIGHBOURS = 3
 
 
@@ -22,7 +24,7 @@ def precision_and_recall(
         block: rows at a time.
 
     Raises:
-        ValueError: if a set has k samples or fewer.
+        ValueError: if a set has k samples or fewer, or a value is NaN or infinite.
 
     Reference:
         Kynkaanniemi et al., Improved Precision and Recall Metric for Assessing Generative Models.
@@ -32,6 +34,7 @@ def precision_and_recall(
             raise ValueError(
                 f"{name}: expected more than {neighbours} samples for {neighbours} neighbours, got {len(features)}"
             )
+        check_finite(name, features)
     real, generated = real.double(), generated.double()
     centre = real.mean(0)  # smaller numbers, less rounding; distances stay
     real, generated = real - centre, generated - centre

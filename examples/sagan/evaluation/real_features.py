@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from sagan.evaluation.extraction import FeatureBlock, dataset_blocks, extract_fe
 from sagan.evaluation.feature_networks import FeatureNetwork
 from sagan.evaluation.fid import Moments, frechet_distance_of_moments
 from sagan.evaluation.inception_score import SPLITS, InceptionScore
-from sagan.io import file_sha256
+from sagan.finite import check_finite
+from sagan.io import atomic_write_text, file_sha256, naming
 
 FORMAT = "sagan-layers reference features"
 VERSION = 1
@@ -35,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class RealFeaturesError(UserError):
-    """The cache holds features of other images or another network."""
+    """The cache holds features of other images or another network, or damaged ones."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class RealFacts:
     def __post_init__(self) -> None:
         if self.inception_score is not None:  # a list in JSON
             object.__setattr__(self, "inception_score", tuple(self.inception_score))
+        scores = (self.count, self.replaced, self.half_distance or 0, *(self.inception_score or (0, 0)))
+        if not (len(scores) == 5 and all(map(math.isfinite, scores)) and isinstance(self.checksum, str)):
+            raise ValueError(f"facts: expected finite numbers and a checksum, got {self}")
 
 
 @dataclass(frozen=True)
@@ -108,15 +114,15 @@ def load_or_compute_real_features(
             accumulator = _Accumulator(
                 network, len(dataset), partial, all_features=all_features and world.is_main
             )
-            for block in extract_features(
+            extract_features(
                 dataset_blocks(dataset, block_size, world),
                 len(dataset),
                 block_size,
                 network,
                 world,
+                accumulator.add,
                 description="features of the real images" if progress else None,
-            ):
-                accumulator.add(block)  # rank 0 receives all of them, the others none
+            )
             failures = torch.tensor([len(dataset.failures)])
             replaced = sum(int(each) for each in world.gather(failures))
             facts = world.run_on_main(lambda: accumulator.save(folder, key, replaced))
@@ -141,12 +147,12 @@ def _cached_facts(folder: Path, key: dict[str, Any], all_features: bool) -> dict
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         facts = RealFacts(**{**manifest["facts"], "from_cache": True})
-        found, files = manifest["key"], dict(manifest["files"])
+        found, files = manifest["key"], {name: str(digest) for name, digest in manifest["files"].items()}
         version = (manifest["format"], manifest["version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is damaged (%s); computing its features again", folder / _MANIFEST, error)
         return None
-    if version != (FORMAT, VERSION) or found != key:
+    if version != (FORMAT, VERSION) or found != key or facts.count != key["count"]:
         what = "another version" if version != (FORMAT, VERSION) else "other images or another network"
         raise RealFeaturesError(f"{folder} holds features of {what}: delete it, or choose another --cache")
     if all_features and _FEATURES not in files:
@@ -159,12 +165,26 @@ def _cached_facts(folder: Path, key: dict[str, Any], all_features: bool) -> dict
 
 
 def _read(folder: Path, facts: RealFacts, labels: Tensor, all_features: bool) -> RealFeatures:
-    with np.load(folder / _STATISTICS, allow_pickle=False) as arrays:
-        # Cloned for torch's alignment in memory, on which BLAS's last bits depend.
-        mean, products, sample = (
-            torch.from_numpy(arrays[name]).clone() for name in ("mean", "products", "sample")
-        )
-    features = np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False) if all_features else None
+    try:
+        with np.load(folder / _STATISTICS, allow_pickle=False) as arrays:
+            # Cloned for torch's alignment in memory, on which BLAS's last bits depend.
+            mean, products, sample = (
+                torch.from_numpy(arrays[name]).clone() for name in ("mean", "products", "sample")
+            )
+        width = len(mean)
+        for name, values, shape in (
+            ("mean", mean, (width,)),
+            ("products", products, (width, width)),
+            ("sample", sample, (min(facts.count, SAMPLE_SIZE), width)),
+        ):
+            if values.shape != shape:
+                raise ValueError(f"{name}: expected {list(shape)}, got {list(values.shape)}")
+            check_finite(name, values)
+        features = np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False) if all_features else None
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise RealFeaturesError(
+            f"{folder} holds damaged features ({error}): delete it, and they are computed again"
+        ) from error
     return RealFeatures(Moments(facts.count, mean, products), sample, labels, features)
 
 
@@ -181,12 +201,12 @@ class _Accumulator:
         self._sample = torch.empty(min(count, SAMPLE_SIZE), network.num_features)
         self._score = InceptionScore(network.num_logits, device=device) if network.num_logits else None
         self._checksum = hashlib.sha256()
-        self._features: np.memmap[Any, np.dtype[np.float32]] | None = None
-        if all_features:
+        self._features = partial / _FEATURES if all_features else None
+        if self._features is not None:
             partial.mkdir(parents=True, exist_ok=True)
-            self._features = np.lib.format.open_memmap(
-                partial / _FEATURES, "w+", np.float32, (count, network.num_features)
-            )
+            header = {"descr": "<f4", "fortran_order": False, "shape": (count, network.num_features)}
+            with naming(self._features), self._features.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
 
     def add(self, block: FeatureBlock) -> None:
         places = self._places[block.start : block.stop]
@@ -197,7 +217,11 @@ class _Accumulator:
         if self._score is not None:
             self._score.add(block.logits, places * SPLITS // self._count)
         if self._features is not None:
-            self._features[block.start : block.stop] = block.features.numpy()
+            with (
+                naming(self._features),
+                self._features.open("ab") as file,
+            ):  # a full disk ends a mapped one's process
+                file.write(block.features.numpy().astype("<f4", copy=False).tobytes())
         self._checksum.update(block.digests)
 
     def save(self, folder: Path, key: dict[str, Any], replaced: int) -> dict[str, Any]:
@@ -216,15 +240,15 @@ class _Accumulator:
         )
         one.merge(other)
         self._partial.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            self._partial / _STATISTICS,
-            mean=one.mean.numpy(force=True),
-            products=one.products.numpy(force=True),
-            sample=self._sample.numpy(),
-        )
+        with naming(self._partial / _STATISTICS):
+            np.savez(
+                self._partial / _STATISTICS,
+                mean=one.mean.numpy(force=True),
+                products=one.products.numpy(force=True),
+                sample=self._sample.numpy(),
+            )
         files = [_STATISTICS]
         if self._features is not None:
-            self._features.flush()
             files.append(_FEATURES)
         manifest = {
             "format": FORMAT,
@@ -233,7 +257,7 @@ class _Accumulator:
             "facts": asdict(facts),
             "files": {name: file_sha256(self._partial / name) for name in files},
         }
-        (self._partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        atomic_write_text(self._partial / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
         old = self._partial.with_suffix(".replaced")
         if folder.exists():  # damaged, or without the features of all images
             folder.replace(old)

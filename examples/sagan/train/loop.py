@@ -148,16 +148,18 @@ def train(
                 log.write(row)
                 console.show_row(row)
 
-            if world.is_main and (last or iteration % settings.sample_every == 0):
-                signs.append(alarm.see_diversity(output.save_samples(observe)))
+            samples_due = world.is_main and (last or iteration % settings.sample_every == 0)
+            if samples_due and (found := output.save_samples(observe)) is not None:
+                signs.append(alarm.see_diversity(found))
 
             if evaluate is not None and (last or (evaluate_every and iteration % evaluate_every == 0)):
                 with throughput.paused():
-                    score = evaluate(trainer)
-                signs.append(alarm.see_score(score.value, score.of))
-                log.write({"iteration": iteration, **score.figures})
-                output.keep_best(score)
-                console.show_figures(iteration, score.figures)
+                    score = output.evaluated(evaluate)
+                if score is not None:
+                    signs.append(alarm.see_score(score.value, score.of))
+                    log.write({"iteration": iteration, **score.figures})
+                    output.keep_best(score)
+                    console.show_figures(iteration, score.figures)
 
             for sign in filter(None, signs if config.health.on_collapse != "off" else []):
                 console.print(f"Iteration {iteration}: {sign}.")

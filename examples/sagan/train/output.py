@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sagan.data import ImageDataset
+from sagan.finite import NotFiniteError
 from sagan.io import atomic_write_text
 from sagan.recipes import RunConfig
 from sagan.report.figures import class_labels, default_points, draw_attention, save_grid
@@ -31,6 +33,8 @@ from sagan.train.update import Trainer
 from sagan_layers import SelfAttention2d
 
 _ATTENTION_IMAGES = 4
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,27 @@ class RunOutput:
                 dropped.parent.mkdir(exist_ok=True)
                 path.replace(dropped)
 
-    def save_samples(self, observe: Callable[[Trainer], None] | None) -> float:
-        """Save a grid and attention maps; return how much samples differ, as a share of how much real images do."""
+    def save_samples(self, observe: Callable[[Trainer], None] | None) -> float | None:
+        """Save a grid and attention maps; return how much samples differ, as a share of how much real images do.
+
+        Samples with a NaN or an infinity are not saved: a warning is logged, and the result is None.
+        """
+        try:
+            return self._save_samples(observe)
+        except NotFiniteError as error:
+            logger.warning("iteration %d: no samples saved (%s)", self._trainer.iteration, error)
+            return None
+
+    def evaluated(self, evaluate: Callable[[Trainer], Score]) -> Score | None:
+        """Return the score of G; None, after a warning, if its samples hold a NaN or an infinity."""
+        try:
+            return evaluate(self._trainer)
+        except NotFiniteError as error:
+            if self._trainer.world.is_main:
+                logger.warning("iteration %d: not evaluated (%s)", self._trainer.iteration, error)
+            return None
+
+    def _save_samples(self, observe: Callable[[Trainer], None] | None) -> float:
         config, trainer = self._config, self._trainer
         columns = config.output.grid_columns
         images = generate(
