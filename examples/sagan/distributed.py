@@ -83,7 +83,7 @@ class World:
         if worst == 1:
             raise NotFiniteError("another process found NaN or infinite values")
         if worst == 2:
-            raise ReportedByMainError("another process failed")
+            raise ReportedElsewhereError("another process failed")
 
     def barrier(self) -> None:
         """Wait for all ranks."""

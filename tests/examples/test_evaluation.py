@@ -418,7 +418,7 @@ def test_a_refusal_reaches_all_processes(ranks: list[dict[str, Any]], alone: dic
         assert "RealFeaturesError: " in found["refusal"]
     for found in (alone, *ranks):
         assert found["diverged"] == found["nan"] == "NotFiniteError"
-    assert [found["disk"] for found in ranks] == ["ReportedByMainError"] * (len(ranks) - 1) + ["OSError"]
+    assert [found["disk"] for found in ranks] == ["ReportedElsewhereError"] * (len(ranks) - 1) + ["OSError"]
     for found in ranks[1:]:
         assert "ReportedElsewhereError: " in found["refusal"]
         assert "holds features of other images" in found["refusal"]
