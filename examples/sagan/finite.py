@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,11 @@ from sagan.errors import UserError
 
 class NotFiniteError(UserError):
     """A value is NaN or infinite."""
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value, such as one read from JSON, is a number that a float can hold."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def check_finite(what: str, tensor: Tensor, *, remedy: str = "") -> None:

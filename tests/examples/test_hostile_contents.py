@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,9 @@ from sagan.data import open_dataset
 from sagan.evaluation.config import TrainingEvaluationConfig
 from sagan.evaluation.feature_networks import proxy_network
 from sagan.evaluation.periodic import periodic_evaluation
-from sagan.recipes import RunConfig
+from sagan.recipes import RECIPES, RunConfig
 from sagan.report.figures import Panel, class_labels, save_attention_figure, save_comparison, save_grid
+from sagan.report.page import write_report
 from sagan.train.checkpoint import find_checkpoint
 from sagan.train.update import Trainer
 
@@ -117,6 +121,56 @@ class TestPictures:
         source = altered(trained_run, tmp_path, class_names=["\udcff", "a$b", "猫"])
         succeed("sample", "--source", source, "--out", tmp_path / "grid.png", "--count", 9)
         succeed("attention-maps", "--source", source, "--out", tmp_path / "maps.png", "--count", 3)
+
+
+class TestPages:
+    HOSTILE = "<script>a|b&\"'$x$\udcff\x1b[31m*c*`"
+    IN_HTML = "&lt;script&gt;a|b&amp;&quot;&#x27;$x$\\udcff\\x1b[31m*c*`"
+    IN_MARKDOWN = r"""\<script\>a\|b\&"'$x$\\udcff\\x1b\[31m\*c\*\`"""
+
+    def run_of(self, folder: Path) -> Path:
+        out = folder / self.HOSTILE.replace("/", "")
+        (out / "samples").mkdir(parents=True)
+        config = replace(RECIPES["paper"](), out=out, recipe=self.HOSTILE)
+        (out / "config.json").write_text(json.dumps(config.to_dict()))
+        rows = [
+            {"iteration": 1, "d_loss": 0.5, f"evaluation/{self.HOSTILE}": None, "gamma_$": 1},
+            {"iteration": 2, "d_loss": None, "g_loss": math.nan, f"evaluation/{self.HOSTILE}": 3.5},
+            {"iteration": 3, "d_loss": 10**400, "g_loss": math.inf, "alarm": self.HOSTILE},
+        ]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        save_grid(out / "samples" / "<b>.png", torch.zeros(1, 3, 8, 8, dtype=torch.uint8), columns=1)
+        return out
+
+    def test_a_report_shows_names_as_text_and_gaps_for_what_is_not_finite(self, tmp_path: Path) -> None:
+        out = self.run_of(tmp_path)
+        text = write_report(out, tmp_path / "page.html").read_text()
+        assert text.count(self.IN_HTML) >= 6  # heading, title, alarm, column, caption, configuration
+        assert "<script" not in text.lower()
+        assert "&lt;b&gt;" in text
+        assert "D n/a, G n/a" in text
+        assert "<td>n/a</td>" in text
+
+    def test_a_comparison_shows_names_as_text(self, tmp_path: Path) -> None:
+        runs = [self.run_of(tmp_path / folder) for folder in "ab"]
+        for run, value in zip(runs, (math.nan, 4.0), strict=True):
+            figure = {"metric": "fid", "value": value}
+            protocol = {"identity": self.HOSTILE, "proxy": False}
+            (run / "evaluation").mkdir()
+            (run / "evaluation" / "iteration_1.json").write_text(
+                json.dumps({"iteration": 1, "figures": {self.HOSTILE: figure}, "protocol": protocol})
+            )
+        shown = succeed("compare", *runs, "--out", tmp_path / "out")
+        text = (tmp_path / "out" / "comparison.md").read_text()
+        assert (
+            text.splitlines() == [line for line in shown.splitlines() if not line.startswith("Written")][:-1]
+        )
+        [first, second] = [line for line in text.splitlines() if line.startswith("| " + "/")]
+        assert first.endswith("| 1,000,000 | n/a |")
+        assert second.endswith("| 1,000,000 | 4 at 1 |")
+        for line in (first, second):
+            assert line.count(self.IN_MARKDOWN) == 2
+        assert "<script" not in text.replace("\\<", "")
 
 
 class TestDivergedGenerators:

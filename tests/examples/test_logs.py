@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +27,12 @@ def test_rows_are_lines_and_numbers_that_are_not_finite_are_null(tmp_path: Path)
         {"iteration": 2, "d_loss": None, "alarm": "text"},
     ]
     rows = read_metrics(tmp_path / "run")
-    assert series(rows, "d_loss") == ([1.0], [0.5])
+    assert series(rows[:1], "d_loss") == ([1.0], [0.5])
+    iterations, values = series(rows, "d_loss")
+    assert iterations == [1, 2]
+    assert values[0] == 0.5
+    assert math.isnan(values[1])  # a gap in the curve
+    assert series(rows[1:], "d_loss") == series(rows, "g_loss") == ([], [])
 
 
 def test_a_resumed_run_drops_later_and_torn_lines(tmp_path: Path) -> None:

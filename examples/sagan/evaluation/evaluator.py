@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -111,7 +112,9 @@ class Evaluator:
             )
             measured = self._world.run_on_main(lambda: self._measure(generated, labels_in_use, classes))
         protocol = self._protocol(len(labels_in_use), weights)
-        names = self._real_images.dataset.class_names
+        given = self._real_images.dataset.class_names
+        counts = Counter(given)
+        names = [name if counts[name] == 1 else f"{name} ({label})" for label, name in enumerate(given)]
         by_class = {names[label]: value for label, value in zip(classes, measured["by_class"], strict=True)}
         return Evaluation(
             figures=tuple(

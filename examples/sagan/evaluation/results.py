@@ -16,6 +16,7 @@ from sagan.errors import UserError
 from sagan.evaluation.protocol import FIGURES, LOWER, Protocol
 from sagan.evaluation.real_features import RealFacts
 from sagan.io import atomic_write_text
+from sagan.names import in_markdown, printable
 
 RESULTS = "results.md"
 _HEADER = """\
@@ -125,10 +126,11 @@ def table(evaluation: Evaluation, subject: Subject) -> str:
     ]
     if evaluation.by_class:
         ordered = sorted(evaluation.by_class.items(), key=lambda item: item[1])
-        lines.append("  best classes:  " + ", ".join(f"{name} {value:.4g}" for name, value in ordered[:3]))
-        lines.append("  worst classes: " + ", ".join(f"{name} {value:.4g}" for name, value in ordered[-3:]))
+        shown = [f"{printable(name)} {value:.4g}" for name, value in ordered]
+        lines.append("  best classes:  " + ", ".join(shown[:3]))
+        lines.append("  worst classes: " + ", ".join(shown[-3:]))
     if evaluation.skipped_classes:
-        names = ", ".join(evaluation.skipped_classes)
+        names = ", ".join(map(printable, evaluation.skipped_classes))
         lines.append(f"  skipped by intra-FID, with fewer than 2 real images: {names}")
     if facts.replaced:
         lines.append(f"  {facts.replaced} unreadable real images, each replaced by the next of its class")
@@ -140,10 +142,10 @@ def table(evaluation: Evaluation, subject: Subject) -> str:
 
 def markdown_row(evaluation: Evaluation, subject: Subject) -> str:
     """Return a row of a Markdown table: recipe, iteration, weights, figures with their names, protocol."""
-    figures = ", ".join(f"{figure.name} **{figure}**" for figure in evaluation.figures)
+    figures = ", ".join(f"{in_markdown(figure.name)} **{figure}**" for figure in evaluation.figures)
     protocol = evaluation.protocol
     return (
-        f"| {subject.recipe} | {subject.iteration:,} | {protocol.weights} | {figures} | "
+        f"| {in_markdown(subject.recipe)} | {subject.iteration:,} | {protocol.weights} | {figures} | "
         f"seed {protocol.sample_seed}, {protocol.identity} |"
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 from sagan.errors import UserError
 from sagan.evaluation.protocol import FIGURES, LOWER
 from sagan.io import atomic_write_text
+from sagan.names import in_markdown
 from sagan.recipes import PUBLISHED, RECIPES, RunConfig, config_from_dict, differences
 from sagan.report.figures import Curve, Panel, save_comparison
 
@@ -85,12 +86,14 @@ def _figures_of(file: Path) -> list[tuple[Kind, float, int]]:
     try:
         values = json.loads(file.read_text())
         protocol = values["protocol"]
-        identity, proxy = protocol["identity"], protocol["proxy"]
+        identity, proxy = str(protocol["identity"]), bool(protocol["proxy"])
+        if unknown := {figure["metric"] for figure in values["figures"].values()} - FIGURES.keys():
+            raise ValueError(f"unknown metrics {unknown}")
         return [
             (Kind(figure["metric"], name, identity, proxy), float(figure["value"]), int(values["iteration"]))
             for name, figure in values["figures"].items()
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"expected an evaluation in {file}, got an invalid one: {error!r}") from None
 
 
@@ -143,14 +146,21 @@ def _markdown(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> str:
         "The best value of each run, and its iteration. Brackets hold the value published for the recipe on "
         "ImageNet at 128 pixels; publications do not give their whole protocol, so theirs may differ.",
         "",
-        _row(["run", "recipe", "iterations", *(f"{kind.name} ({kind.protocol})" for kind in kinds)]),
+        _row(
+            [
+                "run",
+                "recipe",
+                "iterations",
+                *(in_markdown(f"{kind.name} ({kind.protocol})") for kind in kinds),
+            ]
+        ),
         _row(["---"] * 3 + ["---:"] * len(kinds)),
     ]
     for run in runs:
-        cells = [run.label, run.config.recipe, f"{run.config.iterations:,}"]
+        cells = [in_markdown(run.label), in_markdown(run.config.recipe), f"{run.config.iterations:,}"]
         parts.append(_row([*cells, *(_cell(run, kind) for kind in kinds)]))
     parts += ["", *_warnings(runs, kinds), "## What differs", ""]
-    parts += [f"- **{run.label}**: {_changes(run.config)}" for run in runs]
+    parts += [f"- **{in_markdown(run.label)}**: {in_markdown(_changes(run.config))}" for run in runs]
     if rows := _table_1(runs, kinds):
         parts += ["", "## Table 1 of the paper", "", "Measured / published.", "", *rows]
     return "\n".join([*parts, ""])
@@ -159,7 +169,7 @@ def _markdown(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> str:
 def _cell(run: MeasuredRun, kind: Kind) -> str:
     best = run.best(kind)
     if best is None:
-        return "not measured"
+        return "n/a" if kind in run.figures else "not measured"
     iteration, value = best
     published = _published(run, kind)
     text = f"{_number(value)} at {iteration:,}"
@@ -167,7 +177,7 @@ def _cell(run: MeasuredRun, kind: Kind) -> str:
 
 
 def _warnings(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> list[str]:
-    lines = [f"**{run.label} was not evaluated.**\n" for run in runs if not run.figures]
+    lines = [f"**{in_markdown(run.label)} was not evaluated.**\n" for run in runs if not run.figures]
     for metric in dict.fromkeys(kind.metric for kind in kinds):
         several = [kind for kind in kinds if kind.metric == metric]
         if len(several) > 1:
@@ -211,7 +221,7 @@ def _table_1(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> list[str]:
             run = by_recipe.get(name)
             best = run.best(kind) if run else None
             cells.append(f"{_number(best[1]) if best else '-'} / {PUBLISHED[name][metric]:g}")
-        lines.append(_row([f"{title} ({kind.name})", *cells]))
+        lines.append(_row([f"{title} ({in_markdown(kind.name)})", *cells]))
     return lines
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import textwrap
 from collections.abc import Sequence
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sagan.errors import UserError
+from sagan.finite import is_finite
 from sagan.io import atomic_write_text
+from sagan.names import in_html
 from sagan.report.figures import Curve, Panel, save_curves
 from sagan.train.checkpoint import checkpoints_in
 from sagan.train.logs import read_metrics, series
@@ -85,7 +86,7 @@ def write_report(out: Path, path: Path | None = None) -> Path:
     config = json.loads((out / "config.json").read_text())
     curves = draw_run(out, out / "curves.png")
     parts = [
-        f"<h1>{html.escape(config['recipe'])}: {html.escape(str(out))}</h1>",
+        f"<h1>{in_html(config['recipe'])}: {in_html(str(out))}</h1>",
         _summary(out, config, rows),
         "<h2>Curves</h2>",
         _picture(curves, "over the iterations"),
@@ -99,7 +100,7 @@ def write_report(out: Path, path: Path | None = None) -> Path:
     parts += ["<h2>Configuration</h2>", _configuration(config)]
     text = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f"<title>{html.escape(out.name)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<title>{in_html(out.name)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, text)
@@ -108,7 +109,7 @@ def write_report(out: Path, path: Path | None = None) -> Path:
 
 def _summary(out: Path, config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     last = next((row for row in reversed(rows) if "d_loss" in row), rows[-1])
-    speeds = sorted(series(rows, "images_per_s")[1])
+    speeds = sorted(filter(is_finite, series(rows, "images_per_s")[1]))
     saved = ", ".join(path.name for path in checkpoints_in(out / "checkpoints"))
     best = " and best.pt" if (out / "checkpoints" / "best.pt").exists() else ""
     alarms = [f"iteration {row['iteration']:,}: {row['alarm']}" for row in rows if row.get("alarm")]
@@ -139,7 +140,7 @@ def _evaluations(rows: list[dict[str, Any]]) -> str:
 def _configuration(config: dict[str, Any]) -> str:
     plain = [[name, str(value)] for name, value in config.items() if not isinstance(value, dict)]
     groups = [
-        f"<details><summary>{html.escape(name)}</summary>"
+        f"<details><summary>{in_html(name)}</summary>"
         + _table([[inner, str(each)] for inner, each in value.items()])
         + "</details>"
         for name, value in config.items()
@@ -150,7 +151,7 @@ def _configuration(config: dict[str, Any]) -> str:
 
 def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{in_html(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     head = line(header, "th") if header else ""
     return f"<table>{head}{''.join(line(row, 'td') for row in rows)}</table>"
@@ -158,7 +159,7 @@ def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
 
 def _picture(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    text = html.escape(caption)
+    text = in_html(caption)
     return f"<figure><img alt='{text}' src='data:image/png;base64,{data}'><figcaption>{text}</figcaption></figure>"
 
 
@@ -168,8 +169,9 @@ def _few(paths: Sequence[Path]) -> list[Path]:
 
 
 def _caption(path: Path) -> str:
-    return f"iteration {int(path.stem.removeprefix('iteration_')):,}"
+    number = path.stem.removeprefix("iteration_")
+    return f"iteration {int(number):,}" if number.isdecimal() else path.stem
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else "-"
+    return f"{value:.4g}" if is_finite(value) else "n/a"

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from sagan.errors import UserError
+from sagan.finite import is_finite
 from sagan.io import atomic_write_text
 from sagan.recipes import RunConfig
 
@@ -157,9 +158,15 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Return the iterations and values of one metric, in rows where it is a number."""
-    found = [(row["iteration"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
-    return [float(iteration) for iteration, _ in found], [float(value) for _, value in found]
+    """Return the iterations and values of one metric: NaN where it was not finite, nothing if it never was."""
+    found = [
+        (float(row["iteration"]), float(row[name]) if is_finite(row[name]) else math.nan)
+        for row in rows
+        if name in row
+    ]
+    if all(math.isnan(value) for _, value in found):
+        return [], []
+    return [iteration for iteration, _ in found], [value for _, value in found]
 
 
 def _duration(seconds: float) -> str:
@@ -169,7 +176,7 @@ def _duration(seconds: float) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and not is_finite(value) else value
 
 
 def _iteration_of(line: str) -> float:
