@@ -251,7 +251,10 @@ class TestParquet:
     @pytest.mark.parametrize(
         ("rows", "split", "message"),
         [
-            ([("a.jpg", -1, b"")], "train", "a test split"),
+            ([("a.jpg", -1, b"")], "train", "got -1: a test split"),
+            ([("a.jpg", None, b"")], "train", "got None: a test split"),
+            ([("a.jpg", 2**40, b"")], "train", "got 1099511627776 in 1 images"),
+            ([("a.jpg", 1_000_000, b"")], "train", "got 1000000 in 1 images"),
             ([("a.jpg", 0, b"")], "val", "of the split 'val'"),
         ],
     )
@@ -259,6 +262,33 @@ class TestParquet:
         write_shard(tmp_path / "train-0.parquet", rows, None)
         with pytest.raises(DatasetError, match=message):
             listed(tmp_path, split=split)
+
+    def test_a_label_beyond_the_files_classes_is_refused(self, tmp_path: Path) -> None:
+        write_shard(tmp_path / "a.parquet", [("a.jpg", 2, b"")], ["cat", "dog"])
+        with pytest.raises(DatasetError, match="labels below 2, the number of its classes, got 2"):
+            listed(tmp_path / "a.parquet")
+
+    def test_class_names_of_the_metadata_are_safe_and_kept_apart(self, tmp_path: Path) -> None:
+        given = ["crane", "../../x", "/etc/passwd", "crane", "a\0b\n", ""]
+        write_shard(tmp_path / "a.parquet", [(f"{n}.jpg", n, jpeg_bytes(n)) for n in range(6)], given)
+        prepared = pack(tmp_path / "a.parquet", tmp_path / "set")
+        assert prepared.manifest.class_names == ["crane", "_._.._x", "_etc_passwd", "crane_2", "a_b_", "_"]
+        assert prepared.manifest.class_words == given
+        assert prepared.manifest.images_per_class == [1] * 6
+
+    def test_missing_shards_are_refused_in_a_folder_and_told_of_in_a_pattern(
+        self, made: Made, tmp_path: Path
+    ) -> None:
+        shutil.copytree(made("parquet"), tmp_path, dirs_exist_ok=True)
+        assert listed(tmp_path).warnings == listed(tmp_path / "data" / "train-*").warnings
+        (tmp_path / "data" / "train-00001-of-00003.parquet").unlink()
+        with pytest.raises(DatasetError, match=r"1 are missing, such as train-00001-of-00003\.parquet"):
+            listed(tmp_path)
+        warning = listed(tmp_path / "data" / "train-*").warnings[0]
+        assert warning == "1 shards are left out, such as train-00001-of-00003.parquet"
+        write_shard(tmp_path / "data" / "train-00001-of-00003.parquet", [("a.jpg", 0, b"")], MADE.words[::-1])
+        with pytest.raises(DatasetError, match="expected the same columns and classes"):
+            listed(tmp_path)
 
     def test_other_columns_and_damaged_files_are_refused(self, tmp_path: Path) -> None:
         import pyarrow as pa

@@ -7,13 +7,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from sagan.data import DatasetError, PathTable
+from sagan.data.layout import is_hidden
+from sagan.io import first_line
+from sagan.names import file_names
 from sagan.prepare.listing import WNID, ImageFiles, Indices, Listing, sorted_by_class_and_name, will_need
 
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.parquet")
+_MOST_EMPTY = 1000  # classes that files may name by numbers alone without having images of half of them
 _WNID_SUFFIX = re.compile(r"_(n\d{8})(\.\w+)$")
 
 
@@ -26,6 +31,21 @@ def _parquet() -> Any:
             "pip install -c constraints.txt -e '.[parquet]'"
         ) from error
     return pyarrow.parquet
+
+
+def _open(path: Path, *, memory_map: bool = False) -> Any:
+    """Open a parquet file; pages that have a checksum are compared with it."""
+    if not path.is_file():
+        raise DatasetError(f"expected a regular file, got a folder, pipe or device at {path}")
+    return _parquet().ParquetFile(path, memory_map=memory_map, page_checksum_verification=True)
+
+
+def _unreadable(path: Path, error: Exception, part: str = "") -> DatasetError:
+    if isinstance(error, DatasetError):
+        return error
+    return DatasetError(
+        f"cannot read {part}the parquet file {path}: {type(error).__name__}: {first_line(error)}"
+    )
 
 
 class ParquetFiles(ImageFiles):
@@ -50,7 +70,7 @@ class ParquetFiles(ImageFiles):
         column = f"{self.column}.bytes"
         row = 0
         try:
-            with _parquet().ParquetFile(path, memory_map=True) as file:
+            with _open(path, memory_map=True) as file:
                 will_need(path, *_stretch(file.metadata.row_group(group), column))
                 for batch in file.iter_batches(64, row_groups=[group], columns=[column], use_threads=False):
                     for data in batch.column(0).field("bytes"):
@@ -58,8 +78,12 @@ class ParquetFiles(ImageFiles):
                             found = data.as_py()
                             yield "no bytes in the parquet file" if found is None else found
                         row += 1
-        except OSError as error:  # some of pyarrow's own errors are, too
-            raise DatasetError(f"cannot read row group {group} of {path}: {error}") from error
+        except Exception as error:  # pyarrow raises of almost any type; the bytes are arbitrary
+            raise _unreadable(path, error, f"row group {group} of ") from error
+        if row <= max(wanted):
+            raise DatasetError(
+                f"{path}: expected more than {max(wanted):,} rows in row group {group}, got {row:,}"
+            )
 
     def select(self, indices: Indices) -> ParquetFiles:
         return ParquetFiles(self.paths, self.column, self.rows[indices])
@@ -91,7 +115,8 @@ def _stretch(group: Any, column: str) -> tuple[int, int]:
 
 def find_shards(path: Path, split: str) -> list[Path]:
     """Return the parquet files of a split in a folder or its subfolder data, sorted; all if no name has a split."""
-    files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet"), *path.glob(f"{split}/*.parquet")])
+    found = [*path.glob("*.parquet"), *path.glob("data/*.parquet"), *path.glob(f"{split}/*.parquet")]
+    files = sorted(file for file in found if not is_hidden(file.name))
     synonyms = ("val", "validation", "valid") if split in ("val", "validation") else (split,)
     first_words = {file: re.split(r"[-_.]", file.name)[0] for file in files}
     chosen = [file for file in files if {first_words[file], file.parent.name} & {*synonyms}]
@@ -100,42 +125,69 @@ def find_shards(path: Path, split: str) -> list[Path]:
         raise DatasetError(
             f"expected parquet files of the split {split!r} in {path}, got only others, such as {others[0].name}"
         )
+    if missing := missing_shards(chosen or files):
+        raise DatasetError(
+            f"expected all shards of {path}, {len(missing):,} are missing, such as {missing[0]}. Download them, or "
+            "give a pattern of the files to pack"
+        )
     return chosen or files
 
 
+def missing_shards(files: Sequence[Path]) -> list[str]:
+    """Return the names that are missing in series such as train-00003-of-00010.parquet."""
+    missing = []
+    series = {(match[1], match[3]) for file in files if (match := _SHARD.fullmatch(file.name))}
+    names = {file.name for file in files}
+    for first, total in sorted(series):
+        shards = (f"{first}-{number:0{len(total)}d}-of-{total}.parquet" for number in range(int(total)))
+        missing += [name for name in shards if name not in names]
+    return missing
+
+
 def list_parquet(files: Sequence[Path], source: str) -> Listing:
-    """List the images of parquet files, which the user named as ``source``."""
+    """List the images of parquet files, which the user named as ``source``.
+
+    Raises:
+        DatasetError: a file is damaged, a label cannot be right, or files differ in columns or classes.
+    """
     if not files:
         raise DatasetError(f"expected parquet files at {source}, got none")
     names: list[str] = []
     labels: list[int] = []
     rows: list[tuple[int, int, int]] = []
     class_labels: list[str] | None = None
-    column = ""
+    columns: tuple[str, str] | None = None
     for number, path in enumerate(files):
+        before = len(rows)
         try:
-            with _parquet().ParquetFile(path) as file:
+            with _open(path) as file:
                 column, label, found = _columns(file.schema_arrow, path)
-                class_labels = class_labels or found
+                columns, class_labels = columns or (column, label), class_labels or found
+                if columns != (column, label) or (found and class_labels != found):
+                    raise DatasetError(
+                        f"expected the same columns and classes in {files[0]} and {path}, got others"
+                    )
                 for group in range(file.num_row_groups):
                     table = file.read_row_group(group, columns=[f"{column}.path", label])
-                    group_labels = table.column(label).to_pylist()
-                    if any(value is None or value < 0 for value in group_labels):
-                        raise DatasetError(
-                            f"{path}: expected labels of 0 and above, got -1 or none: a test split?"
-                        )
-                    labels += group_labels
+                    labels += _checked(table.column(label).to_pylist(), class_labels, path)
                     for row, image in enumerate(table.column(column).to_pylist()):
                         stored = ((image and image["path"]) or "").rpartition("/")[2]
                         names.append(stored or f"{path.stem}-{group}-{row}")
                         rows.append((number, group, row))
-        except DatasetError:
-            raise
-        except (OSError, ValueError) as error:
-            raise DatasetError(f"cannot read the parquet file {path}: {error}") from error
+                if file.metadata.num_rows != len(rows) - before:
+                    raise DatasetError(
+                        f"{path}: expected {file.metadata.num_rows:,} rows, its row groups have others"
+                    )
+        except Exception as error:  # pyarrow raises of almost any type; the bytes are arbitrary
+            raise _unreadable(path, error) from error
     if not labels:
         raise DatasetError(f"expected images in the parquet files at {source}, got none")
     count = max(max(labels) + 1, len(class_labels or ()))
+    if class_labels is None and count > max(_MOST_EMPTY, 2 * len(labels)):
+        raise DatasetError(
+            f"{source}: expected labels below the number of classes, got {count - 1} in {len(labels):,} images, and "
+            "the files do not name their classes"
+        )
     words: tuple[str, ...] | None = None
     remarks = []
     wnids = _wnids_of(names, labels, count)
@@ -146,11 +198,17 @@ def list_parquet(files: Sequence[Path], source: str) -> Listing:
         labels = [new[wnids[old]] for old in labels]
         names = [_WNID_SUFFIX.sub(r"\2", name) for name in names]
         remarks.append("WNIDs from the images' names")
-    elif class_labels is not None and len(class_labels) == count:
-        class_names = tuple(class_labels)
+    elif class_labels is not None:
+        class_names = tuple(file_names(class_labels))
+        if class_names != tuple(class_labels):
+            words = tuple(class_labels)
+            remarks.append(
+                "class names that are no file names, or name two classes, are changed; words keep them"
+            )
     else:
         class_names = tuple(str(number) for number in range(count))
         remarks.append("the files do not name their classes; the classes are called by their numbers")
+    missing = missing_shards(files)
     order = sorted_by_class_and_name(labels, names)
     return Listing(
         kind="parquet",
@@ -161,7 +219,21 @@ def list_parquet(files: Sequence[Path], source: str) -> Listing:
         labels=np.asarray(labels, dtype=np.int64)[order],
         files=ParquetFiles(files, column, np.asarray(rows, dtype=np.int64)[order]),
         remarks=remarks,
+        warnings=[f"{len(missing):,} shards are left out, such as {missing[0]}"] if missing else [],
     )
+
+
+def _checked(labels: list[int | None], class_labels: Sequence[str] | None, path: Path) -> list[int]:
+    """Return the labels of some rows; raise DatasetError if there is none for one, or no class for it."""
+    count = 2**62 if class_labels is None else len(class_labels)
+    for label in labels:
+        if label is None or label < 0:
+            raise DatasetError(f"{path}: expected labels of 0 and above, got {label}: a test split?")
+        if label >= count:
+            raise DatasetError(
+                f"{path}: expected labels below {count:,}, the number of its classes, got {label}"
+            )
+    return cast(list[int], labels)
 
 
 def _columns(schema: Any, path: Path) -> tuple[str, str, list[str] | None]:
