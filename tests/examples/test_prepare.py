@@ -777,6 +777,24 @@ class TestResume:
         with pytest.raises(UserError, match=r"images was 24, now 23; source_fingerprint was"):
             pack(fewer, interrupted)
 
+    def test_a_marker_or_plan_with_other_contents_does_not_count(
+        self, source: Path, interrupted: Path
+    ) -> None:
+        begun = interrupted.with_name("set.partial")
+        whole = pack(source, interrupted.with_name("whole")).manifest.checksum
+        flip(begun / "set" / "images.npy", 20)  # the header
+        marker = begun / "parts" / "00001.json"
+        marker.write_text(marker.read_text().replace('"problems": []', '"problems": [["unreadable", 5, ""]]'))
+        plan = (begun / "plan.json").read_text()
+        for text in ("", "[]", plan.replace("bilinear", "box")):
+            (begun / "plan.json").write_text(text)
+            with pytest.raises(UserError, match=r"plan\.json is damaged: .* Delete"):
+                pack(source, interrupted)
+        (begun / "plan.json").write_text(plan)
+        prepared = pack(source, interrupted)
+        assert (prepared.reused, prepared.manifest.checksum) == (5, whole)
+        assert verify(interrupted) == []
+
     @pytest.mark.parametrize("name", ["set/images.npy", "parts/00001.json"])
     def test_a_part_with_torn_pixels_or_marker_is_done_again(
         self, source: Path, interrupted: Path, name: str
@@ -858,6 +876,14 @@ class TestSpaceAndPlaces:
                 pack(source, out)
         assert pack(source, out).reused == 10
 
+    def test_out_may_be_the_folder_one_is_in(self, source: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        assert pack(source, Path()).manifest.folder == tmp_path / "here"
+        assert verify(tmp_path / "here") == []
+        with pytest.raises(UserError, match="expected a new or empty folder"):
+            pack(source, Path("/"))
+
     def test_a_folder_with_other_things_is_not_touched(self, source: Path, out: Path) -> None:
         out.mkdir()
         (out / "thesis.txt").write_text("mine")
@@ -933,15 +959,41 @@ class TestVerify:
             ({"num_classes": 5}, "num_classes"),
             ({"version": 2}, "expected version 1, got 2"),
             ({"format": "other"}, "expected the format"),
-            ({"counts": {"packed": 3}}, "do not add up"),
+            ({"counts": {"packed": 3, "unreadable": 0}}, "do not add up"),
+            ({"counts": {"packed": 24}}, "counts or source is wrong"),
+            ({"source": {"kind": "folder", "path": ""}}, "counts or source is wrong"),
+            ({"class_words": ["a"]}, "class_words, images_per_class, counts or source is wrong"),
+            ({"class_names": ["a", "b", "c", 4]}, "class_names, class_words"),
             ({"files": {}}, "does not list labels.npy"),
             ({"filter": None}, "filter is None"),
         ],
     )
     def test_an_unfitting_manifest_is_found(self, sound: Path, change: dict[str, Any], message: str) -> None:
-        manifest = json.loads((sound / "manifest.json").read_text())
-        (sound / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        manifest = {**json.loads((sound / "manifest.json").read_text()), **change}
+        (sound / "manifest.json").write_text(json.dumps(manifest))
+        assert "its SHA-256 is another" in " ".join(verify(sound))
+        del manifest["sha256"]  # as in sets made before
+        (sound / "manifest.json").write_text(json.dumps(manifest))
         assert message in " ".join(verify(sound))
+
+    @pytest.mark.parametrize("field", ["class_names", "class_words"])
+    def test_swapped_names_of_classes_are_found_by_every_reader(
+        self, source: Path, sound: Path, field: str
+    ) -> None:
+        values = json.loads((sound / "manifest.json").read_text())
+        values[field][:2] = values[field][1::-1]
+        (sound / "manifest.json").write_text(json.dumps(values))
+        for read in (PackedDataset, lambda out: pack(source, out)):
+            with pytest.raises(PackedError, match="changed since it was written"):
+                read(sound)
+        assert "changed since it was written" in refused(
+            "prepare", "--source", source, "--out", sound, "--resolution", 8, "--part-size", 5
+        )
+        if field == "class_names":
+            del values["sha256"]
+            (sound / "manifest.json").write_text(json.dumps(values))
+            with pytest.raises(PackedError, match="the checksum of labels, digests and class names"):
+                pack(source, sound)
 
     def test_labels_out_of_range_or_order_are_found(self, sound: Path) -> None:
         for labels, message in ((np.arange(24), "got 0 to 23"), (np.arange(24) % 4, "not in order")):

@@ -20,6 +20,7 @@ from sagan.data.packed_format import (
     LABELS,
     MANIFEST,
     PackedError,
+    read_array,
     read_manifest,
     verify,
     wrong_labels,
@@ -54,10 +55,10 @@ class PackedDataset(ImageDataset):
         try:
             problems = [*wrong_size(self.manifest)]
             if not problems:
-                labels = np.load(folder / LABELS, allow_pickle=False)
+                labels = read_array(folder / LABELS)
                 problems += wrong_labels(labels, self.manifest)
-        except (OSError, ValueError) as error:
-            problems = [f"{LABELS}: {error}"]
+        except (OSError, PackedError) as error:
+            problems = [str(error)]
         if problems:
             raise PackedError(f"the prepared set in {folder} is not complete: {problems[0]}")
         self.class_names = tuple(self.manifest.class_names)

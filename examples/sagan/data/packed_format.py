@@ -7,7 +7,7 @@ DIR/
   digests.npy     uint8 [N, 16], the first half of each image's SHA-256
   names.txt       the file that each image came from, one per line: class/file
   report.json     what prepare found; report.txt the same for people
-  manifest.json   everything else, written last
+  manifest.json   everything else and its own SHA-256, written last
 ```
 
 Images are sorted by class, then by file name.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from sagan.data.layout import DatasetError
 from sagan.data.prefetch import map_ranges
+from sagan.io import first_line, open_regular
 
 FORMAT = "sagan-layers packed images"
 VERSION = 1
@@ -38,6 +39,7 @@ DIGEST_BYTES = 16
 HEADER_BYTES = 128
 PARTIAL = ".partial"
 
+_SEAL = "sha256"
 _JSON_TYPES = {"str": str, "int": int, "dict": dict, "list": list}
 
 
@@ -76,7 +78,7 @@ class Manifest:
         """Return the text of manifest.json."""
         values = {"format": FORMAT, "version": VERSION, **asdict(self)}
         del values["folder"]
-        return json.dumps(values, indent=1) + "\n"
+        return seal(values)
 
     def describe(self) -> str:
         """Return what the set is, in a few lines."""
@@ -93,6 +95,29 @@ class Manifest:
         )
 
 
+def seal(values: Mapping[str, Any]) -> str:
+    """Return values as JSON that ends with its own SHA-256: so small a file says itself whether it is damaged."""
+    return json.dumps({**values, _SEAL: _json_digest(values)}, indent=1) + "\n"
+
+
+def unseal(data: bytes, *, required: bool = True) -> dict[str, Any]:
+    """Return what :func:`seal` wrote; raise ValueError if it is not that. The digest may be absent if not required."""
+    try:
+        values = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+    found = values.pop(_SEAL, None)
+    if found != _json_digest(values) and (required or found is not None):
+        raise ValueError("it was changed since it was written: its SHA-256 is another")
+    return values
+
+
+def _json_digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 def is_prepared(folder: Path) -> bool:
     """Return whether a folder holds a prepared set, or the remains of one."""
     return any((folder / name).is_file() for name in (MANIFEST, IMAGES))
@@ -102,7 +127,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read manifest.json; raise PackedError if it is missing, damaged, or of another version."""
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            values = unseal(file.read(), required=False)  # sets made before it had a digest have none
     except OSError as error:
         hint = "It is unfinished: run the same prepare command again. " if PARTIAL in str(folder) else ""
         raise PackedError(
@@ -110,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     except ValueError as error:
         raise PackedError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    if values.get("format") != FORMAT:
         raise PackedError(f"{path}: expected the format {FORMAT!r}")
     if values.get("version") != VERSION:
         raise PackedError(f"{path}: expected version {VERSION}, got {values.get('version')}")
@@ -124,9 +150,31 @@ def read_manifest(folder: Path) -> Manifest:
         ):
             raise PackedError(f"{path} is damaged: {each.name} is {value!r}")
         found[each.name] = value
-    if values["num_classes"] != len(values["class_names"]) or values["num_images"] < 1:
-        raise PackedError(f"{path} is damaged: num_classes or num_images is wrong")
-    return Manifest(**found)
+    manifest = Manifest(**found)
+    if (
+        manifest.num_classes != len(manifest.class_names)
+        or manifest.num_images < 1
+        or manifest.resolution < 1
+    ):
+        raise PackedError(f"{path} is damaged: num_classes, num_images or resolution is wrong")
+    names = [
+        *manifest.class_names,
+        *(manifest.class_words or ()),
+        *(manifest.source.get(k) for k in ("kind", "path")),
+    ]
+    counts = [*manifest.images_per_class, *(manifest.counts.get(key) for key in ("packed", "unreadable"))]
+    if not (
+        all(isinstance(each, str) for each in names)
+        and all(isinstance(each, int) for each in counts)
+        and isinstance(manifest.source.get("plan"), dict)
+        and len(manifest.images_per_class)
+        == manifest.num_classes
+        == len(manifest.class_words or manifest.class_names)
+    ):
+        raise PackedError(
+            f"{path} is damaged: class_names, class_words, images_per_class, counts or source is wrong"
+        )
+    return manifest
 
 
 def image_header(num_images: int, resolution: int) -> bytes:
@@ -189,8 +237,19 @@ def damaged_images(
     return [row for rows in checked for row in rows]
 
 
-def verify(folder: Path, *, progress: bool = False) -> list[str]:
-    """Read all of a prepared set and return what is wrong with it, nothing if it is sound."""
+def read_array(path: Path) -> npt.NDArray[Any]:
+    """Read an array's file; raise PackedError if it is damaged."""
+    try:
+        with open_regular(path) as file:
+            return np.asarray(np.load(file, allow_pickle=False))
+    except Exception as error:  # of many types; the bytes are arbitrary
+        raise PackedError(
+            f"{path.name} cannot be read: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def verify(folder: Path, *, images: bool = True, progress: bool = False) -> list[str]:
+    """Read a prepared set and return what is wrong with it, nothing if it is sound; ``images``: all pixels too."""
     try:
         manifest = read_manifest(folder)
     except PackedError as error:
@@ -198,16 +257,18 @@ def verify(folder: Path, *, progress: bool = False) -> list[str]:
     count = manifest.num_images
     wrong = [*_wrong_small_files(manifest), *wrong_size(manifest)]
     try:
-        labels, digests = (np.load(folder / name, allow_pickle=False) for name in (LABELS, DIGESTS))
-    except (OSError, ValueError) as error:
-        return [*wrong, f"{LABELS} or {DIGESTS} cannot be read: {error}"]
+        labels, digests = (read_array(folder / name) for name in (LABELS, DIGESTS))
+    except PackedError as error:
+        return [*wrong, str(error)]
     wrong += wrong_labels(labels, manifest)
     if digests.shape != (count, DIGEST_BYTES) or digests.dtype != np.uint8:
         expected = f"uint8 [{count}, {DIGEST_BYTES}]"
         return [*wrong, f"{DIGESTS}: expected {expected}, got {digests.dtype} {digests.shape}"]
     if content_checksum(manifest.resolution, manifest.class_names, labels, digests) != manifest.checksum:
         wrong.append(f"the checksum of labels, digests and class names is not {manifest.checksum}")
-    if not (folder / IMAGES).is_file():
+    if sum(manifest.images_per_class) != count or manifest.counts["packed"] != count:
+        wrong.append(f"the counts in {MANIFEST} do not add up to {count:,} images")
+    if not images or not (folder / IMAGES).is_file():
         return wrong
     if damaged := damaged_images(folder / IMAGES, manifest.resolution, digests, progress=progress):
         names = (
@@ -216,8 +277,6 @@ def verify(folder: Path, *, progress: bool = False) -> list[str]:
         shown = ", ".join(f"{row} ({names[row]})" if row < len(names) else str(row) for row in damaged[:10])
         more = f" and {len(damaged) - 10:,} more" if len(damaged) > 10 else ""
         wrong.append(f"{len(damaged):,} of {count:,} images are damaged in {IMAGES}: {shown}{more}")
-    if sum(manifest.images_per_class) != count or manifest.counts.get("packed") != count:
-        wrong.append(f"the counts in {MANIFEST} do not add up to {count:,} images")
     return wrong
 
 

@@ -32,11 +32,13 @@ from sagan.data.packed_format import (
     REPORT_TEXT,
     VERSION,
     Manifest,
+    PackedError,
     content_checksum,
     damaged_images,
     file_entry,
     is_prepared,
     read_manifest,
+    verify,
 )
 from sagan.data.prefetch import usable_cpus
 from sagan.errors import UserError, check_is_new
@@ -99,6 +101,8 @@ def prepare(
     if is_prepared(out):
         manifest = read_manifest(out)
         _refuse_differences(manifest.source["plan"], plan, f"the prepared set in {out}", out)
+        if wrong := verify(out, images=False):
+            raise PackedError(f"the prepared set in {out} is damaged: {'; '.join(wrong)}")
         staging.remove_leftovers()
         return Prepared(manifest, {}, 0, len(listing), 0.0, time.perf_counter() - started)
     check_is_new(out)
@@ -168,6 +172,7 @@ class _Packing:
         """Do the parts that are missing or damaged; return images read, images finished before, and seconds."""
         if self.staging.is_moving:
             return 0, len(self.listing), 0.0
+        self.staging.shape_array(len(self.listing), self.resolution)
         for number in self._damaged_parts():
             self.staging.forget_part(number)
             del self.results[number]

@@ -16,7 +16,6 @@ reverse order could leave, after a power failure, a marker without its pixels.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from sagan.data.packed_format import HEADER_BYTES, IMAGES, PARTIAL, image_header
+from sagan.data.packed_format import HEADER_BYTES, IMAGES, PARTIAL, image_header, seal, unseal
 from sagan.errors import UserError
 from sagan.io import atomic_write, atomic_write_text, locked, sync_folder
 from sagan.prepare.listing import Indices
@@ -41,6 +40,10 @@ class Staging:
     """The folder beside ``out`` in which it is made."""
 
     def __init__(self, out: Path) -> None:
+        if out.name in ("", ".."):
+            out = out.resolve()
+            if not out.name:
+                raise UserError(f"out: expected a new or empty folder, got {out}")
         self.out = out
         self.folder = out.with_name(out.name + PARTIAL)
         self.set = self.folder / "set"
@@ -60,18 +63,27 @@ class Staging:
         """Return the plan of the work that was begun here, None if there is none."""
         if not self._plan.is_file() or not self.array.is_file():
             return None
-        plan: dict[str, Any] = json.loads(self._plan.read_text(encoding="utf-8"))
-        return plan
+        try:
+            return unseal(self._plan.read_bytes())
+        except ValueError as error:
+            raise UserError(
+                f"{self._plan} is damaged: {error}. Delete {self.folder} and run the same command again"
+            ) from error
 
     def begin(self, plan: dict[str, Any], count: int, resolution: int) -> None:
         """Make the array, all holes, and write the plan."""
         for folder in (self.set, self._parts, self._moved):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-        with self.array.open("wb") as file:
+        self.array.touch()
+        self.shape_array(count, resolution)
+        atomic_write_text(self._plan, seal(plan))
+
+    def shape_array(self, count: int, resolution: int) -> None:
+        """Give the array its header and its size; its pixels stay."""
+        with self.array.open("r+b") as file:
             file.write(image_header(count, resolution))
             file.truncate(HEADER_BYTES + count * 3 * resolution**2)
-        atomic_write_text(self._plan, json.dumps(plan, indent=1))
 
     def check_space(self, count: int, resolution: int) -> None:
         """Raise UserError if what is still to be written does not fit on the disk."""
@@ -92,7 +104,7 @@ class Staging:
         results = {}
         for path in self._parts.glob("*.json"):
             with contextlib.suppress(ValueError, TypeError):
-                results[int(path.stem)] = PartResult(**json.loads(path.read_text(encoding="utf-8")))
+                results[int(path.stem)] = PartResult(**unseal(path.read_bytes()))
         return results
 
     def finish_parts(self, results: Mapping[int, PartResult]) -> None:
@@ -100,7 +112,7 @@ class Staging:
         with self.array.open("r+b") as file:
             os.fsync(file.fileno())
         for number, result in results.items():
-            atomic_write_text(self._marker(number), json.dumps(vars(result)))
+            atomic_write_text(self._marker(number), seal(vars(result)))
 
     def forget_part(self, number: int) -> None:
         """Remove the marker of a finished part."""
