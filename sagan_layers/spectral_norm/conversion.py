@@ -13,7 +13,6 @@ from sagan_layers import checks
 from sagan_layers.resampling import ResamplingConv2d
 from sagan_layers.spectral_norm.functional import normalize_weight
 from sagan_layers.spectral_norm.layers import (
-    TEMPORARY_ATTRIBUTES,
     SNConv2d,
     SNConvTranspose2d,
     SNEmbedding,
@@ -41,23 +40,21 @@ def remove_spectral_norm(module: _ModuleT) -> _ModuleT:
     Returns:
         ``module`` itself.
 
+    Raises:
+        TypeError: if a hook or a parametrization computes a layer's weight; the model is then unchanged.
+
     Example:
         >>> conv = remove_spectral_norm(SNConv2d(3, 8, kernel_size=3))
         >>> type(conv).__name__, sorted(conv.state_dict())
         ('Conv2d', ['bias', 'weight'])
     """
-    for layer in module.modules():
-        if isinstance(layer, SpectralNormLayer):
-            # A clone, because the result lies in memory that the layer reuses.
-            weight = normalize_weight(layer._task(layer.weight, iterate=layer.iterate_when_frozen)).weight
-            layer.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)
-            del layer.weight_u, layer.weight_v
-            for name in ("n_power_iterations", "eps", "iterate_when_frozen", *TEMPORARY_ATTRIBUTES):
-                layer.__dict__.pop(name, None)
-            resamples = isinstance(layer, SNConv2d) and layer.resamples
-            layer.__class__ = ResamplingConv2d if resamples else layer._plain_class  # type: ignore[assignment]
-            if not resamples:
-                layer.__dict__.pop("backend", None)
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, SpectralNormLayer)}
+    for name, layer in layers.items():
+        layer.check_own_weight(name)
+    for layer in layers.values():
+        # A clone, because the result lies in memory that the layer reuses.
+        weight = normalize_weight(layer._task(layer.weight, iterate=layer.iterate_when_frozen)).weight
+        layer.become_plain(nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad))
     return module
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sagan_layers.spectral_norm import reference
 from sagan_layers.spectral_norm.autograd import SpectralNormKernels
 from sagan_layers.spectral_norm.layout import layout_of, same_strides
 from sagan_layers.spectral_norm.memory import ReusedMemory
@@ -20,6 +21,8 @@ _MIN_SPLIT_ENTRIES = 2**16
 _SPLITS = 8
 # Entries of a block for a division that also rounds: few enough to stay in a core's cache.
 _ROUNDED_ENTRIES = 2**17
+# Outside, squares may overflow or vanish.
+_LEAST_SIGMA, _LARGEST_SIGMA = 1e-15, 1e15
 
 
 def unsupported_reasons(weight: Tensor, dim: int) -> list[str]:
@@ -47,6 +50,8 @@ def _normalize(task: SpectralNormTask) -> SpectralNormResult:
         u = _unit(product, eps, otherwise=u)
     sigma = torch.dot(u, _times(blocks, v) if product is None else product)
     divisor = sigma.item()
+    if not _LEAST_SIGMA < abs(divisor) < _LARGEST_SIGMA:
+        return reference.normalize([task._replace(weight=weight)])[0]
     normalized = _empty_like(weight, options.dtype, options.memory and options.memory.weight)
     _divide(blocks, divisor if abs(divisor) > eps else 1.0, layout.blocks(normalized))
     v = layout.in_canonical_order(v)

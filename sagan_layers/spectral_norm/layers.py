@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,13 @@ from sagan_layers import checks
 from sagan_layers.resampling import ResamplingConv2d
 from sagan_layers.spectral_norm.functional import normalize_weight, weight_of_result
 from sagan_layers.spectral_norm.memory import LayerMemory
-from sagan_layers.spectral_norm.reference import SpectralNormOptions, SpectralNormResult, SpectralNormTask
+from sagan_layers.spectral_norm.reference import (
+    SpectralNormOptions,
+    SpectralNormResult,
+    SpectralNormTask,
+    scale_of,
+    spectral_divisor,
+)
 from sagan_layers.torch_support import accumulation_dtype
 
 __all__ = ["SNConv2d", "SNConvTranspose2d", "SNEmbedding", "SNLinear", "SpectralNormLayer"]
@@ -118,7 +125,8 @@ class SpectralNormLayer(nn.Module):
     def reset_right_vector(self) -> None:
         """Set v to fit the weight and u: v = W^T u / ||W^T u||. For weights that were stored with u alone."""
         dtype = accumulation_dtype(self.weight.dtype)
-        matrix = self.weight.to(dtype).transpose(0, self._output_axis).flatten(1)
+        full = self.weight.to(dtype)
+        matrix = (full / scale_of(full)).transpose(0, self._output_axis).flatten(1)
         v = torch.mv(matrix.t(), self.weight_u.to(dtype))
         self.weight_v.copy_(v / torch.linalg.vector_norm(v).clamp_min(self.eps))
 
@@ -208,6 +216,35 @@ class SpectralNormLayer(nn.Module):
             )
         task = SpectralNormTask(weight, shared.task.u, shared.task.v, shared.task.options)
         return weight_of_result(task, shared.result)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As ``nn.Module``; but the weight that torch fuses with a batch norm would be normalised again."""
+        if name == "weight" and sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.fusion":
+            # It is raw weight times gain: divided by sigma it belongs to the plain layer.
+            self.check_own_weight()
+            with torch.no_grad():
+                value /= spectral_divisor(self.sigma, self.eps).to(value.dtype)
+            self.become_plain(value)
+        else:
+            super().__setattr__(name, value)
+
+    def check_own_weight(self, name: str = "") -> None:
+        """Raise ``TypeError`` if the weight is not a parameter but computed by a hook or a parametrization."""
+        if not isinstance(self._parameters.get("weight"), nn.Parameter):
+            raise TypeError(
+                f"the weight of {name or type(self).__name__!r} is computed by something else (a hook or a "
+                "parametrization, such as pruning); remove that first"
+            )
+
+    def become_plain(self, weight: nn.Parameter) -> None:
+        """Turn this object into its plain layer, with another weight."""
+        resamples = isinstance(self, SNConv2d) and self.resamples
+        del self.weight_u, self.weight_v
+        options = ("n_power_iterations", "eps", "iterate_when_frozen", *(() if resamples else ("backend",)))
+        for name in (*options, *TEMPORARY_ATTRIBUTES):
+            self.__dict__.pop(name, None)
+        self.__class__ = ResamplingConv2d if resamples else self._plain_class  # type: ignore[assignment]
+        self.weight = weight
 
     def extra_repr(self) -> str:
         """Return the plain layer's description, and the options that differ from the defaults."""

@@ -5,6 +5,7 @@ The functional forms have checked the inputs. Half-precision weights are compute
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -67,19 +68,31 @@ def spectral_normalize(
     dtype = accumulation_dtype(weight.dtype)
     with without_autocast(weight.device):
         full = weight.to(dtype)
-        matrix = full.transpose(0, dim).flatten(1)
+        scale = scale_of(full)
+        scaled, least = full / scale, eps / scale
+        matrix = scaled.transpose(0, dim).flatten(1)
         with torch.no_grad():
             constant, u, v = matrix.detach(), u.to(dtype), v.to(dtype)
             iterate = _opaque_power_iteration if torch.compiler.is_dynamo_compiling() else _power_iteration
-            u, v = iterate(constant, u, v, n_power_iterations, eps)
+            u, v = iterate(constant, u, v, n_power_iterations, least)
         sigma = torch.dot(u, torch.mv(matrix, v))
-        divisor = spectral_divisor(sigma, eps)
-        return SpectralNormResult((full / divisor).to(weight.dtype), sigma, u, v)
+        divisor = spectral_divisor(sigma, least, otherwise=1 / scale)
+        return SpectralNormResult((scaled / divisor).to(weight.dtype), sigma * scale, u, v)
 
 
-def spectral_divisor(sigma: Tensor, eps: float) -> Tensor:
+@torch.no_grad()
+def scale_of(weight: Tensor) -> Tensor:
+    """Return a power of two near the largest entry: divided by it no square overflows or vanishes, no bit changes."""
+    limits = torch.finfo(weight.dtype)
+    least, most = (math.frexp(limit)[1] - 1 for limit in (limits.tiny, limits.max))
+    largest = torch.linalg.vector_norm(weight.detach(), torch.inf)
+    scale: Tensor = largest.log2().floor().clamp(least, most).exp2()
+    return scale
+
+
+def spectral_divisor(sigma: Tensor, eps: float | Tensor, otherwise: float | Tensor = 1.0) -> Tensor:
     """Return sigma, or 1 where sigma is not above eps: so that a weight of zeros stays zero."""
-    return torch.where(sigma.abs() > eps, sigma, torch.ones_like(sigma))
+    return torch.where(sigma.abs() <= eps, otherwise, sigma)
 
 
 def gradient(
@@ -95,7 +108,7 @@ def gradient(
 
 
 def _power_iteration(
-    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float
+    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return updated copies of u and v: backward reads them after the layer has overwritten its buffers."""
     u, v = u.clone(), v.clone()
@@ -108,10 +121,10 @@ def _power_iteration(
 @torch.library.custom_op(
     "sagan_layers::power_iteration",
     mutates_args=(),
-    schema="(Tensor matrix, Tensor u, Tensor v, int n_power_iterations, float eps) -> (Tensor, Tensor)",
+    schema="(Tensor matrix, Tensor u, Tensor v, int n_power_iterations, Tensor eps) -> (Tensor, Tensor)",
 )
 def _opaque_power_iteration(
-    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float
+    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same as one operation that torch.compile does not look into.
 
@@ -123,10 +136,10 @@ def _opaque_power_iteration(
 
 
 @_opaque_power_iteration.register_fake
-def _(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+def _(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(u), torch.empty_like(v)
 
 
-def _unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
+def _unit(vector: Tensor, eps: Tensor, otherwise: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(vector)
     return torch.where(norm > eps, vector / (norm + eps), otherwise)
