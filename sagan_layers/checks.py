@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.common_types import _size_2_t
 
+from sagan_layers.torch_support import has_memory, is_tracing, transforms_active
+
 _debug_checks = os.environ.get("SAGAN_LAYERS_DEBUG_CHECKS", "0") not in ("", "0")
 
 
@@ -22,7 +24,7 @@ def set_debug_checks(enabled: bool) -> None:
     Values of labels and query points on the CPU are always checked. On a GPU reading them would stall the stream at
     every step, so they are checked only after ``set_debug_checks(True)`` or with the environment variable
     ``SAGAN_LAYERS_DEBUG_CHECKS=1``; otherwise an index out of range fails a CUDA assertion. Inside
-    ``torch.compile`` and ``torch.export`` values are never checked.
+    ``torch.compile``, ``torch.export``, ``torch.jit.trace`` and ``torch.func`` values are never checked.
 
     Args:
         enabled: whether to check.
@@ -164,14 +166,19 @@ def check_indices(name: str, indices: object, *, upper: int, like: Tensor) -> No
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected an int64 or int32 tensor, got {kind_of(indices)}")
     check_same_device(name, indices, "the module's parameters", like)
-    if torch.compiler.is_compiling() or indices.is_meta or indices.numel() == 0:
-        return
-    if indices.device.type == "cpu" or _debug_checks:
+    if indices.numel() and reads_values_of(indices):
         low, high = (int(bound) for bound in torch.aminmax(indices))
         if low < 0 or high >= upper:
             raise ValueError(
                 f"{name}: expected values from 0 to {upper - 1}, got values from {low} to {high}"
             )
+
+
+def reads_values_of(tensor: Tensor) -> bool:
+    """Return whether checks read a tensor's values: not in compilers, tracers, transforms, and on a GPU if told to."""
+    if torch.compiler.is_compiling() or tensor.is_meta or is_tracing():
+        return False
+    return (tensor.device.type == "cpu" or _debug_checks) and not transforms_active() and has_memory(tensor)
 
 
 def check_labels(labels: Tensor | None, *, num_classes: int | None, batch: int, like: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -43,12 +43,48 @@ def is_known(condition: bool | torch.SymBool) -> bool:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Return whether a compiler, torch.func, forward mode or a tensor subclass sees the operations on a tensor."""
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+    """Return whether more than torch's eager kernels will see the operations on a tensor, so that they must be plain.
+
+    That is a compiler, torch.jit.trace, torch.func, forward mode, a tensor subclass or batched gradients.
+    """
+    if torch.compiler.is_compiling() or is_tracing() or type(tensor) not in (Tensor, nn.Parameter):
         return True
-    transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
     unpack: Any = torch.autograd.forward_ad.unpack_dual
-    return bool(transforms_active()) or unpack(tensor).tangent is not None
+    return transforms_active() or not has_memory(tensor) or unpack(tensor).tangent is not None
+
+
+def is_tracing() -> bool:
+    """Return whether torch.jit.trace records, whose programs can be saved if their operations are plain."""
+    return not torch.compiler.is_compiling() and bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+
+
+def transforms_active() -> bool:
+    """Return whether a transform of torch.func runs."""
+    return bool(getattr(torch._C, "_are_functorch_transforms_active", lambda: False)())
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor's values lie in memory: not those of a batch of gradients, or inside a compiler."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        tensor.untyped_storage()
+    except RuntimeError:
+        return False
+    return True
+
+
+def update_state(update: Callable[[], object], remedy: str) -> None:
+    """Change a module's buffers in place; if torch.func does not allow that, raise ``RuntimeError`` with the remedy."""
+    if torch.compiler.is_compiling() or not transforms_active():
+        update()
+        return
+    try:
+        update()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"torch.func cannot change a module's buffers in place, as a forward in training does; {remedy}"
+        ) from error
 
 
 @contextlib.contextmanager

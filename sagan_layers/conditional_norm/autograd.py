@@ -30,7 +30,7 @@ from sagan_layers.conditional_norm.kernels import (
     ForwardArguments,
 )
 from sagan_layers.conditional_norm.reference import ConditionalNormResult
-from sagan_layers.torch_support import accumulation_dtype, without_autocast
+from sagan_layers.torch_support import accumulation_dtype, has_memory, without_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -269,13 +269,16 @@ def _gradients(
         return None, None, None, *constants
     x, gain, bias, y, mean, var = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():  # the gradients need a graph themselves
+    needs_graph = torch.is_grad_enabled()
+    # The gradients need a graph themselves, or are a batch of gradients (is_grads_batched).
+    if needs_graph or not (has_memory(grad_y) or torch.compiler.is_compiling()):
         running = None if ctx.batch_statistics else (mean, var)
-        # Views, so that derivatives stop at gain and bias, which may depend on other tensors.
-        x, gain, bias = inputs = [tensor.view_as(tensor) for tensor in (x, gain, bias)]
-        y = reference.conditional_batch_norm(x, gain, bias, running, ctx.eps, ctx.relu, process_group).y
+        with torch.enable_grad():
+            # Views, so that derivatives stop at gain and bias, which may depend on other tensors.
+            x, gain, bias = inputs = [tensor.view_as(tensor) for tensor in (x, gain, bias)]
+            y = reference.conditional_batch_norm(x, gain, bias, running, ctx.eps, ctx.relu, process_group).y
         needed = [tensor for tensor, is_needed in zip(inputs, needs, strict=True) if is_needed]
-        found = iter(torch.autograd.grad(y, needed, grad_y, create_graph=True))
+        found = iter(torch.autograd.grad(y, needed, grad_y, create_graph=needs_graph))
         return *(next(found) if is_needed else None for is_needed in needs), *constants
     arguments = BackwardArguments(grad_y, x, y, mean, var, gain, ctx.eps, ctx.batch_statistics, *needs)
     grad_x, grad_gain, grad_bias = run_backward(*arguments)

@@ -26,7 +26,7 @@ from sagan_layers.conditional_norm.kernels import (
     ForwardArguments,
     opaque_unsupported_reasons,
 )
-from sagan_layers.torch_support import accumulation_dtype, is_exporting
+from sagan_layers.torch_support import accumulation_dtype, is_exporting, is_tracing
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # With fewer values in a feature map the reference is as fast.
@@ -54,7 +54,7 @@ def unsupported_reasons(inputs: ConditionalNormInputs) -> list[str]:
 def not_preferred_reasons(inputs: ConditionalNormInputs) -> list[str]:
     """Return why "auto" takes the reference, although the blocks could serve."""
     x = inputs.x
-    if is_exporting():
+    if is_exporting() or is_tracing():
         return ["an exported program should need torch alone"]
     if not torch.compiler.is_compiling() and type(x) not in (Tensor, torch.nn.Parameter):
         return [f"it reads values and writes in place, and x is a {type(x).__name__}"]
@@ -85,6 +85,7 @@ def forward(
             mean, var = _statistics_around(centre, layout, values, results)
     if combine is not None:
         mean, var = combine(mean, var)
+    var = var.masked_fill(var.isinf(), torch.nan)  # an overflow must not leave the bias alone
     remainder = mean if centre is None else mean - centre
     if centre is not None and results.dtype == layout.dtype:  # the results hold the centred values
         values, centre = results, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,14 +15,21 @@ from sagan_layers.checks import (
     check_floating,
     check_positive,
     check_same_device,
+    reads_values_of,
     shape_of,
 )
 from sagan_layers.conditional_norm.kernels import ConditionalNormInputs
 from sagan_layers.conditional_norm.reference import ConditionalNormResult
 from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM
+from sagan_layers.torch_support import accumulation_dtype, update_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_REMEDY = (
+    "enter frozen_running_statistics(model) or call model.eval(), or pass the buffers to "
+    "torch.func.functional_call as arguments of the transform"
+)
 
 
 def conditional_batch_norm(
@@ -64,8 +73,10 @@ def conditional_batch_norm(
         - Output: as x, in the dtype of x.
 
     Raises:
-        ValueError: if shapes or devices disagree, statistics would be taken of a single value per channel, or the
+        ValueError: if shapes or devices disagree, statistics would be taken of a single value per channel, the
+            variance overflows (from |x| of about 1e19 in float32; on a GPU see :func:`set_debug_checks`), or the
             named backend does not exist or cannot serve.
+        RuntimeError: if running statistics would be updated inside a transform of torch.func, which refuses it.
         TypeError: if a tensor is not floating point.
 
     Note:
@@ -95,6 +106,8 @@ def conditional_batch_norm(
         ConditionalNormInputs(x, running, process_group), backend
     )
     result = chosen.implementation(x, gain, bias, running, eps, activation == "relu", process_group)
+    if running is None:
+        _check_variance(x, result.var, process_group)
     if training and running_mean is not None and running_var is not None:
         _update_running_statistics(running_mean, running_var, result, momentum, biased_running_var)
     return result.y
@@ -138,6 +151,22 @@ def _check(
 
 
 @torch.no_grad()
+def _check_variance(x: Tensor, var: Tensor, process_group: ProcessGroup | None) -> None:
+    """Raise if the variance of finite values overflowed: y would be the bias alone."""
+    if var.numel() == 0 or not reads_values_of(var):
+        return
+    largest = var.amax().item()
+    # The variance is NaN where values are not finite, or where a sum overflowed too.
+    if largest == math.inf or (
+        math.isnan(largest) and process_group is None and bool(torch.isfinite(x).all())
+    ):
+        raise ValueError(
+            f"x: expected values whose variance {accumulation_dtype(x.dtype)} can hold, got values up to "
+            f"{x.abs().amax().item():.0e}"
+        )
+
+
+@torch.no_grad()
 def _update_running_statistics(
     running_mean: Tensor,
     running_var: Tensor,
@@ -158,4 +187,5 @@ def _update_running_statistics(
         var = var * (count / (count - 1))
     for running, statistic in ((running_mean, mean), (running_var, var)):
         weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-        running.lerp_(statistic.to(running.dtype), weight)
+        value = statistic.to(running.dtype)
+        update_state(partial(running.lerp_, value, weight), _REMEDY)

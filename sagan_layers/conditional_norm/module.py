@@ -156,7 +156,7 @@ class ConditionalBatchNorm2d(nn.Module):
         checks.check_input(x, channels=self.num_features, like=self._any_parameter())
         gain, bias = self._gain_and_bias(x, condition)
         running_mean, running_var, momentum = self._running_statistics(x)
-        return functional.conditional_batch_norm(
+        y = functional.conditional_batch_norm(
             x,
             gain,
             bias,
@@ -170,6 +170,9 @@ class ConditionalBatchNorm2d(nn.Module):
             activation=self.activation,
             backend=self.backend,
         )
+        if self.norm.training and running_mean is not None and self.norm.num_batches_tracked is not None:
+            self.norm.num_batches_tracked.add_(1)
+        return y
 
     def begin_standing_statistics(self) -> None:
         """Start to gather standing statistics.
@@ -246,16 +249,14 @@ class ConditionalBatchNorm2d(nn.Module):
             return self.norm.running_mean, self.norm.running_var, 0.0
         if self._frozen_statistics:
             return None, None, 0.0
-        return self.norm.running_mean, self.norm.running_var, self._count_batch()
+        return self.norm.running_mean, self.norm.running_var, self._momentum()
 
-    def _count_batch(self) -> float | Tensor:
-        """Count one more batch and return its weight in the running statistics."""
-        if self.norm.num_batches_tracked is None or self.norm.running_mean is None:
-            return 0.0
-        self.norm.num_batches_tracked.add_(1)
-        if self.norm.momentum is not None:
-            return self.norm.momentum
-        return self.norm.num_batches_tracked.to(self.norm.running_mean.dtype).reciprocal()
+    def _momentum(self) -> float | Tensor:
+        """Return the weight of the next batch in the running statistics."""
+        count = self.norm.num_batches_tracked
+        if self.norm.momentum is not None or self.norm.running_mean is None or count is None:
+            return self.norm.momentum or 0.0
+        return torch.add(count, 1).to(self.norm.running_mean.dtype).reciprocal()
 
     def _process_group(self) -> ProcessGroup | None:
         """Return the group over which this pass takes statistics; None for this process alone."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sagan_layers.resampling.reference import ResamplingInputs, ResamplingOptions
+from sagan_layers.torch_support import is_tracing
 
 
 def unsupported_reasons(inputs: ResamplingInputs) -> list[str]:
@@ -34,7 +35,8 @@ def window_sums(x: Tensor, size: int, padding: tuple[int, int] = (0, 0), scale: 
         padding: zeros on each side of (height, width) before; negative crops.
         scale: factor on the sums.
     """
-    if torch.compiler.is_compiling():  # the compiler fuses the derivative of the slices
+    # Compilers fuse the derivative of the slices, and subclasses see a custom function's result as a view.
+    if torch.compiler.is_compiling() or is_tracing() or type(x) is not Tensor:
         return _window_sums(x, size, padding, scale)
     result: Tensor = _WindowSums.apply(x, size, padding, scale)  # type: ignore[no-untyped-call]
     return result

@@ -21,12 +21,17 @@ from sagan_layers.spectral_norm.reference import (
     scale_of,
     spectral_divisor,
 )
-from sagan_layers.torch_support import accumulation_dtype
+from sagan_layers.torch_support import accumulation_dtype, update_state
 
 __all__ = ["SNConv2d", "SNConvTranspose2d", "SNEmbedding", "SNLinear", "SpectralNormLayer"]
 
 # Set on a layer by contexts and earlier steps; copies and plain layers do not have them.
 TEMPORARY_ATTRIBUTES = ("_frozen", "_shared", "_memory", "_records", "_replayed")
+
+_REMEDY = (
+    "enter shared_spectral_norm(model) around the transform, which updates u and v once before it, or "
+    "frozen_spectral_norm(model), or call model.eval()"
+)
 
 
 class Frozen(NamedTuple):
@@ -152,8 +157,7 @@ class SpectralNormLayer(nn.Module):
             if self._updates_vectors:
                 # The graph has its own u and v, so an earlier forward's graph stays valid.
                 with torch.no_grad():
-                    self.weight_u.copy_(u)
-                    self.weight_v.copy_(v)
+                    update_state(lambda: (self.weight_u.copy_(u), self.weight_v.copy_(v)), _REMEDY)
         for record in self._records:
             record.append(used)
         return weight
