@@ -42,7 +42,7 @@ from sagan.data import (
     verify,
 )
 from sagan.errors import UserError
-from sagan.prepare import Listing, Prepared, SourceOptions, list_source, packing, pool, prepare, staging
+from sagan.prepare import Listing, Prepared, SourceOptions, list_source, packing, part, pool, prepare, staging
 from sagan.prepare.part import Part, PartResult
 from sagan.prepare.synthetic import (
     SyntheticSet,
@@ -527,9 +527,15 @@ class TestDamagedArchives:
                 self.refused(tmp_path, whole[:cut])
 
     def test_a_download_into_a_file_of_full_size_is_refused(self, tmp_path: Path, whole: bytes) -> None:
-        for part in (2, 3, 5):
-            done = len(whole) // part
+        for share in (2, 3, 5):
+            done = len(whole) // share
             self.refused(tmp_path, whole[:done] + bytes(len(whole) - done))
+
+    def test_zeros_from_inside_the_last_file_on_are_found(self, tmp_path: Path) -> None:
+        data = tar({f"{n}.JPEG": jpeg_bytes(n, 300, 200) for n in range(2)})
+        (place,) = self.headers(data, "1.JPEG")
+        data = data[: place + 512 + 1500] + bytes(len(data) - place - 512 - 1500)
+        assert "zeros from inside 1.JPEG on" in self.refused(tmp_path, tar({f"{WNIDS[0]}.tar": data}))
 
     def test_a_class_archive_that_ends_where_a_file_ends_is_refused(self, tmp_path: Path) -> None:
         archives = {f"{wnid}.tar": class_archive(wnid) for wnid in WNIDS[:2]}
@@ -670,6 +676,16 @@ class TestBadFiles:
         first, second = pack(write_tar(tmp_path / "t.tar", archives), tmp_path / "set").report["unreadable"]
         assert "truncated" in first["detail"]
         assert "text file" in second["detail"]
+
+    def test_a_jpeg_of_full_size_whose_rest_is_zeros_is_unreadable(self, tmp_path: Path) -> None:
+        root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=2, sizes=[(90, 90)])
+        cut, padded, *_ = sorted(root.rglob("*.JPEG"))
+        data = cut.read_bytes()
+        cut.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+        padded.write_bytes(padded.read_bytes() + bytes(600))
+        report = pack(root, tmp_path / "set").report
+        expected = {"file": f"{WNIDS[0]}/{cut.name}", "detail": "truncated: zeros instead of its end"}
+        assert report["unreadable"] == [expected]
 
     def test_a_source_that_changes_while_it_is_read_ends_the_run(self, tmp_path: Path) -> None:
         root = write_image_tree(tmp_path / "src", class_names=WNIDS[:2], images_per_class=2, sizes=[(20, 20)])
@@ -875,6 +891,44 @@ class TestSpaceAndPlaces:
             with pytest.raises(OSError, match="No space left"):
                 pack(source, out)
         assert pack(source, out).reused == 10
+
+    @pytest.mark.parametrize(("place", "writes"), [("part", 0), ("part", 3), ("staging", 0)])
+    def test_a_full_disk_is_named_and_leaves_nothing_of_no_use(
+        self, messy: MessyTree, out: Path, monkeypatch: Patch, place: str, writes: int
+    ) -> None:
+        module = {"part": part, "staging": staging}[place]
+        write_all, calls = module.write_all, itertools.count()
+
+        def full(*arguments: Any) -> None:
+            if next(calls) >= writes:
+                raise OSError(28, "No space left on device")
+            write_all(*arguments)
+
+        monkeypatch.setattr(module, "write_all", full)
+        monkeypatch.setattr(packing, "MARK_EVERY_S", 0)
+        arguments = ["prepare", "--source", messy.root, "--out", out, "--resolution", 8, "--part-size", 5]
+        message = refused(*arguments, "--workers", 1)
+        assert "No space left on device" in message
+        assert str(out.with_name("set.partial") / "set" / "images.npy") in message
+        finished = place == "staging" or writes > 0
+        assert ("finished work is saved" in message) == out.with_name("set.partial").exists() == finished
+        monkeypatch.undo()
+        succeed(*arguments)
+        assert verify(out) == []
+
+    @pytest.mark.parametrize("layout", ["folder", "tars"])
+    def test_a_disk_full_of_generated_images_is_named(
+        self, tmp_path: Path, monkeypatch: Patch, layout: str
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+        message = refused(
+            "make-images", "--out", tmp_path / "made", "--layout", layout, "--classes", 2, "--images", 1
+        )
+        assert f"No space left on device: '{tmp_path / 'made'}'" in message
 
     def test_out_may_be_the_folder_one_is_in(self, source: Path, tmp_path: Path, monkeypatch: Patch) -> None:
         (tmp_path / "here").mkdir()

@@ -50,6 +50,7 @@ _HELP = (
 class GroundTruth:
     """The classes (WNIDs) of a set of images without class folders, by number or by name, and what the source adds."""
 
+    path: Path
     by_number: Sequence[str] = ()  # of image 1, 2, ... in the order of the file names
     by_name: Mapping[str, str] = field(default_factory=dict)  # by file name without extension
     words: Mapping[str, str] = field(default_factory=dict)  # human names by WNID
@@ -66,7 +67,7 @@ class GroundTruth:
             missing = [name for name in names if name.rpartition(".")[0] not in self.by_name]
             if missing:
                 raise DatasetError(
-                    f"the ground truth does not name {len(missing):,} of {len(names):,} images of {source}, "
+                    f"{self.path} does not name {len(missing):,} of {len(names):,} images of {source}, "
                     f"such as {missing[0]}"
                 )
             return [self.by_name[name.rpartition(".")[0]] for name in names]
@@ -76,13 +77,13 @@ class GroundTruth:
             numbers = list(range(1, len(names) + 1))
             if len(names) != len(self.by_number):
                 raise DatasetError(
-                    f"the ground truth has {len(self.by_number):,} lines for {len(names):,} images of {source}, whose "
+                    f"{self.path} has {len(self.by_number):,} lines for {len(names):,} images of {source}, whose "
                     "names do not end in their number (as ILSVRC2012_val_00000001.JPEG does): the lines cannot be "
                     "matched to images"
                 )
         if numbers and (min(numbers) < 1 or max(numbers) > len(self.by_number)):
             raise DatasetError(
-                f"the ground truth has {len(self.by_number):,} lines, the images of {source} are numbered "
+                f"{self.path} has {len(self.by_number):,} lines, the images of {source} are numbered "
                 f"{min(numbers)} to {max(numbers)}"
             )
         return [self.by_number[number - 1] for number in numbers]
@@ -133,7 +134,7 @@ def read_ground_truth(path: Path | None, synsets: Path | None, source: Path) -> 
     if lines and all(len(line) == 1 and line[0].isdecimal() for line in lines):
         return _devkit([int(line[0]) for line in lines], synsets, meta, found), remark
     if lines and all(len(line) == 1 and WNID.fullmatch(line[0]) for line in lines):
-        return GroundTruth(by_number=[line[0] for line in lines]), remark
+        return GroundTruth(found, by_number=[line[0] for line in lines]), remark
     if lines and all(len(line) == 2 and WNID.fullmatch(line[1]) for line in lines):
         return _by_name([(name, wnid) for name, wnid in lines], found), remark
     raise DatasetError(
@@ -219,7 +220,7 @@ def _by_name(pairs: Sequence[tuple[str, str]], path: Path) -> GroundTruth:
             raise DatasetError(
                 f"{path}: expected one class for {name}, got {by_name[_stem(name)]} and {wnid}"
             )
-    return GroundTruth(by_name=by_name)
+    return GroundTruth(path, by_name=by_name)
 
 
 def _stem(name: str) -> str:
@@ -246,7 +247,7 @@ def _devkit(numbers: Sequence[int], synsets: Path | None, meta: bytes | None, pa
         raise DatasetError(
             f"{path}: the numbers go from {min(numbers)} to {max(numbers)}, the synsets from 1 to {len(wnids)}"
         )
-    return GroundTruth(by_number=[wnids[n - 1] for n in numbers], words=words, classes=wnids)
+    return GroundTruth(path, by_number=[wnids[n - 1] for n in numbers], words=words, classes=wnids)
 
 
 def _synset_lines(path: Path) -> list[str]:

@@ -36,6 +36,16 @@ def too_large(size: int) -> str | None:
     return f"{size:,} bytes are too many for an image" if size > _MAX_IMAGE_BYTES else None
 
 
+def is_cut_jpeg(data: bytes) -> bool:
+    """Return whether a JPEG ends in zeros instead of its end, as in a download into a file of full size.
+
+    libjpeg decodes the zeros as grey.
+    """
+    return (
+        data.endswith(bytes(512)) and data[:2] == b"\xff\xd8" and not data.rstrip(b"\0").endswith(b"\xff\xd9")
+    )
+
+
 class ImageFiles(abc.ABC):
     """The encoded files of a list of images. It can be pickled, to be read in a worker process."""
 

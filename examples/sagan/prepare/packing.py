@@ -106,7 +106,7 @@ def prepare(
         staging.remove_leftovers()
         return Prepared(manifest, {}, 0, len(listing), 0.0, time.perf_counter() - started)
     check_is_new(out)
-    with staging.locked():
+    with staging.locked(), staging.disk_errors():
         begun = staging.read_plan()
         if begun is not None:
             _refuse_differences(begun, plan, f"the unfinished set in {staging.folder}", staging.folder)

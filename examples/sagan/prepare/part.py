@@ -11,7 +11,7 @@ from sagan.data.decoding import ImageFacts, ImageReadError, pillow_warnings, rea
 from sagan.data.inspection import widen
 from sagan.data.layout import FORMAT_EXTENSIONS
 from sagan.data.packed_format import DIGEST_BYTES, HEADER_BYTES, digest
-from sagan.prepare.listing import ImageFiles, Indices
+from sagan.prepare.listing import ImageFiles, Indices, is_cut_jpeg
 
 UNREADABLE, ROTATED, ENLARGED, MISNAMED_FORMAT = "unreadable", "rotated by EXIF", "enlarged", "format"
 _IMAGES_PER_WRITE = 64
@@ -64,6 +64,8 @@ def pack_part(part: Part) -> PartResult:
             try:
                 if isinstance(data, str):
                     raise ImageReadError(Path(name), data)
+                if is_cut_jpeg(data):
+                    raise ImageReadError(Path(name), "truncated: zeros instead of its end")
                 pixels, facts = read_pixels(
                     Path(name), part.resolution, resample=part.resample, draft=False, data=data
                 )

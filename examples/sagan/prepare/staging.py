@@ -16,6 +16,7 @@ reverse order could leave, after a power failure, a marker without its pixels.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -58,6 +59,19 @@ class Staging:
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / "lock", f"another prepare is at work in {self.folder}"):
             yield
+
+    @contextlib.contextmanager
+    def disk_errors(self) -> Iterator[None]:
+        """Name the place in errors of the disk, which a full one leaves out; leave nothing of no use behind."""
+        try:
+            yield
+        except OSError as error:
+            is_of_use = any(self._parts.glob("*.json"))
+            if not is_of_use:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            hint = " (finished work is saved: the same command resumes)" if is_of_use else ""
+            place = error.filename or str(self.array)
+            raise OSError(error.errno or errno.EIO, f"{error.strerror or error}{hint}", place) from error
 
     def read_plan(self) -> dict[str, Any] | None:
         """Return the plan of the work that was begun here, None if there is none."""

@@ -7,6 +7,7 @@ ground. Image i of a class depends on (seed, class, i) alone, so all layouts hol
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import tarfile
@@ -273,4 +274,9 @@ def write_shard(
 
 def write_layout(root: Path, layout: Layout, images: SyntheticSet) -> None:
     """Write the images in one of the ``LAYOUTS``."""
-    {"folder": write_folder, "tars": write_tars, "parquet": write_parquet}[layout](root, images)
+    try:
+        {"folder": write_folder, "tars": write_tars, "parquet": write_parquet}[layout](root, images)
+    except OSError as error:  # a full disk names no file
+        raise OSError(
+            error.errno or errno.EIO, error.strerror or str(error), error.filename or str(root)
+        ) from error

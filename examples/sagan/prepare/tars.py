@@ -20,7 +20,7 @@ from sagan.data.layout import (
 )
 from sagan.data.tree import NOT_REGULAR, SkippedFiles
 from sagan.io import open_regular
-from sagan.prepare.listing import ImageFiles, Indices, Listing, hinted, too_large, will_need
+from sagan.prepare.listing import ImageFiles, Indices, Listing, hinted, is_cut_jpeg, too_large, will_need
 from sagan.prepare.pool import run_tasks
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd", b"PK": "zip"}
@@ -107,6 +107,13 @@ def list_members(archive: Stretch) -> list[tuple[str, Stretch | None]]:
                     members.append((member.name, place))
                 elif not member.isdir():
                     members.append((member.name, None))
+            # Zeros from inside the last file on may have been more files, if no more than _MOST_ZEROS.
+            if members and (last := members[-1][1]) and last.size > _BLOCK and not too_large(last.size):
+                file.seek(last.start + last.size - _BLOCK)
+                if file.read(_BLOCK) == bytes(_BLOCK):
+                    file.seek(last.start)
+                    if is_cut_jpeg(file.read(last.size)):
+                        raise tarfile.ReadError(f"zeros from inside {members[-1][0]} on")
         except tarfile.TarError as error:
             packer = _COMPRESSED.get(magic) if archive.start == 0 else None
             reason = (
