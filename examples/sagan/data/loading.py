@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,13 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from sagan.data.dataset import ImageDataset
 from sagan.data.prefetch import prefetch
+from sagan.data.workers import WorkerBatches, ignore_signals, no_room, place_in_shared_memory
+from sagan.errors import UserError
 from sagan.randomness import splitmix64
 
 Indices = npt.NDArray[np.int64]
+
+_PREFETCH_FACTOR = 2  # batches that each worker keeps ready
+_WAKE_EVERY_S = 0.5  # how often a wait for workers looks for signals and dead workers
 
 
 class IndexBatch(NamedTuple):
@@ -128,7 +132,8 @@ def make_loader(
     """Return an endless iterator over batches that neither reads nor changes torch's global random state.
 
     Worker processes start at once and live until the iterator is deleted; epochs do not restart them. A data set that
-    is cached needs none. Without workers, `ImageDataset.prefetched_batches` are fetched ahead on a thread.
+    is cached needs none. Without workers, `ImageDataset.prefetched_batches` are fetched ahead on a thread. What can go
+    wrong with workers while a batch is awaited is raised there; see `WorkerBatches`.
 
     Args:
         dataset: the images.
@@ -148,30 +153,33 @@ def make_loader(
         len(dataset), batch_size, seed, start_batch=start_batch, drop_last=drop_last, rank=rank,
         num_replicas=num_replicas,
     )  # fmt: skip
-    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-        _Batches(dataset, seed, horizontal_flip),
-        batch_size=None,
-        sampler=sampler.batches(),
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        pin_memory=pin_memory and torch.accelerator.is_available(),
-        generator=torch.Generator().manual_seed(seed),
-        multiprocessing_context=multiprocessing_context if num_workers else None,
-        worker_init_fn=_ignore_signals,
-    )
-    if num_workers == 0 and dataset.prefetched_batches:
-        batches = iter(loader)
+    options: dict[str, Any] = {
+        "batch_size": None,
+        "sampler": sampler.batches(),
+        "collate_fn": _unchanged,
+        "pin_memory": pin_memory and torch.accelerator.is_available(),
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    images = _Batches(dataset, seed, horizontal_flip)
+    if num_workers:
+        batch_bytes = batch_size // num_replicas * 3 * dataset.resolution**2
+        options |= {
+            "num_workers": num_workers,
+            "prefetch_factor": _PREFETCH_FACTOR,
+            "multiprocessing_context": multiprocessing_context,
+            "worker_init_fn": ignore_signals,
+            "timeout": _WAKE_EVERY_S,
+        }
+        # One more is in use.
+        problem = no_room(batch_bytes, _PREFETCH_FACTOR * num_workers + 1)
+        return WorkerBatches(lambda: iter(DataLoader(images, **options)), problem)
+    batches: Iterator[tuple[Tensor, Tensor]] = iter(DataLoader(images, **options))
+    if dataset.prefetched_batches:
         return prefetch(lambda _: next(batches), itertools.count(), depth=dataset.prefetched_batches)
-    return iter(loader)
+    return batches
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ignore the signals that a terminal or scheduler sends to all processes: the trainer finishes its step first."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class _Batches(Dataset[tuple[Tensor, Tensor]]):
+class _Batches(Dataset[Any]):
     """A data set whose key is a batch of indices, fetched at once rather than image by image."""
 
     def __init__(self, dataset: ImageDataset, seed: int, horizontal_flip: bool) -> None:
@@ -179,7 +187,16 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
         self._seed = seed
         self._horizontal_flip = horizontal_flip
 
-    def __getitem__(self, key: IndexBatch) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: IndexBatch) -> tuple[Tensor, Tensor] | Exception:
+        """Return a batch; a worker returns an error that the user can fix, since DataLoader would change its text."""
+        if get_worker_info() is None:
+            return self._fetch(key)
+        try:
+            return place_in_shared_memory(*self._fetch(key))
+        except (UserError, OSError) as error:
+            return error
+
+    def _fetch(self, key: IndexBatch) -> tuple[Tensor, Tensor]:
         images, labels = self._dataset.fetch(key.indices.tolist())
         if self._horizontal_flip:
             flipped = torch.from_numpy(horizontal_flips(self._seed, key.epochs, key.indices))
