@@ -68,7 +68,9 @@ class WorkerBatches(Iterator[Batch]):
         while True:
             try:
                 batch = next(self._batches[0])
-            except Exception as error:  # EOFError, ConnectionError: the worker died while it handed a batch over
+            except (
+                Exception
+            ) as error:  # EOFError, ConnectionError: the worker died while it handed a batch over
                 self._check(error)
                 if not said and time.monotonic() - start > _SAY_AFTER_S:
                     logger.warning("waiting for images for %.0f s; is the disk away?", _SAY_AFTER_S)
@@ -81,12 +83,12 @@ class WorkerBatches(Iterator[Batch]):
     def _check(self, error: Exception) -> None:
         """Return if the error is a timeout without a reason; else end the workers and raise the reason."""
         timed_out = "timed out" in str(error) and all(thread.is_alive() for thread in self._threads)
-        if not timed_out:
-            multiprocessing.connection.wait([worker.sentinel for worker in self._workers], _DEATH_S)
-        dead = [worker for worker in self._workers if not worker.is_alive()]
+        sentinels = [worker.sentinel for worker in self._workers]
+        ended = multiprocessing.connection.wait(sentinels, 0 if timed_out else _DEATH_S)
+        dead = [worker for worker in self._workers if worker.sentinel in ended]
         if timed_out and not dead and not stop_requested():
             return
-        _kill(self._workers)
+        _kill(self._workers)  # and join the dead
         if stop_requested():
             raise StopRequestedError from None
         if dead:

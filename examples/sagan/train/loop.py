@@ -132,6 +132,7 @@ def train(
                 break
 
             trainer.step(iter(drawn))
+            drawn.clear()  # shared memory for those that follow
             console.advance()
             iteration = trainer.iteration
             last = iteration == config.iterations
