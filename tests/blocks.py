@@ -194,7 +194,7 @@ def build(block: Block, *, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     """Construct the block; no parameter has a special value such as 0 or 1."""
     torch.manual_seed(seed)
     module = block.make(dtype=dtype)
-    if isinstance(module, ConditionalBatchNorm2d) and module.weight is not None and module.bias is not None:
+    if isinstance(module, ConditionalBatchNorm2d) and module.condition_features is None:
         nn.init.normal_(module.weight, 1.0, 0.3)
         nn.init.normal_(module.bias, 0.0, 0.3)
     return module

@@ -20,7 +20,7 @@ ZEROS = torch.zeros(4, dtype=torch.long)
 
 def randomised(module: ConditionalBatchNorm2d) -> ConditionalBatchNorm2d:
     with torch.no_grad():
-        if module.weight is not None and module.bias is not None:
+        if module.condition_features is None:
             module.weight.normal_(1, 0.3)
             module.bias.normal_()
         if module.norm.running_mean is not None:
@@ -116,8 +116,6 @@ def test_fresh_tables_are_ones_and_zeros() -> None:
     unconditional = ConditionalBatchNorm2d(4)
     assert unconditional.weight.shape == unconditional.bias.shape == (4,)
     vectors = ConditionalBatchNorm2d(4, condition_features=2)
-    assert vectors.weight is None
-    assert vectors.bias is None
     assert vectors.weight_projection.bias is None
 
 

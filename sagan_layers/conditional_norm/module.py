@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sagan_layers import checks
 from sagan_layers.conditional_norm import functional
+from sagan_layers.conditional_norm.coefficients import ProjectedCoefficients, RunningStatistics
 from sagan_layers.conditional_norm.statistics import StandingStatistics, SynchronizedStatistics
 from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM
 from sagan_layers.spectral_norm import SNLinear
@@ -109,11 +110,11 @@ class ConditionalBatchNorm2d(nn.Module):
         self.biased_running_var = biased_running_var
         self.activation = activation
         self.backend = backend
-        self.norm = nn.BatchNorm2d(
+        self.norm: nn.BatchNorm2d = RunningStatistics(
             num_features, eps, momentum, False, track_running_stats, device=device, dtype=dtype
         )
-        self.weight: nn.Parameter | None = None
-        self.bias: nn.Parameter | None = None
+        self.weight: nn.Parameter | ProjectedCoefficients
+        self.bias: nn.Parameter | ProjectedCoefficients
         if condition_features is not None:
             checks.check_sizes(condition_features=condition_features)
             linear = SNLinear if spectral_norm else nn.Linear
@@ -127,9 +128,18 @@ class ConditionalBatchNorm2d(nn.Module):
                 shape = (num_classes, num_features)
             self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
             self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        self._show_coefficients()
         self._standing: StandingStatistics | None = None
         self._synchronized: SynchronizedStatistics | None = None
         self._frozen_statistics = False
+
+    def _show_coefficients(self) -> None:
+        """Let code that walks over a network find gain and bias, here and at the child."""
+        if self.condition_features is not None:
+            self.weight = ProjectedCoefficients(self.weight_projection, 1.0)
+            self.bias = ProjectedCoefficients(self.bias_projection, 0.0)
+        if isinstance(self.norm, RunningStatistics):
+            self.norm.show(self)
 
     @property
     def eps(self) -> float:
@@ -144,12 +154,12 @@ class ConditionalBatchNorm2d(nn.Module):
     def reset_parameters(self) -> None:
         """Set gain to 1 and bias to 0 (or initialise the projections), and reset the running statistics."""
         self.norm.reset_running_stats()
-        if self.weight is not None and self.bias is not None:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
-        else:
+        if self.condition_features is not None:
             self.weight_projection.reset_parameters()
             self.bias_projection.reset_parameters()
+        else:
+            nn.init.ones_(self._table("weight"))
+            nn.init.zeros_(self._table("bias"))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return x normalised, scaled and shifted for its condition."""
@@ -230,15 +240,19 @@ class ConditionalBatchNorm2d(nn.Module):
                     f"condition: expected [{batch}, {self.condition_features}], got {checks.shape_of(condition)}"
                 )
             return 1 + self.weight_projection(condition), self.bias_projection(condition)
-        assert self.weight is not None
-        assert self.bias is not None
-        checks.check_labels(condition, num_classes=self.num_classes, batch=batch, like=self.weight)
+        weight, bias = self._table("weight"), self._table("bias")
+        checks.check_labels(condition, num_classes=self.num_classes, batch=batch, like=weight)
         if condition is None:
-            return self.weight, self.bias
-        return nn.functional.embedding(condition, self.weight), nn.functional.embedding(condition, self.bias)
+            return weight, bias
+        return nn.functional.embedding(condition, weight), nn.functional.embedding(condition, bias)
 
     def _any_parameter(self) -> Tensor:
-        return self.weight_projection.weight if self.weight is None else self.weight
+        return self._table("weight") if self.condition_features is None else self.weight_projection.weight
+
+    def _table(self, name: str) -> Tensor:
+        """Return gain or bias of a layer without projections."""
+        table: Tensor = getattr(self, name)
+        return table
 
     def _running_statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, float | Tensor]:
         """Return the mean and variance to read or update, if any, and the weight of this batch in them."""
@@ -286,4 +300,10 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies, without what a context has set for its block."""
-        return self.__dict__ | {"_standing": None, "_frozen_statistics": False}
+        state = self.__dict__ | {"_standing": None, "_frozen_statistics": False}
+        return {name: value for name, value in state.items() if not isinstance(value, ProjectedCoefficients)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the state of a copy."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._show_coefficients()

@@ -132,8 +132,8 @@ class TensorFlowLoader:
             self.add(module.linear, f"{prefix}d_sn_linear")
             if module.embedding is not None:
                 self.add(module.embedding, f"{prefix}d_embedding")
-        elif isinstance(module, ConditionalBatchNorm2d) and module.weight is not None:
-            assert module.bias is not None
+        elif isinstance(module, ConditionalBatchNorm2d) and isinstance(module.weight, nn.Parameter):
+            assert isinstance(module.bias, nn.Parameter)
             self._take(f"{prefix}gamma", module.weight)
             self._take(f"{prefix}beta", module.bias)
             self._take_statistics(prefix, module)
