@@ -25,10 +25,11 @@ from blocks import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import fusion, parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from sagan_layers import (
+    ResamplingConv2d,
     SelfAttention2d,
     SNConv2d,
     SNConvTranspose2d,
@@ -40,6 +41,8 @@ from sagan_layers import (
     remove_spectral_norm,
     shared_spectral_norm,
 )
+from sagan_layers.spectral_norm.reference import SpectralNormOptions, SpectralNormTask
+from sagan_layers.spectral_norm.table import SPECTRAL_NORM
 
 PLAIN: dict[type[SpectralNormLayer], type[nn.Module]] = {
     SNConv2d: nn.Conv2d,
@@ -153,6 +156,56 @@ def test_normalised_weight_does_not_depend_on_the_scale_of_the_weight(
     expected = -layer.normalized_weight() if negative else layer.normalized_weight()
     torch.testing.assert_close(scaled.normalized_weight(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(scaled.sigma, layer.sigma * 2.0**exponent, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "grouped", "reference"])
+@pytest.mark.parametrize(
+    ("dtype", "magnitude"),
+    [
+        *((torch.float32, magnitude) for magnitude in (1e-42, 1e-30, 1e-20, 1e19, 1e30, 1e37, 1e38)),
+        *((torch.bfloat16, magnitude) for magnitude in (1e-30, 1e19, 1e38)),
+        (torch.float16, 1e-7),
+        *((torch.float64, magnitude) for magnitude in (1e-200, 1e200)),
+    ],
+)
+def test_weights_of_any_size_are_normalised(dtype: torch.dtype, magnitude: float, backend: str) -> None:
+    if dtype.itemsize == 2 and backend != "reference":
+        pytest.skip("serves float32 and float64")
+    matrix = torch.randn(8, 27, dtype=torch.float64).clamp(-3, 3)
+    weight = (magnitude * matrix).to(dtype)
+    rounded = weight.double() / magnitude
+    exact = rounded / torch.linalg.matrix_norm(rounded, 2)
+    left, sigma, right = torch.linalg.svd(rounded, full_matrices=False)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    options = SpectralNormOptions(0, 2, eps=1e-300, dtype=dtype)
+    task = SpectralNormTask(weight, left[:, 0].to(wide), right[0].to(wide), options)
+    normalize = {row.name: row.implementation.normalize for row in SPECTRAL_NORM.backends}[backend]
+    (result,) = normalize([task])
+    largest = torch.finfo(wide).max
+    if backend == "grouped" and sigma[0] * magnitude > largest:
+        assert result.weight.isnan().all()  # not zeros
+        return
+    bound = 2e-3 if magnitude == 1e-42 and backend == "grouped" else 5 * torch.finfo(dtype).eps
+    torch.testing.assert_close(result.weight.double(), exact, rtol=0, atol=bound)
+    expected = sigma[0].item() * magnitude
+    assert result.sigma.item() == (pytest.approx(expected, rel=2e-3) if expected < largest else float("inf"))
+
+
+@every_layer
+@pytest.mark.parametrize("magnitude", [2.0**-66, 2.0**83])
+def test_layers_of_any_size_compute_and_differentiate_like_small_ones(kind: str, magnitude: float) -> None:
+    layer = LAYERS[kind](eps=1e-35)
+    scaled = copy.deepcopy(layer)
+    with torch.no_grad():
+        scaled.weight.mul_(magnitude)
+    scaled.reset_right_vector()
+    torch.testing.assert_close(scaled.weight_v, layer.weight_v)
+    gradients = []
+    for each in (layer, scaled):
+        (each(input_of(each)) ** 3).sum().backward()
+        assert each.weight.grad is not None
+        gradients.append(each.weight.grad)
+    torch.testing.assert_close(gradients[1] * magnitude, gradients[0], rtol=1e-4, atol=1e-5)
 
 
 @given(seed=st.integers(0, 2**16), kind=st.sampled_from(sorted(LAYERS)))
@@ -440,6 +493,58 @@ def test_removing_leaves_the_plain_layer_with_the_same_outputs(kind: str, iterat
     assert torch.equal(removed(x), y)
     assert removed.state_dict().keys() == plain.state_dict().keys()
     assert vars(removed).keys() == vars(plain).keys()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["conv", "conv_grouped", "resampling", "transpose", "linear"])
+def test_torchs_fusion_with_batch_norm_gives_the_plain_layer_that_computes_the_same(
+    kind: str, bias: bool
+) -> None:
+    layer = (
+        SNConv2d(4, 6, 3, upsample=2, bias=bias) if kind == "resampling" else LAYERS[kind](bias=bias)
+    ).eval()
+    norm = (nn.BatchNorm1d if kind == "linear" else nn.BatchNorm2d)(6).eval()
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(tensor)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    x, before = input_of(layer), copy.deepcopy(layer.state_dict())
+    if kind == "linear":
+        fused = fusion.fuse_linear_bn_eval(layer, norm)
+    else:
+        fused = fusion.fuse_conv_bn_eval(layer, norm, transpose=kind == "transpose")
+    assert type(fused) is (ResamplingConv2d if kind == "resampling" else PLAIN[type(layer)])
+    torch.testing.assert_close(fused(x), norm(layer(x)), rtol=1e-4, atol=1e-5)
+    assert_same(layer.state_dict(), before)
+    assert sorted(fused.state_dict()) == ["bias", "weight"]
+
+
+def test_pruned_weights_are_normalised_and_stay_pruned() -> None:
+    layer = SNConv2d(4, 6, 3)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    for _ in range(200):
+        layer(torch.randn(1, 4, 7, 6))
+    weight = layer.normalized_weight()
+    assert (weight == 0).float().mean() == 0.5
+    assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "compute_weight",
+    [parametrizations.weight_norm, partial(prune.l1_unstructured, name="weight", amount=0.5)],
+    ids=["parametrization", "pruning"],
+)
+def test_removing_from_a_weight_that_something_else_computes_is_refused_and_changes_nothing(
+    compute_weight: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = nn.Sequential(SNLinear(4, 4), SNLinear(4, 4))
+    compute_weight(model[1])
+    with pytest.raises(TypeError, match="the weight of '1' is computed by something else"):
+        remove_spectral_norm(model)
+    assert all(isinstance(layer, SNLinear) for layer in model)
+    model.eval()
+    # Torch itself copies no weight that pruning computes.
+    with pytest.raises((TypeError, RuntimeError), match="computed by something else|deepcopy protocol"):
+        fusion.fuse_linear_bn_eval(model[1], nn.BatchNorm1d(4).eval())
 
 
 def test_removing_reaches_every_layer_and_keeps_requires_grad() -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sagan_layers.attention import reference
+from sagan_layers.torch_support import has_memory, transforms_active
 
 # Autograd functions and registered operations take flat arguments: the fields of the records below, in their order.
 _INPUTS = "Tensor query, Tensor key, Tensor value"
@@ -154,6 +155,14 @@ def _differentiate_forward(
 ) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return (None,) * 5
+    if not (torch.compiler.is_compiling() or transforms_active() or has_memory(grad_y)):
+        # A batch of gradients (is_grads_batched), for which torch knows plain operations alone.
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views, so that derivatives stop at the inputs, which may depend on other tensors.
+            query, key, value = (tensor.view_as(tensor).requires_grad_() for tensor in ctx.saved_tensors[:3])
+            y = reference.attention(query, key, value, ctx.scale)
+        return *torch.autograd.grad(y, (query, key, value), grad_y, create_graph=create_graph), None, None
     return *backward(*ctx.saved_tensors, grad_y, ctx.scale), None, None
 
 

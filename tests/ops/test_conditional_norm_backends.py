@@ -273,6 +273,26 @@ def test_constant_channels_give_the_bias_and_finite_gradients(backend: Condition
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of Triton's interpreter
+@every_backend
+@both_formats
+@pytest.mark.parametrize("magnitude", [1e20, 1e38])
+def test_a_variance_beyond_float32_is_an_error_that_changes_nothing(
+    backend: ConditionalNorm, layout: str, magnitude: float
+) -> None:
+    values = torch.randn(4, 3, 4, 5).clamp(-3, 3)
+    one, mean, var = torch.ones(3), torch.zeros(3), torch.ones(3)
+    call = partial(functional.conditional_batch_norm, backend=backend.name, training=True)
+    x = laid_out(values * magnitude, layout)
+    with pytest.raises(ValueError, match=r"x: expected values whose variance torch\.float32 can hold, got"):
+        call(x, one, mean, mean, var)
+    assert mean.eq(0).all()
+    assert var.eq(1).all()
+    assert call(x.clone().fill_(torch.inf), one, mean).isnan().all()  # as torch's
+    y = call(laid_out(values * 1e17, layout), one, mean, eps=1e-5)
+    torch.testing.assert_close(y, call(values, one, mean, eps=1e-12), rtol=1e-4, atol=1e-4)
+
+
 @kernels
 def test_not_a_number_goes_through_relu_as_in_torch(backend: ConditionalNorm) -> None:
     x = torch.randn(2, 3, 4)
