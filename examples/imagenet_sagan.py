@@ -9,7 +9,7 @@ from typing import Any
 from sagan import signals
 
 if __name__ == "__main__":
-    signals.handle(signals.end_at_once)  # importing torch takes seconds
+    signals.start_program()
 
 from sagan.cli import attention_maps, demo, evaluate, make_images, prepare, report, sample, train
 from sagan.cli.parsing import parse

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from sagan.errors import UserError
 from sagan.finite import NotFiniteError
 from sagan.io import tensor_bytes
+from sagan.rendezvous import START_S, LostProcessError, Rendezvous, environment_number, launched
 from sagan_layers import SpectralNormLayer
 
 T = TypeVar("T")
@@ -158,42 +158,56 @@ class ProcessesDisagreeError(UserError):
 
 
 @contextlib.contextmanager
-def init_world(device_name: str, *, timeout_minutes: float = 30.0) -> Iterator[World]:
+def init_world(
+    device_name: str, *, timeout_minutes: float = 30.0, start_s: float = START_S
+) -> Iterator[World]:
     """Join the processes that ``torchrun`` started for a ``with`` block.
 
     The device is "auto", "cpu" or "cuda": each process uses the GPU of its LOCAL_RANK. A device with a number, such as
-    "cuda:1", is for one process. A process waits up to ``timeout_minutes`` for another one.
+    "cuda:1", is for one process. Processes wait up to ``start_s`` for all to start, and up to ``timeout_minutes`` for
+    one that lives but does not answer. One that ends, however it does, ends the others within seconds.
+
+    Raises:
+        UserError: if the environment is wrong, or a process does not start.
+        LostProcessError: if another process ends during the block.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, count = launched()
     if count == 1:
         yield World(0, 1, pick_device(device_name))
         return
-    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in needed if name not in os.environ]:
-        raise UserError(f"WORLD_SIZE is {count} but {', '.join(missing)} not set; start with torchrun")
-    device = _local_device(device_name, int(os.environ["LOCAL_RANK"]))
+    local_rank = environment_number("LOCAL_RANK", 0)
+    meeting = Rendezvous(rank, count, start_s=start_s)
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    control = None
     try:
+        device = _local_device(device_name, local_rank)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=meeting.store, rank=rank, world_size=count, timeout=timeout)
         control = (
             dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
         )
-        yield World(dist.get_rank(), dist.get_world_size(), device, control)
-    finally:
+        yield World(rank, count, device, control)
         dist.destroy_process_group()
+    except BaseException as error:
+        why = meeting.leave(error)
+        if control is not None:  # NCCL would wait for the others
+            dist.destroy_process_group(control)
+        if why:
+            raise LostProcessError(f"process {rank} ends, because {why}") from error
+        raise
 
 
 def pick_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is the first GPU, or the CPU without one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device: expected auto, cpu or cuda[:index], got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device: expected a CUDA device for {name!r}, found none")
-    return device
+    found = ["cpu"]
+    if torch.accelerator.is_available() and (accelerator := torch.accelerator.current_accelerator()):
+        kind, count = accelerator.type, torch.accelerator.device_count()
+        found += [kind, *(f"{kind}:{index}" for index in range(count))]
+    if name not in found:
+        raise UserError(f"device: expected auto or one of this machine ({', '.join(found)}), got {name!r}")
+    return torch.device(name)
 
 
 def _local_device(name: str, local_rank: int) -> torch.device:

@@ -119,7 +119,7 @@ def load_plain(path: Path) -> Any:
         raise UserError("it holds more than tensors and plain values, or is no file of torch.save") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 

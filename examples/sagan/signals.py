@@ -3,8 +3,8 @@
 =====================  ==========================================================================================
 while                  a signal
 =====================  ==========================================================================================
-modules are imported   ends the program at once, with one line (:func:`end_at_once`)
-a command runs         raises :class:`Interrupted`: files in work are removed, workers end, one line (:func:`interrupt`)
+modules are imported   ends the program at once, with one line
+a command runs         raises :class:`Interrupted`: files in work are removed, workers end, one line
 training runs          asks it to stop after this iteration, with a checkpoint (:func:`stop_requests`). Further signals
                        change nothing, except a third Ctrl-C: it ends the program at once and says what is lost
 the program ends       ends it at once, with the exit code that it has; so does a wait of 10 s (:func:`program`)
@@ -15,6 +15,7 @@ Whoever waits in training, as for images, looks at :func:`stop_requested` and ra
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -75,6 +76,7 @@ class StopRequest:
 
 _training = StopRequest(str)  # the latest; a stop it was asked for goes on after it
 _interrupted_s = float("-inf")
+_exit_code = 1  # of an exception
 
 
 def stop_requested() -> bool:
@@ -109,13 +111,13 @@ def handle(handler: Handler) -> dict[int, Any]:
     return before
 
 
-def end_at_once(number: int, _: FrameType | None = None) -> None:
+def _end_at_once(number: int, _: FrameType | None = None) -> None:
     """End the process: there is nothing to save yet."""
     _say(f"interrupted ({signal.Signals(number).name})")
     os._exit(128 + number)
 
 
-def interrupt(number: int, _: FrameType | None = None) -> None:
+def _interrupt(number: int, _: FrameType | None = None) -> None:
     """Raise :class:`Interrupted`, unless the program is already ending because of a signal."""
     global _interrupted_s
     now = time.monotonic()
@@ -127,25 +129,44 @@ def interrupt(number: int, _: FrameType | None = None) -> None:
 
 
 @contextlib.contextmanager
-def program() -> Iterator[None]:
-    """Enclose a whole program, to which its exit is the last thing that happens: it waits for nothing for long."""
-    code: object = 1  # of an exception
-    # Forked workers leave these signals to this process, and end when it ends them.
+def no_interrupts() -> Iterator[None]:
+    """Let signals interrupt nothing during a ``with`` block of seconds, in which a process ends anyway."""
+    global _interrupted_s
+    before, _interrupted_s = _interrupted_s, float("inf")
+    try:
+        yield
+    finally:
+        _interrupted_s = before
+
+
+def start_program() -> None:
+    """Prepare the process for signals; the program calls it first, because importing torch takes seconds."""
+    handle(_end_at_once)
+    # The first one registered runs last. It skips the end of the interpreter, which takes long and resets signals.
+    atexit.register(lambda: os._exit(_exit_code))
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+@contextlib.contextmanager
+def program() -> Iterator[None]:
+    """Enclose a whole program, which ends soon after the block, with the code of the SystemExit in it."""
+    global _exit_code
     try:
-        handle(interrupt)
+        handle(_interrupt)
         yield
-        code = 0
     except SystemExit as error:
-        code = error.code
+        _exit_code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
         raise
     except KeyboardInterrupt as error:
-        raise SystemExit(getattr(error, "code", 130)) from None
+        _exit_code = getattr(error, "code", 130)
+        raise SystemExit(_exit_code) from None
     finally:
-        code = code if isinstance(code, int) else 0 if code is None else 1
-        handle(lambda *_: os._exit(code))
-        timer = threading.Timer(_MAX_END_S, os._exit, [code])
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        handle(lambda *_: os._exit(_exit_code))
+        timer = threading.Timer(_MAX_END_S, os._exit, [_exit_code])
         timer.daemon = True
         timer.start()
 

@@ -286,7 +286,7 @@ class TestTrain:
         ("exists", "options", "message"),
         [
             (False, ["--data", "None"], "expected --data with a prepared set or a folder of images"),
-            (False, ["--device", "nonsense"], "device: expected auto, cpu or cuda"),
+            (False, ["--device", "nonsense"], "device: expected auto or one of this machine (cpu"),
             (False, ["--resume"], "expected a checkpoint or the folder of a run"),
             (True, [], "holds a run already; use --resume"),
             (True, ["--resume", *SMALL], "made with another configuration"),
@@ -445,7 +445,6 @@ WRONG_POINT = "points: expected ROW,COLUMN such as 16,20, got"
         ("sample", ["--out", "grid.JPG"], "out: expected a PNG or a folder, got grid.JPG"),
         ("sample", ["--classes", "tench"], f"{WRONG_CLASS} 'tench'"),
         ("sample", ["--classes", 3], f"{WRONG_CLASS} '3'"),
-        ("sample", ["--device", "gpu"], "device: expected auto, cpu or cuda[:index], got 'gpu'"),
         ("attention-maps", ["--count", 0], "count: expected at least 1, got 0"),
         ("attention-maps", ["--points", "5"], f"{WRONG_POINT} '5'"),
         ("attention-maps", ["--points", "5,6,7"], f"{WRONG_POINT} '5,6,7'"),

@@ -362,11 +362,12 @@ class TestErrors:
             assert state["iteration"] <= 2
             assert all(torch.isfinite(total) for total in state["means"]["sums"].values())
 
-    @pytest.mark.parametrize(
-        ("name", "message"), [("gpu", "expected auto, cpu or cuda"), ("cuda:0", "expected a CUDA device")]
-    )
-    def test_missing_devices_raise(self, name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:7", "mps", "xpu", "meta", ""])
+    def test_a_missing_device_is_an_error_that_names_those_there_are(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(UserError, match=message):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        with pytest.raises(UserError, match=rf"device: expected auto or one of .* \(cpu\), got '{name}'"):
             pick_device(name)
         assert pick_device("auto") == torch.device("cpu")

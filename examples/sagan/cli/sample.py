@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ from PIL import Image
 from sagan.distributed import pick_device
 from sagan.errors import UserError, check_at_least
 from sagan.names import file_names
+from sagan.rendezvous import launched
 from sagan.report.figures import class_labels, save_grid, save_image
 from sagan.sampling import (
     SAMPLES,
@@ -42,8 +42,8 @@ class Sample:
         batch_size: images at a time.
         columns: images in a row of the grid.
         device: "auto", "cpu", "cuda", ...
-        process: number of this process, from 0.
-        num_processes: number of processes that share the work.
+        process: number of this process, from 0; by default as torchrun says.
+        num_processes: number of processes that share the work; by default as torchrun says.
     """
 
     source: Path
@@ -56,15 +56,20 @@ class Sample:
     batch_size: int = 50
     columns: int = 10
     device: str = "auto"
-    process: int = int(os.environ.get("RANK", "0"))
-    num_processes: int = int(os.environ.get("WORLD_SIZE", "1"))
+    process: int | None = None
+    num_processes: int | None = None
 
 
 def run(command: Sample) -> int:
     """Run ``sample`` and return the exit code."""
     check_at_least(command, 1, "count", "batch_size", "columns", "num_processes")
-    if not 0 <= command.process < command.num_processes:
-        raise UserError(f"process: expected from 0 to {command.num_processes - 1}, got {command.process}")
+    rank, count = launched()
+    rank = rank if command.process is None else command.process
+    count = count if command.num_processes is None else command.num_processes
+    if not 0 <= rank < count:
+        raise UserError(f"process: expected from 0 to {count - 1}, got {rank}")
+    if command.layout == "grid" and count > 1:
+        raise UserError("layout: expected 'folders' with several processes, got 'grid'")
     trained = load_generator(command.source, pick_device(command.device), weights=command.weights)
     labels_in_use = trained.chosen_labels(command.classes)
     if command.layout == "grid":
@@ -78,8 +83,8 @@ def run(command: Sample) -> int:
         command.count,
         seed=command.seed,
         batch_size=command.batch_size,
-        rank=command.process,
-        world_size=command.num_processes,
+        rank=rank,
+        world_size=count,
         labels_in_use=labels_in_use,
     ):
         for number, image, label in zip(numbers, images, labels, strict=True):
@@ -91,8 +96,6 @@ def run(command: Sample) -> int:
 
 
 def _sample_grid(command: Sample, trained: TrainedGenerator, labels_in_use: torch.Tensor) -> int:
-    if command.num_processes > 1:
-        raise UserError("layout: expected 'folders' with several processes, got 'grid'")
     suffix = command.out.suffix.lower()
     if suffix != ".png" and suffix in Image.registered_extensions():
         raise UserError(f"out: expected a PNG or a folder, got {command.out}")
