@@ -52,15 +52,14 @@ def file_names(names: Iterable[str]) -> list[str]:
         >>> file_names(["tench", "../../x", "Tench", ""])
         ['tench', '_._.._x', 'Tench_2', '_']
     """
-    taken: set[str] = set()
+    taken: dict[str, int] = {}  # the last number that was tried after each name
     chosen: list[str] = []
     for name in names:
-        plain = _file_name(name)
-        candidate, number = plain, 1
+        plain = candidate = _file_name(name)
         while candidate.casefold() in taken:
-            number += 1
+            number = taken[plain.casefold()] = taken[plain.casefold()] + 1
             candidate = f"{plain}_{number}"
-        taken.add(candidate.casefold())
+        taken[candidate.casefold()] = 1
         chosen.append(candidate)
     return chosen
 

@@ -58,10 +58,10 @@ def extract_features(
     with tqdm(
         total=count, desc=description, unit="img", disable=hidden or None, dynamic_ncols=True
     ) as progress:
+        error: UserError | OSError | None = None
         for round_start in range(0, count, block_size * world.world_size):
             outputs = torch.zeros(block_size, network.num_features + network.num_logits)
             digests = torch.zeros(block_size, 32, dtype=torch.uint8)
-            error: UserError | OSError | None = None
             try:
                 if (images := next(blocks, None)) is not None:
                     outputs[: len(images)] = torch.cat(network(images), 1)
@@ -70,7 +70,7 @@ def extract_features(
                         -1, 32
                     )
             except (UserError, OSError) as failure:
-                error = failure
+                error = error or failure
             world.raise_together(error)
             gathered = zip(world.gather(outputs), world.gather(digests), strict=True)
             for start, (all_outputs, all_digests) in zip(
@@ -82,9 +82,9 @@ def extract_features(
                 try:
                     consume(FeatureBlock(start, stop, features, logits, digests_of_block))
                 except (UserError, OSError) as failure:
-                    error = error or failure
+                    error = error or failure  # all ranks raise in the next round
                 progress.update(stop - start)
-            world.raise_together(error)
+        world.raise_together(error)
 
 
 def dataset_blocks(dataset: ImageDataset, block_size: int, world: World) -> Iterator[Tensor]:

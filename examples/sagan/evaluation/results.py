@@ -15,7 +15,7 @@ import sagan_layers
 from sagan.errors import UserError
 from sagan.evaluation.protocol import FIGURES, LOWER, Protocol
 from sagan.evaluation.real_features import RealFacts
-from sagan.io import atomic_write_text
+from sagan.io import atomic_write, atomic_write_text
 from sagan.names import in_markdown, printable
 
 RESULTS = "results.md"
@@ -170,8 +170,9 @@ def save(evaluation: Evaluation, subject: Subject, folder: Path) -> Path:
     }
     atomic_write_text(path, json.dumps(values, indent=2) + "\n")
     rows = folder / RESULTS
-    before = rows.read_text(encoding="utf-8") if rows.exists() else _HEADER
-    row = markdown_row(evaluation, subject) + "\n"
+    before = rows.read_bytes() if rows.exists() else _HEADER.encode()
+    row = markdown_row(evaluation, subject).encode() + b"\n"
     if row not in before:  # a resumed run may evaluate an iteration again
-        atomic_write_text(rows, before + row)
+        with atomic_write(rows) as file:
+            file.write(before + row)
     return path

@@ -11,7 +11,7 @@ from typing import Any
 
 from sagan.errors import UserError
 from sagan.finite import is_finite
-from sagan.io import atomic_write_text
+from sagan.io import atomic_write_text, open_regular
 from sagan.names import in_html
 from sagan.report.figures import Curve, Panel, save_curves
 from sagan.train.checkpoint import checkpoints_in
@@ -158,7 +158,8 @@ def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
 
 
 def _picture(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+    with open_regular(path) as file:
+        data = base64.b64encode(file.read()).decode()
     text = in_html(caption)
     return f"<figure><img alt='{text}' src='data:image/png;base64,{data}'><figcaption>{text}</figcaption></figure>"
 
