@@ -17,6 +17,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from sagan_layers.checks import check_choice
+
 Inputs = TypeVar("Inputs")
 Implementation = TypeVar("Implementation")
 
@@ -77,8 +79,7 @@ class Operation(Generic[Inputs, Implementation]):
 
     def check_name(self, name: str) -> None:
         """Raise ``ValueError`` unless ``name`` is "auto" or a backend's name."""
-        if name not in self.names:
-            raise ValueError(f"backend: expected one of {', '.join(map(repr, self.names))}, got {name!r}")
+        check_choice("backend", name, self.names)
 
     def select(self, inputs: Inputs, name: str = "auto") -> Backend[Inputs, Implementation]:
         """Return the backend that serves these inputs.
@@ -93,7 +94,7 @@ class Operation(Generic[Inputs, Implementation]):
 
     def _first(self, inputs: Inputs, name: str) -> Backend[Inputs, Implementation]:
         name = self.effective_name(name)
-        if name != "auto":
+        if type(name) is not str or name != "auto":  # arrays compare entry by entry
             self.check_name(name)
         refusals = []
         for backend in self.backends:
@@ -171,8 +172,7 @@ def find_operation(name: str) -> Operation[Any, Any]:
     Raises:
         ValueError: if there is none.
     """
-    if name not in _operations:
-        raise ValueError(f"operation: expected one of {', '.join(map(repr, _operations))}, got {name!r}")
+    check_choice("operation", name, _operations)
     return _operations[name]
 
 
@@ -203,9 +203,7 @@ def force_backend(backend: str, *, operation: str | None = None) -> Iterator[Non
         ['reference']
     """
     operations = list(_operations.values()) if operation is None else [find_operation(operation)]
-    known = list(dict.fromkeys(name for each in operations for name in each.names))
-    if backend not in known:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, known))}, got {backend!r}")
+    check_choice("backend", backend, dict.fromkeys(name for each in operations for name in each.names))
     entry = (operation, backend)
     _forced.append(entry)
     try:

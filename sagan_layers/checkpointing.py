@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sagan_layers.checks import check_module
 from sagan_layers.conditional_norm import frozen_running_statistics
 from sagan_layers.spectral_norm import (
     SpectralNormLayer,
@@ -54,6 +55,7 @@ def checkpointed(module: nn.Module, *inputs: Any) -> Any:
         >>> block[0].weight.grad is None
         False
     """
+    check_module("module", module)
     if torch.compiler.is_compiling():
         raise RuntimeError("checkpointed: expected eager code, got torch.compile")
     if any(getattr(part, "calls_another_network", False) for part in module.modules()):

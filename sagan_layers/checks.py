@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import numbers
 import os
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.common_types import _size_2_t
+import torch.distributed
+from torch import Tensor, nn
 
-from sagan_layers.torch_support import has_memory, is_tracing, transforms_active
+from sagan_layers.torch_support import autocast_dtype, has_memory, is_tracing, transforms_active
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATING_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+_MOST_ITERATIONS = 10**6  # minutes, not years
+_LARGEST = torch.finfo(torch.float32).max
+_Pair = tuple[int, int]
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
 _debug_checks = os.environ.get("SAGAN_LAYERS_DEBUG_CHECKS", "0") not in ("", "0")
 
@@ -34,76 +44,178 @@ def set_debug_checks(enabled: bool) -> None:
         >>> set_debug_checks(False)
     """
     global _debug_checks
-    _debug_checks = enabled
+    (_debug_checks,) = flags_of(enabled=enabled)
 
 
-def check_number(name: str, number: object) -> None:
-    """Raise ``TypeError`` unless this is a real number; a tensor would lose its gradient."""
-    if isinstance(number, bool) or not isinstance(number, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {kind_of(number)}")
+def number_of(name: str, number: object, *, least: float = -_LARGEST, most: float = _LARGEST) -> float:
+    """Return the number as a float; raise unless it is one of this range. A tensor would lose its gradient."""
+    if type(number) is not float and (isinstance(number, bool) or not isinstance(number, numbers.Real)):
+        raise TypeError(f"{name}: expected a number, got {shown(number)}")
+    if not least <= number <= most:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a number from {least:.6g} to {most:.6g}, got {shown(number)}")
+    return float(number)
 
 
-def check_positive(name: str, number: float) -> None:
-    """Raise ``ValueError`` unless the number is above zero."""
-    if not number > 0:
-        raise ValueError(f"{name}: expected a positive number, got {number!r}")
+def eps_of(eps: object) -> float:
+    """Return eps as a float; raise unless it guards a division in float32 and is small beside norms of 1."""
+    return number_of("eps", eps, least=1e-37, most=1.0)  # below, float32 has no normal numbers
 
 
-def integer_of(name: str, number: object, *, least: int) -> int:
-    """Return the number as an int; raise unless it is one and at least ``least``."""
-    if isinstance(number, bool) or not isinstance(number, numbers.Integral):
-        raise TypeError(f"{name}: expected an int, got {number!r}")
-    if int(number) < least:
-        raise ValueError(f"{name}: expected at least {least}, got {number}")
-    return int(number)
+def integer_of(name: str, number: object, *, least: int, most: int = 2**31 - 1) -> int:
+    """Return the number as an int, numpy's too; raise unless it is one of this range."""
+    if type(number) is not int and (isinstance(number, bool) or not isinstance(number, numbers.Integral)):
+        raise TypeError(f"{name}: expected an int, got {shown(number)}")
+    whole = int(number)
+    if whole < least:
+        raise ValueError(f"{name}: expected at least {least}, got {shown(number)}")
+    if whole > most:
+        raise ValueError(f"{name}: expected at most {most}, got {shown(number)}")
+    return whole
 
 
-def pair_of(name: str, value: _size_2_t, *, least: int) -> tuple[int, int]:
+def pair_of(name: str, value: object, *, least: int) -> tuple[int, int]:
     """Return a pair: one integer twice, or the two integers; raise unless each is at least ``least``."""
     pair: tuple[object, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
-        raise ValueError(f"{name}: expected one number or two, got {value!r}")
+        raise ValueError(f"{name}: expected one number or two, got {shown(value)}")
     first, second = (integer_of(name, number, least=least) for number in pair)
     return first, second
 
 
-def check_sizes(**sizes: object) -> None:
-    """Raise unless every size is an integer of at least 1."""
-    for name, size in sizes.items():
-        integer_of(name, size, least=1)
+def sizes_of(**sizes: object) -> list[int]:
+    """Return the sizes as ints; raise unless each is an integer of at least 1."""
+    return [integer_of(name, size, least=1) for name, size in sizes.items()]
 
 
-def check_activation(activation: str | None) -> None:
-    """Raise ``ValueError`` unless it is None or "relu"."""
-    if activation not in (None, "relu"):
-        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+def spectral_norm_options(
+    n_power_iterations: object, eps: object, iterate_when_frozen: object
+) -> tuple[int, float, bool]:
+    """Return the options of a spectrally normalised layer, after all checks."""
+    (iterate,) = flags_of(iterate_when_frozen=iterate_when_frozen)
+    return iterations_of(n_power_iterations, least=1), eps_of(eps), iterate
 
 
-def check_parameter_dtype(dtype: torch.dtype | None) -> None:
-    """Raise ``TypeError`` unless parameters can have this dtype."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+def iterations_of(n_power_iterations: object, *, least: int) -> int:
+    """Return the number of power iterations as an int; raise unless it is in range."""
+    return integer_of("n_power_iterations", n_power_iterations, least=least, most=_MOST_ITERATIONS)
 
 
-def check_convolution(
-    kernel_size: _size_2_t, stride: _size_2_t, padding: str | _size_2_t, dilation: _size_2_t
-) -> None:
-    """Raise ``ValueError`` unless kernel size, stride and dilation are at least 1, and padding at least 0."""
-    for name, value, least in (
-        ("kernel_size", kernel_size, 1),
-        ("stride", stride, 1),
-        ("dilation", dilation, 1),
-        ("padding", padding, 0),
-    ):
-        for size in value if isinstance(value, (tuple, list)) else (value,):
-            if not isinstance(size, str) and not size >= least:
-                raise ValueError(f"{name}: expected at least {least}, got {value!r}")
+def flags_of(**flags: object) -> list[bool]:
+    """Return the options as bools; raise ``TypeError`` unless each is one, of numpy's too."""
+    for name, flag in flags.items():
+        if type(flag) is not bool and not isinstance(flag, np.bool_):
+            raise TypeError(f"{name}: expected True or False, got {shown(flag)}")
+    return list(map(bool, flags.values()))
+
+
+def check_choice(name: str, value: object, choices: Iterable[str | None]) -> None:
+    """Raise ``ValueError`` unless the value is one of the choices."""
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {shown(value)}")
+
+
+def check_parameter_options(device: object, dtype: object) -> None:
+    """Raise unless parameters can be made on this device (None for the default) in this dtype."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATING):
+        raise TypeError(f"dtype: expected a floating-point dtype ({_FLOATING_NAMES}), got {shown(dtype)}")
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)  # type: ignore[call-overload]
+    except Exception as error:  # each kind of device raises its own
+        raise ValueError(
+            f"device: expected one that torch can use here, got {shown(device)}: {error}"
+        ) from error
+
+
+def convolution_of(
+    in_channels: object,
+    out_channels: object,
+    kernel_size: object,
+    stride: object,
+    padding: object,
+    dilation: object,
+    groups: object,
+    *,
+    named_padding: bool,
+) -> tuple[int, int, _Pair, _Pair, Any, _Pair, int]:
+    """Return the sizes of a convolution as ints and pairs, after all checks."""
+    inputs, outputs, group_count = sizes_of(in_channels=in_channels, out_channels=out_channels, groups=groups)
+    for name, channels in (("in_channels", inputs), ("out_channels", outputs)):
+        if channels % group_count:
+            raise ValueError(f"{name}: expected a multiple of groups = {group_count}, got {channels}")
+    kernel, strides, dilations = (
+        pair_of(name, size, least=1)
+        for name, size in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+    )
+    if named_padding and isinstance(padding, str):
+        check_choice("padding", padding, ("same", "valid"))
+        if padding == "same" and strides != (1, 1):
+            raise ValueError(f"stride: expected 1 with padding='same', got {shown(stride)}")
+    else:
+        padding = pair_of("padding", padding, least=0)
+    return inputs, outputs, kernel, strides, padding, dilations, group_count
+
+
+def check_map_size(name: str, x: Tensor, rows: int, columns: int) -> None:
+    """Raise ``ValueError`` unless the output of x has positions."""
+    if rows < 1 or columns < 1:
+        raise ValueError(
+            f"{name}: expected a larger map (the output would have {max(rows, 0)} x {max(columns, 0)} positions), "
+            f"got {shape_of(x)}"
+        )
+
+
+def check_module(name: str, module: object) -> None:
+    """Raise ``TypeError`` unless this is a module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {shown(module)}")
+
+
+def check_text(name: str, text: object) -> None:
+    """Raise ``TypeError`` unless this is a string."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected a string, got {shown(text)}")
+
+
+def check_mapping(name: str, mapping: object) -> None:
+    """Raise ``TypeError`` unless this is a mapping whose keys are strings."""
+    if not isinstance(mapping, Mapping) or not all(isinstance(key, str) for key in mapping):
+        raise TypeError(f"{name}: expected a mapping with strings as keys, got {shown(mapping)}")
+
+
+def check_callable(name: str, function: object) -> None:
+    """Raise ``TypeError`` unless this can be called."""
+    if not callable(function):
+        raise TypeError(f"{name}: expected a function, got {shown(function)}")
+
+
+def check_process_group(group: object) -> None:
+    """Raise ``TypeError`` unless this is a group of processes, or None."""
+    if group is not None and not isinstance(group, getattr(torch.distributed, "ProcessGroup", object)):
+        raise TypeError(
+            f"process_group: expected a torch.distributed.ProcessGroup or None, got {shown(group)}"
+        )
+
+
+def parts_of(module: nn.Module, kind: type[_ModuleT]) -> list[_ModuleT]:
+    """Return the modules of one kind inside ``module``, itself included."""
+    check_module("module", module)
+    return [part for part in module.modules() if isinstance(part, kind)]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor's values lie in plain memory: not sparse, nested or in another library's layout."""
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def check_floating(name: str, tensor: object) -> None:
-    """Raise ``TypeError`` unless this is a floating-point tensor."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {kind_of(tensor)}")
+    """Raise ``TypeError`` unless this is a dense floating-point tensor of 16 bits or more."""
+    if isinstance(tensor, Tensor) and tensor.dtype in FLOATING and is_dense(tensor):
+        return
+    floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
+    expected = f"a dense tensor of {_FLOATING_NAMES}" if floating else "a floating-point tensor"
+    raise TypeError(f"{name}: expected {expected}, got {kind_of(tensor)}")
 
 
 def check_not_empty(name: str, tensor: Tensor) -> None:
@@ -114,10 +226,10 @@ def check_not_empty(name: str, tensor: Tensor) -> None:
 
 
 def check_feature_map(x: Tensor) -> None:
-    """Raise unless x is a floating-point [N, C, *]."""
+    """Raise unless x is a floating-point [N, C, *], with values if it has samples."""
     check_floating("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x: expected [N, C, *], got {shape_of(x)}")
+    if x.dim() < 2 or (x.numel() == 0 and 0 in x.shape[1:]):
+        raise ValueError(f"x: expected [N, C, *] with all but N at least 1, got {shape_of(x)}")
 
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -128,14 +240,14 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 def check_same_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
     """Raise ``TypeError`` unless the dtype is that of x; under autocast any dtype is accepted."""
-    if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if tensor.dtype != x.dtype and autocast_dtype(x.device) is None:
         raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
 def check_like_parameter(name: str, x: Tensor, like: Tensor) -> None:
     """Raise unless x has the device and dtype of a module's parameter; under autocast any dtype is accepted."""
     check_same_device(name, x, "the module's parameters", like)
-    if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != like.dtype and autocast_dtype(x.device) is None:
         raise TypeError(
             f"{name}: expected the module's dtype {like.dtype}, got {x.dtype}; convert one, or use torch.autocast"
         )
@@ -144,9 +256,12 @@ def check_like_parameter(name: str, x: Tensor, like: Tensor) -> None:
 def check_input(x: Tensor, *, channels: int, like: Tensor, batched: bool = True) -> None:
     """Raise unless x is [N, C, H, W], or also [C, H, W] if not ``batched``, and fits a module's parameter ``like``."""
     check_floating("input", x)
-    if not (x.dim() == 4 or (x.dim() == 3 and not batched)) or x.size(-3) != channels:
+    shape = x.shape
+    if not (len(shape) == 4 or (len(shape) == 3 and not batched)) or shape[-3] != channels:
         layout = "[N, C, H, W]" if batched else "[N, C, H, W] or [C, H, W]"
         raise ValueError(f"input: expected {layout} with C = {channels}, got {shape_of(x)}")
+    if shape[-1] < 1 or shape[-2] < 1:
+        raise ValueError(f"input: expected height and width of at least 1, got {shape_of(x)}")
     check_like_parameter("input", x, like)
 
 
@@ -158,13 +273,22 @@ def check_features(x: Tensor, *, features: int, like: Tensor, name: str = "input
     check_like_parameter(name, x, like)
 
 
-def check_indices(name: str, indices: object, *, upper: int, like: Tensor) -> None:
+def check_integers(name: str, tensor: object) -> None:
+    """Raise ``TypeError`` unless this is a dense tensor of int64 or int32."""
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.dtype not in (torch.int64, torch.int32)
+        or not is_dense(tensor)
+    ):
+        raise TypeError(f"{name}: expected an int64 or int32 tensor, got {kind_of(tensor)}")
+
+
+def check_indices(name: str, indices: Tensor, *, upper: int, like: Tensor) -> None:
     """Raise unless these are int64 or int32, on the device of ``like`` and in [0, upper).
 
     :func:`set_debug_checks` decides whether values on a GPU are checked.
     """
-    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: expected an int64 or int32 tensor, got {kind_of(indices)}")
+    check_integers(name, indices)
     check_same_device(name, indices, "the module's parameters", like)
     if indices.numel() and reads_values_of(indices):
         low, high = (int(bound) for bound in torch.aminmax(indices))
@@ -200,5 +324,14 @@ def shape_of(tensor: Tensor) -> str:
 
 
 def kind_of(thing: object) -> str:
-    """Return dtype or type as text for a message."""
-    return str(thing.dtype) if isinstance(thing, Tensor) else type(thing).__name__
+    """Return dtype and layout, or type, as text for a message."""
+    if not isinstance(thing, Tensor):
+        return type(thing).__name__
+    layout = "" if is_dense(thing) else f" in a {'nested' if thing.is_nested else thing.layout} tensor"
+    return f"{thing.dtype}{layout}"
+
+
+def shown(value: object) -> str:
+    """Return a value as text for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

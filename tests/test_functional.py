@@ -113,8 +113,6 @@ QUERY, KEY, VALUE = torch.ones(2, 3, 4), torch.ones(2, 5, 4), torch.ones(2, 5, 6
         ({"value": VALUE[:, :4]}, ValueError, r"value: expected \[N, S, Ev\] = \[2, 5, .*got \[2, 4, 6\]"),
         ({"value": VALUE[:1]}, ValueError, r"value: expected \[N, S, Ev\] = \[2, 5, Ev\].*got \[1, 5, 6\]"),
         ({"value": VALUE[..., :0]}, ValueError, r"value: .*with Ev >= 1, got \[2, 5, 0\]"),
-        ({"query": QUERY.long()}, TypeError, "query: expected a floating-point tensor, got torch.int64"),
-        ({"value": None}, TypeError, "value: expected a floating-point tensor, got NoneType"),
         ({"key": KEY.double()}, TypeError, "key: expected the query's dtype .*float32, got torch.float64"),
         ({"value": VALUE.half()}, TypeError, "value: expected the query's dtype .*float32, got .*float16"),
         ({"key": KEY.to("meta")}, ValueError, "key: expected the device of the query, cpu, got meta"),
@@ -131,21 +129,6 @@ def test_attention_refuses_inputs_that_do_not_fit(
     if "value" not in changes:
         with pytest.raises(error, match=message):
             functional.attention_weights(inputs["query"], inputs["key"])
-
-
-@pytest.mark.parametrize("scale", [torch.tensor(2.0, requires_grad=True), "2", None, True])
-def test_the_scale_is_a_number(scale: object) -> None:
-    for function in (
-        functional.attention,
-        lambda q, k, v, scale: functional.attention_weights(q, k, scale=scale),
-    ):
-        with pytest.raises(TypeError, match="scale: expected a number"):
-            function(QUERY, KEY, VALUE, scale=scale)
-
-
-def test_dtypes_without_arithmetic_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"query: expected float64, .* got torch.float8_e4m3fn"):
-        functional.attention(*(tensor.to(torch.float8_e4m3fn) for tensor in (QUERY, KEY, VALUE)))
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -250,17 +233,10 @@ WEIGHT, U, V = torch.ones(3, 4), torch.ones(3), torch.ones(4)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"weight": U}, ValueError, r"at least 2 axes and dim 0 or 1, got \[3\] and dim 0"),
-        ({"dim": 2}, ValueError, r"got \[3, 4\] and dim 2"),
         ({"u": V}, ValueError, r"u: expected shape \[3\], got \[4\]"),
         ({"v": U}, ValueError, r"v: expected shape \[4\], got \[3\]"),
         ({"dim": 1}, ValueError, r"u: expected shape \[4\], got \[3\]"),
-        ({"weight": WEIGHT.long()}, TypeError, "weight: expected a floating-point tensor, got torch.int64"),
-        ({"u": U.long()}, TypeError, "u: expected a floating-point tensor"),
-        ({"v": None}, TypeError, "v: expected a floating-point tensor, got NoneType"),
         ({"u": U.to("meta")}, ValueError, "u: expected the device of the weight, cpu, got meta"),
-        ({"n_power_iterations": -1}, ValueError, "n_power_iterations: expected at least 0, got -1"),
-        ({"eps": 0.0}, ValueError, r"eps: expected a positive number, got 0\.0"),
     ],
 )
 def test_spectral_normalize_refuses_what_does_not_fit(
@@ -326,21 +302,18 @@ X, COEFFICIENTS, MEAN = torch.ones(4, 3, 2), torch.ones(4, 3), torch.zeros(3)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": MEAN}, ValueError, r"x: expected \[N, C, \*\], got \[3\]"),
-        ({"x": X.long()}, TypeError, "x: expected a floating-point tensor, got torch.int64"),
+        ({"x": MEAN}, ValueError, r"x: expected \[N, C, \*\] with all but N at least 1, got \[3\]"),
         ({"gain": X[:2, :, 0]}, ValueError, r"gain: expected .* = \[4, 3\] or \[3\], got \[2, 3\]"),
         ({"bias": torch.ones(4)}, ValueError, r"bias: expected .* = \[4, 3\] or \[3\], got \[4\]"),
         ({"bias": X[..., :1]}, ValueError, r"bias: expected.*got \[4, 3, 1\]"),
-        ({"gain": COEFFICIENTS.long()}, TypeError, "gain: expected a floating-point tensor, got torch.int64"),
         ({"bias": COEFFICIENTS.to("meta")}, ValueError, "bias: expected the device of x, cpu, got meta"),
         ({"running_mean": MEAN}, ValueError, "running_mean and running_var: .* both or neither, got one"),
         ({"running_var": MEAN}, ValueError, "expected both or neither, got one"),
         ({"running_mean": MEAN, "running_var": MEAN[:2]}, ValueError, r"running_var: .* \[3\], got \[2\]"),
         ({"running_mean": MEAN[:1], "running_var": MEAN}, ValueError, r"running_mean: .* \[3\], got \[1\]"),
         ({"running_mean": MEAN.to("meta"), "running_var": MEAN}, ValueError, "device of x, cpu, got meta"),
-        ({"eps": -1e-5}, ValueError, "eps: expected a positive number, got -1e-05"),
         ({"x": X[:1, :, :1], "gain": MEAN, "bias": MEAN}, ValueError, r"more than 1 value .*got \[1, 3, 1\]"),
-        ({"x": X[:, :0], "gain": MEAN[:0], "bias": MEAN[:0]}, ValueError, r"more than 1 .*\[4, 0, 2\]"),
+        ({"x": X[:, :0], "gain": MEAN[:0], "bias": MEAN[:0]}, ValueError, r"at least 1, got \[4, 0, 2\]"),
     ],
 )
 def test_conditional_batch_norm_refuses_what_does_not_fit(
@@ -421,7 +394,6 @@ ROWS = torch.ones(2, 8)
     ("changes", "error", "message"),
     [
         ({"x": torch.ones(8, 4, 4)}, ValueError, r"x: expected \[N, C, H, W\], got \[8, 4, 4\]"),
-        ({"x": torch.ones(1, 8, 4, 4).long()}, TypeError, "x: expected a floating-point tensor"),
         ({"x": torch.ones(1, 8, 1, 4)}, ValueError, r"at least pool_size = 2, got \[1, 8, 1, 4\]"),
         ({"query_weight": ROWS[:, :7]}, ValueError, r"query_weight: expected \[rows, 8\] or .* got \[2, 7\]"),
         ({"query_weight": torch.ones(2, 8, 3, 3)}, ValueError, r"query_weight: .* got \[2, 8, 3, 3\]"),
@@ -433,7 +405,6 @@ ROWS = torch.ones(2, 8)
         ({"out_weight": None}, ValueError, r"value_weight: expected C = 8 rows, got \[4, 8\]"),
         ({"value_bias": torch.ones(3)}, ValueError, r"value_bias: expected \[4\], got \[3\]"),
         ({"gamma": torch.ones(2)}, ValueError, r"gamma: expected one element, got \[2\]"),
-        ({"pool_size": 0}, ValueError, "pool_size: expected at least 1"),
         ({"backend": "flash"}, ValueError, "backend: expected one of 'auto', 'fused', .*got 'flash'"),
     ],
 )

@@ -152,23 +152,16 @@ def test_modules_compute_what_the_functions_do(module: nn.Module, function: Call
 
 
 @pytest.mark.parametrize("name", ["real_logits", "fake_logits"])
-@pytest.mark.parametrize(
-    ("wrong", "error", "message"),
-    [
-        (torch.ones(2, dtype=torch.long), TypeError, "expected a floating-point tensor, got torch.int64"),
-        (1.0, TypeError, "expected a floating-point tensor, got float"),
-        (torch.ones(0, 1), ValueError, r"expected at least one entry, got shape \[0, 1\]"),
-    ],
-)
-def test_wrong_logits_are_refused(name: str, wrong: Any, error: type[Exception], message: str) -> None:
+def test_empty_logits_are_refused(name: str) -> None:
+    message = rf"{name}: expected at least one entry, got shape \[0, 1\]"
     for loss in DISCRIMINATOR_LOSSES:
-        arguments = {"real_logits": torch.ones(2), "fake_logits": torch.ones(2), name: wrong}
-        with pytest.raises(error, match=f"{name}: {message}"):
+        arguments = {"real_logits": torch.ones(2), "fake_logits": torch.ones(2), name: torch.ones(0, 1)}
+        with pytest.raises(ValueError, match=message):
             loss(**arguments)
     if name == "fake_logits":
         for loss in GENERATOR_LOSSES:
-            with pytest.raises(error, match=f"{name}: {message}"):
-                loss(fake_logits=wrong)
+            with pytest.raises(ValueError, match=message):
+                loss(fake_logits=torch.ones(0, 1))
 
 
 class EveryBlock(nn.Module):
@@ -355,12 +348,9 @@ CONSTANT, UNRELATED = torch.ones(2), torch.ones(2, requires_grad=True) * 2
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"kind": "r3"}, ValueError, "kind: expected 'r1', 'r2' or 'wgan-gp', got 'r3'"),
         ({"images": POINTS.detach()}, ValueError, r"expected requires_grad; call images\.requires_grad_\(\)"),
         ({"logits": CONSTANT}, ValueError, "logits: expected a graph; call D with gradients enabled"),
         ({"logits": UNRELATED}, ValueError, "logits: expected to depend on the images, but they do not"),
-        ({"logits": CONSTANT.long()}, TypeError, "logits: expected a floating-point tensor, got torch.int64"),
-        ({"images": CONSTANT.byte()}, TypeError, "images: expected a floating-point tensor, got torch.uint8"),
         ({"logits": UNRELATED[:0]}, ValueError, r"logits: expected at least one entry, got shape \[0\]"),
     ],
 )
@@ -369,9 +359,6 @@ def test_impossible_penalties_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         gradient_penalty(**{"logits": POINTS.sum(1), "images": POINTS, **changes})
-    if "kind" in changes:
-        with pytest.raises(error, match=message):
-            GradientPenalty(**changes)
 
 
 def test_interpolated_images_lie_on_the_segment_between_each_pair() -> None:
@@ -403,8 +390,6 @@ PAIR = torch.ones(2, 3)
         (PAIR, torch.ones(3, 3), ValueError, r"the shape of the real images \[2, 3\], got \[3, 3\]"),
         (PAIR, PAIR.double(), TypeError, "the dtype of the real images torch.float32, got torch.float64"),
         (PAIR, PAIR.to("meta"), ValueError, "fake_images: .* device of the real images, cpu, got meta"),
-        (PAIR.byte(), PAIR, TypeError, "real_images: expected a floating-point"),
-        (PAIR, PAIR.byte(), TypeError, "fake_images: expected a floating-point"),
         (PAIR[:0], PAIR[:0], ValueError, r"real_images: expected at least one entry.*\[0, 3\]"),
     ],
 )

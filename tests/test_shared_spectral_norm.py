@@ -436,13 +436,11 @@ def test_contexts_nest_and_the_outer_ones_weights_hold() -> None:
     assert not is_shared(network.wide)
 
 
-def test_a_context_in_use_and_a_dtype_that_is_not_floating_point_are_refused() -> None:
+def test_a_context_in_use_is_refused() -> None:
     network = Network()
     shared = shared_spectral_norm(network)
     with shared, pytest.raises(RuntimeError, match="expected a context that is not in use"):
         shared.__enter__()
-    with pytest.raises(TypeError, match="dtype: expected a floating-point dtype"):
-        shared_spectral_norm(network, dtype=torch.int32)
 
 
 def test_another_parametrization_of_the_weight_is_a_good_neighbour() -> None:

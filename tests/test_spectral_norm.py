@@ -713,8 +713,7 @@ def test_applying_refuses_what_it_cannot_normalise_and_changes_nothing(
         ({"exclude": [nn.Conv3d]}, ValueError, "got <class 'torch.nn.modules.conv.Conv3d'>"),
         ({"exclude": [nn.Linear(2, 2)]}, ValueError, "exclude: expected names, classes or modules"),
         ({"exclude": "up"}, TypeError, r"exclude: expected a collection, got the string 'up'"),
-        ({"n_power_iterations": 0}, ValueError, "n_power_iterations: expected at least 1, got 0"),
-        ({"eps": -1.0}, ValueError, r"eps: expected a positive number, got -1\.0"),
+        ({"eps": 1.5}, ValueError, r"eps: expected a number from 1e-37 to 1, got 1\.5"),
     ],
 )
 def test_applying_with_a_mistaken_argument_changes_nothing(
@@ -724,56 +723,6 @@ def test_applying_with_a_mistaken_argument_changes_nothing(
     with pytest.raises(error, match=message):
         apply_spectral_norm(model, **options)
     assert normalised_names(model) == set()
-
-
-@pytest.mark.parametrize("kind", [SNConv2d, SNConvTranspose2d])
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, 2, 1), "in_channels: expected at least 1, got 0"),
-        ((2, -2, 1), "out_channels: expected at least 1, got -2"),
-        ((2, 2, 0), "kernel_size: expected at least 1, got 0"),
-        ((2, 2, (3, -1)), r"kernel_size: expected at least 1, got \(3, -1\)"),
-        ((2, 2, 3, 0), "stride: expected at least 1, got 0"),
-        ((2, 2, 3, 1, -1), "padding: expected at least 0, got -1"),
-    ],
-)
-def test_a_convolution_refuses_sizes_out_of_range(
-    kind: type[SpectralNormLayer], arguments: tuple[Any, ...], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        kind(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: SNConv2d(2, 2.0, 1), TypeError, r"out_channels: expected an int, got 2\.0"),
-        (lambda: SNConv2d(2, 2, 3, dilation=0), ValueError, "dilation: expected at least 1, got 0"),
-        (lambda: SNConvTranspose2d(2, 2, 3, dilation=0), ValueError, "dilation: expected at least 1, got 0"),
-        (lambda: SNLinear(0, 2), ValueError, "in_features: expected at least 1, got 0"),
-        (lambda: SNLinear(2, 0), ValueError, "out_features: expected at least 1, got 0"),
-        (lambda: SNEmbedding(0, 2), ValueError, "num_embeddings: expected at least 1, got 0"),
-        (lambda: SNEmbedding(2, 0), ValueError, "embedding_dim: expected at least 1, got 0"),
-        (lambda: SNEmbedding(2, 2, max_norm=1.0), ValueError, "max_norm: expected None"),
-        (lambda: SNEmbedding(2, 2, sparse=True), ValueError, "sparse: expected False"),
-        (lambda: SNLinear(2, 2, n_power_iterations=0), ValueError, "n_power_iterations: expected at least 1"),
-        (lambda: SNLinear(2, 2, n_power_iterations=1.5), TypeError, "expected an int, got 1.5"),
-        (lambda: SNConv2d(2, 2, 3, dtype=torch.int32), TypeError, "dtype: expected a floating-point dtype"),
-        (lambda: SNConvTranspose2d(2, 2, 3, dtype=torch.complex64), TypeError, "dtype: expected a floating"),
-        (lambda: SNLinear(2, 2, dtype=torch.int32), TypeError, "dtype: expected a floating-point dtype"),
-        (lambda: SNEmbedding(2, 2, dtype=torch.complex64), TypeError, "dtype: expected a floating-point"),
-        (lambda: SelfAttention2d(8, dtype=torch.int32), TypeError, "dtype: expected a floating-point dtype"),
-        (lambda: SNLinear(2, 2, eps=0), ValueError, "eps: expected a positive number, got 0"),
-        (lambda: SNLinear(2, 2, eps=float("nan")), ValueError, "eps: expected a positive number, got nan"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
-def test_impossible_arguments_are_refused(
-    make: Callable[[], nn.Module], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        make()
 
 
 IMAGE_OF_3 = r"expected \[N, C, H, W\] or \[C, H, W\] with C = 3, got"
@@ -795,7 +744,6 @@ IN_RANGE = "expected values from 0 to 2, got values from"
         (SNLinear(3, 2), torch.ones(2, 4), ValueError, VECTOR_OF_3 + r" \[2, 4\]"),
         (SNLinear(3, 2), torch.tensor(1.0), ValueError, VECTOR_OF_3 + r" \[\]"),
         (SNLinear(3, 2), torch.ones(2, 3).double(), TypeError, OF_DTYPE + " torch.float64"),
-        (SNLinear(3, 2), "x", TypeError, "input: expected a floating-point tensor, got str"),
         (SNEmbedding(3, 2), torch.tensor([0, 3]), ValueError, IN_RANGE + " 0 to 3"),
         (SNEmbedding(3, 2), torch.tensor([-1]), ValueError, IN_RANGE + " -1"),
         (SNEmbedding(3, 2), torch.tensor([1.0]), TypeError, OF_INDICES + " torch.float32"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sagan_layers.attention import reference
@@ -15,14 +14,12 @@ from sagan_layers.attention.reference import (
 from sagan_layers.attention.table import attend, self_attend
 from sagan_layers.checks import (
     check_floating,
-    check_number,
     check_same_device,
     check_same_dtype,
-    check_sizes,
+    integer_of,
+    number_of,
     shape_of,
 )
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def attention(
@@ -61,8 +58,7 @@ def attention(
         torch.Size([2, 9, 16])
     """
     inputs = attention_inputs(query, key, value)
-    check_number("scale", scale)
-    return attend(*inputs, float(scale), backend)
+    return attend(*inputs, number_of("scale", scale), backend)
 
 
 def self_attention_2d(
@@ -152,8 +148,7 @@ def attention_weights(query: Tensor, key: Tensor, *, scale: float = 1.0) -> Tens
         True
     """
     attention_inputs(query, key, key)
-    check_number("scale", scale)
-    return reference.attention_weights(query, key, float(scale))
+    return reference.attention_weights(query, key, number_of("scale", scale))
 
 
 def self_attention_of_projections(
@@ -230,7 +225,7 @@ def _checked(inputs: SelfAttentionInputs) -> SelfAttentionInputs:
     check_same_device("gamma", gamma, "x", x)
     if gamma.numel() != 1:
         raise ValueError(f"gamma: expected one element, got {shape_of(gamma)}")
-    check_sizes(pool_size=pool_size)
+    pool_size = integer_of("pool_size", pool_size, least=1)
     if min(x.shape[2:]) < pool_size:
         raise ValueError(
             f"x: expected height and width of at least pool_size = {pool_size}, got {shape_of(x)}"
@@ -270,8 +265,6 @@ def attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> AttentionInpu
         check_floating(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(f"{name}: expected 3 axes [N, length, width], got {shape_of(tensor)}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name}: expected the query's dtype {query.dtype}, got {tensor.dtype}")
         check_same_device(name, tensor, "the query", query)

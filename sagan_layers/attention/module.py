@@ -93,19 +93,26 @@ class SelfAttention2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.check_sizes(in_channels=in_channels, pool_size=pool_size)
+        in_channels, pool_size = checks.sizes_of(in_channels=in_channels, pool_size=pool_size)
+        output_projection, bias, spectral_norm = checks.flags_of(
+            output_projection=output_projection, bias=bias, spectral_norm=spectral_norm
+        )
+        n_power_iterations, eps, _ = checks.spectral_norm_options(n_power_iterations, eps, True)
+        gamma_init = checks.number_of("gamma_init", gamma_init, least=-65504, most=65504)  # of float16
         if key_channels is None:
             key_channels = max(1, in_channels // 8)
         if value_channels is None:
             value_channels = max(1, in_channels // 2) if output_projection else in_channels
-        checks.check_sizes(key_channels=key_channels, value_channels=value_channels)
+        key_channels, value_channels = checks.sizes_of(
+            key_channels=key_channels, value_channels=value_channels
+        )
         if not output_projection and value_channels != in_channels:
             raise ValueError(
                 f"value_channels: expected in_channels = {in_channels} without an output projection, "
                 f"got {value_channels}"
             )
         SELF_ATTENTION_2D.check_name(backend)
-        checks.check_parameter_dtype(dtype)
+        checks.check_parameter_options(device, dtype)
 
         def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
             if not spectral_norm:
@@ -131,7 +138,7 @@ class SelfAttention2d(nn.Module):
         self.key = conv1x1(in_channels, key_channels)
         self.value = conv1x1(in_channels, value_channels)
         self.out = conv1x1(value_channels, in_channels) if output_projection else nn.Identity()
-        self.gamma = nn.Parameter(torch.full((), float(gamma_init), device=device, dtype=dtype))
+        self.gamma = nn.Parameter(torch.full((), gamma_init, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Initialise the convolutions' weights again and set gamma back to ``gamma_init``."""
@@ -177,8 +184,13 @@ class SelfAttention2d(nn.Module):
             torch.Size([2, 3, 8, 8])
         """
         self._check_input(x)
+        (key_grid,) = checks.flags_of(key_grid=key_grid)
         height, width = x.shape[2:]
-        points = torch.as_tensor(queries, device=x.device)
+        try:
+            points = torch.as_tensor(queries, device=x.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"queries: expected pairs of integers, got {checks.shown(queries)}") from error
+        checks.check_integers("queries", points)
         if points.dim() == 2:
             points = points.expand(x.size(0), -1, -1)
         if points.dim() != 3 or points.shape[::2] != (x.size(0), 2):

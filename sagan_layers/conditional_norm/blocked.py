@@ -28,7 +28,6 @@ from sagan_layers.conditional_norm.kernels import (
 )
 from sagan_layers.torch_support import accumulation_dtype, is_exporting, is_tracing
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # With fewer values in a feature map the reference is as fast.
 _FEW_VALUES = 2**16
 # A thread's block, in the accumulation dtype: about the size of a core's cache.
@@ -47,8 +46,7 @@ def unsupported_reasons(inputs: ConditionalNormInputs) -> list[str]:
     """Return why the blocks cannot serve."""
     if inputs.x.device.type != "cpu":
         return [f"it is made for a CPU's cache, and the tensors are on {inputs.x.device}"]
-    reasons = [] if inputs.x.dtype in _DTYPES else [f"{inputs.x.dtype} is not served"]
-    return reasons + opaque_unsupported_reasons(inputs)
+    return opaque_unsupported_reasons(inputs)
 
 
 def not_preferred_reasons(inputs: ConditionalNormInputs) -> list[str]:

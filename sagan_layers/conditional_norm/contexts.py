@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
+from sagan_layers import checks
 from sagan_layers.conditional_norm.module import ConditionalBatchNorm2d
 from sagan_layers.conditional_norm.statistics import SynchronizedStatistics
 from sagan_layers.torch_support import temporary_attribute
@@ -42,6 +43,7 @@ def synchronize_batch_norm(module: _ModuleT, process_group: ProcessGroup | None 
         torch.Size([4, 3, 8, 8])
     """
     layers = _layers_of(module)
+    checks.check_process_group(process_group)
     if not layers:
         raise ValueError(
             "synchronize_batch_norm: expected a ConditionalBatchNorm2d in the module, found none"
@@ -105,6 +107,7 @@ def standing_statistics(module: nn.Module, *, process_group: ProcessGroup | None
         True
     """
     layers = _layers_of(module)
+    checks.check_process_group(process_group)
     child_norms = {layer.norm for layer in layers}
     foreign = [
         repr(name)
@@ -137,4 +140,4 @@ def standing_statistics(module: nn.Module, *, process_group: ProcessGroup | None
 
 
 def _layers_of(module: nn.Module) -> list[ConditionalBatchNorm2d]:
-    return [layer for layer in module.modules() if isinstance(layer, ConditionalBatchNorm2d)]
+    return checks.parts_of(module, ConditionalBatchNorm2d)

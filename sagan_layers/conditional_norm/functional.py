@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from sagan_layers.checks import (
-    check_activation,
+    check_choice,
     check_feature_map,
     check_floating,
-    check_positive,
+    check_process_group,
     check_same_device,
+    eps_of,
+    flags_of,
+    number_of,
     reads_values_of,
     shape_of,
 )
@@ -94,7 +97,20 @@ def conditional_batch_norm(
         >>> bool(y.mean().abs() < 1e-5), bool((y.std() - 1).abs() < 1e-2)
         (True, True)
     """
-    _check(x, gain, bias, running_mean, running_var, eps, activation)
+    _check(x, gain, bias, running_mean, running_var)
+    eps = eps_of(eps)
+    if type(training) is not bool or type(biased_running_var) is not bool:  # type: ignore[redundant-expr]
+        options = {"training": training, "biased_running_var": biased_running_var}  # type: ignore[unreachable]
+        training, biased_running_var = flags_of(**options)
+    check_choice("activation", activation, (None, "relu"))
+    if not isinstance(momentum, Tensor):
+        momentum = number_of("momentum", momentum, least=0, most=1)
+    else:
+        check_floating("momentum", momentum)
+        if momentum.numel() != 1:
+            raise ValueError(f"momentum: expected a number or one element, got {shape_of(momentum)}")
+    if process_group is not None and not torch.compiler.is_compiling():
+        check_process_group(process_group)
     running = None
     if not training and running_mean is not None and running_var is not None:
         running = running_mean, running_var
@@ -125,12 +141,8 @@ def _check(
     bias: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    eps: float,
-    activation: str | None,
 ) -> None:
     check_feature_map(x)
-    check_positive("eps", eps)
-    check_activation(activation)
     num_features = x.size(1)
     for name, coefficients in (("gain", gain), ("bias", bias)):
         check_floating(name, coefficients)
@@ -145,6 +157,7 @@ def _check(
         raise ValueError("running_mean and running_var: expected both or neither, got one")
     for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
         if statistic is not None:
+            check_floating(name, statistic)
             if statistic.shape != (num_features,):
                 raise ValueError(f"{name}: expected shape [{num_features}], got {shape_of(statistic)}")
             check_same_device(name, statistic, "x", x)

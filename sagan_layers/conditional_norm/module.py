@@ -93,13 +93,22 @@ class ConditionalBatchNorm2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.check_sizes(num_features=num_features)
-        checks.check_parameter_dtype(dtype)
-        checks.check_positive("eps", eps)
-        checks.check_activation(activation)
+        num_features = checks.integer_of("num_features", num_features, least=1)
+        track_running_stats, spectral_norm, biased_running_var = checks.flags_of(
+            track_running_stats=track_running_stats,
+            spectral_norm=spectral_norm,
+            biased_running_var=biased_running_var,
+        )
+        eps = checks.eps_of(eps)
+        if momentum is not None:
+            momentum = checks.number_of("momentum", momentum, least=0, most=1)
+        checks.check_choice("activation", activation, (None, "relu"))
         CONDITIONAL_BATCH_NORM.check_name(backend)
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(f"momentum: expected None or a number from 0 to 1, got {momentum!r}")
+        checks.check_parameter_options(device, dtype)
+        if num_classes is not None:
+            num_classes = checks.integer_of("num_classes", num_classes, least=1)
+        if condition_features is not None:
+            condition_features = checks.integer_of("condition_features", condition_features, least=1)
         if num_classes is not None and condition_features is not None:
             raise ValueError("num_classes, condition_features: expected one at most, got both")
         if spectral_norm and condition_features is None:
@@ -116,7 +125,6 @@ class ConditionalBatchNorm2d(nn.Module):
         self.weight: nn.Parameter | ProjectedCoefficients
         self.bias: nn.Parameter | ProjectedCoefficients
         if condition_features is not None:
-            checks.check_sizes(condition_features=condition_features)
             linear = SNLinear if spectral_norm else nn.Linear
             sizes = condition_features, num_features, False
             self.weight_projection = linear(*sizes, device=device, dtype=dtype)
@@ -124,7 +132,6 @@ class ConditionalBatchNorm2d(nn.Module):
         else:
             shape: tuple[int, ...] = (num_features,)
             if num_classes is not None:
-                checks.check_sizes(num_classes=num_classes)
                 shape = (num_classes, num_features)
             self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
             self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
@@ -212,6 +219,7 @@ class ConditionalBatchNorm2d(nn.Module):
         """
         if self._standing is None:
             raise ValueError("standing statistics: expected begin_standing_statistics first")
+        checks.check_process_group(process_group)
         try:
             self._standing.gather(process_group)
             self._set_standing_statistics()

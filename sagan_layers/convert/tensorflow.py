@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sagan_layers.attention import SelfAttention2d
+from sagan_layers.checks import check_mapping, check_text, pair_of, shown
 from sagan_layers.conditional_norm import ConditionalBatchNorm2d
 from sagan_layers.gan import ProjectionDiscriminatorHead
 from sagan_layers.spectral_norm import SpectralNormLayer
@@ -93,6 +94,8 @@ class TensorFlowLoader:
     """
 
     def __init__(self, variables: Mapping[str, ArrayLike | Tensor], scope: str = "") -> None:
+        check_mapping("variables", variables)
+        check_text("scope", scope)
         prefix = f"{scope.strip('/')}/" if scope else ""
         self._scope = prefix
         self._remaining = {
@@ -117,6 +120,9 @@ class TensorFlowLoader:
         Raises:
             TypeError: if the module is none of the blocks.
         """
+        check_text("name", name)
+        if spatial is not None:
+            spatial = pair_of("spatial", spatial, least=1)
         prefix = f"{name}/" if name else ""
         if isinstance(module, SelfAttention2d):
             for part, layer in (
@@ -141,6 +147,10 @@ class TensorFlowLoader:
             self._take(f"{prefix}w", module.weight, axes=(2, 3, 1, 0))
             self._take_bias_and_u(prefix, "biases", module, None)
         elif isinstance(module, nn.Linear):
+            if spatial is not None and module.out_features % (spatial[0] * spatial[1]):
+                raise ValueError(
+                    f"spatial: expected height and width of {module.out_features} outputs, got {spatial}"
+                )
             self._take(f"{prefix}Matrix", module.weight, axes=(1, 0), spatial=spatial)
             self._take_bias_and_u(prefix, "bias", module, spatial)
         elif isinstance(module, nn.Embedding):
@@ -202,9 +212,7 @@ class TensorFlowLoader:
             self._missing.append(self._scope + name)
             return
         array = self._remaining.pop(name)
-        values: NDArray[np.floating] = np.asarray(
-            array.detach().cpu() if isinstance(array, Tensor) else array
-        )
+        values: NDArray[np.floating] = _numbers(self._scope + name, array)
         order = axes or tuple(range(target.dim()))
         expected = (1,) * leading_ones + tuple(target.size(axis) for axis in order)
         if values.shape != expected:
@@ -217,3 +225,14 @@ class TensorFlowLoader:
             grid = values.reshape(*values.shape[:-1], *spatial, -1)
             values = np.moveaxis(grid, -1, -3).reshape(values.shape)
         self._copies.append((target, torch.tensor(values.transpose(*np.argsort(order)))))
+
+
+def _numbers(name: str, array: ArrayLike | Tensor) -> NDArray[np.floating]:
+    """Return an array's values, those of bfloat16 widened."""
+    try:
+        if isinstance(array, Tensor):
+            array = array.detach().cpu()
+            array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+        return np.asarray(array).astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected an array of numbers, got {shown(array)}") from error

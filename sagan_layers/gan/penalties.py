@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sagan_layers.checks import check_not_empty, check_same_device, shape_of
+from sagan_layers.checks import check_choice, check_not_empty, check_same_device, number_of, shape_of
 from sagan_layers.torch_support import accumulation_dtype
 
 
@@ -46,6 +46,7 @@ def gradient_penalty(*, logits: Tensor, images: Tensor, kind: str = "r1", target
         True
     """
     _check_kind(kind)
+    target = number_of("target", target, least=0)
     check_not_empty("logits", logits)
     check_not_empty("images", images)
     if not images.requires_grad:
@@ -117,7 +118,7 @@ class GradientPenalty(nn.Module):
         super().__init__()
         _check_kind(kind)
         self.kind = kind
-        self.target = target
+        self.target = number_of("target", target, least=0)
 
     def forward(self, *, logits: Tensor, images: Tensor) -> Tensor:
         """Return the penalty, a scalar."""
@@ -129,5 +130,4 @@ class GradientPenalty(nn.Module):
 
 
 def _check_kind(kind: str) -> None:
-    if kind not in ("r1", "r2", "wgan-gp"):
-        raise ValueError(f"kind: expected 'r1', 'r2' or 'wgan-gp', got {kind!r}")
+    check_choice("kind", kind, ("r1", "r2", "wgan-gp"))

@@ -60,11 +60,13 @@ class ProjectionDiscriminatorHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.check_sizes(in_channels=in_channels)
+        in_channels = checks.integer_of("in_channels", in_channels, least=1)
         if num_classes is not None:
-            checks.check_sizes(num_classes=num_classes)
-        if pooling not in ("sum", "mean"):
-            raise ValueError(f"pooling: expected 'sum' or 'mean', got {pooling!r}")
+            num_classes = checks.integer_of("num_classes", num_classes, least=1)
+        checks.check_choice("pooling", pooling, ("sum", "mean"))
+        (spectral_norm,) = checks.flags_of(spectral_norm=spectral_norm)
+        checks.check_parameter_options(device, dtype)
+        n_power_iterations, eps, _ = checks.spectral_norm_options(n_power_iterations, eps, True)
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.pooling = pooling

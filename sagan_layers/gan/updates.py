@@ -8,6 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sagan_layers.checks import (
+    check_callable,
+    check_floating,
+    check_module,
+    check_same_device,
+    is_dense,
+    kind_of,
+    shape_of,
+)
 from sagan_layers.gan.losses import hinge_discriminator_loss, hinge_generator_loss
 
 
@@ -62,6 +71,7 @@ def call_with_constant_parameters(module: nn.Module, *inputs: Any) -> Any:
         >>> x.grad is None, critic.weight.grad is None
         (False, True)
     """
+    check_module("module", module)
     constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
     return torch.func.functional_call(module, constants, inputs)
 
@@ -106,6 +116,7 @@ class DiscriminatorPass(nn.Module):
         loss: Callable[..., Tensor] = hinge_discriminator_loss,
     ) -> None:
         super().__init__()
+        _check_parts(generator, discriminator, loss)
         self.discriminator = discriminator
         self._generator = (generator,)  # in a tuple, so that it is not a submodule
         self._loss = loss
@@ -120,18 +131,32 @@ class DiscriminatorPass(nn.Module):
         """Return loss and logits for real images and for those generated from ``latents``."""
         if (real_labels is None) != (fake_labels is None):
             raise ValueError("real_labels, fake_labels: expected both or neither, got one")
+        for name, labels in (("real_labels", real_labels), ("fake_labels", fake_labels)):
+            if labels is not None and not isinstance(labels, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {kind_of(labels)}")
         (generator,) = self._generator
         with torch.no_grad():
             fake = generator(latents) if fake_labels is None else generator(latents, fake_labels)
+        check_floating("real", real)
+        check_floating("generator: output", fake)
+        check_same_device("generator: output", fake, "the real images", real)
+        if fake.shape[1:] != real.shape[1:]:
+            raise ValueError(
+                f"generator: expected images like the real ones, {shape_of(real)}, got {shape_of(fake)}"
+            )
         images = torch.cat([real, fake.to(real.dtype)])
         if real_labels is None or fake_labels is None:
             logits = self.discriminator(images)
         else:
             logits = self.discriminator(images, torch.cat([real_labels, fake_labels]))
-        if not isinstance(logits, Tensor):
+        if not isinstance(logits, Tensor) or not is_dense(logits):
             raise TypeError(
-                f"discriminator: expected one tensor of logits, got {type(logits).__name__}; return one, or write your "
+                f"discriminator: expected one tensor of logits, got {kind_of(logits)}; return one, or write your "
                 "own update"
+            )
+        if logits.shape[:1] != images.shape[:1]:
+            raise ValueError(
+                f"discriminator: expected logits for {len(images)} images, got {shape_of(logits)}"
             )
         real_logits, fake_logits = torch.split(logits, [len(real), len(fake)])
         return DiscriminatorResult(
@@ -170,6 +195,7 @@ class GeneratorPass(nn.Module):
         loss: Callable[..., Tensor] = hinge_generator_loss,
     ) -> None:
         super().__init__()
+        _check_parts(generator, discriminator, loss)
         self.generator = generator
         self._discriminator = (discriminator,)
         self._loss = loss
@@ -182,3 +208,9 @@ class GeneratorPass(nn.Module):
         else:
             logits = call_with_constant_parameters(discriminator, self.generator(latents, labels), labels)
         return GeneratorResult(self._loss(fake_logits=logits), logits)
+
+
+def _check_parts(generator: object, discriminator: object, loss: object) -> None:
+    check_module("generator", generator)
+    check_module("discriminator", discriminator)
+    check_callable("loss", loss)

@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.nn.common_types import _size_2_t
 
 from sagan_layers.checks import (
+    check_choice,
     check_floating,
+    check_map_size,
     check_same_device,
     check_same_dtype,
-    check_sizes,
     pair_of,
     shape_of,
+    sizes_of,
 )
 from sagan_layers.resampling.reference import ResamplingInputs, ResamplingOptions
 from sagan_layers.resampling.table import CONV2D_DOWNSAMPLE, UPSAMPLE_CONV2D
@@ -134,19 +136,18 @@ def conv2d_downsample(
     return y if x.dim() == 4 else y.squeeze(0)
 
 
-def check_resampling(upsample: object, downsample: object, backend: str) -> None:
-    """Raise unless both are factors, at most one of them above 1, and the backend exists.
+def resampling_factors(upsample: object, downsample: object, backend: str) -> tuple[int, int]:
+    """Return the two factors as ints.
 
     Raises:
-        ValueError: for their values.
+        ValueError: if both are above 1, one is below, or there is no such backend.
         TypeError: if a factor is not an integer.
     """
-    check_sizes(upsample=upsample, downsample=downsample)
-    if upsample != 1 and downsample != 1:
-        raise ValueError(
-            f"upsample, downsample: expected one of them to be 1, got {upsample} and {downsample}"
-        )
+    up, down = sizes_of(upsample=upsample, downsample=downsample)
+    if up != 1 and down != 1:
+        raise ValueError(f"upsample, downsample: expected one of them to be 1, got {up} and {down}")
     UPSAMPLE_CONV2D.check_name(backend)
+    return up, down
 
 
 def _checked_inputs(
@@ -161,10 +162,10 @@ def _checked_inputs(
     groups: int = 1,
 ) -> ResamplingInputs:
     """Return x as [N, C, H, W], the weight and the options as the forms take them, after all checks."""
-    check_sizes(factor=factor, groups=groups)
+    factor, groups = sizes_of(factor=factor, groups=groups)
     check_floating("x", x)
-    if x.dim() not in (3, 4):
-        raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got {shape_of(x)}")
+    if x.dim() not in (3, 4) or 0 in x.shape[-3:]:
+        raise ValueError(f"x: expected [N, C, H, W] or [C, H, W] with C, H, W >= 1, got {shape_of(x)}")
     batch = x if x.dim() == 4 else x.unsqueeze(0)
     check_floating("weight", weight)
     check_same_device("weight", weight, "x", x)
@@ -194,10 +195,7 @@ def _checked_inputs(
         groups=groups,
     )
     output = options.output_size(batch, weight)
-    if min(output) < 1:
-        raise ValueError(
-            f"x: expected a larger map (the output would have {output[0]} x {output[1]} positions), got {shape_of(x)}"
-        )
+    check_map_size("x", x, *output)
     return ResamplingInputs(batch, weight, options)
 
 
@@ -210,11 +208,10 @@ def _explicit_padding(
     padding: str | _size_2_t, dilation: tuple[int, int], weight: Tensor
 ) -> tuple[int, int] | str:
     """Return the zeros on each side of (height, width), or "same" where the two sides differ."""
+    if not isinstance(padding, str):
+        return pair_of("padding", padding, least=0)
+    check_choice("padding", padding, ("same", "valid"))
     if padding == "valid":
         return (0, 0)
-    if padding == "same":
-        height, width = (dilation[i] * (weight.size(2 + i) - 1) for i in range(2))
-        return "same" if height % 2 or width % 2 else (height // 2, width // 2)
-    if isinstance(padding, str):
-        raise ValueError(f"padding: expected numbers, 'same' or 'valid', got {padding!r}")
-    return pair_of("padding", padding, least=0)
+    height, width = (dilation[i] * (weight.size(2 + i) - 1) for i in range(2))
+    return "same" if height % 2 or width % 2 else (height // 2, width // 2)

@@ -73,12 +73,14 @@ class ResamplingConv2d(nn.Conv2d):
         downsample: int = 1,
         backend: str = "auto",
     ) -> None:
-        checks.check_sizes(in_channels=in_channels, out_channels=out_channels)
-        checks.check_convolution(kernel_size, stride, padding, dilation)
-        checks.check_parameter_dtype(dtype)
-        functional.check_resampling(upsample, downsample, backend)
-        plain = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        super().__init__(*plain, padding_mode, device, dtype)  # type: ignore[arg-type]
+        sizes = checks.convolution_of(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, named_padding=True
+        )
+        (bias,) = checks.flags_of(bias=bias)
+        checks.check_choice("padding_mode", padding_mode, ("zeros", "reflect", "replicate", "circular"))
+        checks.check_parameter_options(device, dtype)
+        upsample, downsample = functional.resampling_factors(upsample, downsample, backend)
+        super().__init__(*sizes, bias, padding_mode, device, dtype)  # type: ignore[arg-type]
         for name, value in (("upsample", upsample), ("downsample", downsample), ("backend", backend)):
             if value != getattr(self, name):
                 setattr(self, name, value)
@@ -97,8 +99,26 @@ class ResamplingConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input`` with its resampling."""
-        checks.check_input(input, channels=self.in_channels, like=self.weight, batched=False)
+        self._check_input(input)
         return self._resampled(input, self.weight)
+
+    def _check_input(self, input: Tensor) -> None:
+        checks.check_input(input, channels=self.in_channels, like=self.weight, batched=False)
+        if isinstance(self.padding, str) or self.padding_mode != "zeros":
+            left, right, top, bottom = self._reversed_padding_repeated_twice
+        else:
+            (top, left), (bottom, right) = self.padding, self.padding
+        rows, columns = self.upsample * input.size(-2), self.upsample * input.size(-1)
+        if self.padding_mode in ("reflect", "circular"):
+            edge = self.padding_mode == "reflect"  # which it does not repeat
+            if rows < max(top, bottom) + edge or columns < max(left, right) + edge:
+                raise ValueError(
+                    f"input: expected a map that its {self.padding_mode} padding {self.padding} fits into, "
+                    f"got {checks.shape_of(input)}"
+                )
+        rows += top + bottom - self.dilation[0] * (self.kernel_size[0] - 1)
+        columns += left + right - self.dilation[1] * (self.kernel_size[1] - 1)
+        checks.check_map_size("input", input, rows // self.downsample, columns // self.downsample)
 
     def _resampled(self, input: Tensor, weight: Tensor) -> Tensor:
         """Return the forward with another weight."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from sagan_layers import checks
 from sagan_layers.spectral_norm.layers import Frozen, SharedWeight, SpectralNormLayer, UsedVectors
 from sagan_layers.torch_support import temporary_attribute
 
@@ -19,7 +20,7 @@ class SpectralNormRecord(dict[SpectralNormLayer, list[UsedVectors | SharedWeight
 
 def spectral_layers(module: nn.Module) -> list[SpectralNormLayer]:
     """Return the spectrally normalised layers of a module."""
-    return [layer for layer in module.modules() if isinstance(layer, SpectralNormLayer)]
+    return checks.parts_of(module, SpectralNormLayer)
 
 
 @contextlib.contextmanager
@@ -48,6 +49,8 @@ def frozen_spectral_norm(module: nn.Module, *, iterate: bool | None = None) -> I
         >>> torch.equal(conv.weight_u, before), torch.equal(repeated, y)
         (True, True)
     """
+    if iterate is not None:
+        (iterate,) = checks.flags_of(iterate=iterate)
     with temporary_attribute("_frozen", dict.fromkeys(spectral_layers(module), Frozen(iterate))):
         yield
 

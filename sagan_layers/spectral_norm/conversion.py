@@ -48,6 +48,7 @@ def remove_spectral_norm(module: _ModuleT) -> _ModuleT:
         >>> type(conv).__name__, sorted(conv.state_dict())
         ('Conv2d', ['bias', 'weight'])
     """
+    checks.check_module("module", module)
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, SpectralNormLayer)}
     for name, layer in layers.items():
         layer.check_own_weight(name)
@@ -99,11 +100,15 @@ def apply_spectral_norm(
           (3): Linear(in_features=8, out_features=1, bias=True)
         )
     """
-    checks.check_sizes(n_power_iterations=n_power_iterations)
-    checks.check_positive("eps", eps)
+    checks.check_module("model", model)
+    options = checks.spectral_norm_options(n_power_iterations, eps, iterate_when_frozen)
     if isinstance(exclude, str):
         raise TypeError(f"exclude: expected a collection, got the string {exclude!r}; write [{exclude!r}]")
-    excluded = _excluded_modules(model, tuple(exclude))
+    try:
+        entries = tuple(exclude)
+    except TypeError as error:
+        raise TypeError(f"exclude: expected a collection, got {checks.shown(exclude)}") from error
+    excluded = _excluded_modules(model, entries)
     chosen: list[tuple[nn.Module, type[SpectralNormLayer]]] = []
     for name, layer in model.named_modules():
         if layer in excluded or isinstance(layer, SpectralNormLayer):
@@ -120,7 +125,7 @@ def apply_spectral_norm(
     for layer, normalized_class in chosen:
         layer.__class__ = normalized_class
         assert isinstance(layer, SpectralNormLayer)
-        layer._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
+        layer._init_spectral_norm(*options)
     return model
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sagan_layers.checks import check_floating, check_positive, check_same_device, shape_of
+from sagan_layers.checks import (
+    check_floating,
+    check_not_empty,
+    check_same_device,
+    eps_of,
+    integer_of,
+    iterations_of,
+    shape_of,
+)
 from sagan_layers.spectral_norm import reference
 from sagan_layers.spectral_norm.autograd import with_gradient
 from sagan_layers.spectral_norm.reference import SpectralNormResult, SpectralNormTask
@@ -59,25 +67,22 @@ def spectral_normalize(
         1.0
     """
     spectral_norm_inputs(weight, dim=dim)
-    rest = weight.numel() // weight.size(dim) if weight.size(dim) else 0
+    rest = weight.numel() // weight.size(dim)
     for name, vector, length in (("u", u, weight.size(dim)), ("v", v, rest)):
         check_floating(name, vector)
         if vector.shape != (length,):
             raise ValueError(f"{name}: expected shape [{length}], got {shape_of(vector)}")
         check_same_device(name, vector, "the weight", weight)
-    if n_power_iterations < 0:
-        raise ValueError(f"n_power_iterations: expected at least 0, got {n_power_iterations}")
-    check_positive("eps", eps)
-    return reference.spectral_normalize(weight, u, v, n_power_iterations, eps, dim)
+    n_power_iterations = iterations_of(n_power_iterations, least=0)
+    return reference.spectral_normalize(weight, u, v, n_power_iterations, eps_of(eps), dim)
 
 
 def spectral_norm_inputs(weight: Tensor, *, dim: int = 0) -> SpectralNormInputs:
     """Return the inputs that decide which backend normalises a layer's weight, after all checks."""
-    check_floating("weight", weight)
-    if weight.dim() < 2 or dim not in (0, 1):
-        raise ValueError(
-            f"weight: expected at least 2 axes and dim 0 or 1, got {shape_of(weight)} and dim {dim!r}"
-        )
+    check_not_empty("weight", weight)
+    dim = integer_of("dim", dim, least=0, most=1)
+    if weight.dim() < 2:
+        raise ValueError(f"weight: expected at least 2 axes, got {shape_of(weight)}")
     return SpectralNormInputs(weight, dim, alone=True)
 
 

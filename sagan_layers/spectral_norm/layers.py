@@ -100,13 +100,8 @@ class SpectralNormLayer(nn.Module):
     _replayed: Iterator[UsedVectors | SharedWeight] | None = None
 
     def _init_spectral_norm(self, n_power_iterations: int, eps: float, iterate_when_frozen: bool) -> None:
-        checks.check_sizes(n_power_iterations=n_power_iterations)
-        checks.check_positive("eps", eps)
-        if self.weight.numel() == 0:
-            raise ValueError(f"weight: expected at least one element, got shape {list(self.weight.shape)}")
-        self.n_power_iterations = n_power_iterations
-        self.eps = eps
-        self.iterate_when_frozen = iterate_when_frozen
+        options = checks.spectral_norm_options(n_power_iterations, eps, iterate_when_frozen)
+        self.n_power_iterations, self.eps, self.iterate_when_frozen = options
         outputs = self.weight.size(self._output_axis)
         with torch.no_grad():
             self.register_buffer("weight_u", self.weight.new_empty(outputs))
@@ -337,7 +332,7 @@ class SNConv2d(SpectralNormLayer, ResamplingConv2d):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input`` with the normalised weight."""
-        checks.check_input(input, channels=self.in_channels, like=self.weight, batched=False)
+        self._check_input(input)
         return self._resampled(input, self.normalized_weight())
 
 
@@ -389,18 +384,36 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
     ) -> None:
-        checks.check_sizes(in_channels=in_channels, out_channels=out_channels)
-        checks.check_convolution(kernel_size, stride, padding, dilation)
-        checks.check_parameter_dtype(dtype)
-        plain = (in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias)
-        nn.ConvTranspose2d.__init__(self, *plain, dilation, padding_mode, device, dtype)  # type: ignore[arg-type]
+        inputs, outputs, kernel, strides, padding, dilations, groups = checks.convolution_of(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, named_padding=False
+        )
+        added = checks.pair_of("output_padding", output_padding, least=0)
+        if any(added[i] >= max(strides[i], dilations[i]) for i in range(2)):
+            raise ValueError(
+                f"output_padding: expected less than stride {strides} or dilation {dilations}, got {added}"
+            )
+        (bias,) = checks.flags_of(bias=bias)
+        checks.check_choice("padding_mode", padding_mode, ("zeros",))
+        checks.check_parameter_options(device, dtype)
+        options: Any = (added, groups, bias, dilations, padding_mode, device, dtype)
+        nn.ConvTranspose2d.__init__(self, inputs, outputs, kernel, strides, padding, *options)
         self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution of ``input`` with the normalised weight."""
         checks.check_input(input, channels=self.in_channels, like=self.weight, batched=False)
-        sizes = (self.stride, self.padding, self.kernel_size, 2, self.dilation)
-        output_padding = self._output_padding(input, output_size, *sizes)  # type: ignore[arg-type]
+        if output_size is not None:
+            if not isinstance(output_size, (tuple, list)):
+                raise TypeError(f"output_size: expected a list of sizes, got {checks.shown(output_size)}")
+            output_size = [checks.integer_of("output_size", size, least=1) for size in output_size]
+        sizes: Any = (self.stride, self.padding, self.kernel_size, 2, self.dilation)
+        output_padding = self._output_padding(input, output_size, *sizes)
+        steps: Any = zip(input.shape[-2:], *sizes[:3], self.dilation, output_padding, strict=True)
+        rows, columns = (
+            (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + added + 1
+            for size, stride, padding, kernel, dilation, added in steps
+        )
+        checks.check_map_size("input", input, rows, columns)
         options = (self.stride, self.padding, output_padding, self.groups, self.dilation)
         return nn.functional.conv_transpose2d(input, self.normalized_weight(), self.bias, *options)  # type: ignore[arg-type]
 
@@ -442,8 +455,9 @@ class SNLinear(SpectralNormLayer, nn.Linear):  # type: ignore[misc]
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
     ) -> None:
-        checks.check_sizes(in_features=in_features, out_features=out_features)
-        checks.check_parameter_dtype(dtype)
+        in_features, out_features = checks.sizes_of(in_features=in_features, out_features=out_features)
+        (bias,) = checks.flags_of(bias=bias)
+        checks.check_parameter_options(device, dtype)
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
 
@@ -503,9 +517,24 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
     ) -> None:
-        checks.check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
-        checks.check_parameter_dtype(dtype)
+        num_embeddings, embedding_dim = checks.sizes_of(
+            num_embeddings=num_embeddings, embedding_dim=embedding_dim
+        )
+        if padding_idx is not None:
+            padding_idx = checks.integer_of(
+                "padding_idx", padding_idx, least=-num_embeddings, most=num_embeddings - 1
+            )
+        norm_type = checks.number_of("norm_type", norm_type)
+        scale_grad_by_freq, sparse, _freeze = checks.flags_of(
+            scale_grad_by_freq=scale_grad_by_freq, sparse=sparse, _freeze=_freeze
+        )
+        checks.check_parameter_options(device, dtype)
         refuse_embedding_options(max_norm, sparse)
+        if _weight is not None:
+            checks.check_floating("_weight", _weight)
+            if _weight.shape != (num_embeddings, embedding_dim):
+                expected = [num_embeddings, embedding_dim]
+                raise ValueError(f"_weight: expected shape {expected}, got {checks.shape_of(_weight)}")
         plain = (num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         nn.Embedding.__init__(self, *plain, _weight, _freeze, device, dtype)
         self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)

@@ -80,7 +80,8 @@ class SharedSpectralNorm:
     """
 
     def __init__(self, module: nn.Module, *, dtype: torch.dtype | None = None) -> None:
-        checks.check_parameter_dtype(dtype)
+        checks.check_module("module", module)
+        checks.check_parameter_options(None, dtype)
         self.module = module
         self.dtype = dtype
         self._layers: list[SpectralNormLayer] = []
