@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import multiprocessing
@@ -12,8 +13,9 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,7 @@ from sagan.data import (
     preflight,
     scan_image_tree,
 )
+from sagan.data.decoding import read_header, read_pixels
 from sagan.data.layout import FORMAT_EXTENSIONS
 from sagan.data.prefetch import prefetch
 
@@ -447,8 +450,29 @@ class TestDecoding:
             decode_image(path, 4)
 
     def test_error_crosses_process_borders(self, tmp_path: Path) -> None:
-        error = pickle.loads(pickle.dumps(ImageReadError(tmp_path / "x", "empty file")))
-        assert (error.path, error.reason) == (tmp_path / "x", "empty file")
+        error = pickle.loads(pickle.dumps(ImageReadError(tmp_path / "x", "empty file", True)))
+        assert (error.path, error.reason, error.of_system) == (tmp_path / "x", "empty file", True)
+
+
+@pytest.mark.parametrize("read", [read_header, partial(decode_image, resolution=8)])
+class TestHostileFiles:
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+    def test_pipes_and_devices_are_not_read(self, tmp_path: Path, read: Callable[[Path], object]) -> None:
+        os.mkfifo(tmp_path / "pipe.jpg")
+        (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+        for name in ("pipe.jpg", "zero.jpg"):
+            with pytest.raises(ImageReadError, match="expected a regular file"):
+                read(tmp_path / name)
+
+    @pytest.mark.parametrize("start", [b"", b"P6\n#", jpeg_bytes()])
+    def test_files_without_end_are_refused_at_once(
+        self, tmp_path: Path, start: bytes, read: Callable[[Path], object]
+    ) -> None:
+        with (tmp_path / "x.jpg").open("wb") as file:
+            file.write(start)
+            file.truncate(10 * 2**30)  # takes no room
+        with pytest.raises(ImageReadError, match="a file of 10,737,418,240 bytes"):
+            read(tmp_path / "x.jpg")
 
 
 def with_truncated_images(root: Path, names: tuple[str, ...]) -> Path:
@@ -503,22 +527,85 @@ class TestDataset:
         assert "truncated" in caplog.text
 
     @pytest.mark.parametrize("cache_mib", [0, 2048])
-    def test_a_class_of_unreadable_images_serves_another(self, tmp_path: Path, cache_mib: int) -> None:
+    def test_a_class_without_readable_images_is_an_error_and_never_serves_another(
+        self, tmp_path: Path, cache_mib: int
+    ) -> None:
         root = with_truncated_images(small_tree(tmp_path), ("dog/0.jpg", "dog/1.jpg"))
-        dataset = ImageFolderDataset(scan_image_tree(root), 8, cache_mib=cache_mib)
-        image, label = dataset[2]
-        assert label == 0
-        assert torch.equal(image, dataset[0][0])
+        with pytest.raises(DatasetError, match=r"class 'dog' .*truncated.*--images.check full"):
+            ImageFolderDataset(scan_image_tree(root), 8, cache_mib=cache_mib).fetch([2])
 
-    def test_nothing_readable_is_an_error_that_names_the_remedy(self, tmp_path: Path) -> None:
-        root = with_truncated_images(small_tree(tmp_path, images=1), ("cat/0.jpg", "dog/0.jpg"))
-        tree = scan_image_tree(root)
-        with pytest.raises(DatasetError, match=r"got none of 2.*truncated.*preflight"):
-            ImageFolderDataset(tree, 8)
-        with pytest.raises(DatasetError, match=r"got none of 2"):
-            ImageFolderDataset(tree, 8, cache_mib=0).fetch([0])
-        with pytest.raises(DatasetError, match="got none"):
+    def test_no_images_are_an_error_that_names_the_remedy(self, tmp_path: Path) -> None:
+        tree = scan_image_tree(small_tree(tmp_path))
+        with pytest.raises(DatasetError, match=r"got none.*preflight"):
             ImageFolderDataset(tree.without(tree.paths), 8)
+
+    def test_a_class_folder_that_comes_back_in_time_is_read(self, tmp_path: Path, monkeypatch: Patch) -> None:
+        root = small_tree(tmp_path / "tree", images=9)
+        dataset = ImageFolderDataset(scan_image_tree(root), 8, cache_mib=0)
+        expected = dataset.fetch(range(18))
+        away = (root / "dog").rename(tmp_path / "away")
+        waits: list[float] = []
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 2:
+                away.rename(root / "dog")
+
+        monkeypatch.setattr(time, "sleep", wait)
+        assert_same([dataset.fetch(range(18))], [expected])
+        assert len(waits) == 2
+        away = (root / "dog").rename(tmp_path / "away")
+        waits = [0.0] * 2
+        dataset.fetch(range(9))
+        with pytest.raises(DatasetError, match=r"class 'dog' .*No such file.* bring it back and resume"):
+            dataset.fetch(range(18))
+        assert len(waits) == 5
+
+    def test_a_file_that_comes_back_is_read_again(self, tmp_path: Path) -> None:
+        root = small_tree(tmp_path / "tree", images=3)
+        dataset = ImageFolderDataset(scan_image_tree(root), 8, cache_mib=0)
+        expected = dataset.fetch([0])
+        away = (root / "cat" / "0.jpg").rename(tmp_path / "away.jpg")
+        assert_same([dataset.fetch([0])], [dataset.fetch([1])])
+        away.rename(root / "cat" / "0.jpg")
+        assert_same([dataset.fetch([0])], [expected])
+        assert [(f.path, f.reason) for f in dataset.failures] == [("cat/0.jpg", "No such file or directory")]
+
+    def test_a_read_that_fails_once_is_repeated(self, tmp_path: Path, monkeypatch: Patch) -> None:
+        dataset = ImageFolderDataset(scan_image_tree(small_tree(tmp_path)), 8, cache_mib=0)
+        expected = dataset.fetch([0])
+        failures = iter([ImageReadError(tmp_path, "half a file")])
+
+        def fail_once(*args: object, **options: object) -> object:
+            for error in failures:
+                raise error
+            return read_pixels(*args, **options)
+
+        monkeypatch.setattr("sagan.data.folder.read_pixels", fail_once)
+        assert_same([dataset.fetch([0])], [expected])
+        assert not dataset.failures
+
+    @pytest.mark.parametrize(("every", "drawn"), [(100, None), (20, 260), (10, 120)])
+    def test_more_than_ten_and_one_percent_of_replaced_images_are_an_error(
+        self, tmp_path: Path, monkeypatch: Patch, every: int, drawn: int | None
+    ) -> None:
+        def read(path: Path, *_: object, **__: object) -> tuple[np.ndarray, None]:
+            if int(path.stem) % every == every - 1:
+                raise ImageReadError(path, "damaged")
+            return np.zeros((3, 8, 8), np.uint8), None
+
+        monkeypatch.setattr("sagan.data.folder.read_pixels", read)
+        paths = PathTable(tmp_path, [f"cat/{number}.jpg" for number in range(3000)])
+        tree = scan_image_tree(small_tree(tmp_path))
+        tree = dataclasses.replace(tree, paths=paths, labels=np.zeros(3000, dtype=np.int64))
+        dataset = ImageFolderDataset(tree, 8, cache_mib=0)
+        if drawn is None:
+            for _ in range(4):
+                dataset.fetch(range(3000))
+        else:
+            dataset.fetch(range(drawn - 1))
+            with pytest.raises(DatasetError, match=rf"of the last {drawn} images .* more than 1%.*damaged"):
+                dataset.fetch([drawn - 1])
 
     def test_index_beyond_the_end_is_an_index_error(self, cached: ImageFolderDataset) -> None:
         assert torch.equal(cached[-1][0], cached[29][0])

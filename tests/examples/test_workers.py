@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from image_trees import WNIDS
 from several_processes import results_by_rank
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -199,3 +201,23 @@ def test_an_error_of_a_worker_keeps_its_text(
     monkeypatch.setattr(ImageFolderDataset, "fetch", refuse)
     with pytest.raises(DatasetError, match=r"^the one line$"):
         next(make_loader(dataset, **OPTIONS))
+
+
+def test_training_whose_images_vanish_saves_a_checkpoint_and_ends(
+    train_tiny: Train, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = shutil.copytree(image_folder, tmp_path / "images")
+
+    def unmount(trainer: Any) -> None:
+        if trainer.iteration == 2:
+            (data / "train" / WNIDS[1]).rename(tmp_path / "away")
+
+    monkeypatch.setattr("sagan.data.folder._WAITS_S", (0.01,))
+    with pytest.raises(TrainingError, match=rf"class '{WNIDS[1]}'.*No such file[\s\S]*Saved .*iteration_"):
+        train_tiny(data=data, iterations=1000, observe=unmount, output__sample_every=2, **WITH_WORKERS)
+    (checkpoint,) = checkpoints_in(tmp_path / "run" / "checkpoints")
+    iteration = load_checkpoint(checkpoint)["iteration"]
+    assert iteration >= 2
+    (tmp_path / "away").rename(data / "train" / WNIDS[1])
+    done = train_tiny(data=data, iterations=iteration + 1, resume=True, **WITH_WORKERS)
+    assert done.iteration == iteration + 1

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,15 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from sagan.data.layout import FORMAT_EXTENSIONS, DatasetError
+from sagan.io import open_regular
 
 Resample = Literal["bilinear", "bicubic", "lanczos", "box"]
 RESAMPLE_FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Resample)}
 
 _FORMATS = tuple(FORMAT_EXTENSIONS)  # the content decides, not the name: ImageNet has a PNG named .JPEG
+
+_SHOWN_BYTES = 64
+_MAX_FILE_BYTES = 2**30  # Pillow's limit of pixels times 8 bytes is less; text and comments may never end
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE_FOR_ORIENTATION = {
@@ -50,15 +54,19 @@ _HARMLESS_WARNINGS = (
 
 
 class ImageReadError(DatasetError):
-    """A file cannot be decoded; `reason` says why, without the path."""
+    """A file cannot be decoded; `reason` says why, without the path.
 
-    def __init__(self, path: Path, reason: str) -> None:
+    `of_system` is whether the system said so, as of a network disk that is away: the file itself may be sound.
+    """
+
+    def __init__(self, path: Path, reason: str, of_system: bool = False) -> None:
         super().__init__(f"expected a readable image at {path}, got: {reason}")
         self.path = path
         self.reason = reason
+        self.of_system = of_system
 
-    def __reduce__(self) -> tuple[type[ImageReadError], tuple[Path, str]]:
-        return type(self), (self.path, self.reason)
+    def __reduce__(self) -> tuple[type[ImageReadError], tuple[Path, str, bool]]:
+        return type(self), (self.path, self.reason, self.of_system)
 
 
 @dataclass(frozen=True)
@@ -123,8 +131,7 @@ def read_pixels(
     path: Path, resolution: int, *, resample: str, draft: bool, data: bytes | None = None
 ) -> tuple[npt.NDArray[np.uint8], ImageFacts]:
     """Do what `decode_image` does, with a file's contents if given; return uint8 [3, R, R] and the file's facts."""
-    file = path if data is None else io.BytesIO(data)
-    with _reading(path, data), Image.open(file, formats=_FORMATS) as image:
+    with _reading(path, data) as file, Image.open(file, formats=_FORMATS) as image:
         size, mode = image.size, image.mode
         if draft:
             image.draft(None, (resolution, resolution))
@@ -142,7 +149,7 @@ def read_pixels(
 
 def read_header(path: Path) -> ImageFacts:
     """Return the facts of a file from its header alone, or raise ImageReadError."""
-    with _reading(path), Image.open(path, formats=_FORMATS) as image:
+    with _reading(path) as file, Image.open(file, formats=_FORMATS) as image:
         # PNG may hold EXIF behind its pixels; asking for that would decode them.
         orientation = _orientation(image) if image.format != "PNG" or "exif" in image.info else 1
         return _facts(image, image.size, image.mode, orientation)
@@ -188,25 +195,33 @@ def _greyscale_16_bit(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _reading(path: Path, data: bytes | None = None) -> Iterator[None]:
-    """Turn whatever a damaged file makes Pillow raise into `ImageReadError`."""
+def _reading(path: Path, data: bytes | None = None) -> Iterator[BinaryIO]:
+    """Yield an open file, or its given contents; turn whatever damage makes Pillow raise into `ImageReadError`."""
+    start = b""
     with pillow_warnings():
         try:
-            yield
+            with open_regular(path) if data is None else io.BytesIO(data) as file:
+                start = file.read(_SHOWN_BYTES)
+                size = file.seek(0, io.SEEK_END)
+                file.seek(0)
+                if size > _MAX_FILE_BYTES:
+                    raise ValueError(
+                        f"a file of {size:,} bytes, of which {_MAX_FILE_BYTES:,} are read at most"
+                    )
+                yield file
         except Exception as error:  # OSError, SyntaxError, struct.error, KeyError: the bytes are arbitrary
-            raise ImageReadError(path, _reason(error, path, data)) from error
+            of_system = isinstance(error, MemoryError) or (isinstance(error, OSError) and bool(error.errno))
+            raise ImageReadError(path, _reason(error, start), of_system) from error
 
 
-def _reason(error: Exception, path: Path, data: bytes | None) -> str:
+def _reason(error: Exception, start: bytes) -> str:
+    """Return why a file that starts with these bytes cannot be read."""
     if isinstance(error, UnidentifiedImageError):
-        if data is None:
-            with path.open("rb") as file:
-                data = file.read(64)
-        if not data:
+        if not start:
             return "empty file"
-        if all(byte >= 32 or byte in b"\t\r\n" for byte in data[:64]):
-            return f"not an image: a text file that starts with {data[:24].decode('utf-8', 'backslashreplace')!r}"
-        return f"not an image in a supported format; first bytes {data[:8].hex(' ')}"
+        if all(byte >= 32 or byte in b"\t\r\n" for byte in start):
+            return f"not an image: a text file that starts with {start[:24].decode('utf-8', 'backslashreplace')!r}"
+        return f"not an image in a supported format; first bytes {start[:8].hex(' ')}"
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"larger than Pillow's limit against decompression bombs ({error})"
     if isinstance(error, OSError) and error.strerror:

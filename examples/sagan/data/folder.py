@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,22 @@ from sagan.data.inspection import CheckMode, UnreadableFile, preflight
 from sagan.data.layout import DatasetError
 from sagan.data.prefetch import map_ranges
 from sagan.data.tree import ImageTree
+from sagan.names import printable
 
 logger = logging.getLogger(__name__)
 
 _REPORT = "preflight.json"
+
+# How many images may be replaced by others of their class: this many, and this share of those drawn of late.
+_MOST_REPLACED = 10
+_MOST_REPLACED_SHARE = 0.01
+_DRAWN_OF_LATE = 10_000
+_MOST_MISSING = 5  # files of a class that the system does not deliver, before the disk is thought to be away
+_WAITS_S = (0.2, 1.0, 4.0)  # then
+_REMEDY = (
+    "Likely fix: if a disk or a folder has gone, bring it back and resume; --images.check full finds damaged files "
+    "before training, which leaves them out"
+)
 
 
 class ImageFolderDataset(ImageDataset):
@@ -32,10 +45,12 @@ class ImageFolderDataset(ImageDataset):
     If all decoded images together take at most `cache_mib`, they are decoded once, here, into one tensor. Otherwise
     each fetch decodes its files.
 
-    An unreadable file does not stop training: its index serves the next readable image of the same class (wrapping
-    around; if the class has none, the next readable image of any class, with that image's label). The choice
-    depends on the files alone. Each such file is logged once as a warning and listed in `failures`; DataLoader
-    workers log and list in their own process. After `without(unreadable)` of a full check there are none.
+    A few unreadable files do not stop training: the index of one serves the next readable image of its class (wrapping
+    around), never another label. A file that cannot be decoded twice is left out from then on; one that the system does
+    not deliver is tried whenever its index comes. If no image of a class can be read, even after a wait of seconds, or
+    if more than `_MOST_REPLACED` + `_MOST_REPLACED_SHARE` of the images drawn are replaced, that is an error. Each
+    process counts for itself, logs each such file once as a warning and lists it in `failures`. After
+    `without(unreadable)` of a full check there are none.
     """
 
     def __init__(
@@ -70,10 +85,11 @@ class ImageFolderDataset(ImageDataset):
         self.resample = resample
         self.draft = draft
         self.failures = []
-        self._failed: set[int] = set()
+        self._reasons: dict[int, str] = {}  # of every index that could not be read
+        self._damaged: set[int] = set()  # indices that are not tried again
+        self._drawn = 0
+        self._replaced: set[int] = set()  # among those drawn
         self._cache: Tensor | None = None
-        # The index whose image each index serves: itself, unless its file is unreadable.
-        self._served = torch.arange(len(tree.paths))
         if len(self) * 3 * resolution**2 <= cache_mib * 2**20:
             self._fill_cache(progress)
 
@@ -85,15 +101,15 @@ class ImageFolderDataset(ImageDataset):
         """Return a batch; see `ImageDataset.fetch`.
 
         Raises:
-            DatasetError: no image of the data set can be read.
+            DatasetError: no image of a class can be read, or too many images cannot.
         """
         wanted = torch.as_tensor(indices, dtype=torch.int64)
         if self._cache is not None:
-            served = self._served[wanted]
-            return self._cache[served], self.labels[served]
+            return self._cache[wanted], self.labels[wanted]
         images = torch.empty((len(wanted), 3, self.resolution, self.resolution), dtype=torch.uint8)
-        sources = [self._decode_into(images[row].numpy(), index) for row, index in enumerate(wanted.tolist())]
-        return images, self.labels[sources]
+        for row, index in enumerate(wanted.tolist()):
+            self._decode_into(images[row].numpy(), index)
+        return images, self.labels[wanted]
 
     def fingerprint(self) -> str:
         return self.tree.fingerprint()
@@ -132,56 +148,77 @@ class ImageFolderDataset(ImageDataset):
         same = {"tree": self.tree, "resample": self.resample, "draft": self.draft, "cache_mib": 0}
         return ImageFolderDataset(resolution=self.resolution, **{**same, **options})
 
-    def _decode_into(self, pixels: npt.NDArray[np.uint8], index: int) -> int:
-        """Write the image that `index` serves, and return the index of its file."""
-        source = index
-        while True:
-            if source not in self._failed:
+    def _decode_into(self, pixels: npt.NDArray[np.uint8], index: int) -> None:
+        """Write the image of `index`, or the next readable one of its class."""
+        for wait_s in (*_WAITS_S, None):
+            missing = 0
+            for candidate in self._class_from(index):
+                if candidate in self._damaged:
+                    continue
+                if missing > _MOST_MISSING:
+                    break
                 try:
-                    pixels[...] = self._read(source)
-                    return source
+                    pixels[...] = self._read(candidate)
                 except ImageReadError as error:
-                    self._record_failure(source, error)
-            source = self._next_readable(index)
+                    missing += error.of_system
+                    self._record_failure(candidate, error)
+                else:
+                    self._count(index, replaced=candidate != index)
+                    return
+            if wait_s is None or not missing:  # waiting mends no damage
+                break
+            time.sleep(wait_s)
+        label = int(self.labels[index])
+        raise DatasetError(
+            f"expected readable images of class {printable(self.class_names[label])!r} in {self.tree.root}, could read "
+            f"none; the first failed with: {self._reasons[index]}. {_REMEDY}"
+        )
 
     def _read(self, index: int) -> npt.NDArray[np.uint8]:
         path = self.tree.paths[index]
-        return read_pixels(path, self.resolution, resample=self.resample, draft=self.draft)[0]
+        options: dict[str, Any] = {"resample": self.resample, "draft": self.draft}
+        try:
+            return read_pixels(path, self.resolution, **options)[0]
+        except ImageReadError:  # a disk may fail once
+            return read_pixels(path, self.resolution, **options)[0]
 
-    def _next_readable(self, index: int) -> int:
-        """Return the first index after `index` not known to fail, in its class if there is one."""
+    def _class_from(self, index: int) -> Iterable[int]:
+        """Return the indices of a class, from one of them to the last, then from the first."""
         label = self.tree.labels[index]
         start, end = np.searchsorted(self.tree.labels, [label, label + 1]).tolist()
-        same_class = chain(range(index + 1, end), range(start, index))
-        for candidate in chain(same_class, range(end, len(self)), range(start)):
-            if candidate not in self._failed:
-                return candidate
-        raise DatasetError(
-            f"expected at least one readable image in {self.tree.root}, got none of {len(self)}; "
-            f"the first failed with: {self.failures[0].reason}. Likely fix: run the preflight in mode 'full'."
-        )
+        return chain(range(index, end), range(start, index))
 
     def _record_failure(self, index: int, error: ImageReadError) -> None:
-        self._failed.add(index)
-        self.failures.append(UnreadableFile(self.tree.paths.relative(index), error.reason))
-        logger.warning("%s; the next image of its class takes its place", error)
+        if not error.of_system:
+            self._damaged.add(index)
+        if self._reasons.setdefault(index, error.reason) is error.reason:
+            self.failures.append(UnreadableFile(self.tree.paths.relative(index), error.reason))
+            logger.warning("%s; the next image of its class takes its place", error)
+
+    def _count(self, index: int, *, replaced: bool) -> None:
+        """Count an image that was drawn; raise `DatasetError` if too many of late were replaced."""
+        if self._drawn >= _DRAWN_OF_LATE:
+            self._drawn = 0
+            self._replaced.clear()
+        self._drawn += 1
+        if not replaced:
+            return
+        self._replaced.add(index)
+        if len(self._replaced) > _MOST_REPLACED + _MOST_REPLACED_SHARE * self._drawn:
+            raise DatasetError(
+                f"{self.tree.root}: {len(self._replaced):,} of the last {self._drawn:,} images drawn could not be "
+                f"read, more than {_MOST_REPLACED_SHARE:.0%}; the last of them: "
+                f"{printable(self.tree.paths.relative(index))}: {self._reasons[index]}. {_REMEDY}"
+            )
 
     def _fill_cache(self, progress: bool) -> None:
         cache = torch.empty((len(self), 3, self.resolution, self.resolution), dtype=torch.uint8)
         pixels = cache.numpy()
 
-        def decode(indices: range) -> list[tuple[int, ImageReadError]]:
-            errors = []
+        def decode(indices: range) -> None:
             for index in indices:
-                try:
-                    pixels[index] = self._read(index)
-                except ImageReadError as error:
-                    errors.append((index, error))
-            return errors
+                self._decode_into(pixels[index], index)
 
-        for errors in map_ranges(decode, len(self), progress=progress, description="decoding images"):
-            for index, error in errors:
-                self._record_failure(index, error)
-        for index in sorted(self._failed):
-            self._served[index] = self._next_readable(index)
+        for _ in map_ranges(decode, len(self), progress=progress, description="decoding images"):
+            pass
         self._cache = cache
