@@ -7,6 +7,8 @@ A power iteration reads the weight twice and the division reads it once, in memo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,13 +53,27 @@ def _normalize(task: SpectralNormTask) -> SpectralNormResult:
     sigma = torch.dot(u, _times(blocks, v) if product is None else product)
     divisor = sigma.item()
     if not _LEAST_SIGMA < abs(divisor) < _LARGEST_SIGMA:
-        return reference.normalize([task._replace(weight=weight)])[0]
+        return _normalize_scaled(task._replace(weight=weight))
     normalized = _empty_like(weight, options.dtype, options.memory and options.memory.weight)
     _divide(blocks, divisor if abs(divisor) > eps else 1.0, layout.blocks(normalized))
     v = layout.in_canonical_order(v)
     # The layer overwrites its own u and v in place.
     u, v = (new.clone() if new is old else new for new, old in ((u, task.u), (v, task.v)))
     return SpectralNormResult(normalized, sigma, u, v)
+
+
+def _normalize_scaled(task: SpectralNormTask) -> SpectralNormResult:
+    """Normalise a weight divided by a power of two near its largest entry: no square overflows or vanishes."""
+    weight, options = task.weight, task.options
+    limits, largest = torch.finfo(weight.dtype), weight.abs().amax().item()
+    if not 0 < largest <= limits.max:  # zeros stay zeros, and what is not finite NaN
+        return reference.normalize([task])[0]
+    scale = 2.0 ** (math.frexp(max(largest, limits.tiny))[1] - 1)
+    options = options._replace(eps=options.eps / scale)
+    (result,) = reference.normalize([task._replace(weight=weight / scale, options=options)])
+    if result.sigma.abs().item() <= options.eps:
+        result = result._replace(weight=weight.to(options.dtype, copy=True))
+    return result._replace(sigma=result.sigma * scale)
 
 
 def _gradient(

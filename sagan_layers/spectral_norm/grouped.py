@@ -67,8 +67,7 @@ def _normalize_group(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
     if n_power_iterations == 0:
         _multiply(matrices, _cut(rows_of_v, widths), _cut(products_of_u, heights))
     sigmas = (rows_of_u * products_of_u).sum(1)
-    # A weight whose sigma is beyond its dtype becomes NaN, not zero.
-    divisors = reference.spectral_divisor(sigmas, eps).masked_fill(sigmas.isinf(), torch.nan).unbind()
+    divisors = reference.spectral_divisor(sigmas, eps).unbind()
     results = []
     for index, (task, layout, u, v) in enumerate(
         zip(tasks, layouts, _cut(rows_of_u, heights), _cut(rows_of_v, widths), strict=True)
@@ -90,12 +89,10 @@ def _cut(rows: Tensor, sizes: list[int]) -> list[Tensor]:
 
 
 def _unit_rows(rows: Tensor, eps: float, otherwise: Tensor) -> Tensor:
-    # Squares of entries of at most 1 do not overflow.
-    largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
-    largest.clamp_min_(torch.finfo(rows.dtype).tiny)
-    rows, least = rows / largest, eps / largest
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return torch.where(norms > least, rows / (norms + least), otherwise)
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=reference.norm_dtype(rows)).to(
+        rows.dtype
+    )
+    return torch.where(norms > eps, rows / (norms + eps), otherwise)
 
 
 def _gradient(

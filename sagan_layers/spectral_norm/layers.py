@@ -18,8 +18,8 @@ from sagan_layers.spectral_norm.reference import (
     SpectralNormOptions,
     SpectralNormResult,
     SpectralNormTask,
-    scale_of,
     spectral_divisor,
+    unit,
 )
 from sagan_layers.torch_support import accumulation_dtype, update_state
 
@@ -125,10 +125,9 @@ class SpectralNormLayer(nn.Module):
     def reset_right_vector(self) -> None:
         """Set v to fit the weight and u: v = W^T u / ||W^T u||. For weights that were stored with u alone."""
         dtype = accumulation_dtype(self.weight.dtype)
-        full = self.weight.to(dtype)
-        matrix = (full / scale_of(full)).transpose(0, self._output_axis).flatten(1)
+        matrix = self.weight.to(dtype).transpose(0, self._output_axis).flatten(1)
         v = torch.mv(matrix.t(), self.weight_u.to(dtype))
-        self.weight_v.copy_(v / torch.linalg.vector_norm(v).clamp_min(self.eps))
+        self.weight_v.copy_(unit(v, self.eps, otherwise=v / self.eps))
 
     @property
     def sigma(self) -> Tensor:

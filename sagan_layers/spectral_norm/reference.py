@@ -5,7 +5,6 @@ The functional forms have checked the inputs. Half-precision weights are compute
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -68,31 +67,19 @@ def spectral_normalize(
     dtype = accumulation_dtype(weight.dtype)
     with without_autocast(weight.device):
         full = weight.to(dtype)
-        scale = scale_of(full)
-        scaled, least = full / scale, eps / scale
-        matrix = scaled.transpose(0, dim).flatten(1)
+        matrix = full.transpose(0, dim).flatten(1)
         with torch.no_grad():
             constant, u, v = matrix.detach(), u.to(dtype), v.to(dtype)
             iterate = _opaque_power_iteration if torch.compiler.is_dynamo_compiling() else _power_iteration
-            u, v = iterate(constant, u, v, n_power_iterations, least)
+            u, v = iterate(constant, u, v, n_power_iterations, eps)
         sigma = torch.dot(u, torch.mv(matrix, v))
-        divisor = spectral_divisor(sigma, least, otherwise=1 / scale)
-        return SpectralNormResult((scaled / divisor).to(weight.dtype), sigma * scale, u, v)
+        divisor = spectral_divisor(sigma, eps)
+        return SpectralNormResult((full / divisor).to(weight.dtype), sigma, u, v)
 
 
-@torch.no_grad()
-def scale_of(weight: Tensor) -> Tensor:
-    """Return a power of two near the largest entry: divided by it no square overflows or vanishes, no bit changes."""
-    limits = torch.finfo(weight.dtype)
-    least, most = (math.frexp(limit)[1] - 1 for limit in (limits.tiny, limits.max))
-    largest = torch.linalg.vector_norm(weight.detach(), torch.inf)
-    scale: Tensor = largest.log2().floor().clamp(least, most).exp2()
-    return scale
-
-
-def spectral_divisor(sigma: Tensor, eps: float | Tensor, otherwise: float | Tensor = 1.0) -> Tensor:
-    """Return sigma, or 1 where sigma is not above eps: so that a weight of zeros stays zero."""
-    return torch.where(sigma.abs() <= eps, otherwise, sigma)
+def spectral_divisor(sigma: Tensor, eps: float) -> Tensor:
+    """Return sigma, or 1 where it is not above eps, so that a weight of zeros stays zero; NaN where it overflowed."""
+    return torch.where(sigma.abs() <= eps, 1.0, sigma.masked_fill(sigma.isinf(), torch.nan))
 
 
 def gradient(
@@ -108,23 +95,23 @@ def gradient(
 
 
 def _power_iteration(
-    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: Tensor
+    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return updated copies of u and v: backward reads them after the layer has overwritten its buffers."""
     u, v = u.clone(), v.clone()
     for _ in range(n_power_iterations):
-        v = _unit(torch.mv(matrix.t(), u), eps, otherwise=v)
-        u = _unit(torch.mv(matrix, v), eps, otherwise=u)
+        v = unit(torch.mv(matrix.t(), u), eps, otherwise=v)
+        u = unit(torch.mv(matrix, v), eps, otherwise=u)
     return u, v
 
 
 @torch.library.custom_op(
     "sagan_layers::power_iteration",
     mutates_args=(),
-    schema="(Tensor matrix, Tensor u, Tensor v, int n_power_iterations, Tensor eps) -> (Tensor, Tensor)",
+    schema="(Tensor matrix, Tensor u, Tensor v, int n_power_iterations, float eps) -> (Tensor, Tensor)",
 )
 def _opaque_power_iteration(
-    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: Tensor
+    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The same as one operation that torch.compile does not look into.
 
@@ -136,10 +123,16 @@ def _opaque_power_iteration(
 
 
 @_opaque_power_iteration.register_fake
-def _(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: Tensor) -> tuple[Tensor, Tensor]:
+def _(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(u), torch.empty_like(v)
 
 
-def _unit(vector: Tensor, eps: Tensor, otherwise: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(vector)
+def unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
+    """Return a vector divided by its norm plus eps; another one where the norm is not above eps."""
+    norm = torch.linalg.vector_norm(vector, dtype=norm_dtype(vector))
     return torch.where(norm > eps, vector / (norm + eps), otherwise)
+
+
+def norm_dtype(vector: Tensor) -> torch.dtype:
+    """Return a dtype in which no square of a float32 overflows or vanishes, where the device has one."""
+    return vector.dtype if vector.device.type == "mps" else torch.float64
