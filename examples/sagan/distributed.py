@@ -98,6 +98,12 @@ class World:
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.control)
         return int(numbers.item())
 
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor on the device by its maximum over the ranks, without waiting for a GPU; return it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def mean_over_ranks(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Return the mean over all ranks of each number."""
         if self.world_size == 1:

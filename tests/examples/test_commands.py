@@ -22,7 +22,7 @@ from torch import Tensor
 from training_runs import assert_same_run, changed, metrics_of
 
 import imagenet_sagan
-from sagan.cli import demo, sample
+from sagan.cli import demo, prepare, report, sample
 from sagan.cli.parsing import INTERRUPTED, parse
 from sagan.cli.train import Train, describe_config, from_recipe
 from sagan.data import folder as data_folder
@@ -171,6 +171,17 @@ class TestTrainOptions:
         error = capsys.readouterr().err
         assert message in one_line(error)
         assert "Traceback" not in error
+
+    def test_a_tilde_is_the_home_folder_in_every_path(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", "/home/me")
+        run = parse_train("--out=~/run", "--data=~", "--evaluation.data=~/val").run
+        assert (run.out, run.data, run.evaluation.data) == tuple(
+            map(Path, ("/home/me/run", "/home/me", "/home/me/val"))
+        )
+        source = parse(prepare.Prepare, "prepare", ["--source=~/a*.parquet", "--out=x/~", "--part-size=3"])
+        assert (source.source, source.out, source.part_size) == ("/home/me/a*.parquet", Path("x/~"), 3)
+        runs = parse(report.Compare, "compare", ["~/a", "b~"]).runs
+        assert runs == (Path("/home/me/a"), Path("b~"))
 
     def test_configuration_is_printed_whole_with_changes_marked(self) -> None:
         config = changed(RECIPES["paper"](), seed=3, network__num_classes=1000)

@@ -18,6 +18,7 @@ from training_runs import ALONE, TINY_NETWORK, Batches, assert_same, set_gammas
 from sagan.distributed import ProcessesDisagreeError, World, check_agreement, init_world, running_statistics
 from sagan.errors import UserError
 from sagan.recipes import RunConfig, StepConfig
+from sagan.train.health import FiniteGuard
 from sagan.train.losses import LOSSES, Losses, negative_logits
 from sagan.train.update import Trainer
 
@@ -87,6 +88,7 @@ def work(world: World) -> dict[str, Any]:
         "runs": {case: train(case, world) for case in CASES},
         "disagreement": disagreement(world),
         "largest": world.max_over_ranks(10 * world.rank),
+        "not finite": FiniteGuard(world).see(torch.tensor([1.0, float("nan")][world.rank % 2])).item(),
         "texts": world.gather_texts(f"text {world.rank}"),
         "first": world.run_on_main(lambda: f"text {world.rank}"),
     }
@@ -143,6 +145,7 @@ def test_messages_reach_every_process(ranks: list[dict[str, Any]]) -> None:
     for rank, results in enumerate(ranks):
         assert results["identity"] == [rank, count]
         assert results["largest"] == 10 * (count - 1)
+        assert results["not finite"] == 1
         assert results["texts"] == [f"text {number}" for number in range(count)]
         assert results["first"] == "text 0"
 

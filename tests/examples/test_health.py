@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from training_runs import ALONE
 
 from sagan.recipes import HealthConfig
 from sagan.train.health import CollapseAlarm, FiniteGuard, Skipped, diversity, parameters_not_finite
@@ -21,7 +22,7 @@ class Guarded:
         torch.manual_seed(1)
         self.network = nn.Linear(3, 2)
         self.optimizer = torch.optim.Adam(self.network.parameters(), 0.1, fused=True)
-        self.guard = FiniteGuard(torch.device("cpu"))
+        self.guard = FiniteGuard(ALONE)
 
     def give_gradients(self, value: float = 1.0) -> None:
         for parameter in self.network.parameters():

@@ -401,6 +401,23 @@ class TestSkippedUpdates:
         assert metrics_of(parts.out)[-1]["skipped_updates"] == 2
         assert_same_run(whole.out, parts.out)
 
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_as_many_as_allowed_end_no_run_however_often_it_logs(
+        self, precision: str, train_tiny: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = Trainer._backward
+        monkeypatch.setattr(Trainer, "_backward", lambda *args: original(*args) * float("nan"))
+        settings = {
+            **self.SETTINGS,
+            "health__most_skipped": 6,
+            "output__log_every": 2,
+            "precision": precision,
+        }
+        result = train_tiny(iterations=6, **settings)
+        assert [row["skipped_updates"] for row in metrics_of(result.out)] == [4, 4, 4]
+        with pytest.raises(TrainingError, match="in 7 iterations in a row, the first 1"):
+            train_tiny(iterations=8, resume=True, **settings)
+
     def test_too_many_end_a_resumed_run(self, train_tiny: Train, monkeypatch: pytest.MonkeyPatch) -> None:
         self.poison(monkeypatch, {1, 2, 3, 4, 5})
         settings = {**self.SETTINGS, "health__most_skipped": 3}

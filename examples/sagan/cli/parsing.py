@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import tyro
 
@@ -17,5 +20,20 @@ def parse(kind: type[T], name: str, arguments: Sequence[str], default: T | None 
     """Parse the options of a subcommand; an unknown option ends the program with a message."""
     program = f"imagenet_sagan.py {name}"
     if default is None:
-        return tyro.cli(kind, prog=program, args=list(arguments))
-    return tyro.cli(kind, prog=program, args=list(arguments), default=default)
+        options = tyro.cli(kind, prog=program, args=list(arguments))
+    else:
+        options = tyro.cli(kind, prog=program, args=list(arguments), default=default)
+    return cast(T, _at_home(options))
+
+
+def _at_home(value: Any) -> Any:
+    """Return options with ``~`` replaced in paths, as a shell does not in ``--out=~/run``."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        changed = {name: new for name, old in found.items() if (new := _at_home(old)) != old}
+        return dataclasses.replace(value, **changed) if changed else value
+    if isinstance(value, tuple):
+        return tuple(_at_home(each) if isinstance(each, Path) else each for each in value)
+    if isinstance(value, Path) or (isinstance(value, str) and value.startswith("~/")):
+        return type(value)(os.path.expanduser(value))  # noqa: PTH111  (Path.expanduser raises for unknown users)
+    return value

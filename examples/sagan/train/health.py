@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sagan.distributed import World
 from sagan.errors import UserError
 from sagan.recipes import HealthConfig
 
@@ -39,7 +39,9 @@ class FiniteGuard:
     it is set. :meth:`skipped` reports later. It waits for the device, so call it when a log is due.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, world: World) -> None:
+        device = world.device
+        self._world = world
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._first = torch.full((), -1, dtype=torch.int64, device=device)
@@ -64,15 +66,19 @@ class FiniteGuard:
         """Apply a network's gradients with a fused optimizer, unless one of them or the loss is not finite."""
         # The loss counts as well: when a hinge loss is NaN, its gradients are 0.
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-        found = (torch.nn.utils.get_total_norm(gradients) + loss.detach()).isfinite().logical_not()
-        self._first = torch.where(found & (self._count == 0), self._iteration, self._first)
-        self._count = self._count + found
-        self._found = torch.maximum(self._found, found.float())
-        optimizer.found_inf = found.float()  # type: ignore[attr-defined]
+        optimizer.found_inf = self.see(torch.nn.utils.get_total_norm(gradients) + loss)  # type: ignore[attr-defined]
         try:
             optimizer.step()
         finally:
             del optimizer.found_inf  # type: ignore[attr-defined]
+
+    def see(self, loss: Tensor) -> Tensor:
+        """Count the update if its loss is not finite on a rank; return 1.0 then, else 0.0."""
+        found = self._world.max_(loss.detach().isfinite().logical_not().float())
+        self._first = torch.where((found > 0) & (self._count == 0), self._iteration, self._first)
+        self._count = self._count + found.long()
+        self._found = torch.maximum(self._found, found)
+        return found
 
     def skipped(self) -> Skipped | None:
         """Return what was skipped since the last call, None if nothing was."""
@@ -130,17 +136,6 @@ def check_finite(guard: FiniteGuard, health: HealthConfig, networks: Mapping[str
         f"losses or gradients not finite {what}{where}. No such update was applied, and the last checkpoint is older. "
         f"Lower learning rates or --precision fp32 usually help; {remedy}"
     )
-
-
-def check_losses_finite(row: Mapping[str, Any]) -> None:
-    """Raise :class:`TrainingError` if a loss was finite in no iteration since the last log."""
-    # That happens in fp16, where the gradient scaler skips updates without the guard.
-    lost = [name for name in ("d_loss", "g_loss") if not math.isfinite(row[name])]
-    if lost:
-        raise TrainingError(
-            f"{' and '.join(lost)} not finite in any iteration since the last log, at iteration {row['iteration']}; "
-            "the last checkpoint is older"
-        )
 
 
 @dataclass

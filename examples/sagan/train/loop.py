@@ -19,7 +19,7 @@ from sagan.errors import UserError
 from sagan.io import locked
 from sagan.recipes import RunConfig
 from sagan.signals import StopRequestedError, stop_requests
-from sagan.train.health import CollapseAlarm, TrainingError, check_losses_finite
+from sagan.train.health import CollapseAlarm, TrainingError
 from sagan.train.logs import Console, RunLog, Throughput
 from sagan.train.output import RunOutput, Score
 from sagan.train.resume import check_images, check_start
@@ -144,7 +144,6 @@ def train(
                 trainer.check_finite()
             if logs:
                 row = {"iteration": iteration, **trainer.measurements(), **throughput.rates(iteration)}
-                check_losses_finite(row)
                 signs.append(alarm.see_losses(row["d_loss"]))
                 log.write(row)
                 console.show_row(row)

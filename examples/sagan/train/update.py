@@ -98,7 +98,7 @@ class Trainer:
         self.means = Means()
         self._means_by_rank: list[Sums] = []
         self.skipped = 0  # updates skipped since the last log
-        self.guard = FiniteGuard(world.device)
+        self.guard = FiniteGuard(world)
         torch.manual_seed(config.seed)
         self.generator = Generator(config.network).to(world.device)
         self.discriminator = Discriminator(config.network).to(world.device)
@@ -192,11 +192,13 @@ class Trainer:
             yield
 
     def _apply(self, optimizer: torch.optim.Adam, network: nn.Module, losses: list[Tensor]) -> None:
-        if self.scaler.is_enabled():  # checks for infinities itself, and expects some
+        loss = torch.stack(losses).sum()
+        if self.scaler.is_enabled():  # checks the gradients itself, and expects some infinities
+            self.guard.see(loss)
             self.scaler.step(optimizer)
             self.scaler.update()
         else:
-            self.guard.step(optimizer, network, torch.stack(losses).sum())
+            self.guard.step(optimizer, network, loss)
 
     def _no_recompiles(self) -> contextlib.AbstractContextManager[object]:
         """Once both objectives are compiled, having to compile again is an error."""
