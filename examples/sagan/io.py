@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import secrets
 import stat
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +29,7 @@ def atomic_write(path: Path, *, sync: bool = True, shared: bool = False) -> Iter
 
     A reader sees the old contents or the new ones, also after a crash. If the block raises, the old file stays.
     ``sync=False`` is faster, but a power failure may lose the file: for pictures. With ``shared``, several processes
-    may write the file at once.
+    may write the file at once. Errors of the disk name ``path``.
     """
     number = f".{secrets.token_hex(4)}" if shared else ""
     temporary = path.with_name(f"{path.name}{number}.partial")
@@ -38,9 +40,11 @@ def atomic_write(path: Path, *, sync: bool = True, shared: bool = False) -> Iter
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            raise named(error, path) from error
         raise
     if sync:
         sync_folder(path.parent)
@@ -61,6 +65,11 @@ def atomic_write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file with :func:`atomic_write`."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """Return the same error with the file's name: a write to a full disk has none."""
+    return OSError(error.errno or errno.EIO, error.strerror or first_line(error), str(path))
 
 
 def sync_folder(folder: Path) -> None:
@@ -109,14 +118,49 @@ def module_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_plain(path: Path) -> Any:
-    """Return what ``torch.save`` wrote, on the CPU; no code in the file is run."""
+def load_plain(path: Path, *, legacy: bool = False) -> Any:
+    """Return what ``torch.save`` wrote, on the CPU; no code in the file is run.
+
+    The checksums in the file are compared, which torch does not do. ``legacy`` accepts torch's format of before 1.6,
+    which has none.
+
+    Raises:
+        UserError: if the file is damaged or another program's. The message does not name it.
+    """
     try:
+        with open_regular(path) as file:
+            if file.read(4) == b"PK\3\4":
+                _check_archive(file)
+            elif not legacy:
+                raise UserError("it is no archive of torch.save")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except (OSError, RuntimeError) as error:
         raise UserError(first_line(error)) from error
     except Exception as error:  # of many types; torch's message advises to unpickle the file anyway
         raise UserError("it holds more than tensors and plain values, or is no file of torch.save") from error
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """Raise :class:`UserError` if a member of a zip archive is compressed, or its CRC differs."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if any(each.compress_type or each.compress_size != each.file_size for each in archive.infolist()):
+                raise zipfile.BadZipFile("a member is compressed")
+            if (name := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{name!r} has another CRC")
+    except Exception as error:  # of many types
+        raise UserError(f"its archive is damaged ({first_line(error)})") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; raise :class:`UserError` if it is damaged or no JSON."""
+    try:
+        with open_regular(path) as file:
+            return json.loads(file.read())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON, got something else ({first_line(error)})") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -129,10 +173,10 @@ def locked(path: Path, message: str) -> Iterator[None]:
     """Hold a lock file for a ``with`` block, or raise :class:`UserError` with this message if another process holds it.
 
     The system releases it when the process ends, however it ends. Without locks of the file system, the block runs
-    unlocked.
+    unlocked. Blocks of one process may be nested.
     """
     # No fallback to a file that merely exists: such a lock would outlive a process that is killed.
-    lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
+    lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as error:
@@ -143,6 +187,7 @@ def locked(path: Path, message: str) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                path.unlink(missing_ok=True)
+            if lock.lock_counter == 1:
+                with contextlib.suppress(OSError):  # Windows removes no open file
+                    path.unlink(missing_ok=True)
             lock.release()

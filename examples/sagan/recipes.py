@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from sagan.data import DataConfig
 from sagan.errors import UserError, check_at_least, check_choices
 from sagan.evaluation.config import TrainingEvaluationConfig
 from sagan.networks import Mixer, NetworkConfig
+from sagan.schema import conform, shown
 from sagan.train.losses import LossName
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -191,6 +192,9 @@ class RunConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay: expected from 0 to below 1, got {self.ema_decay}")
+        for name, value in self.by_name().items():
+            if isinstance(value, (int, float)) and not -(2**63) <= value < 2**63:  # NaN neither
+                raise UserError(f"{name}: expected a finite number of 64 bits, got {shown(value)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dictionaries of values that JSON can hold: lists for tuples, strings for paths."""
@@ -339,16 +343,10 @@ PUBLISHED: dict[str, dict[str, float]] = {
 }
 
 
-def config_from_dict(values: dict[str, Any]) -> RunConfig:
-    """Return the configuration that :meth:`RunConfig.to_dict` wrote."""
-    arguments = _fields_of(RunConfig, values)
-    for each in fields(RunConfig):
-        kind: Any = each.default_factory
-        if isinstance(kind, type) and is_dataclass(kind):
-            arguments[each.name] = kind(**_fields_of(kind, arguments[each.name]))
-    arguments["out"] = Path(arguments["out"])
-    arguments["data"] = None if arguments["data"] is None else Path(arguments["data"])
-    return RunConfig(**arguments)
+def config_from_dict(values: Any, where: str = "") -> RunConfig:
+    """Return the configuration that :meth:`RunConfig.to_dict` wrote; :class:`UserError` if it is none."""
+    config: RunConfig = conform(values, RunConfig, where)
+    return config
 
 
 def differences(one: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -363,13 +361,3 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _dotted(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _fields_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    assert is_dataclass(kind)
-    wanted = {each.name for each in fields(kind)}
-    if set(values) != wanted:
-        raise UserError(
-            f"{kind.__name__}: unknown {sorted(set(values) - wanted)}, missing {sorted(wanted - set(values))}"
-        )
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import math
 import os
 import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_runs import assert_same
+from training_runs import TINY_NETWORK, assert_same, stepped
 
 from sagan.errors import UserError
+from sagan.io import tensor_bytes
+from sagan.recipes import RunConfig
 from sagan.train import checkpoint as checkpoints
 from sagan.train.checkpoint import (
     CheckpointError,
-    RunState,
     checkpoints_in,
     find_checkpoint,
     load_checkpoint,
@@ -23,14 +29,29 @@ from sagan.train.checkpoint import (
     save_best,
     save_checkpoint,
 )
+from sagan.train.health import CollapseAlarm
+from sagan.train.state import RunState
 
 HEADER: dict[str, Any] = {"format": checkpoints.FORMAT, "version": checkpoints.VERSION}
 
 
+@functools.cache
+def saved_state() -> RunState:
+    config = RunConfig(recipe="paper", batch_size=4, ema_decay=0.8, device="cpu", network=TINY_NETWORK)
+    return {
+        **stepped(config, steps=1).state_dict(),
+        "fingerprint": "images",
+        "class_names": ["n01440764", "ä", "c"],
+        "best_score": 2.5,
+        "best_score_of": "fid",
+        "alarm": CollapseAlarm(config.health, raised=["diversity"]).state_dict(),
+    }
+
+
 def state(iteration: int = 1, **values: Any) -> RunState:
-    """Return what a checkpoint holds, with most values None."""
-    keys: Any = dict.fromkeys(RunState.__required_keys__)
-    return {**keys, "iteration": iteration, **values}
+    """Return what a checkpoint of a tiny run holds, with some values replaced."""
+    changed: Any = {**copy.deepcopy(saved_state()), "iteration": iteration, **values}
+    return changed
 
 
 def save(folder: Path, iteration: int, keep: int = 10) -> Path:
@@ -49,13 +70,7 @@ class TouchesAFile:
 
 class TestSaving:
     def test_contents_come_back_as_they_were(self, tmp_path: Path) -> None:
-        saved = state(
-            12,
-            generator={"a": torch.randn(3, 2), "half": torch.ones(2, dtype=torch.bfloat16)},
-            alarm={"numbers": [1, 2.5, None, True]},
-            class_names=["n01440764", "ä"],
-            torch_rng=torch.Generator().manual_seed(3).get_state(),
-        )
+        saved = state(12, torch_rng=torch.Generator().manual_seed(3).get_state())
         path = save_checkpoint(tmp_path / "new" / "folder", saved, keep=1)
         found: Any = load_checkpoint(path)
         assert found.keys() == saved.keys()
@@ -134,7 +149,7 @@ class TestFinding:
 class TestLoading:
     @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
     def test_a_torn_file_is_refused(self, tmp_path: Path, share: float) -> None:
-        path = save_checkpoint(tmp_path, state(generator={"weight": torch.randn(1000)}), keep=1)
+        path = save_checkpoint(tmp_path, state(), keep=1)
         whole = path.read_bytes()
         path.write_bytes(whole[: int(len(whole) * share)])
         with pytest.raises(CheckpointError, match="is damaged: it is not the file that was written"):
@@ -146,12 +161,30 @@ class TestLoading:
         assert "\n" not in str(caught.value)
 
     def test_a_changed_bit_is_found(self, tmp_path: Path) -> None:
-        path = save_checkpoint(tmp_path, state(generator={"weight": torch.randn(1000)}), keep=1)
+        path = save_checkpoint(tmp_path, state(), keep=1)
         data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
+        data[data.index(bytes(tensor_bytes(saved_state()["generator"]["linear.weight"])))] ^= 1
         path.write_bytes(data)
         with pytest.raises(CheckpointError, match="is damaged"):
             load_checkpoint(path)
+        path.with_suffix(".sha256").unlink()
+        with pytest.raises(CheckpointError, match="its archive is damaged .* has another CRC"):
+            load_checkpoint(path)
+
+    @pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"damaged\n", None])
+    def test_a_digest_that_is_none_is_named(self, tmp_path: Path, text: bytes | None) -> None:
+        path = save(tmp_path, 1)
+        digest = path.with_suffix(".sha256")
+        digest.unlink()
+        digest.mkdir() if text is None else digest.write_bytes(text)
+        with pytest.raises(CheckpointError, match=r"iteration_000000001\.sha256"):
+            load_checkpoint(path)
+
+    def test_a_compressed_archive_is_refused_before_it_fills_memory(self, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", bytes(2**20))
+        with pytest.raises(CheckpointError, match="a member is compressed"):
+            load_checkpoint(tmp_path / "bomb.pt")
 
     def test_the_latest_readable_one_is_loaded_and_the_others_are_named(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -182,7 +215,8 @@ class TestLoading:
             path.write_bytes(writer(contents))
         else:
             torch.save(contents, path, _use_new_zipfile_serialization="old" not in writer)
-        with pytest.raises(CheckpointError, match=r"not a readable checkpoint \(it holds more than tensors"):
+        message = "it holds more than tensors" if writer == "torch.save" else "it is no archive of torch.save"
+        with pytest.raises(CheckpointError, match=rf"not a readable checkpoint \({message}"):
             load_checkpoint(path)
         assert not trap.exists()
         called, arguments = TouchesAFile(trap).__reduce__()  # what a careless reader would run
@@ -195,7 +229,7 @@ class TestLoading:
             ({"weights": torch.ones(2)}, "is not a checkpoint of this trainer"),
             ([1, 2], "is not a checkpoint of this trainer"),
             ({"format": "another program"}, "is not a checkpoint of this trainer"),
-            ({**HEADER, "iteration": 3}, "is not a checkpoint of this trainer: it lacks "),
+            ({**HEADER, "iteration": 3}, "holds no state of a run: RunState: .*missing "),
             ({**HEADER, "version": 99}, "is of version 99; this trainer reads version 2"),
         ],
     )
@@ -204,3 +238,106 @@ class TestLoading:
         torch.save(contents, path)
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(path)
+
+
+def without(name: str, *inner: Any) -> Callable[[Any], None]:
+    def change(contents: Any) -> None:
+        for key in inner and (name, *inner[:-1]):
+            contents = contents[key]
+        del contents[inner[-1] if inner else name]
+
+    return change
+
+
+def replaced(*keys: Any, by: Any) -> Callable[[Any], None]:
+    def change(contents: Any) -> None:
+        for key in keys[:-1]:
+            contents = contents[key]
+        contents[keys[-1]] = by
+
+    return change
+
+
+def filled(*keys: Any, value: float) -> Callable[[Any], None]:
+    def change(contents: Any) -> None:
+        for key in keys:
+            contents = contents[key]
+        contents.fill_(value)
+
+    return change
+
+
+def expanded(contents: Any) -> None:
+    for name, tensor in contents["generator"].items():
+        contents["generator"][name] = tensor.flatten()[0].expand(tensor.shape)
+    for field in ("generator", "discriminator", "average"):
+        number = torch.zeros(())
+        contents[field] = {
+            name: number.expand(tensor.shape) if tensor.is_floating_point() else tensor
+            for name, tensor in contents[field].items()
+        }
+    for field in ("g_optimizer", "d_optimizer"):
+        for moments in contents[field]["state"].values():
+            moments.update({name: torch.zeros(()).expand(each.shape) for name, each in moments.items()})
+
+
+HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
+    **{
+        f"no {name}": (without(name), rf"missing \['{name}'\]")
+        for name in RunState.__required_keys__ - checkpoints._ADDED_KEYS.keys()
+    },
+    **{
+        f"{name} of another type": (replaced(name, by=complex(1)), rf": {name}: expected .*, got a complex")
+        for name in RunState.__required_keys__
+    },
+    "more": (replaced("more", by=1), r"unknown \['more'\]"),
+    "iteration -5": (replaced("iteration", by=-5), "iteration: expected from 0 to 999,999,999, got -5"),
+    "iteration of 100 bits": (replaced("iteration", by=10**30), "got an integer of 100 bits"),
+    "class names": (replaced("class_names", by=["a", "b"]), "class_names: expected 3 names"),
+    "labels": (replaced("labels_in_use", by=torch.tensor([0, 3])), "labels_in_use: expected ascending"),
+    "rng": (filled("torch_rng", value=0), "torch_rng: expected a state"),
+    "gpu's rng": (replaced("cuda_rng", by=torch.ones(3)), "cuda_rng: expected 16 bytes"),
+    "best score": (replaced("best_score", by=math.nan), "best_score: expected a finite number, got nan"),
+    "alarm": (replaced("alarm", "see_losses", by=1), r"alarm: unknown \['see_losses'\]"),
+    "means": (replaced("means", "sums", by={"a": "b"}), "means: expected numbers"),
+    "scaler": (replaced("scaler", by={"scale": 1.0}), "scaler: expected the values"),
+    "config": (replaced("config", "seed", by="x"), "config.seed: expected an integer, got 'x'"),
+    "range": (replaced("config", "network", "resolution", by=33), "config.network.resolution: expected one"),
+    "nan": (replaced("config", "network", "bn_eps", by=math.nan), "config.network.bn_eps: expected a finite"),
+    "4 TB": (replaced("config", "network", "base_width", by=10**9), "config.network: expected sizes that fit"),
+    "wide": (replaced("config", "network", "base_width", by=10**4), r"linear.weight: expected .*1280000, 6\]"),
+    "expanded": (expanded, r"config.network: [\d,]+ bytes of weights in a file of"),
+    "moments": (without("g_optimizer", "state", 0), r"g_optimizer: .* missing \['state.0.exp_avg'"),
+    "moment": (
+        replaced("d_optimizer", "state", 1, "exp_avg", by=torch.ones(3, 9)),
+        r"d_optimizer.state.1.exp_avg: expected torch.float32 \[.*, got torch.float32 \[3, 9\]",
+    ),
+    "negative": (filled("d_optimizer", "state", 1, "exp_avg_sq", value=-1), "exp_avg_sq: expected at least"),
+    "weight": (replaced("generator", "linear.weight", by=[1]), "generator.linear.weight: .* got a list"),
+    "sparse": (
+        replaced("generator", "linear.bias", by=torch.ones(256).to_sparse()), "generator.linear.bias: .* got a Tensor"
+    ),
+    "NaN": (filled("generator", "linear.weight", value=math.nan), "generator.linear.weight: expected finite"),
+    "infinite": (filled("average", "module.linear.bias", value=math.inf), "average.module.linear.bias: expected"),
+    "NaN moment": (filled("g_optimizer", "state", 0, "exp_avg", value=math.nan), "state.0.exp_avg: expected f"),
+    "no average": (replaced("average", by=None), r"average: unknown \[\], missing"),
+}  # fmt: skip
+
+
+class TestHostileContents:
+    @pytest.mark.parametrize("case", list(HOSTILE))
+    def test_one_sentence_names_the_file_and_the_field(self, case: str, tmp_path: Path) -> None:
+        change, message = HOSTILE[case]
+        contents: Any = {**HEADER, **state()}
+        change(contents)
+        path = tmp_path / "hostile.pt"
+        torch.save(contents, path)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            load_checkpoint(path)
+        assert str(caught.value).startswith(f"{path} holds no state of a run: ")
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500 + len(str(path))
+
+    def test_a_state_before_the_first_update_has_no_moments(self, tmp_path: Path) -> None:
+        empty = {"state": {}, "param_groups": []}
+        load_checkpoint(save_checkpoint(tmp_path, state(0, g_optimizer=empty, d_optimizer=empty), keep=1))

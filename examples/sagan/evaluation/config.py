@@ -58,9 +58,6 @@ class EvaluationConfig:
     split: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("inception_weights", "feature_network", "cache", "data"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)))  # JSON holds strings
         if len(set(self.metrics)) != len(self.metrics) or set(self.metrics) - set(METRICS):
             raise UserError(
                 f"metrics: expected some of {', '.join(METRICS)}, each once; got {list(self.metrics)}"

@@ -238,7 +238,7 @@ def load_inception(path: Path) -> InceptionV3:
             f"pytorch-fid and torch-fidelity publish it), found no file at {path}"
         )
     try:
-        tensors = load_plain(path)
+        tensors = load_plain(path, legacy=True)
     except UserError as error:
         raise UserError(f"inception weights: {path} is not a readable file of tensors ({error})") from error
     if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):

@@ -6,54 +6,22 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from sagan.errors import UserError
-from sagan.io import atomic_write, atomic_write_text, file_sha256, first_line, load_plain
+from sagan.io import atomic_write, atomic_write_text, file_sha256, first_line, load_plain, open_regular
+from sagan.schema import shown
+from sagan.train.state import RunState, check_state
 
 FORMAT = "sagan-layers trainer"
 VERSION = 2
 BEST = "best.pt"
+_SHA256 = re.compile(rb"[0-9a-f]{64}")
 _NAME = re.compile(r"iteration_(\d{9})\.pt")
 
 logger = logging.getLogger(__name__)
-
-StateDict = dict[str, Any]
-
-
-class TrainerState(TypedDict):
-    """What :class:`sagan.train.update.Trainer` restores. Values are tensors, plain values, lists and dictionaries."""
-
-    config: dict[str, Any]  # RunConfig.to_dict()
-    iteration: int  # iterations done
-    batches_drawn: int  # parts of batches drawn from the loader
-    generator: StateDict
-    discriminator: StateDict
-    average: StateDict | None  # torch's AveragedModel of G; None without a moving average
-    g_optimizer: StateDict
-    d_optimizer: StateDict
-    scaler: StateDict  # torch's GradScaler; empty except in fp16
-    torch_rng: Tensor  # torch's generator on the CPU, the same on every rank
-    cuda_rng: Tensor | None  # torch's generator on the GPU, if the run uses one
-    means: StateDict  # sums and counts of rank 0's measurements since the last log
-    means_of_processes: list[StateDict]  # "means" of every rank, as numbers
-    guard: dict[str, int]  # consecutive iterations with a skipped update, and the first of them
-    skipped: int  # updates skipped since the last log
-    labels_in_use: Tensor  # int64 [K], classes with images
-
-
-class RunState(TrainerState):
-    """The contents of a checkpoint, except its format and version."""
-
-    fingerprint: str  # of the images
-    class_names: list[str]  # by label
-    best_score: float | None  # score of best.pt; less is better
-    best_score_of: str  # kind of that score
-    alarm: dict[str, Any]  # state of the collapse alarm
-
 
 # Version 2 gained these keys later. Checkpoints without them mean this.
 _ADDED_KEYS: dict[str, Any] = {
@@ -111,7 +79,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """Return the complete checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_file())
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -146,29 +114,49 @@ def load_latest(path: Path) -> tuple[Path, RunState]:
 
 
 def load_checkpoint(path: Path) -> RunState:
-    """Return the contents of a checkpoint, on the CPU.
+    """Return the contents of a checkpoint, on the CPU, checked by :func:`sagan.train.state.check_state`.
 
     Raises:
-        CheckpointError: if the file is damaged, from another program, or of another version.
+        CheckpointError: if the file is damaged, from another program, or of another version, or if a value cannot be
+            one of a run. The message names the file and the value.
     """
-    digest = _digest_path(path)
-    if digest.is_file() and digest.read_text().strip() != file_sha256(path):
-        raise CheckpointError(f"{path} is damaged: it is not the file that was written (its SHA-256 differs)")
     try:
+        digest = _saved_digest(path)
+        if digest is not None and digest != file_sha256(path):
+            raise CheckpointError(
+                f"{path} is damaged: it is not the file that was written (its SHA-256 differs)"
+            )
         contents = load_plain(path)
-    except UserError as error:
+        file_bytes = path.stat().st_size
+    except CheckpointError:
+        raise
+    except (UserError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable checkpoint ({error})") from error
     if not isinstance(contents, dict) or contents.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this trainer")
     version = contents.pop("version", None)
-    if version != VERSION:
-        raise CheckpointError(f"{path} is of version {version}; this trainer reads version {VERSION}")
-    state = {**_ADDED_KEYS, **contents}
-    if missing := RunState.__required_keys__ - state.keys():
+    if type(version) is not int or version != VERSION:
+        raise CheckpointError(f"{path} is of version {shown(version)}; this trainer reads version {VERSION}")
+    try:
+        return check_state({**_ADDED_KEYS, **contents}, file_bytes)
+    except UserError as error:
+        raise CheckpointError(f"{path} holds no state of a run: {error}") from error
+
+
+def _saved_digest(path: Path) -> str | None:
+    """Return the digest saved beside a checkpoint; None if there is none, as after a crash."""
+    digest = _digest_path(path)
+    try:
+        with open_regular(digest) as file:
+            words = file.read(200).split()
+    except FileNotFoundError:
+        return None
+    if not words or not _SHA256.fullmatch(words[0]):
         raise CheckpointError(
-            f"{path} is not a checkpoint of this trainer: it lacks {', '.join(sorted(missing))}"
+            f"{path} cannot be checked: expected the 64 hex digits of its SHA-256 in {digest}, found something else; "
+            "without that file, only the checksums inside the checkpoint count"
         )
-    return cast(RunState, state)
+    return words[0].decode()
 
 
 def _candidates(path: Path) -> list[Path]:

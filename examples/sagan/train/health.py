@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,24 @@ class Skipped:
     first_iteration: int  # of the first of them
     in_a_row: int  # consecutive iterations with a skipped update, up to now
     since: int  # the first of those iterations
+
+
+class GuardState(TypedDict):
+    """What a resumed run needs of :class:`FiniteGuard`."""
+
+    in_a_row: int
+    since: int
+
+
+class AlarmState(TypedDict):
+    """What a resumed run needs of :class:`CollapseAlarm`: its fields."""
+
+    saturated_logs: int
+    diversity_was_enough: bool
+    rising: int
+    last_score: float | None
+    last_score_of: str
+    raised: list[str]
 
 
 class FiniteGuard:
@@ -89,11 +107,11 @@ class FiniteGuard:
         self._count = torch.zeros_like(self._count)
         return found
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> GuardState:
         """Return what a resumed run needs; call :meth:`skipped` first."""
         return {"in_a_row": int(self._in_a_row), "since": int(self._since)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: GuardState) -> None:
         """Restore the state that :meth:`state_dict` returned."""
         self._in_a_row.fill_(state["in_a_row"])
         self._since.fill_(state["since"])
@@ -187,12 +205,12 @@ class CollapseAlarm:
             f"the score has become worse in {self.rising} evaluations in a row, now {score:.4g}",
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> AlarmState:
         """Return what a resumed run needs."""
         state = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "config"}
-        return {**state, "raised": list(self.raised)}
+        return cast(AlarmState, {**state, "raised": list(self.raised)})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: AlarmState) -> None:
         """Restore the state that :meth:`state_dict` returned."""
         for name, value in state.items():
             setattr(self, name, list(value) if isinstance(value, list) else value)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-Sums = dict[str, dict[str, Any]]
+
+class Sums(TypedDict):
+    """Sums and counts of measurements by name, tensors or numbers."""
+
+    sums: dict[str, Any]
+    counts: dict[str, Any]
 
 
 @dataclass
@@ -45,8 +50,8 @@ class Means:
     def load_state_dict(self, state: Sums, device: torch.device) -> None:
         """Restore sums and counts, tensors or numbers."""
         self.sums, self.counts = (
-            {name: torch.as_tensor(value, dtype=dtype, device=device) for name, value in state[kind].items()}
-            for kind, dtype in (("sums", torch.float64), ("counts", torch.int64))
+            {name: torch.as_tensor(value, dtype=dtype, device=device) for name, value in values.items()}
+            for values, dtype in ((state["sums"], torch.float64), (state["counts"], torch.int64))
         )
 
 

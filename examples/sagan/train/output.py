@@ -21,7 +21,6 @@ from sagan.sampling import generate, sample_inputs
 from sagan.train.checkpoint import (
     BEST,
     CheckpointError,
-    RunState,
     load_checkpoint,
     save_best,
     save_checkpoint,
@@ -29,6 +28,7 @@ from sagan.train.checkpoint import (
 )
 from sagan.train.health import CollapseAlarm, diversity
 from sagan.train.resume import Saved
+from sagan.train.state import RunState
 from sagan.train.update import Trainer
 from sagan_layers import SelfAttention2d
 
@@ -79,12 +79,7 @@ class RunOutput:
     def restore(self, saved: Saved) -> None:
         """Restore the run from a checkpoint, on every rank."""
         path, state = saved
-        try:
-            self._trainer.load_state_dict(state)
-        except (RuntimeError, KeyError) as error:
-            raise CheckpointError(
-                f"{path} holds networks that do not fit this configuration; --accept-changes cannot change that"
-            ) from error
+        self._trainer.load_state_dict(state)
         self._alarm.load_state_dict(state["alarm"])
         self.checkpoint = path
         self._best_score, self._best_score_of = state["best_score"], state["best_score_of"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sagan.errors import UserError
 from sagan.recipes import RunConfig, config_from_dict, differences
-from sagan.train.checkpoint import BEST, CheckpointError, RunState, checkpoints_in, load_latest
+from sagan.train.checkpoint import BEST, CheckpointError, checkpoints_in, load_latest
 from sagan.train.logs import METRICS
+from sagan.train.state import RunState, check_tensors, expected_tensors
 
 # May change when a run resumes: its length, its paths, and settings that do not affect the results.
 _MAY_CHANGE = (
@@ -40,6 +42,14 @@ def check_start(config: RunConfig, *, resume: bool, accept_changes: bool = False
         raise CheckpointError(
             f"{path} was made with another configuration: {changes}. To resume with the new one, add --accept-changes"
         )
+    expected = expected_tensors(config)
+    try:
+        check_tensors(state["generator"], expected["generator"], "generator")
+        check_tensors(state["discriminator"], expected["discriminator"], "discriminator")
+    except UserError as error:
+        raise CheckpointError(
+            f"{path} holds networks that do not fit this configuration ({error}); --accept-changes cannot change that"
+        ) from error
     return path, state
 
 

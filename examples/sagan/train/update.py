@@ -19,10 +19,10 @@ from sagan.errors import UserError
 from sagan.networks import Discriminator, Generator
 from sagan.randomness import training_noise
 from sagan.recipes import RunConfig
-from sagan.train.checkpoint import TrainerState
 from sagan.train.health import FiniteGuard, check_finite
 from sagan.train.losses import LOSSES, DiscriminatorLoss, GeneratorLoss, Result
 from sagan.train.means import Means, Sums, average_over_ranks
+from sagan.train.state import AdamState, TrainerState
 from sagan_layers import (
     SpectralNormLayer,
     call_with_constant_parameters,
@@ -251,8 +251,8 @@ class Trainer:
 
     def share_means(self) -> None:
         """Gather every rank's means since the last log for the checkpoint. All ranks call this before saving."""
-        state = self.means.state_dict()
-        numbers = {kind: {name: value.item() for name, value in each.items()} for kind, each in state.items()}
+        kinds: dict[str, Any] = {**self.means.state_dict()}
+        numbers = {kind: {name: value.item() for name, value in each.items()} for kind, each in kinds.items()}
         self._means_by_rank = [json.loads(text) for text in self.world.gather_texts(json.dumps(numbers))]
 
     def state_dict(self) -> TrainerState:
@@ -265,8 +265,8 @@ class Trainer:
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "g_optimizer": self.g_optimizer.state_dict(),
-            "d_optimizer": self.d_optimizer.state_dict(),
+            "g_optimizer": cast(AdamState, self.g_optimizer.state_dict()),
+            "d_optimizer": cast(AdamState, self.d_optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if on_cuda else None,
@@ -290,8 +290,12 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         elif self.average is not None:  # it starts here
             self.average.module.load_state_dict(state["generator"])
-        self.g_optimizer.load_state_dict(state["g_optimizer"])
-        self.d_optimizer.load_state_dict(state["d_optimizer"])
+        for optimizer, saved in (
+            (self.g_optimizer, state["g_optimizer"]),
+            (self.d_optimizer, state["d_optimizer"]),
+        ):
+            # The learning rate and the like are this run's; only the moments are saved ones.
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
         if state["scaler"]:  # of a run in fp16
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["torch_rng"])
