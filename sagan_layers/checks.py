@@ -1,7 +1,8 @@
 """The one place that checks a caller's tensors and numbers.
 
-Every check raises ``ValueError`` or ``TypeError`` that says what was expected and what was passed. Modules check their
-options and inputs, functional forms their arguments; backends check nothing.
+Every check raises ``ValueError`` or ``TypeError`` that names the argument and says what was expected and what was passed.
+Numbers and flags may be Python's or numpy's and become Python's; True is no number, 1 no flag, and a tensor is neither.
+Modules check their options and inputs, functional forms their arguments; backends check nothing.
 """
 
 from __future__ import annotations
@@ -223,6 +224,13 @@ def check_not_empty(name: str, tensor: Tensor) -> None:
     check_floating(name, tensor)
     if tensor.numel() == 0:
         raise ValueError(f"{name}: expected at least one entry, got shape {shape_of(tensor)}")
+
+
+def check_samples(name: str, x: Tensor) -> None:
+    """Raise unless x is a floating-point [N, *] with at least one entry."""
+    check_not_empty(name, x)
+    if x.dim() < 1:
+        raise ValueError(f"{name}: expected [N, *], got {shape_of(x)}")
 
 
 def check_feature_map(x: Tensor) -> None:

@@ -481,6 +481,22 @@ def test_maps_smaller_than_the_kernel_or_the_padding_are_refused_before_u_moves(
             "real_labels: expected a tensor, got list",
         ),
         (
+            lambda: gradient_penalty(logits=SCALAR * 2, images=SCALAR),
+            r"images: expected \[N, \*\], got \[\]",
+        ),
+        (
+            lambda: interpolate_images(real_images=SCALAR, fake_images=SCALAR),
+            r"real_images: expected \[N, \*\], got \[\]",
+        ),
+        (
+            lambda: apply_spectral_norm(nn.Sequential(nn.Conv2d(2, 2, 1, dtype=torch.complex64))),
+            "the weight of '0': expected a floating-point tensor, got torch.complex64",
+        ),
+        (
+            lambda: SNEmbedding(4, 2).requires_grad_(False).to(torch.float8_e5m2)(torch.tensor([1])),
+            "weight: expected a dense tensor of float32, bfloat16, float16, float64, got torch.float8_e5m2",
+        ),
+        (
             lambda: DiscriminatorPass(LINEAR, LINEAR)(None, torch.ones(4, 2)),
             "real: expected a floating-point tensor, got NoneType",
         ),
@@ -491,7 +507,7 @@ def test_arguments_that_do_not_fit_together_are_refused(make: Callable[[], Any],
         make()
 
 
-U = torch.ones(4)
+U, SCALAR = torch.ones(4), torch.ones((), requires_grad=True)
 
 
 def test_numbers_of_numpy_are_accepted_and_become_pythons() -> None:

@@ -47,7 +47,7 @@ class SelfAttention2d(nn.Module):
         output_projection: whether there is a last 1x1 convolution, value_channels -> C.
         bias: whether the 1x1 convolutions have biases.
         spectral_norm: whether they are :class:`~sagan_layers.SNConv2d` instead of ``nn.Conv2d``.
-        gamma_init: where gamma starts.
+        gamma_init: where gamma starts, at most 65504 (float16's largest) in size.
         backend: "auto" or a backend of :func:`sagan_layers.functional.self_attention_2d`.
         n_power_iterations, eps: as for :class:`~sagan_layers.SNConv2d`; ignored without ``spectral_norm``.
         device, dtype: of the parameters.

@@ -65,7 +65,7 @@ def conditional_batch_norm(
         running_var: [C] or None, both or neither.
         training: whether to normalise by the batch's statistics and update the running ones.
         momentum: weight of the batch in the running statistics, a number or a scalar tensor.
-        eps: added to the variance.
+        eps: added to the variance, from 1e-37 to 1.
         biased_running_var: record the biased variance, as TensorFlow does; torch's batch norm records the
             unbiased one.
         process_group: take the batch's statistics over all processes of this group.

@@ -34,7 +34,7 @@ class ConditionalBatchNorm2d(nn.Module):
     Args:
         num_features: C.
         num_classes: number of classes, or None.
-        eps: added to the variance.
+        eps: added to the variance, from 1e-37 to 1.
         momentum: weight of a batch in the running statistics; None for the average over all batches.
         track_running_stats: whether there are running statistics; without them evaluation uses the batch's.
         condition_features: width of the vectors to condition on, instead of ``num_classes``.

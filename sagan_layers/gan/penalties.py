@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sagan_layers.checks import check_choice, check_not_empty, check_same_device, number_of, shape_of
+from sagan_layers.checks import (
+    check_choice,
+    check_not_empty,
+    check_same_device,
+    check_samples,
+    number_of,
+    shape_of,
+)
 from sagan_layers.torch_support import accumulation_dtype
 
 
@@ -48,7 +55,7 @@ def gradient_penalty(*, logits: Tensor, images: Tensor, kind: str = "r1", target
     _check_kind(kind)
     target = number_of("target", target, least=0)
     check_not_empty("logits", logits)
-    check_not_empty("images", images)
+    check_samples("images", images)
     if not images.requires_grad:
         raise ValueError("images: expected requires_grad; call images.requires_grad_() before D")
     if not logits.requires_grad:
@@ -56,7 +63,9 @@ def gradient_penalty(*, logits: Tensor, images: Tensor, kind: str = "r1", target
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True, allow_unused=True)
     if gradient is None:
         raise ValueError("logits: expected to depend on the images, but they do not")
-    squares = gradient.to(accumulation_dtype(gradient.dtype)).flatten(1).square().sum(1)  # [N]
+    squares = (
+        gradient.to(accumulation_dtype(gradient.dtype)).reshape(len(gradient), -1).square().sum(1)
+    )  # [N]
     if kind != "wgan-gp":
         return squares.mean()
     positive = squares > 0
@@ -89,8 +98,8 @@ def interpolate_images(
         >>> points.shape, points.requires_grad
         (torch.Size([4, 3, 8, 8]), True)
     """
-    check_not_empty("real_images", real_images)
-    check_not_empty("fake_images", fake_images)
+    check_samples("real_images", real_images)
+    check_samples("fake_images", fake_images)
     if real_images.shape != fake_images.shape:
         raise ValueError(
             f"fake_images: expected the shape of the real images {shape_of(real_images)}, "

@@ -174,6 +174,7 @@ def _check_convertible(name: str, layer: nn.Module) -> None:
             f"the weight of {name or '(the model itself)'!r} is computed by something else (a hook such as "
             "torch.nn.utils.spectral_norm); remove that first, or put the layer's name into exclude"
         )
+    checks.check_floating(f"the weight of {name or '(the model itself)'!r}", weight)
     if weight.numel() == 0:
         raise ValueError(
             f"the weight of {name or '(the model itself)'!r}: expected at least one element, got shape "

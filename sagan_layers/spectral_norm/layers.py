@@ -69,8 +69,8 @@ class SpectralNormLayer(nn.Module):
     ``weight_u`` (one entry for each output) and ``weight_v`` hold the last estimate of the singular vectors.
 
     Attributes:
-        n_power_iterations: updates of u and v at each forward.
-        eps: added to the norms of u and v.
+        n_power_iterations: updates of u and v at each forward, 1 to 10**6.
+        eps: added to the norms of u and v, from 1e-37 (float32 has no normal numbers below) to 1 (u and v have norm 1).
         iterate_when_frozen: what a forward does when it must not update u (in evaluation, or inside
             :func:`~sagan_layers.frozen_spectral_norm`): iterate from the stored u without storing the result, as
             the released code and BigGAN do (True), or use the stored u and v without iterating, as
@@ -173,6 +173,7 @@ class SpectralNormLayer(nn.Module):
         dtype: torch.dtype | None = None,
         vectors: UsedVectors | None = None,
     ) -> SpectralNormTask:
+        checks.check_floating("weight", weight)
         u, v = (self.weight_u, self.weight_v) if vectors is None else vectors
         memory = self._memory if self.training else None
         if self.training and memory is None and not torch.compiler.is_compiling():
