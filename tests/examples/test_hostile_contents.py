@@ -117,6 +117,13 @@ class TestPictures:
         assert not torch.equal(drawn[0], drawn[1])
         assert drawn[2].size(2) > drawn[0].size(2)  # the escape of one letter
 
+    def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(self, tmp_path: Path) -> None:
+        drawn = []
+        for name in ("_a", "_b"):
+            save_comparison(tmp_path / "curves.png", [Panel("FID", {name: ([1, 2], [1.0, 2.0])})])
+            drawn.append(read_png(tmp_path / "curves.png"))
+        assert not torch.equal(*drawn)
+
     def test_commands_draw_them(self, trained_run: Path, tmp_path: Path) -> None:
         source = altered(trained_run, tmp_path, class_names=["\udcff", "a$b", "猫"])
         succeed("sample", "--source", source, "--out", tmp_path / "grid.png", "--count", 9)

@@ -209,10 +209,16 @@ def save_comparison(path: Path, panels: Sequence[Panel]) -> None:
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
     for axis, panel in zip(axes, panels, strict=True):
         for name, (iterations, values) in panel.curves.items():
-            axis.plot(iterations, values, label=name, color=colours[name], marker="o", markersize=3)
+            axis.plot(
+                iterations, values, label=_in_legend(name), color=colours[name], marker="o", markersize=3
+            )
         for name, value in panel.published.items():
             axis.axhline(
-                value, color=colours[name], linestyle="--", linewidth=1, label=f"{name}: published {value:g}"
+                value,
+                color=colours[name],
+                linestyle="--",
+                linewidth=1,
+                label=_in_legend(f"{name}: published {value:g}"),
             )
         axis.set_ylabel(panel.label, fontsize=8)
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -224,13 +230,25 @@ def save_curves(path: Path, panels: Sequence[Panel], *, title: str = "") -> None
     figure, axes = _stacked(len(panels), width=7.5, height=2.3)
     for axis, panel in zip(axes, panels, strict=True):
         for name, (iterations, values) in panel.curves.items():
-            axis.plot(iterations, values, label=name, linewidth=1.3, marker="." if len(values) < 40 else None)
+            axis.plot(
+                iterations,
+                values,
+                label=_in_legend(name),
+                linewidth=1.3,
+                marker="." if len(values) < 40 else None,
+            )
         axis.set_ylabel(panel.label)
         if len(panel.curves) > 1:
             axis.legend(fontsize=8, ncols=3)
     if title:
         figure.suptitle(title, fontsize=10)
     _save_png(path, figure)
+
+
+def _in_legend(name: str) -> str:
+    return (
+        f" {name}" if name.startswith("_") else name
+    )  # Matplotlib's legends leave out names with an underscore
 
 
 def _stacked(count: int, *, width: float, height: float) -> tuple[Figure, npt.NDArray[Any]]:
