@@ -17,8 +17,8 @@ def check_at_least(options: object, minimum: int, *names: str) -> None:
     """Raise :class:`UserError` for an option that is set and below the minimum."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and value < minimum:
-            raise UserError(f"{name}: expected at least {minimum}, got {value}")
+        if value is not None and not (isinstance(value, (int, float)) and value >= minimum):
+            raise UserError(f"{name}: expected at least {minimum}, got {value!r}")
 
 
 def check_choices(options: object) -> None:

@@ -49,6 +49,7 @@ from sagan.data import (
 from sagan.data.decoding import read_header, read_pixels
 from sagan.data.layout import FORMAT_EXTENSIONS
 from sagan.data.prefetch import prefetch
+from sagan.errors import UserError
 
 Patch = pytest.MonkeyPatch
 
@@ -800,6 +801,24 @@ class TestLoader:
 
 
 class TestOpening:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"workers": -1}, "workers: expected at least 0, got -1"),
+            ({"workers": "2"}, "workers: expected at least 0, got '2'"),
+            ({"workers": 10**6}, "workers: expected at most 1024, got 1000000"),
+            ({"cache_mib": float("nan")}, "cache_mib: expected at least 0, got nan"),
+            (
+                {"resample": "nearest"},
+                "resample: expected one of bilinear, bicubic, lanczos, box, got 'nearest'",
+            ),
+            ({"check": "fast"}, "check: expected one of full, headers, auto, off, got 'fast'"),
+        ],
+    )
+    def test_options_out_of_range_are_refused(self, options: dict, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            DataConfig(**options)
+
     def test_a_folder_is_opened_checked_and_served_in_memory(self, messy: MessyTree) -> None:
         config = DataConfig(resample="box", draft=True)
         opened = open_dataset(messy.root, 16, config)

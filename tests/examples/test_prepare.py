@@ -1126,6 +1126,20 @@ class TestPackedDataset:
         assert torch.equal(dataset[3][0], before)
         assert verify(sound) == []
 
+    def test_an_array_cut_off_while_it_is_in_use_is_an_error(
+        self, sound: Path, dataset: PackedDataset
+    ) -> None:
+        batches = make_loader(dataset, batch_size=4, seed=0)
+        next(batches)
+        os.truncate(sound / "images.npy", 4535)
+        message = r"images\.npy: expected 4,736 bytes, got 4,535: it has been cut off"
+        with pytest.raises(PackedError, match=message):
+            dataset.fetch([0])
+        with pytest.raises(PackedError, match=message):
+            list(itertools.islice(batches, 6))  # those fetched ahead are sound
+        with pytest.raises(PackedError, match=r"not complete: images\.npy: expected 4,736 bytes, got 4,535"):
+            PackedDataset(sound)
+
     @pytest.mark.parametrize("index", [24, -25])
     def test_an_index_beyond_the_end_is_an_index_error(self, dataset: PackedDataset, index: int) -> None:
         with pytest.raises(IndexError, match="from 0 to 23"):

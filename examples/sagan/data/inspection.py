@@ -15,6 +15,7 @@ from typing import Literal, get_args
 from sagan.data.decoding import ImageFacts, ImageReadError, check_decode_options, read_header, read_pixels
 from sagan.data.prefetch import map_ranges
 from sagan.data.tree import ImageTree
+from sagan.names import printable
 
 CheckMode = Literal["full", "headers", "auto", "off"]
 
@@ -249,8 +250,3 @@ def _names(names: Sequence[str], most: int) -> str:
 
 def _span(span: tuple[int, int]) -> str:
     return f"{span[0]:,}" if span[0] == span[1] else f"({span[0]:,} to {span[1]:,})"
-
-
-def printable(text: str) -> str:
-    """Return text with what a terminal cannot show (newlines, bytes not in UTF-8) written as escapes."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

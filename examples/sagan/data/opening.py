@@ -14,7 +14,9 @@ from sagan.data.packed import PackedDataset
 from sagan.data.packed_format import is_prepared
 from sagan.data.tree import scan_image_tree
 from sagan.distributed import World
-from sagan.errors import UserError
+from sagan.errors import UserError, check_at_least, check_choices
+
+_MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.resample not in RESAMPLE_FILTERS:
             raise UserError(f"resample: expected one of {', '.join(RESAMPLE_FILTERS)}, got {self.resample!r}")
-        if self.workers < 0 or self.cache_mib < 0:
-            raise UserError("workers, cache_mib: expected at least 0")
+        check_choices(self)
+        check_at_least(self, 0, "workers", "cache_mib")
+        if self.workers > _MOST_WORKERS:
+            raise UserError(f"workers: expected at most {_MOST_WORKERS}, got {self.workers}")
 
 
 def open_dataset(path: Path, resolution: int, config: DataConfig) -> ImageDataset:

@@ -26,6 +26,7 @@ from sagan.data.packed_format import (
     wrong_labels,
     wrong_size,
 )
+from sagan.io import open_regular
 
 
 class PackedDataset(ImageDataset):
@@ -68,7 +69,7 @@ class PackedDataset(ImageDataset):
         self._open()
 
     def _open(self) -> None:
-        with (self.manifest.folder / IMAGES).open("rb") as file:
+        with open_regular(self.manifest.folder / IMAGES) as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         pixels = np.frombuffer(self._map, np.uint8, offset=HEADER_BYTES)
         self._images = pixels.reshape(len(self.labels), 3, self.resolution, self.resolution)
@@ -100,15 +101,30 @@ class PackedDataset(ImageDataset):
         )
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a batch; see `ImageDataset.fetch`.
+
+        Raises:
+            PackedError: the array has been cut off since it was opened.
+        """
         wanted = np.asarray(indices, dtype=np.int64)
         if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(
                 f"expected indices from 0 to {len(self) - 1}, got {wanted.min()} to {wanted.max()}"
             )
+        self._check_size()
         self._read_ahead(wanted)
         images = torch.empty((len(wanted), *self._images.shape[1:]), dtype=torch.uint8)
         np.take(self._images, wanted, axis=0, out=images.numpy(), mode="clip")  # "raise" would copy twice
         return images, self.labels[torch.from_numpy(wanted)]
+
+    def _check_size(self) -> None:
+        """Look for a cut before each batch: to touch what is no longer there would be a bus error, no exception."""
+        size = self._map.size()  # of the file, now
+        if size < len(self._map):
+            raise PackedError(
+                f"{self.manifest.folder / IMAGES}: expected {len(self._map):,} bytes, got {size:,}: it has been cut "
+                "off while it is in use. Prepare the set again, then resume"
+            )
 
     def _read_ahead(self, wanted: npt.NDArray[np.int64]) -> None:
         """Let the system read all images of a batch at once; page faults would read one after the other."""

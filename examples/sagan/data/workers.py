@@ -53,8 +53,11 @@ class WorkerBatches(Iterator[Batch]):
         self._batches: list[Iterator[Batch | Exception]] = []
         if problem is None:
             others, other_threads = set(multiprocessing.active_children()), set(threading.enumerate())
-            with _unchanged_sigchld():
-                self._batches.append(start())
+            try:
+                with _unchanged_sigchld():
+                    self._batches.append(start())
+            except OSError as error:  # too many processes, or no memory for them
+                self._problem = f"cannot start data workers: {error}. Remedy: fewer --images.workers"
             self._workers += set(multiprocessing.active_children()) - others
             self._threads += set(threading.enumerate()) - other_threads
         # At exit Python would ask the workers to end, and wait; they ignore the signal that asks.
@@ -152,9 +155,15 @@ def _unchanged_sigchld() -> Iterator[None]:
     """Undo what DataLoader does to SIGCHLD: raise wherever the program is when a worker dies, as within an update."""
     number = getattr(signal, "SIGCHLD", None)
     before = None if number is None else signal.getsignal(number)
-    yield
-    if number is not None and before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(number, before)
+    try:
+        yield
+    finally:
+        if (
+            number is not None
+            and before is not None
+            and threading.current_thread() is threading.main_thread()
+        ):
+            signal.signal(number, before)
 
 
 def _end(batches: list[Iterator[Batch | Exception]], workers: list[BaseProcess]) -> None:
