@@ -40,11 +40,9 @@ def atomic_write(path: Path, *, sync: bool = True, shared: bool = False) -> Iter
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            raise named(error, path) from error
         raise
     if sync:
         sync_folder(path.parent)
@@ -65,11 +63,6 @@ def atomic_write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file with :func:`atomic_write`."""
     with atomic_write(path) as file:
         file.write(text.encode())
-
-
-def named(error: OSError, path: Path) -> OSError:
-    """Return the same error with the file's name: a write to a full disk has none."""
-    return OSError(error.errno or errno.EIO, error.strerror or first_line(error), str(path))
 
 
 def sync_folder(folder: Path) -> None:
@@ -155,12 +148,12 @@ def _check_archive(file: BinaryIO) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds; raise :class:`UserError` if it is damaged or no JSON."""
+    """Return what a JSON file holds, or raise :class:`UserError`, whose message does not name the file."""
     try:
         with open_regular(path) as file:
             return json.loads(file.read())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected JSON, got something else ({first_line(error)})") from error
+        raise UserError(f"expected JSON, got something else ({first_line(error)})") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -16,10 +16,12 @@ from typing import Any, Literal
 from sagan.data import DataConfig
 from sagan.errors import UserError, check_at_least, check_choices
 from sagan.evaluation.config import TrainingEvaluationConfig
+from sagan.io import read_json
 from sagan.networks import Mixer, NetworkConfig
 from sagan.schema import conform, shown
 from sagan.train.losses import LossName
 
+CONFIG = "config.json"
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -347,6 +349,17 @@ def config_from_dict(values: Any, where: str = "") -> RunConfig:
     """Return the configuration that :meth:`RunConfig.to_dict` wrote; :class:`UserError` if it is none."""
     config: RunConfig = conform(values, RunConfig, where)
     return config
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Return the configuration of the run in a folder; :class:`UserError` names its file if it has none."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"expected the folder of a run, found no {CONFIG} in {folder}")
+    try:
+        return config_from_dict(read_json(path), "configuration")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def differences(one: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sagan.errors import UserError, check_is_new, is_in_use
 from sagan.finite import check_finite
-from sagan.io import atomic_write, module_digest
+from sagan.io import atomic_write, module_digest, read_json
 from sagan.networks import Generator, NetworkConfig
 from sagan.randomness import mixed_seed
 from sagan.recipes import RunConfig, config_from_dict
@@ -130,7 +130,7 @@ def claim_folder(out: Path, trained: TrainedGenerator, **options: object) -> Non
     in_use = is_in_use(out, ignored_prefix=SAMPLES)  # checked first: another process may write the file now
     if path.is_file():
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
+            found = dict(read_json(path))
         except (ValueError, TypeError):
             found = {}
         differing = [name for name, value in samples.items() if found.get(name) != value]

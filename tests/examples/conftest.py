@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disks import full_disk  # noqa: F401
 from image_trees import WNIDS, write_image_tree
 from training_runs import TINY_NETWORK, Train, changed
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from full_disks import Full
 from training_runs import TINY_NETWORK, assert_same, stepped
 
 from sagan.errors import UserError
-from sagan.io import tensor_bytes
+from sagan.io import atomic_write, tensor_bytes
 from sagan.recipes import RunConfig
+from sagan.report.figures import save_image
 from sagan.train import checkpoint as checkpoints
 from sagan.train.checkpoint import (
     CheckpointError,
@@ -116,6 +118,27 @@ class TestSaving:
         later = save(tmp_path, 2, keep=1)  # the same name, after the leftover
         assert {path.name for path in tmp_path.iterdir()} == {later.name, later.with_suffix(".sha256").name}
 
+    def test_a_full_disk_leaves_what_was_there_and_names_the_file(
+        self, tmp_path: Path, full_disk: Full
+    ) -> None:
+        earlier = save(tmp_path, 1)
+        picture = tmp_path / "grid.png"
+        picture.write_bytes(b"before")
+        before = sorted(tmp_path.iterdir())
+        with full_disk(5000):
+            with pytest.raises(CheckpointError, match=r"000000002\.pt could not be written .* are intact"):
+                save(tmp_path, 2)
+            with pytest.raises(OSError, match=r"grid\.png"):
+                save_image(picture, torch.randint(256, (3, 99, 99), dtype=torch.uint8))
+            with (
+                pytest.raises(OSError, match=r"config\.json"),
+                atomic_write(tmp_path / "config.json") as file,
+            ):
+                file.write(bytes(5001))
+        assert sorted(tmp_path.iterdir()) == before
+        assert picture.read_bytes() == b"before"
+        assert load_checkpoint(earlier)["iteration"] == 1
+
     def test_the_best_one_is_replaced_and_never_deleted(self, tmp_path: Path) -> None:
         for iteration in (1, 2):
             best = save_best(tmp_path, state(iteration))
@@ -168,7 +191,7 @@ class TestLoading:
         with pytest.raises(CheckpointError, match="is damaged"):
             load_checkpoint(path)
         path.with_suffix(".sha256").unlink()
-        with pytest.raises(CheckpointError, match="its archive is damaged .* has another CRC"):
+        with pytest.raises(CheckpointError, match=r"its archive is damaged .* has another CRC"):
             load_checkpoint(path)
 
     @pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"damaged\n", None])

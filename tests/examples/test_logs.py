@@ -10,6 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from command_line import refused
+from full_disks import Full
 from PIL import Image
 
 from sagan.errors import UserError
@@ -40,6 +42,44 @@ def test_a_resumed_run_drops_later_and_torn_lines(tmp_path: Path) -> None:
     with RunLog(tmp_path, 2, tensorboard=False) as log:
         log.write({"iteration": 3, "again": 1})
     assert read_metrics(tmp_path) == [{"iteration": 1}, {"iteration": 3, "again": 1}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("", "[]", "5", "{", "[" * 100_000, "\x00", "\udcff", '{"iteration": "1"}', '{"iteration": 1e999}'),
+        *('{"iteration": 1, "x": [1]}', f'{{"iteration": 1, "d_loss": {"9" * 4000}}}'),
+    ],
+    ids=lambda line: line[:20].encode("unicode_escape").decode(),
+)
+def test_damaged_lines_are_skipped_with_a_remark(
+    line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(f'{{"iteration": 1}}\n{line}\n{{"iteration": 2}}\n'.encode(errors="surrogateescape"))
+    assert read_metrics(tmp_path) == [{"iteration": 1}, {"iteration": 2}]
+    assert f"{path}: skipped 1 damaged lines, the first is line 2" in caplog.text
+
+
+def test_a_full_disk_is_named_and_the_log_closes(tmp_path: Path, full_disk: Full) -> None:
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    log.write({"iteration": 1})
+    message = r"metrics\.jsonl, or .* checkpoints are intact"
+    with full_disk(50), pytest.raises(UserError, match=message), log:
+        log.write({"iteration": 2, "text": "x" * 1000})
+    assert read_metrics(tmp_path) == [{"iteration": 1}]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "[" * 100_000, '{"recipe": "paper"}', "\x00", "{}"])
+def test_a_configuration_that_is_none_is_named(text: str, trained_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    (run / "config.json").write_text(text)
+    for command in (("report", "--source", run), ("compare", run)):
+        message = refused(*command)
+        assert str(run / "config.json") in message
+        assert message.count("\n") == 1
+    (run / "config.json").unlink()
+    assert "found no config.json" in refused("report", "--source", run)
 
 
 def test_tensorboard_gets_every_number_where_it_is_installed(

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import SMALL, refused
 from image_trees import jpeg_bytes
 from torch import Tensor
 from training_runs import Train, assert_same, assert_same_run, changed, make_trainer, metrics_of, stepped
@@ -339,7 +340,7 @@ class TestBest:
 class TestLocks:
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     def test_one_training_at_a_time_uses_a_folder_and_a_killed_one_frees_it_although_its_workers_live(
-        self, train_tiny: Train, tmp_path: Path
+        self, train_tiny: Train, tmp_path: Path, image_folder: Path
     ) -> None:
         lock = tmp_path / "run" / ".lock"
         lock.parent.mkdir()
@@ -354,6 +355,10 @@ class TestLocks:
             assert other.stdout.readline() == b"held\n"
             with pytest.raises(UserError, match="another training run is using"):
                 train_tiny()
+            (lock.parent / "metrics.jsonl").write_text('{"iteration": 1}\n')  # as before its first checkpoint
+            message = refused("train", "--data", image_folder, "--out", lock.parent, *SMALL)
+            assert "another training run is using" in message
+            (lock.parent / "metrics.jsonl").unlink()
             other.kill()
             other.wait()
             assert train_tiny().iteration == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from sagan.train.allocator import keep_freed_memory
 from sagan.train.checkpoint import checkpoints_in
 from sagan.train.loop import train
 from sagan.train.output import save_config
-from sagan.train.resume import check_images, check_start, check_unused
+from sagan.train.resume import check_images, check_start, check_unused, run_lock
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,11 @@ def run(command: Train) -> int:
     config = command.run
     if config.data is None and not command.dry_run:
         raise UserError("data: expected --data with a prepared set or a folder of images, got none")
-    with init_world(config.device) as world:
+    with init_world(config.device) as world, contextlib.ExitStack() as stack:
         if world.device.type == "cpu":
             keep_freed_memory()
+        if not command.dry_run:  # first: what is in the folder may be another training's
+            world.run_on_main(lambda: stack.enter_context(run_lock(config.out, resume=command.resume)))
         return _train(command, world)
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from sagan.data import open_dataset
 from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
+from sagan.io import atomic_write_text
 from sagan.recipes import RunConfig
 from sagan.report.figures import Panel, class_labels, default_points, draw_attention, save_curves, save_grid
 from sagan.sampling import TrainedGenerator, generate, load_generator, sample_inputs
 from sagan.train.checkpoint import checkpoints_in
-from sagan.train.logs import read_metrics, series
+from sagan.train.logs import read_metrics, read_rows, series
 from sagan.train.loop import TrainingResult, train
 from sagan.train.update import Trainer
 
@@ -69,7 +70,7 @@ def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResul
     print("4/4  Judging the result")
     trained = load_generator(result.checkpoint, torch.device("cpu"))
     verdict, samples = _judge_samples(trained, judge, images)
-    (out / "verdict.json").write_text(json.dumps(vars(verdict), indent=2) + "\n")
+    atomic_write_text(out / "verdict.json", json.dumps(vars(verdict), indent=2) + "\n")
     save_grid(out / "samples.png", samples, columns=10, row_names=dataset.class_names)
     _draw_attention(trained, out / "attention_maps.png")
     draw_curves(out)
@@ -120,7 +121,7 @@ def quality_curve(judge: Judge, path: Path) -> Callable[[Trainer], None]:
         }
         # A resumed run repeats the iterations since its checkpoint.
         earlier = [old for old in _read_rows(path) if old["iteration"] < trainer.iteration]
-        path.write_text("".join(json.dumps(each) + "\n" for each in [*earlier, row]))
+        atomic_write_text(path, "".join(json.dumps(each) + "\n" for each in [*earlier, row]))
 
     return observe
 
@@ -176,4 +177,4 @@ def _indented(text: str) -> str:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_rows(path) if path.exists() else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from typing import Any
 
 from sagan.errors import UserError
 from sagan.evaluation.protocol import FIGURES, LOWER
-from sagan.io import atomic_write_text
+from sagan.io import atomic_write_text, read_json
 from sagan.names import in_markdown
-from sagan.recipes import PUBLISHED, RECIPES, RunConfig, config_from_dict, differences
+from sagan.recipes import PUBLISHED, RECIPES, RunConfig, differences, read_config
 from sagan.report.figures import Curve, Panel, save_comparison
 
 # Settings that do not change the quality of a run.
@@ -69,10 +68,7 @@ def read_runs(folders: Sequence[Path]) -> list[MeasuredRun]:
     names = [folder.name for folder in resolved]
     runs = []
     for given, folder in zip(folders, resolved, strict=True):
-        path = folder / "config.json"
-        if not path.is_file():
-            raise UserError(f"runs: expected the folder of a run, found no config.json in {given}")
-        config = config_from_dict(json.loads(path.read_text()))
+        config = read_config(folder)
         figures: dict[Kind, dict[int, float]] = {}
         for file in sorted((folder / "evaluation").glob("iteration_*.json")):
             for kind, value, iteration in _figures_of(file):
@@ -84,7 +80,7 @@ def read_runs(folders: Sequence[Path]) -> list[MeasuredRun]:
 
 def _figures_of(file: Path) -> list[tuple[Kind, float, int]]:
     try:
-        values = json.loads(file.read_text())
+        values = read_json(file)
         protocol = values["protocol"]
         identity, proxy = str(protocol["identity"]), bool(protocol["proxy"])
         if unknown := {figure["metric"] for figure in values["figures"].values()} - FIGURES.keys():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from sagan.errors import UserError
 from sagan.finite import is_finite
 from sagan.io import atomic_write_text, open_regular
 from sagan.names import in_html
+from sagan.recipes import read_config
 from sagan.report.figures import Curve, Panel, save_curves
 from sagan.train.checkpoint import checkpoints_in
 from sagan.train.logs import read_metrics, series
@@ -73,7 +73,9 @@ def _largest_sigma(rows: list[dict[str, Any]], network: str) -> Curve:
     prefix = f"sigma_{network}."
     iterations, largest = [], []
     for row in rows:
-        if sigmas := [value for name, value in row.items() if name.startswith(prefix) and value]:
+        if sigmas := [
+            value for name, value in row.items() if name.startswith(prefix) and isinstance(value, float)
+        ]:
             iterations.append(float(row["iteration"]))
             largest.append(max(sigmas))
     return iterations, largest
@@ -83,7 +85,7 @@ def write_report(out: Path, path: Path | None = None) -> Path:
     """Write one HTML file about the run in ``out``, by default ``report.html`` in that folder; return its path."""
     path = path or out / "report.html"
     rows = _metrics(out)
-    config = json.loads((out / "config.json").read_text())
+    config = read_config(out).to_dict()
     curves = draw_run(out, out / "curves.png")
     parts = [
         f"<h1>{in_html(config['recipe'])}: {in_html(str(out))}</h1>",
@@ -121,7 +123,7 @@ def _summary(out: Path, config: dict[str, Any], rows: list[dict[str, Any]]) -> s
             ("losses", f"D {_number(last.get('d_loss'))}, G {_number(last.get('g_loss'))}"),
             ("images a second", f"{speeds[len(speeds) // 2]:.1f} (median)" if speeds else "not logged"),
             ("checkpoints", saved + best),
-            ("skipped updates", str(sum(row.get("skipped_updates", 0) for row in rows))),
+            ("skipped updates", f"{sum(series(rows, 'skipped_updates')[1]):.0f}"),
             *(("alarm", alarm) for alarm in alarms),
         ]
     )

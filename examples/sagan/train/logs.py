@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -15,12 +16,14 @@ from tqdm import tqdm
 
 from sagan.errors import UserError
 from sagan.finite import is_finite
-from sagan.io import atomic_write_text
+from sagan.io import atomic_write_text, open_regular
 from sagan.recipes import RunConfig
 
 T = TypeVar("T")
 
 METRICS = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -37,8 +40,8 @@ class RunLog:
         out.mkdir(parents=True, exist_ok=True)
         path = out / METRICS
         if path.exists():
-            earlier = [line for line in path.read_text().splitlines() if _iteration_of(line) <= iteration]
-            atomic_write_text(path, "".join(line + "\n" for line in earlier))
+            earlier = [json.dumps(row) + "\n" for row in read_rows(path) if row["iteration"] <= iteration]
+            atomic_write_text(path, "".join(earlier))
         self._file = path.open("a")
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -46,9 +49,22 @@ class RunLog:
             self._board = SummaryWriter(out / "tensorboard", purge_step=iteration + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Write a row; it must have an "iteration". NaN and infinities become null."""
+        """Write a row; it must have an "iteration". NaN and infinities become null.
+
+        Raises:
+            UserError: if the disk is full, for example.
+        """
         if self._file is None:
             return
+        try:
+            self._write(row)
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name}, or TensorBoard's file beside it, could not be written ({error}); checkpoints are "
+                "intact, and --resume continues from the latest"
+            ) from error
+
+    def _write(self, row: Mapping[str, Any]) -> None:
         plain = {name: _jsonable(value) for name, value in row.items()}
         self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
@@ -64,7 +80,8 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         for each in (self._file, self._board):
             if each is not None:
-                each.close()
+                with contextlib.suppress(OSError):  # every row was flushed, or the run ends with its error
+                    each.close()
 
 
 class Console:
@@ -149,12 +166,21 @@ class Throughput:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run by iteration, without a torn last line."""
+    """Return the rows of a run, as :func:`read_rows`."""
     path = out / METRICS
     if not path.is_file():
         raise UserError(f"expected the folder of a run with {METRICS}, found none at {path}")
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if math.isfinite(_iteration_of(line))]
+    return read_rows(path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON-lines file by iteration. Damaged ones, as a crash tears the last, are logged."""
+    with open_regular(path) as file:
+        lines = file.read().decode(errors="replace").splitlines()
+    rows = [_row(line) for line in lines]
+    if damaged := [number for number, row in enumerate(rows, 1) if row is None]:
+        logger.warning("%s: skipped %d damaged lines, the first is line %d", path, len(damaged), damaged[0])
+    return [row for row in rows if row is not None]
 
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
@@ -179,9 +205,12 @@ def _jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not is_finite(value) else value
 
 
-def _iteration_of(line: str) -> float:
-    """Return the iteration of a line of metrics; infinity if a crash has torn the line."""
+def _row(line: str) -> dict[str, Any] | None:
+    """Return the row in a line; None unless it has an iteration, and otherwise numbers, texts and nulls."""
     try:
-        return float(json.loads(line)["iteration"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
+        row = json.loads(line)
+        numbers = [value for value in row.values() if value is not None and not isinstance(value, str)]
+        is_row = isinstance(row["iteration"], int) and all(isinstance(each, (int, float)) for each in numbers)
+        return row if is_row and list(map(float, numbers)) else None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        return None

@@ -16,13 +16,12 @@ from torch import Tensor
 from sagan.data import ImageDataset, make_loader, prefetch_to_device
 from sagan.distributed import ReportedElsewhereError, World, check_agreement, pick_device
 from sagan.errors import UserError
-from sagan.io import locked
 from sagan.recipes import RunConfig
 from sagan.signals import StopRequestedError, stop_requests
 from sagan.train.health import CollapseAlarm, TrainingError
 from sagan.train.logs import Console, RunLog, Throughput
 from sagan.train.output import RunOutput, Score
-from sagan.train.resume import check_images, check_start
+from sagan.train.resume import check_images, check_start, run_lock
 from sagan.train.update import Trainer
 
 Evaluate = Callable[[Trainer], Score]
@@ -87,8 +86,7 @@ def train(
     world = world or World(0, 1, pick_device(config.device))
     settings, evaluate_every = config.output, config.evaluation.every
     with contextlib.ExitStack() as stack:
-        if not resume or config.out.is_dir():
-            world.run_on_main(lambda: stack.enter_context(_lock(config.out)))
+        world.run_on_main(lambda: stack.enter_context(run_lock(config.out, resume=resume)))
         saved = check_start(config, resume=resume, accept_changes=accept_changes)
         check_images(saved, dataset.fingerprint(), accept_changes=accept_changes)
 
@@ -178,14 +176,6 @@ def train(
         collapsed=stop is Stop.COLLAPSE,
         trainer=trainer,
     )
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Keep other trainings out of a folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out / ".lock", f"another training run is using {out}"):
-        yield
 
 
 def _draw(

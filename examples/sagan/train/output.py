@@ -15,7 +15,7 @@ from torch import Tensor
 from sagan.data import ImageDataset
 from sagan.finite import NotFiniteError
 from sagan.io import atomic_write_text
-from sagan.recipes import RunConfig
+from sagan.recipes import CONFIG, RunConfig
 from sagan.report.figures import class_labels, default_points, draw_attention, save_grid
 from sagan.sampling import generate, sample_inputs
 from sagan.train.checkpoint import (
@@ -168,7 +168,7 @@ class RunOutput:
 def save_config(config: RunConfig) -> Path:
     """Write the resolved configuration to config.json in the run's folder and return its path."""
     config.out.mkdir(parents=True, exist_ok=True)
-    path = config.out / "config.json"
+    path = config.out / CONFIG
     atomic_write_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
     return path
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from sagan.errors import UserError
+from sagan.io import locked
 from sagan.recipes import RunConfig, config_from_dict, differences
 from sagan.train.checkpoint import BEST, CheckpointError, checkpoints_in, load_latest
 from sagan.train.logs import METRICS
@@ -19,6 +22,19 @@ _MAY_CHANGE_GROUPS = ("output.", "images.check", "health.", "evaluation.")
 
 # A checkpoint to resume from, and its contents.
 Saved = tuple[Path, RunState]
+
+
+@contextlib.contextmanager
+def run_lock(out: Path, *, resume: bool) -> Iterator[None]:
+    """Keep trainings of other processes out of a folder. One that is to be resumed is not made."""
+    if not resume:
+        out.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(out / ".lock", f"another training run is using {out}")
+        if out.is_dir()
+        else contextlib.nullcontext()
+    ):
+        yield
 
 
 def check_start(config: RunConfig, *, resume: bool, accept_changes: bool = False) -> Saved | None:
