@@ -843,8 +843,19 @@ class TestResume:
             pack(source, sound, resolution=16)
 
     def test_two_at_once_on_one_folder_are_refused(self, source: Path, out: Path) -> None:
-        with staging.Staging(out).locked(), pytest.raises(UserError, match="another prepare is at work"):
-            pack(source, out)
+        lock = out.with_name("set.partial") / "lock"
+        lock.parent.mkdir()
+        program = (
+            f"from filelock import FileLock; FileLock({str(lock)!r}).acquire(); print(flush=True); input()"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as other:
+            assert other.stdout is not None
+            other.stdout.readline()
+            with pytest.raises(UserError, match="another prepare is at work"):
+                pack(source, out)
+            other.communicate(b"\n")
         assert pack(source, out).packed == 24
 
 

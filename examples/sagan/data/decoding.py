@@ -27,7 +27,7 @@ RESAMPLE_FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Re
 _FORMATS = tuple(FORMAT_EXTENSIONS)  # the content decides, not the name: ImageNet has a PNG named .JPEG
 
 _SHOWN_BYTES = 64
-_MAX_FILE_BYTES = 2**30  # Pillow's limit of pixels times 8 bytes is less; text and comments may never end
+MAX_FILE_BYTES = 2**30  # Pillow's limit of pixels times 8 bytes is less; text and comments may never end
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE_FOR_ORIENTATION = {
@@ -204,9 +204,9 @@ def _reading(path: Path, data: bytes | None = None) -> Iterator[BinaryIO]:
                 start = file.read(_SHOWN_BYTES)
                 size = file.seek(0, io.SEEK_END)
                 file.seek(0)
-                if size > _MAX_FILE_BYTES:
+                if size > MAX_FILE_BYTES:
                     raise ValueError(
-                        f"a file of {size:,} bytes, of which {_MAX_FILE_BYTES:,} are read at most"
+                        f"a file of {size:,} bytes, of which {MAX_FILE_BYTES:,} are read at most"
                     )
                 yield file
         except Exception as error:  # OSError, SyntaxError, struct.error, KeyError: the bytes are arbitrary

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sagan.data import PathTable
+from sagan.data.decoding import MAX_FILE_BYTES
 from sagan.data.tree import names_digest
 from sagan.io import open_regular
 from sagan.names import printable
@@ -28,12 +29,11 @@ _WNID_IN_FILE_NAME = re.compile(r"(n\d{8})_\d+\.")
 _HINTED_ITEMS = 16
 # Upper limit of one read-ahead request in bytes; beyond it the kernel detects sequential reads.
 _MAX_HINTED_BYTES = 64 * 2**20
-_MAX_IMAGE_BYTES = 2**30  # more than Pillow's limit of pixels takes
 
 
 def too_large(size: int) -> str | None:
     """Return why a file of this many bytes is not read into memory as an image, None if it may be."""
-    return f"{size:,} bytes are too many for an image" if size > _MAX_IMAGE_BYTES else None
+    return f"{size:,} bytes are too many for an image" if size > MAX_FILE_BYTES else None
 
 
 def is_cut_jpeg(data: bytes) -> bool:

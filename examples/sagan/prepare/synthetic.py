@@ -7,7 +7,6 @@ ground. Image i of a class depends on (seed, class, i) alone, so all layouts hol
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 import tarfile
@@ -22,6 +21,7 @@ from PIL import Image
 
 from sagan.data.prefetch import usable_cpus
 from sagan.errors import UserError
+from sagan.io import named
 from sagan.prepare.pool import run_tasks
 
 _WORTH_PROCESSES = 200  # images that are worth starting processes for
@@ -277,6 +277,4 @@ def write_layout(root: Path, layout: Layout, images: SyntheticSet) -> None:
     try:
         {"folder": write_folder, "tars": write_tars, "parquet": write_parquet}[layout](root, images)
     except OSError as error:  # a full disk names no file
-        raise OSError(
-            error.errno or errno.EIO, error.strerror or str(error), error.filename or str(root)
-        ) from error
+        raise named(error, Path(error.filename or root)) from error
