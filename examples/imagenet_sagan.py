@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 from sagan.cli import attention_maps, demo, evaluate, make_images, prepare, report, sample, train
 from sagan.cli.parsing import parse
-from sagan.cli.terminal import printable_output
+from sagan.cli.terminal import outlive_the_terminal, printable_output
 from sagan.distributed import ReportedElsewhereError
 from sagan.errors import UserError
 from sagan.names import printable
@@ -89,4 +89,5 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     with signals.program():
+        outlive_the_terminal()
         sys.exit(main(sys.argv[1:]))

@@ -24,6 +24,7 @@ from training_runs import assert_same_run, changed, metrics_of
 import imagenet_sagan
 from sagan.cli import demo, prepare, report, sample
 from sagan.cli.parsing import INTERRUPTED, parse
+from sagan.cli.terminal import outlive_the_terminal
 from sagan.cli.train import Train, describe_config, from_recipe
 from sagan.data import folder as data_folder
 from sagan.recipes import RECIPES, RunConfig, config_from_dict
@@ -82,6 +83,18 @@ class TestEntry:
     @pytest.mark.parametrize("argument", ["--help", "-h", "help"])
     def test_help_is_the_same_text(self, argument: str) -> None:
         assert succeed(argument).rstrip("\n") == imagenet_sagan.OVERVIEW.rstrip("\n")
+
+    def test_a_reader_or_terminal_that_has_gone_is_no_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        reading, writing = os.pipe()
+        with io.TextIOWrapper(io.FileIO(writing, "w"), "ascii") as stream:  # type: ignore[type-var]
+            monkeypatch.setattr(sys, "stdout", stream)
+            monkeypatch.setattr(sys, "stderr", None)
+            outlive_the_terminal()
+            print("bär", flush=True)
+            assert os.read(reading, 100) == b"b\\xe4r\n"
+            os.close(reading)
+            print("nobody reads this", flush=True)
+            print("nor this", file=sys.stderr, flush=True)
 
     def test_an_unknown_command_fails_with_the_overview(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main("trian", "--data", "x") == 2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from sagan.names import printable
 
@@ -32,6 +34,32 @@ class PrintableStream(io.TextIOBase):
     def isatty(self) -> bool:
         """Whether the stream is a terminal."""
         return self._stream.isatty()
+
+
+class _LastingFile(io.FileIO):
+    """A pipe or terminal that may go away, as in ``| head``; what is written after that is dropped."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return len(data)
+
+
+def outlive_the_terminal() -> None:
+    """Let the program go on, for what it writes to files, when nobody reads its output any more."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            file, encoding, lines = io.FileIO(os.devnull, "w"), "utf-8", False
+        else:
+            stream.flush()
+            file, encoding = _LastingFile(stream.fileno(), "w", closefd=False), stream.encoding
+            lines = stream.line_buffering
+        text = io.TextIOWrapper(io.BufferedWriter(file), encoding, "backslashreplace", line_buffering=lines)
+        setattr(sys, name, text)
 
 
 class _PrintableFormatter(logging.Formatter):
