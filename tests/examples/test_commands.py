@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +97,22 @@ class TestEntry:
             os.close(reading)
             print("nobody reads this", flush=True)
             print("nor this", file=sys.stderr, flush=True)
+            sys.stderr.close()
+
+    @pytest.mark.skipif(
+        not Path("/proc/self/status").exists(), reason="reads which signals a process catches"
+    )
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_signal_during_the_imports_ends_it_with_a_line(self, number: signal.Signals, code: int) -> None:
+        process = start("plot", "--source", "nowhere")
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            caught = re.search("SigCgt:\t(.*)", Path(f"/proc/{process.pid}/status").read_text())
+            if caught and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
+                break
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        assert (process.returncode, error) == (code, f"imagenet_sagan.py: interrupted ({number.name})\n")
 
     def test_an_unknown_command_fails_with_the_overview(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main("trian", "--data", "x") == 2
