@@ -846,7 +846,7 @@ class TestResume:
         lock = out.with_name("set.partial") / "lock"
         lock.parent.mkdir()
         program = (
-            f"from filelock import FileLock; FileLock({str(lock)!r}).acquire(); print(flush=True); input()"
+            f"from filelock import FileLock\nwith FileLock({str(lock)!r}):\n print(flush=True)\n input()"
         )
         with subprocess.Popen(
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -21,7 +21,7 @@ from PIL import Image
 
 from sagan.data.prefetch import usable_cpus
 from sagan.errors import UserError
-from sagan.io import named
+from sagan.io import naming
 from sagan.prepare.pool import run_tasks
 
 _WORTH_PROCESSES = 200  # images that are worth starting processes for
@@ -274,7 +274,5 @@ def write_shard(
 
 def write_layout(root: Path, layout: Layout, images: SyntheticSet) -> None:
     """Write the images in one of the ``LAYOUTS``."""
-    try:
+    with naming(root):
         {"folder": write_folder, "tars": write_tars, "parquet": write_parquet}[layout](root, images)
-    except OSError as error:  # a full disk names no file
-        raise named(error, Path(error.filename or root)) from error
