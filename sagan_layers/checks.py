@@ -1,6 +1,6 @@
 """The one place that checks a caller's tensors and numbers.
 
-Every check raises ``ValueError`` or ``TypeError`` that names the argument and says what was expected and what was passed.
+Every check raises ``ValueError`` or ``TypeError`` that names the argument, says what was expected and what was passed.
 Numbers and flags may be Python's or numpy's and become Python's; True is no number, 1 no flag, and a tensor is neither.
 Modules check their options and inputs, functional forms their arguments; backends check nothing.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -167,36 +167,21 @@ def check_map_size(name: str, x: Tensor, rows: int, columns: int) -> None:
         )
 
 
+def check_type(name: str, value: object, kind: type, expected: str) -> None:
+    """Raise ``TypeError`` unless the value is of this type."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {shown(value)}")
+
+
 def check_module(name: str, module: object) -> None:
     """Raise ``TypeError`` unless this is a module."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{name}: expected a torch.nn.Module, got {shown(module)}")
-
-
-def check_text(name: str, text: object) -> None:
-    """Raise ``TypeError`` unless this is a string."""
-    if not isinstance(text, str):
-        raise TypeError(f"{name}: expected a string, got {shown(text)}")
-
-
-def check_mapping(name: str, mapping: object) -> None:
-    """Raise ``TypeError`` unless this is a mapping whose keys are strings."""
-    if not isinstance(mapping, Mapping) or not all(isinstance(key, str) for key in mapping):
-        raise TypeError(f"{name}: expected a mapping with strings as keys, got {shown(mapping)}")
-
-
-def check_callable(name: str, function: object) -> None:
-    """Raise ``TypeError`` unless this can be called."""
-    if not callable(function):
-        raise TypeError(f"{name}: expected a function, got {shown(function)}")
+    check_type(name, module, nn.Module, "a torch.nn.Module")
 
 
 def check_process_group(group: object) -> None:
     """Raise ``TypeError`` unless this is a group of processes, or None."""
-    if group is not None and not isinstance(group, getattr(torch.distributed, "ProcessGroup", object)):
-        raise TypeError(
-            f"process_group: expected a torch.distributed.ProcessGroup or None, got {shown(group)}"
-        )
+    if group is not None and torch.distributed.is_available():
+        check_type("process_group", group, torch.distributed.ProcessGroup, "a ProcessGroup of torch or None")
 
 
 def parts_of(module: nn.Module, kind: type[_ModuleT]) -> list[_ModuleT]:

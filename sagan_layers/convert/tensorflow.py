@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sagan_layers.attention import SelfAttention2d
-from sagan_layers.checks import check_mapping, check_text, pair_of, shown
+from sagan_layers.checks import check_type, pair_of, shown
 from sagan_layers.conditional_norm import ConditionalBatchNorm2d
 from sagan_layers.gan import ProjectionDiscriminatorHead
 from sagan_layers.spectral_norm import SpectralNormLayer
@@ -94,8 +94,10 @@ class TensorFlowLoader:
     """
 
     def __init__(self, variables: Mapping[str, ArrayLike | Tensor], scope: str = "") -> None:
-        check_mapping("variables", variables)
-        check_text("scope", scope)
+        check_type("variables", variables, Mapping, "a mapping from names to arrays")
+        for name in variables:
+            check_type("variables", name, str, "strings as keys")
+        check_type("scope", scope, str, "a string")
         prefix = f"{scope.strip('/')}/" if scope else ""
         self._scope = prefix
         self._remaining = {
@@ -120,7 +122,7 @@ class TensorFlowLoader:
         Raises:
             TypeError: if the module is none of the blocks.
         """
-        check_text("name", name)
+        check_type("name", name, str, "a string")
         if spatial is not None:
             spatial = pair_of("spatial", spatial, least=1)
         prefix = f"{name}/" if name else ""

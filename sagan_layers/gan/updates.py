@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sagan_layers.checks import (
-    check_callable,
     check_floating,
     check_module,
     check_same_device,
+    check_type,
     is_dense,
     kind_of,
     shape_of,
@@ -213,4 +213,4 @@ class GeneratorPass(nn.Module):
 def _check_parts(generator: object, discriminator: object, loss: object) -> None:
     check_module("generator", generator)
     check_module("discriminator", discriminator)
-    check_callable("loss", loss)
+    check_type("loss", loss, Callable, "a function")  # type: ignore[arg-type]

@@ -41,8 +41,8 @@ def spectral_normalize(
         v: [rest], of the right one; only used when ``n_power_iterations`` is 0.
         dim: the axis of the outputs, 0 or 1.
         n_power_iterations: how often u and v are updated before sigma is taken.
-        eps: from 1e-37 to 1, added to the norms of u and v; a weight whose sigma is not above it is returned unnormalised, so
-            that zeros stay zeros and their gradient stays finite.
+        eps: from 1e-37 to 1, added to the norms of u and v; a weight whose sigma is not above it is returned
+            unnormalised, so that zeros stay zeros and their gradient stays finite.
 
     Returns:
         ``(weight, sigma, u, v)``: the normalised weight in the weight's dtype; sigma, a scalar; u and v.
