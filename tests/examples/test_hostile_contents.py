@@ -183,9 +183,16 @@ class TestPages:
 class TestDivergedGenerators:
     @pytest.fixture
     def source(self, trained_run: Path, tmp_path: Path) -> Path:
+        """A checkpoint whose averaged weights are finite, but not what they compute."""
         average = torch.load(find_checkpoint(trained_run), weights_only=True)["average"]
-        average["module.blocks.0.conv1.weight"][:] = torch.nan
+        average["module.blocks.0.conv1.bias"][:] = torch.finfo(torch.float32).max
         return altered(trained_run, tmp_path, average=average)
+
+    def test_weights_that_are_not_finite_are_not_loaded(self, trained_run: Path, tmp_path: Path) -> None:
+        average = torch.load(find_checkpoint(trained_run), weights_only=True)["average"]
+        average["module.blocks.0.conv1.weight"][0] = torch.nan
+        source = altered(trained_run, tmp_path, average=average)
+        assert "conv1.weight: expected finite values, got" in refused("sample", "--source", source)
 
     @pytest.mark.parametrize("layout", ["grid", "folders"])
     def test_are_not_sampled(self, source: Path, layout: str, tmp_path: Path) -> None:
