@@ -36,12 +36,14 @@ SMALL = (
 )
 
 
-def start(out: Path, *arguments: object, processes: int = 1) -> subprocess.Popen[bytes]:
+def start(
+    out: Path, *arguments: object, processes: int = 1, threads: int | None = None
+) -> subprocess.Popen[bytes]:
     """Start a subcommand of the trainer, under torchrun if there are several processes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = threads or max(1, (os.cpu_count() or 1) // processes)
     with (out / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [*launcher, str(PROGRAM), *map(str, arguments)],
@@ -89,7 +91,7 @@ def disturb(out: Path, train: Sequence[object], processes: int, kills: int) -> l
 
 def kill(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
     """Send a signal to a process and all that it started; return its exit status."""
-    family = [process.pid, *_descendants(process.pid)]
+    family = [process.pid, *descendants(process.pid)]
     for pid in family:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -99,10 +101,11 @@ def kill(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
     return status
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """Return the processes that a process has started, and theirs."""
     # torchrun gives each of its processes a session, so that no process group holds them all.
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [each for child in map(int, children) for each in (child, *_descendants(child))]
+    return [each for child in map(int, children) for each in (child, *descendants(child))]
 
 
 def check_equal(one: Path, other: Path) -> str:
