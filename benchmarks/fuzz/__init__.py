@@ -6,7 +6,7 @@ A case is wholly determined by its number, so that ``--case calls/17`` runs one 
 
 - right: the result of the undisturbed or independent computation;
 - clear: an error or a remark of ours that says what was expected, and nothing lost in silence;
-- pixels: damage inside the pixels of an image, which its format cannot show;
+- undetectable: damage inside an image, or of a digit in a text file, which the format cannot show;
 - unclear: any other error, a crash, or a traceback;
 - wrong: another result, without a word;
 - hung: no end within the campaign's limit.

@@ -110,7 +110,7 @@ def _normalized(weight: Tensor, s: Tensors, o: Any, dim: int = 0, name: str = ""
             u = product / (product.norm() + eps) if product.norm() > eps else u
     sigma = u @ matrix @ v
     kept = {f"{name}weight_u": u, f"{name}weight_v": v} if o.training else {}
-    return _noisy(_noisy(weight) / sigma) if sigma.abs() > eps else weight, {**kept, "sigma": sigma.detach()}
+    return weight if sigma.abs() <= eps else _noisy(_noisy(weight) / sigma), {**kept, "sigma": sigma.detach()}
 
 
 def _is_sn(o: Any) -> bool:
@@ -373,7 +373,8 @@ _SPECTRAL: dict[str, Any] = {
 def _convolution(r: random.Random) -> dict[str, Any]:
     o = _choose(
         r, in_channels=range(1, 5), out_channels=range(1, 5), kernel_size=(1, 2, 3, 3, 4, 5, (1, 3), (3, 2), (4, 1)),
-        stride=(1,), padding=(0, 1, 1, 2, (0, 1), (2, 1)), dilation=(1, 1, 1, 2, (1, 2)), groups=(1, 1, 2, 3), bias=_YES_NO,
+        stride=(1,), padding=(0, 1, 1, 2, (0, 1), (2, 1)), dilation=(1, 1, 1, 2, (1, 2)), groups=(1, 1, 2, 3),
+        bias=_YES_NO,
     )  # fmt: skip
     return o | {name: o[name] * o["groups"] for name in ("in_channels", "out_channels")}
 
@@ -430,9 +431,10 @@ def _draw_embedding(r: random.Random, dtype: torch.dtype) -> Call:
 
 def _draw_norm(r: random.Random, dtype: torch.dtype) -> Call:
     o = _choose(
-        r, num_features=range(1, 10), num_classes=(None, None, 1, 5, 9), condition_features=(None, 1, 6), eps=(1e-5, 1e-4),
-        momentum=(0.1, 0.3, 1.0, 0.0, None), track_running_stats=(True, True, False), spectral_norm=_YES_NO,
-        biased_running_var=_YES_NO, activation=(None, "relu"), backend=("auto", "auto", "blocked", "reference"),
+        r, num_features=range(1, 10), num_classes=(None, None, 1, 5, 9), condition_features=(None, 1, 6),
+        eps=(1e-5, 1e-4), momentum=(0.1, 1.0, 0.0, None), track_running_stats=(True, True, False),
+        spectral_norm=_YES_NO, biased_running_var=_YES_NO, activation=(None, "relu"),
+        backend=("auto", "auto", "blocked", "reference"),
     )  # fmt: skip
     if o["num_classes"] is not None:
         o["condition_features"] = None
@@ -450,9 +452,9 @@ def _draw_norm(r: random.Random, dtype: torch.dtype) -> Call:
 
 def _draw_attention(r: random.Random, dtype: torch.dtype) -> Call:
     o = _choose(
-        r, in_channels=range(1, 21), key_channels=(None, 1, 3, 5), value_channels=(None, 1, 4, 7), pool_size=(1, 2, 2, 3),
-        output_projection=(True, True, False), bias=_YES_NO, spectral_norm=_YES_NO, n_power_iterations=(1, 2), eps=(1e-12,),
-        backend=("auto", "auto", "composed", "reference", "chunked", "sdpa"),
+        r, in_channels=range(1, 21), key_channels=(None, 1, 3, 5), value_channels=(None, 1, 4, 7),
+        pool_size=(1, 2, 2, 3), output_projection=(True, True, False), bias=_YES_NO, spectral_norm=_YES_NO,
+        n_power_iterations=(1, 2), eps=(1e-12,), backend=("auto", "auto", "composed", "reference", "chunked", "sdpa"),
     )  # fmt: skip
     o["value_channels"] = o["value_channels"] if o["output_projection"] else None
     sides = [r.randint(o["pool_size"], 9) for _ in range(2)]
@@ -547,11 +549,12 @@ def _draw_functional_spectral(r: random.Random, dtype: torch.dtype) -> Call:
     return Call(functional.spectral_normalize, o, {"weight": weight, "u": u, "v": v}, _functional_spectral)
 
 
-def gradient_penalty(images: Tensor, w: Tensor, kind: str, target: float) -> Any:
+def gradient_penalty(images: Any, w: Tensor, kind: str, target: float) -> Any:
     """Return the penalty of D(x) = sum(w tanh(x))."""
-    if isinstance(images, Tensor) and images.is_floating_point() and not images.requires_grad:
+    is_tensor = isinstance(images, Tensor)
+    if is_tensor and images.is_floating_point() and not images.requires_grad:
         images = images.requires_grad_()
-    logits = (images.tanh() * w).sum((1, 2, 3)) if isinstance(images, Tensor) else w
+    logits = (images.tanh() * w).sum((1, 2, 3)) if is_tensor else w
     return sagan_layers.GradientPenalty(kind, target)(logits=logits, images=images)
 
 
