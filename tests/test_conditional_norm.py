@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sagan_layers import ConditionalBatchNorm2d, SNLinear, standing_statistics
+from sagan_layers.functional import conditional_batch_norm
 
 ZEROS = torch.zeros(4, dtype=torch.long)
 
@@ -426,3 +427,14 @@ def test_standing_statistics_of_a_compiled_network_compile_once() -> None:
                 network(batch)
     gather(other, *batches)
     assert_running_statistics(network[1], other[1].norm.running_mean, other[1].norm.running_var)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_values_too_large_for_their_gradients_are_refused(backend: str) -> None:
+    x = torch.randn(4, 3, 2, 2) * 1e14
+    gain, bias = torch.ones(3), torch.zeros(3)
+    y = conditional_batch_norm(x, gain, bias, training=True, backend=backend)
+    expected = conditional_batch_norm(x.double(), gain.double(), bias.double(), training=True)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"power of -3/2 for gradients, got values up to [1-9]e\+14"):
+        conditional_batch_norm(x.requires_grad_(), gain, bias, training=True, backend=backend)

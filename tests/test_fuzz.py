@@ -69,8 +69,8 @@ class TestCalls:
         # Bases, results, contexts, what changes models or calls them, draws at random, or chooses backends.
         other = {
             "SpectralNormLayer", "DiscriminatorPass", "GeneratorPass", "GradientPenalty", "SharedSpectralNorm",
-            "SpectralNormResult", "DiscriminatorResult", "GeneratorResult", "apply_spectral_norm", "remove_spectral_norm",
-            "call_with_constant_parameters", "checkpointed", "frozen_running_statistics", "frozen_spectral_norm",
+            "SpectralNormResult", "DiscriminatorResult", "GeneratorResult", "apply_spectral_norm",
+            "remove_spectral_norm", "call_with_constant_parameters", "checkpointed", "frozen_running_statistics", "frozen_spectral_norm",
             "interpolate_images", "shared_spectral_norm", "standing_statistics", "synchronize_batch_norm", "convert",
             "explain_backends", "force_backend", "record_backends", "select_backend", "set_debug_checks", "functional",
         }  # fmt: skip

@@ -164,6 +164,14 @@ def test_empty_logits_are_refused(name: str) -> None:
                 loss(fake_logits=torch.ones(0, 1))
 
 
+def test_logits_on_different_devices_are_refused() -> None:
+    for loss in DISCRIMINATOR_LOSSES:
+        with pytest.raises(
+            ValueError, match="fake_logits: expected the device of real_logits, cpu, got meta"
+        ):
+            loss(real_logits=torch.ones(2), fake_logits=torch.ones(2, device="meta"))
+
+
 class EveryBlock(nn.Module):
     """A discriminator with every block of the package between its images and its logits."""
 

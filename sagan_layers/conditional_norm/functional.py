@@ -77,8 +77,8 @@ def conditional_batch_norm(
 
     Raises:
         ValueError: if shapes or devices disagree, statistics would be taken of a single value per channel, the
-            variance overflows (from |x| of about 1e19 in float32; on a GPU see :func:`set_debug_checks`), or the
-            named backend does not exist or cannot serve.
+            variance overflows (from |x| of about 1e19 in float32, or 1e12 with gradients; on a GPU see
+            :func:`set_debug_checks`), or the named backend does not exist or cannot serve.
         RuntimeError: if running statistics would be updated inside a transform of torch.func, which refuses it.
         TypeError: if a tensor is not floating point.
 
@@ -123,7 +123,7 @@ def conditional_batch_norm(
     )
     result = chosen.implementation(x, gain, bias, running, eps, activation == "relu", process_group)
     if running is None:
-        _check_variance(x, result.var, process_group)
+        _check_variance(x, result, process_group)
     if training and running_mean is not None and running_var is not None:
         _update_running_statistics(running_mean, running_var, result, momentum, biased_running_var)
     return result.y
@@ -163,19 +163,23 @@ def _check(
             check_same_device(name, statistic, "x", x)
 
 
-@torch.no_grad()
-def _check_variance(x: Tensor, var: Tensor, process_group: ProcessGroup | None) -> None:
-    """Raise if the variance of finite values overflowed: y would be the bias alone."""
+def _check_variance(x: Tensor, result: ConditionalNormResult, process_group: ProcessGroup | None) -> None:
+    """Raise if the variance of finite values overflowed: y would be the bias alone, or gradients wrong."""
+    var = result.var.detach()
     if var.numel() == 0 or not reads_values_of(var):
         return
     largest = var.amax().item()
+    # Gradients need the variance to the power of -3/2.
+    limit = torch.finfo(var.dtype).tiny ** (-2 / 3) if result.y.requires_grad else math.inf
     # The variance is NaN where values are not finite, or where a sum overflowed too.
-    if largest == math.inf or (
-        math.isnan(largest) and process_group is None and bool(torch.isfinite(x).all())
+    if (
+        largest == math.inf
+        or largest > limit
+        or (math.isnan(largest) and process_group is None and bool(torch.isfinite(x.detach()).all()))
     ):
         raise ValueError(
-            f"x: expected values whose variance {accumulation_dtype(x.dtype)} can hold, got values up to "
-            f"{x.abs().amax().item():.0e}"
+            f"x: expected values whose variance {accumulation_dtype(x.dtype)} can hold, and its power of -3/2 for "
+            f"gradients, got values up to {x.detach().abs().amax().item():.0e}"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from sagan_layers.checks import check_not_empty
+from sagan_layers.checks import check_not_empty, check_same_device
 from sagan_layers.torch_support import accumulation_dtype
 
 
@@ -23,7 +23,7 @@ def hinge_discriminator_loss(*, real_logits: Tensor, fake_logits: Tensor) -> Ten
 
     Raises:
         TypeError: if logits are not floating point.
-        ValueError: if logits are empty.
+        ValueError: if logits are empty, or on different devices.
 
     Reference:
         Zhang et al., Self-Attention Generative Adversarial Networks, equation 4.
@@ -33,7 +33,7 @@ def hinge_discriminator_loss(*, real_logits: Tensor, fake_logits: Tensor) -> Ten
         >>> hinge_discriminator_loss(real_logits=logits, fake_logits=-logits)
         tensor(0.5000)
     """
-    real, fake = _wide("real_logits", real_logits), _wide("fake_logits", fake_logits)
+    real, fake = _both(real_logits, fake_logits)
     return torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()
 
 
@@ -77,7 +77,7 @@ def softplus_discriminator_loss(*, real_logits: Tensor, fake_logits: Tensor) -> 
         >>> softplus_discriminator_loss(real_logits=torch.zeros(2), fake_logits=torch.zeros(2))
         tensor(1.3863)
     """
-    real, fake = _wide("real_logits", real_logits), _wide("fake_logits", fake_logits)
+    real, fake = _both(real_logits, fake_logits)
     return softplus(-real).mean() + softplus(fake).mean()
 
 
@@ -133,6 +133,12 @@ class SoftplusGeneratorLoss(nn.Module):
     def forward(self, *, fake_logits: Tensor) -> Tensor:
         """Return the loss, a scalar."""
         return softplus_generator_loss(fake_logits=fake_logits)
+
+
+def _both(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
+    real, fake = _wide("real_logits", real_logits), _wide("fake_logits", fake_logits)
+    check_same_device("fake_logits", fake, "real_logits", real)
+    return real, fake
 
 
 def _wide(name: str, logits: Tensor) -> Tensor:
