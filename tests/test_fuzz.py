@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,13 @@ class TestCalls:
         drawn = {blocks.draw_call(number).make.__name__ for number in range(600)}
         # Bases, results, contexts, what changes models or calls them, draws at random, or chooses backends.
         other = {
-            "SpectralNormLayer", "DiscriminatorPass", "GeneratorPass", "GradientPenalty", "SharedSpectralNorm",
-            "SpectralNormResult", "DiscriminatorResult", "GeneratorResult", "apply_spectral_norm",
-            "remove_spectral_norm", "call_with_constant_parameters", "checkpointed", "frozen_running_statistics", "frozen_spectral_norm",
-            "interpolate_images", "shared_spectral_norm", "standing_statistics", "synchronize_batch_norm", "convert",
-            "explain_backends", "force_backend", "record_backends", "select_backend", "set_debug_checks", "functional",
+            "DiscriminatorPass", "DiscriminatorResult", "GeneratorPass", "GeneratorResult",
+            "GradientPenalty", "SharedSpectralNorm", "SpectralNormLayer", "SpectralNormResult",
+            "apply_spectral_norm", "call_with_constant_parameters", "checkpointed", "convert",
+            "explain_backends", "force_backend", "frozen_running_statistics", "frozen_spectral_norm",
+            "functional", "interpolate_images", "record_backends", "remove_spectral_norm",
+            "select_backend", "set_debug_checks", "shared_spectral_norm", "standing_statistics",
+            "synchronize_batch_norm",
         }  # fmt: skip
         assert drawn | other == {*sagan_layers.__all__, *sagan_layers.functional.__all__}
 
@@ -134,14 +137,18 @@ class TestContexts:
         assert "wrong" in kinds
 
 
-class TestFiles:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        pytest.importorskip("pyarrow")
-        folder = tmp_path_factory.mktemp("fuzz")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the undamaged files are."""
+    pytest.importorskip("pyarrow")
+    folder = tmp_path_factory.mktemp("fuzz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         files.sound(folder)
-        return folder
+    return folder
 
+
+class TestFiles:
     @pytest.mark.parametrize("number", range(len(files.KINDS)))
     def test_one_of_each_kind(self, folder: Path, number: int) -> None:
         outcome = files.run_case(number, folder)

@@ -64,7 +64,9 @@ def text_of(error: BaseException) -> str:
 def outcome_of(run: Callable[[], Outcome], what: str) -> Outcome:
     """Return what became of a case: errors that it let through are unclear, or wrong."""
     try:
-        return run()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return run()
     except WrongError as error:
         return Outcome("wrong", what, str(error)[:400])
     except BaseException as error:
@@ -74,7 +76,6 @@ def outcome_of(run: Callable[[], Outcome], what: str) -> Outcome:
 def _serve(campaign: Campaign, folder: Path, connection: Connection) -> None:
     os.setsid()  # so that the parent can end everything that a case has started
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
