@@ -7,7 +7,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --quiet -c constraints
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit doctest docs package clean check-python
+.PHONY: help demo test lint types unit doctest docs package fuzz clean check-python
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12]"
@@ -56,6 +56,10 @@ package: .venv-test/installed ## build, check what is in the archives, use the w
 	$(TEST)/python tests/packaging/archive_contents.py dist
 	@echo "==> smoke test of the installed wheel"
 	$(TEST)/python tests/packaging/wheel_smoke.py dist
+
+fuzz: .venv-test/installed ## hostile calls, files and kills, about 15 minutes; not part of test
+	@echo "==> campaigns of hostile input, results in benchmarks/results/fuzz.json"
+	OMP_NUM_THREADS=1 $(TEST)/python -m benchmarks.fuzz
 
 clean: ## remove what these targets made, runs/ excepted
 	rm -rf .venv-demo .venv-test dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
