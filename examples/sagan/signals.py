@@ -144,6 +144,7 @@ def start_program() -> None:
     handle(_end_at_once)
     # The first one registered runs last. It skips the end of the interpreter, which takes long and resets signals.
     atexit.register(lambda: os._exit(_exit_code))
+    sys.unraisablehook = _signal_again
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_leave_to_parent)
 
@@ -169,6 +170,20 @@ def program() -> Iterator[None]:
         timer = threading.Timer(_MAX_END_S, os._exit, [_exit_code])
         timer.daemon = True
         timer.start()
+
+
+def _signal_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Repeat a signal whose exception came in a callback that may not raise, as of a fork or the garbage collector."""
+    global _interrupted_s
+    error = unraisable.exc_value
+    if not isinstance(error, Interrupted):
+        sys.__unraisablehook__(unraisable)
+        return
+    _interrupted_s = float("-inf")
+    again = threading.main_thread().ident, error.code - 128
+    timer = threading.Timer(0.1, signal.pthread_kill, again)
+    timer.daemon = True
+    timer.start()
 
 
 def _leave_to_parent() -> None:
