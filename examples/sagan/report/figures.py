@@ -246,9 +246,8 @@ def save_curves(path: Path, panels: Sequence[Panel], *, title: str = "") -> None
 
 
 def _in_legend(name: str) -> str:
-    return (
-        f" {name}" if name.startswith("_") else name
-    )  # Matplotlib's legends leave out names with an underscore
+    """Return a name that Matplotlib's legends do not leave out, as they do those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _stacked(count: int, *, width: float, height: float) -> tuple[Figure, npt.NDArray[Any]]:
