@@ -45,7 +45,7 @@ def is_known(condition: bool | torch.SymBool) -> bool:
 def is_traced(tensor: Tensor) -> bool:
     """Return whether more than torch's eager kernels will see the operations on a tensor, so that they must be plain.
 
-    That is a compiler, torch.jit.trace, torch.func, forward mode, a tensor subclass or batched gradients.
+    That is a compiler, a tracer, torch.func, forward mode, a tensor subclass or batched gradients.
     """
     if torch.compiler.is_compiling() or is_tracing() or type(tensor) not in (Tensor, nn.Parameter):
         return True
@@ -54,8 +54,11 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def is_tracing() -> bool:
-    """Return whether torch.jit.trace records, whose programs can be saved if their operations are plain."""
-    return not torch.compiler.is_compiling() and bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+    """Return whether torch.jit.trace or a dispatch mode (make_fx, fake tensors) records plain operations."""
+    if torch.compiler.is_compiling():
+        return False
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)()
+    return bool(modes or torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 def transforms_active() -> bool:

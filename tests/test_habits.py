@@ -12,6 +12,7 @@ import pytest
 import torch
 from blocks import BLOCKS, CLASSES, CONDITION, Block, build, draw_inputs, state_of
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sagan_layers import (
     ConditionalBatchNorm2d,
@@ -146,6 +147,14 @@ def test_a_trace_passes_its_check_and_computes_the_same_after_loading(block: Blo
     for batch in (3, 2):
         inputs = draw_inputs(block, batch=batch, seed=1)
         assert_close(loaded(*inputs), module(*inputs))
+
+
+@every_block
+def test_make_fx_records_plain_operations_that_compute_the_same(block: Block) -> None:
+    module, inputs = build(block).eval(), draw_inputs(block)
+    recorded = make_fx(lambda *tensors: module(*tensors))(*inputs)
+    assert_close(recorded(*inputs), module(*inputs))
+    assert not any("sagan_layers" in str(node.target) for node in recorded.graph.nodes)
 
 
 def test_labels_are_not_read_while_a_transform_runs() -> None:

@@ -44,7 +44,7 @@ def not_preferred_reasons(inputs: AttentionInputs) -> list[str]:
     """Return why "auto" takes the reference, although this backend could serve."""
     query, key, _ = inputs
     if is_tracing():
-        return ["torch.jit.trace saves plain operations only"]
+        return ["a tracer records plain operations only"]
     if query.device.type not in ("cpu", "cuda"):
         return [f"it was never tried on {query.device.type}"]
     few = is_known(query.size(1) * key.size(1) < FEW_WEIGHTS)

@@ -194,7 +194,7 @@ def _update_running_statistics(
     count = batch.num_values
     assert count is not None
     if isinstance(count, Tensor):  # of a process group: known only now
-        if count.device.type == "cpu" and not torch.compiler.is_compiling() and bool(count < 2):
+        if count.device.type == "cpu" and reads_values_of(count) and bool(count < 2):
             raise ValueError(
                 f"x: expected more than one value per channel in training, got {int(count)} in all processes"
             )
