@@ -61,6 +61,12 @@ def is_tracing() -> bool:
     return bool(modes or torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
+def needs_plain_operations() -> bool:
+    """Return whether a tracer or forward-mode derivatives run, which kernels do not serve."""
+    level: int = getattr(torch.autograd.forward_ad, "_current_level", -1)
+    return is_tracing() or (not torch.compiler.is_compiling() and level >= 0)
+
+
 def transforms_active() -> bool:
     """Return whether a transform of torch.func runs."""
     return bool(getattr(torch._C, "_are_functorch_transforms_active", lambda: False)())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from blocks import BLOCKS, CLASSES, CONDITION, Block, build, draw_inputs, state_of
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sagan_layers import (
@@ -70,6 +71,25 @@ def test_vmap_over_inputs_and_labels_gives_each_call(block: Block) -> None:
     calls = [draw_inputs(block, seed=seed) for seed in range(2)]
     batched = torch.func.vmap(module)(*(torch.stack(each) for each in zip(*calls, strict=True)))
     assert_close(batched, torch.stack([module(*inputs) for inputs in calls]))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # in torch itself
+@every_block
+@pytest.mark.parametrize("way", ["torch.func", "dual numbers"])
+def test_forward_mode_agrees_with_reverse_mode(block: Block, way: str) -> None:
+    module = build(block).eval()
+    inputs, parameters = draw_inputs(block, batch=2), parameters_of(module)
+    loss = loss_of(module)
+    tangents = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
+    if way == "torch.func":
+        _, derivative = torch.func.jvp(lambda values: loss(values, *inputs), (parameters,), (tangents,))
+    else:
+        with forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(parameters[name], tangents[name]) for name in parameters}
+            derivative = forward_ad.unpack_dual(loss(duals, *inputs)).tangent
+    gradients = gradients_of(module, inputs)
+    expected = torch.stack([(gradients[name] * tangents[name]).sum() for name in gradients]).sum()
+    torch.testing.assert_close(derivative, expected, rtol=1e-3, atol=1e-3)
 
 
 @every_block

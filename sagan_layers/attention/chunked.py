@@ -19,7 +19,7 @@ from sagan_layers.attention.autograd import (
     register_attention,
 )
 from sagan_layers.attention.reference import AttentionInputs
-from sagan_layers.torch_support import accumulation_dtype, is_known, is_tracing, without_autocast
+from sagan_layers.torch_support import accumulation_dtype, is_known, needs_plain_operations, without_autocast
 
 # With fewer weights per sample the reference is as fast on a CPU.
 FEW_WEIGHTS = 2**18
@@ -43,8 +43,8 @@ Block = tuple[slice, slice]
 def not_preferred_reasons(inputs: AttentionInputs) -> list[str]:
     """Return why "auto" takes the reference, although this backend could serve."""
     query, key, _ = inputs
-    if is_tracing():
-        return ["a tracer records plain operations only"]
+    if needs_plain_operations():
+        return ["a tracer or forward mode needs plain operations"]
     if query.device.type not in ("cpu", "cuda"):
         return [f"it was never tried on {query.device.type}"]
     few = is_known(query.size(1) * key.size(1) < FEW_WEIGHTS)

@@ -150,7 +150,7 @@ def _is_worth_splitting(matrix: Tensor) -> bool:
 
 
 def _unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(vector).item()
+    norm = torch.linalg.vector_norm(vector, dtype=torch.float64).item()  # as the reference's
     return vector / (norm + eps) if norm > eps else otherwise
 
 
