@@ -53,6 +53,7 @@ def attention(
         Zhang et al., Self-Attention Generative Adversarial Networks, section 3 (equations 1 and 2).
 
     Example:
+        >>> import torch
         >>> query, key, value = torch.randn(2, 9, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 16)
         >>> attention(query, key, value).shape
         torch.Size([2, 9, 16])
@@ -114,6 +115,7 @@ def self_attention_2d(
         Zhang et al., Self-Attention Generative Adversarial Networks, section 3.
 
     Example:
+        >>> import torch
         >>> x, (wq, wk), wv = torch.randn(2, 16, 8, 8), torch.randn(2, 2, 16), torch.randn(8, 16)
         >>> self_attention_2d(x, wq, wk, wv, torch.randn(16, 8), torch.tensor(0.1)).shape
         torch.Size([2, 16, 8, 8])
@@ -143,6 +145,7 @@ def attention_weights(query: Tensor, key: Tensor, *, scale: float = 1.0) -> Tens
         Zhang et al., Self-Attention Generative Adversarial Networks, section 3 (equation 1).
 
     Example:
+        >>> import torch
         >>> weights = attention_weights(torch.randn(2, 3, 4), torch.randn(2, 5, 4))
         >>> torch.allclose(weights.sum(dim=-1), torch.ones(2, 3))
         True
