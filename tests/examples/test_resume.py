@@ -250,7 +250,9 @@ class TestRefusals:
         changes = {"iterations": 3, "optimizer__d_lr": 0.5}
         with pytest.raises(CheckpointError, match="--accept-changes"):
             train_tiny(resume=True, **changes)
-        assert train_tiny(resume=True, accept_changes=True, **changes).iteration == 3
+        result = train_tiny(resume=True, accept_changes=True, **changes)
+        assert result.iteration == 3
+        assert result.trainer.d_optimizer.param_groups[0]["lr"] == 0.5
         assert json.loads((out / "config.json").read_text())["optimizer"]["d_lr"] == 0.5
 
     def test_other_images_are_refused(self, train_tiny: Train, tmp_path: Path, image_folder: Path) -> None:
