@@ -42,7 +42,18 @@ from sagan.data import (
     verify,
 )
 from sagan.errors import UserError
-from sagan.prepare import Listing, Prepared, SourceOptions, list_source, packing, part, pool, prepare, staging
+from sagan.prepare import (
+    Listing,
+    Prepared,
+    SourceOptions,
+    ground_truth,
+    list_source,
+    packing,
+    part,
+    pool,
+    prepare,
+    staging,
+)
 from sagan.prepare.part import Part, PartResult
 from sagan.prepare.synthetic import (
     SyntheticSet,
@@ -385,6 +396,13 @@ class TestGroundTruth:
         words = listed(made("folder"), words=tmp_path / "words.txt").class_words
         assert words is not None
         assert {word.rstrip(",;") for word in words} == {"caf\u00e9"}
+
+    def test_damage_that_ends_the_reader_of_meta_mat_is_one_sentence(
+        self, made: Made, val: Path, monkeypatch: Patch
+    ) -> None:
+        monkeypatch.setattr(ground_truth, "_synsets", dies)
+        with pytest.raises(DatasetError, match=r"meta\.mat: its damage ends the reader"):
+            self.names(val, ground_truth=made("tars") / "ILSVRC2012_devkit_t12")
 
     def test_a_damaged_kit_is_one_sentence(self, made: Made, val: Path, tmp_path: Path) -> None:
         kit = tmp_path / "kit.tar.gz"

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from sagan.data import DatasetError
+from sagan.errors import UserError
 from sagan.io import open_regular
 from sagan.prepare.listing import WNID
+from sagan.prepare.pool import run_tasks
 from sagan.prepare.tars import walk
 
 _DEVKIT_LABELS = "ILSVRC2012_validation_ground_truth.txt"
@@ -267,14 +269,12 @@ def _synset_lines(path: Path) -> list[str]:
 def _meta_mat(data: bytes) -> tuple[list[str], dict[str, str]]:
     """Return the WNIDs by number from 1, and the words by WNID."""
     try:
-        from scipy.io import loadmat
+        # In another process: some damage makes scipy's reader crash.
+        ((_, (wnids, words)),) = run_tasks(_synsets, [data], 2)
     except ImportError as error:
         raise DatasetError("reading meta.mat needs scipy: pip install scipy") from error
-    try:
-        rows = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
-        leaves = {int(row["ILSVRC2012_ID"]): row for row in rows if int(row["num_children"]) == 0}
-        wnids = [str(leaves[number]["WNID"]) for number in range(1, len(leaves) + 1)]
-        words = {str(row["WNID"]): str(row["words"]) for row in leaves.values()}
+    except UserError as error:
+        raise DatasetError("cannot read the synsets in meta.mat: its damage ends the reader") from error
     except Exception as error:  # arbitrary bytes
         raise DatasetError(f"cannot read the synsets in meta.mat: {type(error).__name__}: {error}") from error
     if len(words) < len(wnids) or not all(map(WNID.fullmatch, wnids)):
@@ -282,6 +282,15 @@ def _meta_mat(data: bytes) -> tuple[list[str], dict[str, str]]:
             "cannot read the synsets in meta.mat: expected a WNID for each class, all different"
         )
     return wnids, words
+
+
+def _synsets(data: bytes) -> tuple[list[str], dict[str, str]]:
+    from scipy.io import loadmat
+
+    rows = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
+    leaves = {int(row["ILSVRC2012_ID"]): row for row in rows if int(row["num_children"]) == 0}
+    wnids = [str(leaves[number]["WNID"]) for number in range(1, len(leaves) + 1)]
+    return wnids, {str(row["WNID"]): str(row["words"]) for row in leaves.values()}
 
 
 def read_words(path: Path | None, class_names: Sequence[str], source: Path) -> dict[str, str]:
