@@ -67,6 +67,11 @@ def needs_plain_operations() -> bool:
     return is_tracing() or (not torch.compiler.is_compiling() and level >= 0)
 
 
+def tracing_reasons() -> list[str]:
+    """Return why functions with derivatives of their own cannot serve inside torch.jit.trace, if it records."""
+    return ["torch.jit.trace saves plain operations only"] if is_tracing() else []
+
+
 def transforms_active() -> bool:
     """Return whether a transform of torch.func runs."""
     return bool(getattr(torch._C, "_are_functorch_transforms_active", lambda: False)())

@@ -446,3 +446,27 @@ def test_values_too_large_for_their_gradients_are_refused() -> None:
         for y, each in ((y, x), (expected, wide))
     ]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=float(gradients[1].abs().max()) * 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_jacobians_of_every_backend_are_the_same(backend: str) -> None:
+    x, gain, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 2, 2, 2), (2,), (2,)))
+
+    def norm(*tensors: Tensor) -> Tensor:
+        return conditional_batch_norm(*tensors, training=True, activation="relu", backend=backend)
+
+    jacobians = torch.func.jacrev(norm, (0, 1, 2))(x, gain, bias)
+    expected = torch.autograd.functional.jacobian(
+        lambda *tensors: conditional_batch_norm(
+            *tensors, training=True, activation="relu", backend="reference"
+        ),
+        (x, gain, bias),
+    )
+    torch.testing.assert_close(jacobians, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_named_backend_that_tracing_cannot_save_says_so() -> None:
+    norm = ConditionalBatchNorm2d(3, backend="blocked").eval()
+    with pytest.raises(ValueError, match=r"torch\.jit\.trace saves plain operations"):
+        torch.jit.trace(norm, torch.randn(2, 3, 4, 4))

@@ -19,7 +19,13 @@ from sagan_layers.attention.autograd import (
     register_attention,
 )
 from sagan_layers.attention.reference import AttentionInputs
-from sagan_layers.torch_support import accumulation_dtype, is_known, needs_plain_operations, without_autocast
+from sagan_layers.torch_support import (
+    accumulation_dtype,
+    is_known,
+    needs_plain_operations,
+    tracing_reasons,
+    without_autocast,
+)
 
 # With fewer weights per sample the reference is as fast on a CPU.
 FEW_WEIGHTS = 2**18
@@ -38,6 +44,11 @@ MIN_ROWS = 128
 WHOLE_ENTRIES = 2**19
 
 Block = tuple[slice, slice]
+
+
+def unsupported_reasons(inputs: AttentionInputs) -> list[str]:
+    """Return why this backend cannot serve."""
+    return tracing_reasons()
 
 
 def not_preferred_reasons(inputs: AttentionInputs) -> list[str]:

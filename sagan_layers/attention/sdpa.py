@@ -20,7 +20,7 @@ from sagan_layers.attention.autograd import (
     register_attention,
 )
 from sagan_layers.attention.reference import AttentionInputs
-from sagan_layers.torch_support import accumulation_dtype, without_autocast
+from sagan_layers.torch_support import accumulation_dtype, is_tracing, tracing_reasons, without_autocast
 
 _HALF = (torch.bfloat16, torch.float16)
 _MAX_SAMPLES_ON_CUDA = 65_535  # the kernels' grids have the batch on an axis of this length
@@ -31,8 +31,8 @@ def unsupported_reasons(inputs: AttentionInputs) -> list[str]:
     """Return why none of the fused kernels can serve."""
     query = inputs.query
     device = query.device
-    if device.type == "cpu":
-        return []
+    if device.type == "cpu" or is_tracing():
+        return tracing_reasons()
     if device.type != "cuda":
         return [f"torch's fused attention is used on CPU and CUDA, and the tensors are on {device}"]
     reasons = []

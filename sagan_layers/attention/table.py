@@ -25,7 +25,7 @@ ATTENTION: Operation[AttentionInputs, Attend] = Operation(
     (
         Backend("triton", triton.attention, triton.unsupported_reasons, triton.not_preferred_reasons),
         Backend("sdpa", sdpa.attention, sdpa.unsupported_reasons, sdpa.not_preferred_reasons),
-        Backend("chunked", chunked.attention, not_preferred_reasons=chunked.not_preferred_reasons),
+        Backend("chunked", chunked.attention, chunked.unsupported_reasons, chunked.not_preferred_reasons),
         Backend("reference", reference.attention),
     ),
 )

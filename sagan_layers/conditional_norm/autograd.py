@@ -30,7 +30,7 @@ from sagan_layers.conditional_norm.kernels import (
     ForwardArguments,
 )
 from sagan_layers.conditional_norm.reference import ConditionalNormResult
-from sagan_layers.torch_support import accumulation_dtype, has_memory, without_autocast
+from sagan_layers.torch_support import accumulation_dtype, has_memory, transforms_active, without_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -273,12 +273,21 @@ def _gradients(
     # The gradients need a graph themselves, or are a batch of gradients (is_grads_batched).
     if needs_graph or not (has_memory(grad_y) or torch.compiler.is_compiling()):
         running = None if ctx.batch_statistics else (mean, var)
+
+        def forward(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+            return reference.conditional_batch_norm(
+                x, gain, bias, running, ctx.eps, ctx.relu, process_group
+            ).y
+
+        inputs = x, gain, bias
+        if transforms_active():  # it has saved the tensors without their graphs
+            every = torch.func.vjp(forward, *inputs)[1](grad_y)
+            return *(g if is_needed else None for g, is_needed in zip(every, needs, strict=True)), *constants
         with torch.enable_grad():
             # Views, so that derivatives stop at gain and bias, which may depend on other tensors.
-            x, gain, bias = inputs = [tensor.view_as(tensor) for tensor in (x, gain, bias)]
-            y = reference.conditional_batch_norm(x, gain, bias, running, ctx.eps, ctx.relu, process_group).y
-        needed = [tensor for tensor, is_needed in zip(inputs, needs, strict=True) if is_needed]
-        found = iter(torch.autograd.grad(y, needed, grad_y, create_graph=needs_graph))
+            views = [tensor.view_as(tensor) for tensor in inputs]
+            needed = [tensor for tensor, is_needed in zip(views, needs, strict=True) if is_needed]
+            found = iter(torch.autograd.grad(forward(*views), needed, grad_y, create_graph=needs_graph))
         return *(next(found) if is_needed else None for is_needed in needs), *constants
     arguments = BackwardArguments(grad_y, x, y, mean, var, gain, ctx.eps, ctx.batch_statistics, *needs)
     grad_x, grad_gain, grad_bias = run_backward(*arguments)

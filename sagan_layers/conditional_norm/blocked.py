@@ -26,7 +26,12 @@ from sagan_layers.conditional_norm.kernels import (
     ForwardArguments,
     opaque_unsupported_reasons,
 )
-from sagan_layers.torch_support import accumulation_dtype, is_exporting, needs_plain_operations
+from sagan_layers.torch_support import (
+    accumulation_dtype,
+    is_exporting,
+    needs_plain_operations,
+    tracing_reasons,
+)
 
 # With fewer values in a feature map the reference is as fast.
 _FEW_VALUES = 2**16
@@ -46,7 +51,7 @@ def unsupported_reasons(inputs: ConditionalNormInputs) -> list[str]:
     """Return why the blocks cannot serve."""
     if inputs.x.device.type != "cpu":
         return [f"it is made for a CPU's cache, and the tensors are on {inputs.x.device}"]
-    return opaque_unsupported_reasons(inputs)
+    return tracing_reasons() + opaque_unsupported_reasons(inputs)
 
 
 def not_preferred_reasons(inputs: ConditionalNormInputs) -> list[str]:
