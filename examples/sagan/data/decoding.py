@@ -201,14 +201,17 @@ def _reading(path: Path, data: bytes | None = None) -> Iterator[BinaryIO]:
     with pillow_warnings():
         try:
             with open_regular(path) if data is None else io.BytesIO(data) as file:
-                start = file.read(_SHOWN_BYTES)
-                size = file.seek(0, io.SEEK_END)
-                file.seek(0)
+                size = os.fstat(file.fileno()).st_size if data is None else len(data)
                 if size > MAX_FILE_BYTES:
                     raise ValueError(
                         f"a file of {size:,} bytes, of which {MAX_FILE_BYTES:,} are read at most"
                     )
-                yield file
+                try:
+                    yield file
+                except UnidentifiedImageError:
+                    file.seek(0)
+                    start = file.read(_SHOWN_BYTES)
+                    raise
         except Exception as error:  # OSError, SyntaxError, struct.error, KeyError: the bytes are arbitrary
             of_system = isinstance(error, MemoryError) or (isinstance(error, OSError) and bool(error.errno))
             raise ImageReadError(path, _reason(error, start), of_system) from error

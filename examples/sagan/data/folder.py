@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -182,11 +182,12 @@ class ImageFolderDataset(ImageDataset):
         except ImageReadError:  # a disk may fail once
             return read_pixels(path, self.resolution, **options)[0]
 
-    def _class_from(self, index: int) -> Iterable[int]:
-        """Return the indices of a class, from one of them to the last, then from the first."""
+    def _class_from(self, index: int) -> Iterator[int]:
+        """Yield the indices of a class, from one of them to the last, then from the first."""
+        yield index
         label = self.tree.labels[index]
         start, end = np.searchsorted(self.tree.labels, [label, label + 1]).tolist()
-        return chain(range(index, end), range(start, index))
+        yield from chain(range(index + 1, end), range(start, index))
 
     def _record_failure(self, index: int, error: ImageReadError) -> None:
         if not error.of_system:

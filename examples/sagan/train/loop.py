@@ -166,7 +166,7 @@ def train(
                     stop = Stop.COLLAPSE
 
     if stop is Stop.FAILURE:
-        _raise_failure(failure, output.checkpoint)
+        _raise_failure(failure, output.checkpoint, world)
     assert output.checkpoint is not None
     return TrainingResult(
         out=config.out,
@@ -190,10 +190,12 @@ def _draw(
         return [], error
 
 
-def _raise_failure(failure: Exception | None, checkpoint: Path | None) -> NoReturn:
-    if failure is None:
+def _raise_failure(failure: Exception | None, checkpoint: Path | None, world: World) -> NoReturn:
+    known = isinstance(failure, (UserError, OSError))
+    speaker = world.world_size - world.max_over_ranks(world.world_size - world.rank if known else 0)
+    if failure is None or (known and world.rank != speaker):
         raise ReportedElsewhereError("another process could not read its images")
-    if not isinstance(failure, (UserError, OSError)):
+    if not known:
         raise failure
     saved = "" if checkpoint is None else f"\nSaved {checkpoint}; --resume continues from it."
     raise TrainingError(f"{failure}{saved}") from failure
