@@ -284,7 +284,7 @@ def test_a_variance_beyond_float32_is_an_error_that_changes_nothing(
     one, mean, var = torch.ones(3), torch.zeros(3), torch.ones(3)
     call = partial(functional.conditional_batch_norm, backend=backend.name, training=True)
     x = laid_out(values * magnitude, layout)
-    with pytest.raises(ValueError, match=r"x: expected values whose variance torch\.float32 can hold, got"):
+    with pytest.raises(ValueError, match=r"x: expected values whose variance torch\.float32 can hold, .*got"):
         call(x, one, mean, mean, var)
     assert mean.eq(0).all()
     assert var.eq(1).all()
