@@ -465,7 +465,7 @@ def test_jacobians_of_every_backend_are_the_same(backend: str) -> None:
     torch.testing.assert_close(jacobians, expected)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_named_backend_that_tracing_cannot_save_says_so() -> None:
     norm = ConditionalBatchNorm2d(3, backend="blocked").eval()
     with pytest.raises(ValueError, match=r"torch\.jit\.trace saves plain operations"):

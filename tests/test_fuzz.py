@@ -141,7 +141,7 @@ class TestContexts:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the undamaged files are."""
     pytest.importorskip("pyarrow")
-    folder = tmp_path_factory.mktemp("fuzz")
+    folder = tmp_path_factory.mktemp("fuzz") / "0"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         files.sound(folder)

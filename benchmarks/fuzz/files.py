@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -12,7 +13,7 @@ import random
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,27 @@ def command(*arguments: object) -> str:
     return text
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time run the block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @functools.cache
 def sound(folder: Path) -> Path:
-    """Write undamaged files of every format, once for each process."""
-    images, root = SyntheticSet(classes=3, images=5, val_images=3, scale=0.1), folder / "sound"
+    """Return undamaged files of every format, which all processes share."""
+    root = folder.parent / "sound"
+    with locked(folder.parent / "lock"):
+        if not (root / "cache").exists():
+            _write_sound(root)
+    return root
+
+
+def _write_sound(root: Path) -> None:
+    images = SyntheticSet(classes=3, images=5, val_images=3, scale=0.1)
     for name, write in (("folder", write_folder), ("tars", write_tars), ("parquet", write_parquet)):
         write(root / name, images)
     command(
@@ -91,7 +109,6 @@ def sound(folder: Path) -> Path:
     )
     command("train", "--data", root / "packed", "--out", root / "run", *SMALL)
     command(*_evaluation(root / "run", root / "cache"), "--out", root / "run" / "evaluation")
-    return root
 
 
 def _evaluation(run: Path, cache: Path) -> tuple[object, ...]:
@@ -198,7 +215,7 @@ def _texts(copy: Path, out: Path, way: int) -> Any:
 
 
 def _statistics(copy: Path, out: Path, way: int) -> Any:
-    run = copy.parent.parent / "sound" / "run"
+    run = copy.parent.parent.parent / "sound" / "run"
     command(*_evaluation(run, copy), "--out", out)
     return [json.loads(path.read_text())["figures"] for path in out.glob("*.json")]
 
@@ -244,7 +261,6 @@ def _undamaged(name: str, root: Path, way: int) -> Any:
     with tempfile.TemporaryDirectory(dir=root.parent) as folder:
         copy = Path(folder) / "case" / "in"
         shutil.copytree(root / source, copy)
-        (Path(folder) / "sound").symlink_to(root)
         return read(copy, Path(folder) / "out", way)
 
 
