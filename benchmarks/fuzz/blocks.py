@@ -91,8 +91,11 @@ def _pool(x: Tensor, size: int) -> Tensor:
         return x
     windows = x[..., : x.size(2) // size * size, : x.size(3) // size * size]
     windows = windows.unfold(2, size, size).unfold(3, size, size).flatten(-2)
-    largest = windows.detach().topk(2).values
-    kinks.append(float((largest[..., 0] - largest[..., 1]).min() / x.detach().abs().max().clamp_min(1e-300)))
+    if windows.numel():
+        largest = windows.detach().topk(2).values
+        kinks.append(
+            float((largest[..., 0] - largest[..., 1]).min() / x.detach().abs().max().clamp_min(1e-300))
+        )
     return windows.amax(-1)
 
 
@@ -242,7 +245,7 @@ def _self_attended(
     query = project("query", x).flatten(2).mT
     key, value = (_pool(project(name, x), pool).flatten(2).mT for name in ("key", "value"))
     attended = _attended(query, key, value).mT
-    return x + gamma * project("out", attended.reshape(x.size(0), -1, *x.shape[2:]))
+    return x + gamma * project("out", attended.reshape(*attended.shape[:2], *x.shape[2:]))
 
 
 def _attention_module(o: Any, s: Tensors, i: Any) -> Tensors:
