@@ -163,7 +163,7 @@ def run_case(number: int, folder: Path) -> Outcome:
         except RuntimeError as error:  # of check_equal
             raise WrongError(str(error)) from error
         # Torchrun prints its own; ours have frames of the trainer.
-        if any("imagenet_sagan.py" in part for part in printed.split("Traceback")[1:]):
+        if any('imagenet_sagan.py", line' in part for part in printed.split("Traceback")[1:]):
             return Outcome("unclear", name, f"a traceback: ...{printed[-300:]}")
         return Outcome("right", name)
 
