@@ -307,11 +307,11 @@ def expanded(contents: Any) -> None:
 HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     **{
         f"no {name}": (without(name), rf"missing \['{name}'\]")
-        for name in RunState.__required_keys__ - checkpoints._ADDED_KEYS.keys()
+        for name in sorted(RunState.__required_keys__ - checkpoints._ADDED_KEYS.keys())
     },
     **{
         f"{name} of another type": (replaced(name, by=complex(1)), rf": {name}: expected .*, got a complex")
-        for name in RunState.__required_keys__
+        for name in sorted(RunState.__required_keys__)
     },
     "more": (replaced("more", by=1), r"unknown \['more'\]"),
     "iteration -5": (replaced("iteration", by=-5), "iteration: expected from 0 to 999,999,999, got -5"),
