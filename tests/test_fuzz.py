@@ -43,7 +43,7 @@ def behave(number: int, folder: Path) -> Outcome:
 class TestFates:
     def test_each_case_has_its_own(self, tmp_path: Path) -> None:
         campaign = Campaign("behave", behave, count=7, seconds=60, limit_s=1)
-        found = dict(run_cases(campaign, range(7), tmp_path, seconds=60, processes=2, first_s=30))
+        found = dict(run_cases(campaign, range(7), tmp_path, seconds=60, processes=2))
         kinds = {number: outcome.kind for number, outcome in sorted(found.items())}
         bad = {1: "hung", 2: "unclear", 3: "unclear", 4: "wrong", 5: "unclear"}
         assert kinds == {0: "clear", **bad, 6: "right"}

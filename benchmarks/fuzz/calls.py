@@ -210,4 +210,4 @@ def run_case(number: int, folder: Path | None = None) -> Outcome:
     return outcome_of(run, what)
 
 
-CALLS = Campaign("calls", run_case, count=10_000, seconds=240, limit_s=20)
+CALLS = Campaign("calls", run_case, count=10_000, seconds=180, limit_s=20)

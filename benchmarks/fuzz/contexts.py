@@ -403,4 +403,4 @@ def run_case(number: int, folder: Path | None = None) -> Outcome:
     return outcome_of(run, name)
 
 
-CONTEXTS = Campaign("contexts", run_case, count=1_000, seconds=180, limit_s=60)
+CONTEXTS = Campaign("contexts", run_case, count=1_000, seconds=120, limit_s=60)

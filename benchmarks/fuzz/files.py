@@ -466,4 +466,4 @@ def run_case(number: int, folder: Path) -> Outcome:
     return outcome_of(run, name)
 
 
-FILES = Campaign("files", run_case, count=200 * len(KINDS), seconds=300, limit_s=60)
+FILES = Campaign("files", run_case, count=200 * len(KINDS), seconds=360, limit_s=120)

@@ -170,4 +170,4 @@ def run_case(number: int, folder: Path) -> Outcome:
     return outcome_of(run, name)
 
 
-KILLS = Campaign("kills", run_case, count=56, seconds=240, limit_s=400)
+KILLS = Campaign("kills", run_case, count=56, seconds=360, limit_s=400)

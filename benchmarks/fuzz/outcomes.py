@@ -82,6 +82,7 @@ def _serve(campaign: Campaign, folder: Path, connection: Connection) -> None:
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY_BYTES,) * 2)
+    connection.send(None)  # ready
     while (number := connection.recv()) is not None:
         connection.send(outcome_of(lambda number=number: campaign.run(number, folder), campaign.name))  # type: ignore[misc]
 
@@ -89,7 +90,7 @@ def _serve(campaign: Campaign, folder: Path, connection: Connection) -> None:
 class _Child:
     """A process that runs one case after the other."""
 
-    def __init__(self, campaign: Campaign, folder: Path, first_s: float) -> None:
+    def __init__(self, campaign: Campaign, folder: Path) -> None:
         context: Any = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "benchmarks.fuzz.__main__"])
         self.campaign = campaign
@@ -98,12 +99,10 @@ class _Child:
         self.process = context.Process(target=_serve, args=(campaign, folder, other))
         self.process.start()
         other.close()
-        self.number = -1
-        self.first_s = first_s
+        self.connection.recv()
 
     def begin(self, number: int) -> None:
-        limit_s = self.campaign.limit_s + (self.first_s if self.number < 0 else 0)
-        self.number, self.deadline = number, time.monotonic() + limit_s
+        self.number, self.deadline = number, time.monotonic() + self.campaign.limit_s
         self.connection.send(number)
 
     def outcome(self) -> Outcome | None:
@@ -128,12 +127,9 @@ class _Child:
 
 
 def run_cases(
-    campaign: Campaign, numbers: range, folder: Path, *, seconds: float, processes: int, first_s: float = 200
+    campaign: Campaign, numbers: range, folder: Path, *, seconds: float, processes: int
 ) -> Iterator[tuple[int, Outcome]]:
-    """Yield the outcomes of cases, in no order, until all are done or the time is over.
-
-    The first case of a process may take ``first_s`` longer, for imports and undamaged data.
-    """
+    """Yield the outcomes of cases, in no order, until all are done or the time is over."""
     deadline = time.monotonic() + seconds
     waiting = iter(numbers)
     made = 0
@@ -144,7 +140,7 @@ def run_cases(
                 number = next(waiting, None)
                 if number is None:
                     break
-                children.append(_Child(campaign, folder / str(made), first_s))
+                children.append(_Child(campaign, folder / str(made)))
                 made += 1
                 children[-1].begin(number)
             if not children:
