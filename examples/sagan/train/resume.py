@@ -26,15 +26,18 @@ Saved = tuple[Path, RunState]
 
 @contextlib.contextmanager
 def run_lock(out: Path, *, resume: bool) -> Iterator[None]:
-    """Keep trainings of other processes out of a folder. One that is to be resumed is not made."""
-    if not resume:
+    """Keep trainings of other processes out of a folder. One to be resumed is not made; no empty one is left."""
+    made = not resume and not out.exists()
+    if made:
         out.mkdir(parents=True, exist_ok=True)
-    with (
-        locked(out / ".lock", f"another training run is using {out}")
-        if out.is_dir()
-        else contextlib.nullcontext()
-    ):
-        yield
+    lock = locked(out / ".lock", f"another training run is using {out}")
+    try:
+        with lock if out.is_dir() else contextlib.nullcontext():
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # unless it holds something
 
 
 def check_start(config: RunConfig, *, resume: bool, accept_changes: bool = False) -> Saved | None:
