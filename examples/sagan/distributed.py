@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sagan.errors import UserError
-from sagan.finite import NotFiniteError
+from sagan.errors import NotFiniteError, UserError
 from sagan.io import tensor_bytes
 from sagan.rendezvous import START_S, LostProcessError, Rendezvous, environment_number, launched
 from sagan_layers import SpectralNormLayer
@@ -67,18 +66,19 @@ class World:
         result: T = answer["result"]
         return result
 
-    def raise_together(self, error: UserError | OSError | None) -> None:
-        """Raise on all ranks if one has an error: its own where it has one, else a :class:`NotFiniteError` or silence.
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on all ranks if one has an error.
 
-        All ranks raise a :class:`NotFiniteError` unless one of them has another error, so all can go on after it.
+        All raise a :class:`NotFiniteError`, so all can go on after it, unless one has another error. Then the first
+        rank with a UserError or an OSError raises it, ranks with a bug raise that, and the others
+        :class:`ReportedElsewhereError`.
         """
-        if self.world_size == 1:
-            if error is not None:
-                raise error
-            return
         kind = 0 if error is None else 1 if isinstance(error, NotFiniteError) else 2
         worst = self.max_over_ranks(kind)
-        if error is not None and kind == worst:
+        is_bug = error is not None and not isinstance(error, (UserError, OSError))
+        speaks = kind == worst and not is_bug
+        speaker = self.world_size - self.max_over_ranks(self.world_size - self.rank if speaks else 0)
+        if error is not None and (is_bug or kind == worst == 1 or self.rank == speaker):
             raise error
         if worst == 1:
             raise NotFiniteError("another process found NaN or infinite values")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
 
 
 class UserError(ValueError):
@@ -11,6 +15,29 @@ class UserError(ValueError):
 
     The command line shows the message alone. Any other exception is a bug and keeps its traceback.
     """
+
+
+class NotFiniteError(UserError):
+    """A value is NaN or infinite."""
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value, such as one read from JSON, is a number that a float can hold."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+
+
+def check_finite(what: str, tensor: Tensor, *, remedy: str = "") -> None:
+    """Raise :class:`NotFiniteError` if an entry is NaN or infinite; the message counts them and ends with a remedy."""
+    if tensor.numel() and tensor.is_floating_point():  # ten times as fast as isfinite, and without its memory
+        sound = torch.stack(torch.aminmax(tensor)).isfinite().all()
+    else:
+        sound = tensor.isfinite().all()
+    if not sound:
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NotFiniteError(
+            f"{what}: expected finite values, got {bad:,} of {tensor.numel():,} NaN or infinite"
+            + (remedy and f"; {remedy}")
+        )
 
 
 def check_at_least(options: object, minimum: int, *names: str) -> None:

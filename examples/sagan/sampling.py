@@ -11,8 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sagan.errors import UserError, check_is_new, is_in_use
-from sagan.finite import check_finite
+from sagan.errors import UserError, check_finite, check_is_new, is_in_use
 from sagan.io import atomic_write, module_digest, read_json
 from sagan.networks import Generator, NetworkConfig
 from sagan.randomness import mixed_seed

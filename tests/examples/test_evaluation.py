@@ -23,7 +23,7 @@ from training_runs import assert_same
 
 from sagan.data import ImageDataset
 from sagan.distributed import World
-from sagan.errors import UserError
+from sagan.errors import NotFiniteError, UserError
 from sagan.evaluation import results
 from sagan.evaluation.config import METRICS, EvaluationConfig, TrainingEvaluationConfig
 from sagan.evaluation.evaluator import Evaluator
@@ -33,7 +33,6 @@ from sagan.evaluation.protocol import FIGURES, Protocol, ProtocolError
 from sagan.evaluation.real_features import RealFeaturesError
 from sagan.evaluation.real_images import RealImages
 from sagan.evaluation.results import Evaluation
-from sagan.finite import NotFiniteError
 from sagan.io import file_sha256
 from sagan.networks import Generator, NetworkConfig
 from sagan.sampling import generate, sample_inputs

@@ -10,6 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
+from sagan.errors import NotFiniteError
 from sagan.evaluation.fid import (
     Moments,
     frechet_distance_of_features,
@@ -18,7 +19,6 @@ from sagan.evaluation.fid import (
 from sagan.evaluation.inception_score import InceptionScore, splits_in_order
 from sagan.evaluation.kid import kernel_inception_distance
 from sagan.evaluation.precision_recall import precision_and_recall
-from sagan.finite import NotFiniteError
 
 
 def features_of(seed: int, count: int, width: int = 24, shift: float = 0.0) -> Tensor:

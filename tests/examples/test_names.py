@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagan.finite import NotFiniteError, check_finite
+from sagan.errors import NotFiniteError, check_finite
 from sagan.io import open_regular
 from sagan.names import file_names, printable
 

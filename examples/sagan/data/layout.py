@@ -23,22 +23,8 @@ FORMAT_EXTENSIONS = {
 IMAGE_EXTENSIONS = tuple(extension for each in FORMAT_EXTENSIONS.values() for extension in each)
 # Images all the same: a user should hear that they are left out.
 UNREAD_IMAGE_EXTENSIONS = frozenset(
-    (
-        ".avif",
-        ".heic",
-        ".heif",
-        ".jp2",
-        ".j2k",
-        ".jpx",
-        ".jxl",
-        ".tga",
-        ".dib",
-        ".mpo",
-        ".psd",
-        ".svg",
-        ".eps",
-    )
-)
+    (".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpx", ".jxl", ".tga", ".dib", ".mpo", ".psd", ".svg", ".eps")
+)  # fmt: skip
 
 _ARCHIVE_EXTENSIONS = (".tar", ".gz", ".tgz", ".zip", ".7z", ".bz2", ".xz")
 _SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")

@@ -19,16 +19,18 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from sagan.data.layout import DatasetError
 from sagan.data.prefetch import map_ranges
+from sagan.errors import UserError, check_at_least
 from sagan.io import first_line, open_regular
+from sagan.schema import conform, shown
 
 FORMAT = "sagan-layers packed images"
 VERSION = 1
@@ -40,25 +42,44 @@ HEADER_BYTES = 128
 PARTIAL = ".partial"
 
 _SEAL = "sha256"
-_JSON_TYPES = {"str": str, "int": int, "dict": dict, "list": list}
 
 
 class PackedError(DatasetError):
     """A prepared set that is incomplete or damaged, or does not fit its use."""
 
 
+class Source(TypedDict):
+    """Kind and path of a source, and the plan: all that decides the pixels."""
+
+    kind: str
+    path: str
+    plan: dict[str, Any]
+
+
+class Counts(TypedDict):
+    """Files of a source, by what became of them."""
+
+    listed: int
+    packed: int
+    unreadable: int
+    not_images: int
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What manifest.json holds, and the folder that it is in.
 
-    ``source`` has the kind and path of the source, and the plan: all that decides the pixels. The checksum is of
-    pixels, labels, class names and resolution: the same for the same images from any source. ``files`` lists size and
-    SHA-256 of the small files. Names, words (human names, where the source has them) and counts are by label.
+    The checksum is of pixels, labels, class names and resolution: the same for the same images from any source.
+    ``files`` lists size and SHA-256 of the small files. Names, words (human names, where the source has them) and
+    counts are by label.
+
+    Raises:
+        UserError: a number is below 1, or there are not as many names, words or counts as classes.
     """
 
     folder: Path
     created: str
-    source: dict[str, Any]
+    source: Source
     resolution: int
     filter: str
     crop: str
@@ -69,10 +90,17 @@ class Manifest:
     class_names: list[str]
     class_words: list[str] | None
     images_per_class: list[int]
-    counts: dict[str, int]
+    counts: Counts
     checksum: str
     files: dict[str, dict[str, Any]]
     versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "num_images", "num_classes", "resolution")
+        for name in ("class_names", "class_words", "images_per_class"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.num_classes:
+                raise UserError(f"{name}: expected num_classes, {self.num_classes:,}, got {len(values):,}")
 
     def to_json(self) -> str:
         """Return the text of manifest.json."""
@@ -136,44 +164,14 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     except ValueError as error:
         raise PackedError(f"{path} is damaged: {error}") from error
-    if values.get("format") != FORMAT:
+    if values.pop("format", None) != FORMAT:
         raise PackedError(f"{path}: expected the format {FORMAT!r}")
-    if values.get("version") != VERSION:
-        raise PackedError(f"{path}: expected version {VERSION}, got {values.get('version')}")
-    found: dict[str, Any] = {"folder": folder}
-    for each in fields(Manifest)[1:]:
-        if each.name not in values:
-            raise PackedError(f"{path} is damaged: {each.name} is missing")
-        value, kind = values[each.name], str(each.type)  # such as "list[str] | None"
-        if not isinstance(value, _JSON_TYPES[kind.partition("[")[0]]) and not (
-            value is None and "None" in kind
-        ):
-            raise PackedError(f"{path} is damaged: {each.name} is {value!r}")
-        found[each.name] = value
-    manifest = Manifest(**found)
-    if (
-        manifest.num_classes != len(manifest.class_names)
-        or manifest.num_images < 1
-        or manifest.resolution < 1
-    ):
-        raise PackedError(f"{path} is damaged: num_classes, num_images or resolution is wrong")
-    names = [
-        *manifest.class_names,
-        *(manifest.class_words or ()),
-        *(manifest.source.get(k) for k in ("kind", "path")),
-    ]
-    counts = [*manifest.images_per_class, *(manifest.counts.get(key) for key in ("packed", "unreadable"))]
-    if not (
-        all(isinstance(each, str) for each in names)
-        and all(isinstance(each, int) for each in counts)
-        and isinstance(manifest.source.get("plan"), dict)
-        and len(manifest.images_per_class)
-        == manifest.num_classes
-        == len(manifest.class_words or manifest.class_names)
-    ):
-        raise PackedError(
-            f"{path} is damaged: class_names, class_words, images_per_class, counts or source is wrong"
-        )
+    if (version := values.pop("version", None)) != VERSION:
+        raise PackedError(f"{path}: expected version {VERSION}, got {shown(version)}")
+    try:
+        manifest: Manifest = conform({"folder": str(folder), **values}, Manifest)
+    except UserError as error:
+        raise PackedError(f"{path} is damaged: {error}") from None
     return manifest
 
 

@@ -71,9 +71,7 @@ class WorkerBatches(Iterator[Batch]):
         while True:
             try:
                 batch = next(self._batches[0])
-            except (
-                Exception
-            ) as error:  # EOFError, ConnectionError: the worker died while it handed a batch over
+            except Exception as error:  # EOFError, ConnectionError: it died while it handed a batch over
                 self._check(error)
                 if not said and time.monotonic() - start > _SAY_AFTER_S:
                     logger.warning("waiting for images for %.0f s; is the disk away?", _SAY_AFTER_S)
@@ -158,11 +156,8 @@ def _unchanged_sigchld() -> Iterator[None]:
     try:
         yield
     finally:
-        if (
-            number is not None
-            and before is not None
-            and threading.current_thread() is threading.main_thread()
-        ):
+        is_main = threading.current_thread() is threading.main_thread()
+        if number is not None and before is not None and is_main:
             signal.signal(number, before)
 
 

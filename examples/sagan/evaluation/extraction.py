@@ -66,9 +66,8 @@ def extract_features(
                 if (images := next(blocks, None)) is not None:
                     outputs[: len(images)] = torch.cat(network(images), 1)
                     joined = b"".join(hashlib.sha256(image.tobytes()).digest() for image in images.numpy())
-                    digests[: len(images)] = torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(
-                        -1, 32
-                    )
+                    flat = torch.frombuffer(bytearray(joined), dtype=torch.uint8)
+                    digests[: len(images)] = flat.view(-1, 32)
             except (UserError, OSError) as failure:
                 error = error or failure
             world.raise_together(error)

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sagan.errors import UserError
+from sagan.errors import UserError, check_finite
 from sagan.evaluation.config import NO_NETWORK, EvaluationConfig
 from sagan.evaluation.inception import WEIGHTS_SHA256_START, load_inception
-from sagan.finite import check_finite
 from sagan.io import file_sha256, module_digest
 
 # Images at a time on a CPU. Twice as fast as whole blocks, whose feature maps do not fit its caches.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sagan.finite import check_finite
+from sagan.errors import check_finite
 
 
 @dataclass

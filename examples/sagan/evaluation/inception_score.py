@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sagan.finite import check_finite
+from sagan.errors import check_finite
 
 SPLITS = 10
 

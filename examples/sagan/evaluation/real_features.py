@@ -20,12 +20,11 @@ from torch import Tensor
 
 from sagan.data import ImageDataset
 from sagan.distributed import World
-from sagan.errors import UserError
+from sagan.errors import UserError, check_finite
 from sagan.evaluation.extraction import FeatureBlock, dataset_blocks, extract_features
 from sagan.evaluation.feature_networks import FeatureNetwork
 from sagan.evaluation.fid import Moments, frechet_distance_of_moments
 from sagan.evaluation.inception_score import SPLITS, InceptionScore
-from sagan.finite import check_finite
 from sagan.io import atomic_write_text, file_sha256, naming
 
 FORMAT = "sagan-layers reference features"
@@ -217,10 +216,8 @@ class _Accumulator:
         if self._score is not None:
             self._score.add(block.logits, places * SPLITS // self._count)
         if self._features is not None:
-            with (
-                naming(self._features),
-                self._features.open("ab") as file,
-            ):  # a full disk ends a mapped one's process
+            # A full disk would end the process, were the file mapped.
+            with naming(self._features), self._features.open("ab") as file:
                 file.write(block.features.numpy().astype("<f4", copy=False).tobytes())
         self._checksum.update(block.digests)
 

@@ -174,15 +174,11 @@ def _read(path: Path) -> bytes:
 
 def _text(data: bytes) -> str:
     """Decode a text file as editors, shells and spreadsheets save it."""
-    for mark, encoding in (
-        (codecs.BOM_UTF8, "utf-8-sig"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
-        if data.startswith(mark):
-            return data.decode(encoding, "replace")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
     if data[:2].count(0) == 1:  # UTF-16 without a mark
         return data.decode("utf-16-be" if data[0] == 0 else "utf-16-le", "replace")
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

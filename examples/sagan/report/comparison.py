@@ -147,7 +147,7 @@ def _markdown(runs: Sequence[MeasuredRun], kinds: Sequence[Kind]) -> str:
                 "run",
                 "recipe",
                 "iterations",
-                *(in_markdown(f"{kind.name} ({kind.protocol})") for kind in kinds),
+                *(in_markdown(f"{each.name} ({each.protocol})") for each in kinds),
             ]
         ),
         _row(["---"] * 3 + ["---:"] * len(kinds)),

@@ -20,8 +20,7 @@ from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from sagan.errors import UserError
-from sagan.finite import check_finite
+from sagan.errors import UserError, check_finite
 from sagan.io import atomic_write
 from sagan.names import escaped, printable
 from sagan.sampling import generate
@@ -42,14 +41,12 @@ def _letters() -> frozenset[int]:
 
 def class_labels(class_names: Sequence[str], labels: Sequence[int]) -> list[str]:
     """Return what to draw for classes: their names, shortened, or their numbers where the font lacks a letter."""
-    return [_class_label(class_names[label], label) for label in labels]
-
-
-def _class_label(name: str, number: int) -> str:
-    text = printable(unicodedata.normalize("NFC", name))
-    if not text.strip() or not _letters().issuperset(map(ord, text)):
-        return f"class {number}"
-    return _shortened(text, _LONGEST_LABEL)
+    drawn = []
+    for label in labels:
+        text = printable(unicodedata.normalize("NFC", class_names[label]))
+        has_letters = bool(text.strip()) and _letters().issuperset(map(ord, text))
+        drawn.append(_shortened(text, _LONGEST_LABEL) if has_letters else f"class {label}")
+    return drawn
 
 
 def _drawable(line: str) -> str:
@@ -209,17 +206,11 @@ def save_comparison(path: Path, panels: Sequence[Panel]) -> None:
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
     for axis, panel in zip(axes, panels, strict=True):
         for name, (iterations, values) in panel.curves.items():
-            axis.plot(
-                iterations, values, label=_in_legend(name), color=colours[name], marker="o", markersize=3
-            )
+            label = _in_legend(name)
+            axis.plot(iterations, values, label=label, color=colours[name], marker="o", markersize=3)
         for name, value in panel.published.items():
-            axis.axhline(
-                value,
-                color=colours[name],
-                linestyle="--",
-                linewidth=1,
-                label=_in_legend(f"{name}: published {value:g}"),
-            )
+            label = _in_legend(f"{name}: published {value:g}")
+            axis.axhline(value, color=colours[name], linestyle="--", linewidth=1, label=label)
         axis.set_ylabel(panel.label, fontsize=8)
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save_png(path, figure)
@@ -230,13 +221,8 @@ def save_curves(path: Path, panels: Sequence[Panel], *, title: str = "") -> None
     figure, axes = _stacked(len(panels), width=7.5, height=2.3)
     for axis, panel in zip(axes, panels, strict=True):
         for name, (iterations, values) in panel.curves.items():
-            axis.plot(
-                iterations,
-                values,
-                label=_in_legend(name),
-                linewidth=1.3,
-                marker="." if len(values) < 40 else None,
-            )
+            marker = "." if len(values) < 40 else None
+            axis.plot(iterations, values, label=_in_legend(name), linewidth=1.3, marker=marker)
         axis.set_ylabel(panel.label)
         if len(panel.curves) > 1:
             axis.legend(fontsize=8, ncols=3)

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sagan.errors import UserError
-from sagan.finite import is_finite
+from sagan.errors import UserError, is_finite
 from sagan.io import atomic_write_text, open_regular
 from sagan.names import in_html
 from sagan.recipes import read_config
@@ -73,9 +72,10 @@ def _largest_sigma(rows: list[dict[str, Any]], network: str) -> Curve:
     prefix = f"sigma_{network}."
     iterations, largest = [], []
     for row in rows:
-        if sigmas := [
+        sigmas = [
             value for name, value in row.items() if name.startswith(prefix) and isinstance(value, float)
-        ]:
+        ]
+        if sigmas:
             iterations.append(float(row["iteration"]))
             largest.append(max(sigmas))
     return iterations, largest

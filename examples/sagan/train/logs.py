@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from sagan.errors import UserError
-from sagan.finite import is_finite
+from sagan.errors import UserError, is_finite
 from sagan.io import atomic_write_text, open_regular
 from sagan.recipes import RunConfig
 

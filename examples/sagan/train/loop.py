@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from sagan.data import ImageDataset, make_loader, prefetch_to_device
-from sagan.distributed import ReportedElsewhereError, World, check_agreement, pick_device
+from sagan.distributed import World, check_agreement, pick_device
 from sagan.errors import UserError
 from sagan.recipes import RunConfig
 from sagan.signals import StopRequestedError, stop_requests
@@ -166,7 +165,10 @@ def train(
                     stop = Stop.COLLAPSE
 
     if stop is Stop.FAILURE:
-        _raise_failure(failure, output.checkpoint, world)
+        if isinstance(failure, (UserError, OSError)):
+            hint = f"\nSaved {output.checkpoint}; --resume continues from it." if output.checkpoint else ""
+            failure = TrainingError(f"{failure}{hint}")
+        world.raise_together(failure)
     assert output.checkpoint is not None
     return TrainingResult(
         out=config.out,
@@ -188,17 +190,6 @@ def _draw(
         return [], None
     except Exception as error:
         return [], error
-
-
-def _raise_failure(failure: Exception | None, checkpoint: Path | None, world: World) -> NoReturn:
-    known = isinstance(failure, (UserError, OSError))
-    speaker = world.world_size - world.max_over_ranks(world.world_size - world.rank if known else 0)
-    if failure is None or (known and world.rank != speaker):
-        raise ReportedElsewhereError("another process could not read its images")
-    if not known:
-        raise failure
-    saved = "" if checkpoint is None else f"\nSaved {checkpoint}; --resume continues from it."
-    raise TrainingError(f"{failure}{saved}") from failure
 
 
 def _batches(dataset: ImageDataset, trainer: Trainer) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sagan.data import ImageDataset
-from sagan.finite import NotFiniteError
+from sagan.errors import NotFiniteError
 from sagan.io import atomic_write_text
 from sagan.recipes import CONFIG, RunConfig
 from sagan.report.figures import class_labels, default_points, draw_attention, save_grid

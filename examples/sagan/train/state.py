@@ -9,8 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from sagan.errors import UserError
-from sagan.finite import check_finite
+from sagan.errors import UserError, check_finite
 from sagan.networks import Discriminator, Generator
 from sagan.recipes import RunConfig, config_from_dict
 from sagan.schema import check_names, conform, shown
@@ -70,11 +69,12 @@ def check_state(state: Any, file_bytes: int) -> RunState:
     checked: RunState = state
     config = config_from_dict(state["config"], "config")
     _check_plain_values(checked, config)
-    found = {name: _tensors(checked, name) for name in expected_tensors(config)}
+    tensors: dict[str, Tensor] = {}
     for name, expected in expected_tensors(config).items():
-        if found[name] or state["iteration"] or name not in ("g_optimizer", "d_optimizer"):  # no moments yet
-            check_tensors(found[name], expected, name)
-    tensors = {f"{name}.{inner}": each for name, group in found.items() for inner, each in group.items()}
+        found = _tensors(checked, name)
+        if found or state["iteration"] or name not in ("g_optimizer", "d_optimizer"):  # no moments yet
+            check_tensors(found, expected, name)
+        tensors |= {f"{name}.{inner}": each for inner, each in found.items()}
     # Tensors that share memory may be larger than the file, and than the machine.
     needed = sum(tensor.nbytes for tensor in tensors.values())
     if needed > file_bytes:
