@@ -17,7 +17,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from sagan_layers.torch_support import autocast_dtype, has_memory, is_tracing, transforms_active
+from sagan_layers.torch_support import autocast_dtype, is_batch, is_tracing, transforms_active
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATING_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
@@ -295,7 +295,7 @@ def reads_values_of(tensor: Tensor) -> bool:
     """Return whether checks read a tensor's values: not in compilers, tracers, transforms, and on a GPU if told to."""
     if torch.compiler.is_compiling() or tensor.is_meta or is_tracing():
         return False
-    return (tensor.device.type == "cpu" or _debug_checks) and not transforms_active() and has_memory(tensor)
+    return (tensor.device.type == "cpu" or _debug_checks) and not transforms_active() and not is_batch(tensor)
 
 
 def check_labels(labels: Tensor | None, *, num_classes: int | None, batch: int, like: Tensor) -> None:

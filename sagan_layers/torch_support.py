@@ -50,7 +50,7 @@ def is_traced(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or is_tracing() or type(tensor) not in (Tensor, nn.Parameter):
         return True
     unpack: Any = torch.autograd.forward_ad.unpack_dual
-    return transforms_active() or not has_memory(tensor) or unpack(tensor).tangent is not None
+    return transforms_active() or is_batch(tensor) or unpack(tensor).tangent is not None
 
 
 def is_tracing() -> bool:
@@ -77,15 +77,15 @@ def transforms_active() -> bool:
     return bool(getattr(torch._C, "_are_functorch_transforms_active", lambda: False)())
 
 
-def has_memory(tensor: Tensor) -> bool:
-    """Return whether a tensor's values lie in memory: not those of a batch of gradients, or inside a compiler."""
+def is_batch(tensor: Tensor) -> bool:
+    """Return whether this is a batch of gradients (is_grads_batched) or of vmap: it needs plain operations."""
     if torch.compiler.is_compiling():
         return False
     try:
         tensor.untyped_storage()
     except RuntimeError:
-        return False
-    return True
+        return True
+    return False
 
 
 def update_state(update: Callable[[], object], remedy: str) -> None:

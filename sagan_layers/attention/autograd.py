@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sagan_layers.attention import reference
-from sagan_layers.torch_support import has_memory, transforms_active
+from sagan_layers.torch_support import is_batch, transforms_active
 
 # Autograd functions and registered operations take flat arguments: the fields of the records below, in their order.
 _INPUTS = "Tensor query, Tensor key, Tensor value"
@@ -155,8 +155,7 @@ def _differentiate_forward(
 ) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return (None,) * 5
-    if not (torch.compiler.is_compiling() or transforms_active() or has_memory(grad_y)):
-        # A batch of gradients (is_grads_batched), for which torch knows plain operations alone.
+    if is_batch(grad_y) and not transforms_active():
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Views, so that derivatives stop at the inputs, which may depend on other tensors.

@@ -30,7 +30,7 @@ from sagan_layers.conditional_norm.kernels import (
     ForwardArguments,
 )
 from sagan_layers.conditional_norm.reference import ConditionalNormResult
-from sagan_layers.torch_support import accumulation_dtype, has_memory, transforms_active, without_autocast
+from sagan_layers.torch_support import accumulation_dtype, is_batch, transforms_active, without_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -270,8 +270,7 @@ def _gradients(
     x, gain, bias, y, mean, var = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     needs_graph = torch.is_grad_enabled()
-    # The gradients need a graph themselves, or are a batch of gradients (is_grads_batched).
-    if needs_graph or not (has_memory(grad_y) or torch.compiler.is_compiling()):
+    if needs_graph or is_batch(grad_y):
         running = None if ctx.batch_statistics else (mean, var)
 
         def forward(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def forward(
             mean, var = _statistics_around(centre, layout, values, results)
     if combine is not None:
         mean, var = combine(mean, var)
-    var = var.masked_fill(var.isinf(), torch.nan)  # an overflow must not leave the bias alone
+    var = var + (var - var)  # infinity becomes NaN: an overflow must not leave the bias alone
     remainder = mean if centre is None else mean - centre
     if centre is not None and results.dtype == layout.dtype:  # the results hold the centred values
         values, centre = results, None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import weakref
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed
@@ -122,8 +123,8 @@ class ConditionalBatchNorm2d(nn.Module):
         self.norm: nn.BatchNorm2d = RunningStatistics(
             num_features, eps, momentum, False, track_running_stats, device=device, dtype=dtype
         )
-        self.weight: nn.Parameter | ProjectedCoefficients
-        self.bias: nn.Parameter | ProjectedCoefficients
+        self.weight: Any  # nn.Parameter or ProjectedCoefficients
+        self.bias: Any
         if condition_features is not None:
             linear = SNLinear if spectral_norm else nn.Linear
             sizes = condition_features, num_features, False
@@ -146,7 +147,7 @@ class ConditionalBatchNorm2d(nn.Module):
             self.weight = ProjectedCoefficients(self.weight_projection, 1.0)
             self.bias = ProjectedCoefficients(self.bias_projection, 0.0)
         if isinstance(self.norm, RunningStatistics):
-            self.norm.show(self)
+            self.norm.owner = weakref.ref(self)
 
     @property
     def eps(self) -> float:
@@ -165,8 +166,8 @@ class ConditionalBatchNorm2d(nn.Module):
             self.weight_projection.reset_parameters()
             self.bias_projection.reset_parameters()
         else:
-            nn.init.ones_(self._table("weight"))
-            nn.init.zeros_(self._table("bias"))
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return x normalised, scaled and shifted for its condition."""
@@ -248,19 +249,14 @@ class ConditionalBatchNorm2d(nn.Module):
                     f"condition: expected [{batch}, {self.condition_features}], got {checks.shape_of(condition)}"
                 )
             return 1 + self.weight_projection(condition), self.bias_projection(condition)
-        weight, bias = self._table("weight"), self._table("bias")
-        checks.check_labels(condition, num_classes=self.num_classes, batch=batch, like=weight)
+        checks.check_labels(condition, num_classes=self.num_classes, batch=batch, like=self.weight)
         if condition is None:
-            return weight, bias
-        return nn.functional.embedding(condition, weight), nn.functional.embedding(condition, bias)
+            return self.weight, self.bias
+        return nn.functional.embedding(condition, self.weight), nn.functional.embedding(condition, self.bias)
 
     def _any_parameter(self) -> Tensor:
-        return self._table("weight") if self.condition_features is None else self.weight_projection.weight
-
-    def _table(self, name: str) -> Tensor:
-        """Return gain or bias of a layer without projections."""
-        table: Tensor = getattr(self, name)
-        return table
+        layer: Any = self if self.condition_features is None else self.weight_projection
+        return cast("Tensor", layer.weight)
 
     def _running_statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, float | Tensor]:
         """Return the mean and variance to read or update, if any, and the weight of this batch in them."""
@@ -308,8 +304,7 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies, without what a context has set for its block."""
-        state = self.__dict__ | {"_standing": None, "_frozen_statistics": False}
-        return {name: value for name, value in state.items() if not isinstance(value, ProjectedCoefficients)}
+        return self.__dict__ | {"_standing": None, "_frozen_statistics": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of a copy."""

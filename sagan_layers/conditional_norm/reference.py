@@ -64,9 +64,7 @@ def batch_statistics(x: Tensor, process_group: ProcessGroup | None) -> tuple[Ten
     count = torch.full((), x.numel() // x.size(1), dtype=x.dtype, device=x.device)
     if process_group is None:
         var, mean = torch.var_mean(x, dims, correction=0)
-        if (
-            torch.compiler.is_compiling()
-        ):  # where nothing can check it, an overflow must not leave the bias alone
+        if torch.compiler.is_compiling():  # nothing can check it: an overflow must not leave the bias alone
             var = var.masked_fill(var.isinf(), torch.nan)
         return mean, var, count
     total = _all_reduce_sum(torch.cat([x.sum(dims), count.reshape(1)]), process_group)

@@ -140,8 +140,7 @@ class TensorFlowLoader:
             self.add(module.linear, f"{prefix}d_sn_linear")
             if module.embedding is not None:
                 self.add(module.embedding, f"{prefix}d_embedding")
-        elif isinstance(module, ConditionalBatchNorm2d) and isinstance(module.weight, nn.Parameter):
-            assert isinstance(module.bias, nn.Parameter)
+        elif isinstance(module, ConditionalBatchNorm2d) and module.condition_features is None:
             self._take(f"{prefix}gamma", module.weight)
             self._take(f"{prefix}beta", module.bias)
             self._take_statistics(prefix, module)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sagan_layers.spectral_norm import reference
 from sagan_layers.spectral_norm.reference import SpectralNormOptions, SpectralNormResult, SpectralNormTask
-from sagan_layers.torch_support import has_memory, without_autocast
+from sagan_layers.torch_support import is_batch, without_autocast
 
 Gradient = Callable[[Tensor, Tensor, SpectralNormResult, SpectralNormOptions], Tensor]
 
@@ -76,10 +76,7 @@ class NormalizedWeight(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             gradient = _differentiable_gradient(ctx, grad, result)
         else:
-            # Batches of gradients (is_grads_batched) need plain operations.
-            function = (
-                ctx.gradient if has_memory(grad) or torch.compiler.is_compiling() else reference.gradient
-            )
+            function = reference.gradient if is_batch(grad) else ctx.gradient
             with without_autocast(grad.device):
                 gradient = function(grad, ctx.weight, result, ctx.options)
         return gradient, *(None,) * 6
