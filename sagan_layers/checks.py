@@ -21,7 +21,7 @@ from sagan_layers.torch_support import autocast_dtype, is_batch, is_tracing, tra
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATING_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
-_MOST_ITERATIONS = 10**6  # minutes, not years
+MOST_ITERATIONS = 10**6  # minutes, not years
 _LARGEST = torch.finfo(torch.float32).max
 _Pair = tuple[int, int]
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
@@ -93,12 +93,8 @@ def spectral_norm_options(
 ) -> tuple[int, float, bool]:
     """Return the options of a spectrally normalised layer, after all checks."""
     (iterate,) = flags_of(iterate_when_frozen=iterate_when_frozen)
-    return iterations_of(n_power_iterations, least=1), eps_of(eps), iterate
-
-
-def iterations_of(n_power_iterations: object, *, least: int) -> int:
-    """Return the number of power iterations as an int; raise unless it is in range."""
-    return integer_of("n_power_iterations", n_power_iterations, least=least, most=_MOST_ITERATIONS)
+    iterations = integer_of("n_power_iterations", n_power_iterations, least=1, most=MOST_ITERATIONS)
+    return iterations, eps_of(eps), iterate
 
 
 def flags_of(**flags: object) -> list[bool]:
@@ -180,7 +176,7 @@ def check_module(name: str, module: object) -> None:
 
 def check_process_group(group: object) -> None:
     """Raise ``TypeError`` unless this is a group of processes, or None."""
-    if group is not None and torch.distributed.is_available():
+    if group is not None and torch.distributed.is_available() and not torch.compiler.is_compiling():
         check_type("process_group", group, torch.distributed.ProcessGroup, "a ProcessGroup of torch or None")
 
 
@@ -268,11 +264,8 @@ def check_features(x: Tensor, *, features: int, like: Tensor, name: str = "input
 
 def check_integers(name: str, tensor: object) -> None:
     """Raise ``TypeError`` unless this is a dense tensor of int64 or int32."""
-    if (
-        not isinstance(tensor, Tensor)
-        or tensor.dtype not in (torch.int64, torch.int32)
-        or not is_dense(tensor)
-    ):
+    integers = (torch.int64, torch.int32)
+    if not (isinstance(tensor, Tensor) and tensor.dtype in integers and is_dense(tensor)):
         raise TypeError(f"{name}: expected an int64 or int32 tensor, got {kind_of(tensor)}")
 
 

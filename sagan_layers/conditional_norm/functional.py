@@ -99,9 +99,7 @@ def conditional_batch_norm(
     """
     _check(x, gain, bias, running_mean, running_var)
     eps = eps_of(eps)
-    if type(training) is not bool or type(biased_running_var) is not bool:  # type: ignore[redundant-expr]
-        options = {"training": training, "biased_running_var": biased_running_var}  # type: ignore[unreachable]
-        training, biased_running_var = flags_of(**options)
+    training, biased_running_var = flags_of(training=training, biased_running_var=biased_running_var)
     check_choice("activation", activation, (None, "relu"))
     if not isinstance(momentum, Tensor):
         momentum = number_of("momentum", momentum, least=0, most=1)
@@ -109,8 +107,7 @@ def conditional_batch_norm(
         check_floating("momentum", momentum)
         if momentum.numel() != 1:
             raise ValueError(f"momentum: expected a number or one element, got {shape_of(momentum)}")
-    if process_group is not None and not torch.compiler.is_compiling():
-        check_process_group(process_group)
+    check_process_group(process_group)
     running = None
     if not training and running_mean is not None and running_var is not None:
         running = running_mean, running_var
@@ -166,17 +163,14 @@ def _check(
 def _check_variance(x: Tensor, result: ConditionalNormResult, process_group: ProcessGroup | None) -> None:
     """Raise if the variance of finite values overflowed: y would be the bias alone, or gradients wrong."""
     var = result.var.detach()
-    if var.numel() == 0 or not reads_values_of(var):
+    if not reads_values_of(var):
         return
-    largest = var.amax().item()
+    largest, limits = var.amax().item(), torch.finfo(var.dtype)
     # Gradients need the variance to the power of -3/2.
-    limit = torch.finfo(var.dtype).tiny ** (-2 / 3) if result.y.requires_grad else math.inf
-    # The variance is NaN where values are not finite, or where a sum overflowed too.
-    if (
-        largest == math.inf
-        or largest > limit
-        or (math.isnan(largest) and process_group is None and bool(torch.isfinite(x.detach()).all()))
-    ):
+    overflowed = largest > (limits.tiny ** (-2 / 3) if result.y.requires_grad else limits.max)
+    if math.isnan(largest):  # values are not finite, or a sum overflowed too
+        overflowed = process_group is None and bool(torch.isfinite(x.detach()).all())
+    if overflowed:
         raise ValueError(
             f"x: expected values whose variance {accumulation_dtype(x.dtype)} can hold, and its power of -3/2 for "
             f"gradients, got values up to {x.detach().abs().amax().item():.0e}"

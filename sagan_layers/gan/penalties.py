@@ -63,9 +63,8 @@ def gradient_penalty(*, logits: Tensor, images: Tensor, kind: str = "r1", target
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True, allow_unused=True)
     if gradient is None:
         raise ValueError("logits: expected to depend on the images, but they do not")
-    squares = (
-        gradient.to(accumulation_dtype(gradient.dtype)).reshape(len(gradient), -1).square().sum(1)
-    )  # [N]
+    gradients = gradient.to(accumulation_dtype(gradient.dtype)).reshape(len(gradient), -1)
+    squares = gradients.square().sum(1)  # [N]
     if kind != "wgan-gp":
         return squares.mean()
     positive = squares > 0

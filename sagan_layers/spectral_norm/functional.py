@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from sagan_layers.checks import (
+    MOST_ITERATIONS,
     check_floating,
     check_not_empty,
     check_same_device,
     eps_of,
     integer_of,
-    iterations_of,
     shape_of,
 )
 from sagan_layers.spectral_norm import reference
@@ -73,8 +73,8 @@ def spectral_normalize(
         if vector.shape != (length,):
             raise ValueError(f"{name}: expected shape [{length}], got {shape_of(vector)}")
         check_same_device(name, vector, "the weight", weight)
-    n_power_iterations = iterations_of(n_power_iterations, least=0)
-    return reference.spectral_normalize(weight, u, v, n_power_iterations, eps_of(eps), dim)
+    iterations = integer_of("n_power_iterations", n_power_iterations, least=0, most=MOST_ITERATIONS)
+    return reference.spectral_normalize(weight, u, v, iterations, eps_of(eps), dim)
 
 
 def spectral_norm_inputs(weight: Tensor, *, dim: int = 0) -> SpectralNormInputs:
