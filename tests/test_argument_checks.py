@@ -106,6 +106,7 @@ def entered(context: Callable[..., Any]) -> Callable[..., None]:
         with context(**arguments):
             pass
 
+    enter.__name__ = context.__name__
     return enter
 
 
@@ -119,28 +120,20 @@ def add_variables(**arguments: Any) -> None:
 
 
 # What is called, good arguments, and the other arguments by the kind of value that they take.
-CALLS: list[tuple[str, Callable[..., Any], dict[str, Any], dict[str, str]]] = [
+CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
     (
-        "ResamplingConv2d",
         ResamplingConv2d,
         CONVOLUTION,
         joined(SIZES, {"padding": "padding", "size": "upsample downsample", "name": "backend"}),
     ),
-    ("SNConv2d", SNConv2d, CONVOLUTION, joined(SIZES, SPECTRAL, {"padding": "padding"})),
+    (SNConv2d, CONVOLUTION, joined(SIZES, SPECTRAL, {"padding": "padding"})),
+    (SNConvTranspose2d, CONVOLUTION, joined(SIZES, SPECTRAL, {"padding": "padding output_padding"})),
     (
-        "SNConvTranspose2d",
-        SNConvTranspose2d,
-        CONVOLUTION,
-        joined(SIZES, SPECTRAL, {"padding": "padding output_padding"}),
-    ),
-    (
-        "SNLinear",
         SNLinear,
         {"in_features": 2, "out_features": 3},
         joined(SPECTRAL, {"size": "in_features out_features", "flag": "bias", "dtype": "dtype"}),
     ),
     (
-        "SNEmbedding",
         SNEmbedding,
         {"num_embeddings": 2, "embedding_dim": 3},
         joined(
@@ -150,7 +143,6 @@ CALLS: list[tuple[str, Callable[..., Any], dict[str, Any], dict[str, str]]] = [
         ),
     ),
     (
-        "ConditionalBatchNorm2d",
         ConditionalBatchNorm2d,
         {"num_features": 3},
         {
@@ -160,7 +152,6 @@ CALLS: list[tuple[str, Callable[..., Any], dict[str, Any], dict[str, str]]] = [
         },
     ),
     (
-        "SelfAttention2d",
         SelfAttention2d,
         {"in_channels": 8, "spectral_norm": False},  # whose options are checked all the same
         {
@@ -170,7 +161,6 @@ CALLS: list[tuple[str, Callable[..., Any], dict[str, Any], dict[str, str]]] = [
         },
     ),
     (
-        "ProjectionDiscriminatorHead",
         ProjectionDiscriminatorHead,
         {"in_channels": 4, "num_classes": 3, "spectral_norm": False},
         {
@@ -178,69 +168,32 @@ CALLS: list[tuple[str, Callable[..., Any], dict[str, Any], dict[str, str]]] = [
             **{"name": "pooling", "flag": "spectral_norm", "device": "device", "dtype": "dtype"},
         },
     ),
-    ("GradientPenalty", GradientPenalty, {}, {"name": "kind", "number": "target"}),
+    (GradientPenalty, {}, {"name": "kind", "number": "target"}),
+    (DiscriminatorPass, NETWORKS, {"module": "generator discriminator", "function": "loss"}),
+    (GeneratorPass, NETWORKS, {"module": "generator discriminator", "function": "loss"}),
+    (SharedSpectralNorm, {"module": LINEAR}, {"module": "module", "dtype": "dtype"}),
     (
-        "DiscriminatorPass",
-        DiscriminatorPass,
-        NETWORKS,
-        {"module": "generator discriminator", "function": "loss"},
-    ),
-    ("GeneratorPass", GeneratorPass, NETWORKS, {"module": "generator discriminator", "function": "loss"}),
-    ("SharedSpectralNorm", SharedSpectralNorm, {"module": LINEAR}, {"module": "module", "dtype": "dtype"}),
-    (
-        "apply_spectral_norm",
         apply_spectral_norm,
         {"model": nn.ReLU()},
         joined(SPECTRAL, {"module": "model", "collection": "exclude"}),
     ),
-    ("remove_spectral_norm", remove_spectral_norm, {}, {"module": "module"}),
-    ("frozen_spectral_norm", entered(frozen_spectral_norm), {}, {"module": "module"}),
-    ("frozen_running_statistics", entered(frozen_running_statistics), {}, {"module": "module"}),
+    (remove_spectral_norm, {}, {"module": "module"}),
+    (entered(frozen_spectral_norm), {}, {"module": "module"}),
+    (entered(frozen_running_statistics), {}, {"module": "module"}),
+    (entered(standing_statistics), {"module": NORM}, {"module": "module", "group": "process_group"}),
+    (synchronize_batch_norm, {"module": NORM}, {"module": "module", "group": "process_group"}),
+    (shared_spectral_norm, {"module": LINEAR}, {"module": "module", "dtype": "dtype"}),
+    (call_with_constant_parameters, {}, {"module": "module"}),
+    (checkpointed, {}, {"module": "module"}),
+    (entered(functional.force_backend), {"backend": "auto"}, {"name": "backend operation"}),
+    (entered(functional.record_backends), {}, {"name": "operation"}),
+    (functional.set_debug_checks, {}, {"flag": "enabled"}),
+    (convert.TensorFlowLoader, {"variables": {}}, {"mapping": "variables", "text": "scope"}),
+    (add_variables, {}, {"text": "name"}),
+    (functional.attention, ATTENTION, {"number": "scale", "name": "backend"}),
+    (functional.attention_weights, {name: ATTENTION[name] for name in ("query", "key")}, {"number": "scale"}),
+    (functional.self_attention_2d, BLOCK, {"size": "pool_size", "name": "backend"}),
     (
-        "standing_statistics",
-        entered(standing_statistics),
-        {"module": NORM},
-        {"module": "module", "group": "process_group"},
-    ),
-    (
-        "synchronize_batch_norm",
-        synchronize_batch_norm,
-        {"module": NORM},
-        {"module": "module", "group": "process_group"},
-    ),
-    (
-        "shared_spectral_norm",
-        shared_spectral_norm,
-        {"module": LINEAR},
-        {"module": "module", "dtype": "dtype"},
-    ),
-    ("call_with_constant_parameters", call_with_constant_parameters, {}, {"module": "module"}),
-    ("checkpointed", checkpointed, {}, {"module": "module"}),
-    (
-        "force_backend",
-        entered(functional.force_backend),
-        {"backend": "auto"},
-        {"name": "backend operation"},
-    ),
-    ("record_backends", entered(functional.record_backends), {}, {"name": "operation"}),
-    ("set_debug_checks", functional.set_debug_checks, {}, {"flag": "enabled"}),
-    (
-        "TensorFlowLoader",
-        convert.TensorFlowLoader,
-        {"variables": {}},
-        {"mapping": "variables", "text": "scope"},
-    ),
-    ("TensorFlowLoader.add", add_variables, {}, {"text": "name"}),
-    ("attention", functional.attention, ATTENTION, {"number": "scale", "name": "backend"}),
-    (
-        "attention_weights",
-        functional.attention_weights,
-        {name: ATTENTION[name] for name in ("query", "key")},
-        {"number": "scale"},
-    ),
-    ("self_attention_2d", functional.self_attention_2d, BLOCK, {"size": "pool_size", "name": "backend"}),
-    (
-        "conditional_batch_norm",
         functional.conditional_batch_norm,
         BATCH_NORM,
         {
@@ -248,28 +201,23 @@ CALLS: list[tuple[str, Callable[..., Any], dict[str, Any], dict[str, str]]] = [
             **{"group": "process_group", "name": "activation backend"},
         },
     ),
-    (
-        "spectral_normalize",
-        functional.spectral_normalize,
-        WEIGHT,
-        {"axis": "dim", "count": "n_power_iterations", "eps": "eps"},
-    ),
-    ("upsample_conv2d", functional.upsample_conv2d, RESAMPLING, RESAMPLED),
-    ("conv2d_downsample", functional.conv2d_downsample, RESAMPLING, RESAMPLED),
-    ("hinge_discriminator_loss", hinge_discriminator_loss, LOGITS, {}),
-    ("softplus_discriminator_loss", softplus_discriminator_loss, LOGITS, {}),
-    ("hinge_generator_loss", hinge_generator_loss, {"fake_logits": torch.ones(2)}, {}),
-    ("softplus_generator_loss", softplus_generator_loss, {"fake_logits": torch.ones(2)}, {}),
-    ("gradient_penalty", gradient_penalty, PENALTY, {"name": "kind", "number": "target"}),
-    ("interpolate_images", interpolate_images, IMAGES, {}),
+    (functional.spectral_normalize, WEIGHT, {"axis": "dim", "count": "n_power_iterations", "eps": "eps"}),
+    (functional.upsample_conv2d, RESAMPLING, RESAMPLED),
+    (functional.conv2d_downsample, RESAMPLING, RESAMPLED),
+    (hinge_discriminator_loss, LOGITS, {}),
+    (softplus_discriminator_loss, LOGITS, {}),
+    (hinge_generator_loss, {"fake_logits": torch.ones(2)}, {}),
+    (softplus_generator_loss, {"fake_logits": torch.ones(2)}, {}),
+    (gradient_penalty, PENALTY, {"name": "kind", "number": "target"}),
+    (interpolate_images, IMAGES, {}),
 ]
 
 
 @pytest.mark.parametrize(
     ("call", "good", "argument", "kind"),
     [
-        pytest.param(call, good, argument, kind, id=f"{name}-{argument}")
-        for name, call, good, kinds in CALLS
+        pytest.param(call, good, argument, kind, id=f"{call.__name__}-{argument}")
+        for call, good, kinds in CALLS
         for kind, arguments in kinds.items()
         for argument in arguments.split()
     ],
@@ -297,8 +245,8 @@ def other_tensors(good: Tensor) -> list[Any]:
 @pytest.mark.parametrize(
     ("call", "good", "argument"),
     [
-        pytest.param(call, good, argument, id=f"{name}-{argument}")
-        for name, call, good, _ in CALLS
+        pytest.param(call, good, argument, id=f"{call.__name__}-{argument}")
+        for call, good, _ in CALLS
         for argument, value in good.items()
         if isinstance(value, Tensor)
     ],
@@ -480,10 +428,7 @@ def test_maps_smaller_than_the_kernel_or_the_padding_are_refused_before_u_moves(
             lambda: DiscriminatorPass(LINEAR, LINEAR)(torch.ones(2, 2), torch.ones(4, 2), [1, 2], U),
             "real_labels: expected a tensor, got list",
         ),
-        (
-            lambda: gradient_penalty(logits=SCALAR * 2, images=SCALAR),
-            r"images: expected \[N, \*\], got \[\]",
-        ),
+        (lambda: gradient_penalty(logits=SCALAR * 2, images=SCALAR), r"images: expected \[N, \*\], got \[\]"),
         (
             lambda: interpolate_images(real_images=SCALAR, fake_images=SCALAR),
             r"real_images: expected \[N, \*\], got \[\]",

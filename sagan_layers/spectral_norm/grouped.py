@@ -61,9 +61,9 @@ def _normalize_group(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
             matrices, _cut(rows_of_u, heights), _cut(products_of_v, widths), strict=True
         ):
             torch.mv(matrix.t(), u, out=product)
-        rows_of_v = _unit_rows(products_of_v, eps, otherwise=rows_of_v)
+        rows_of_v = reference.unit(products_of_v, eps, otherwise=rows_of_v)
         _multiply(matrices, _cut(rows_of_v, widths), _cut(products_of_u, heights))
-        rows_of_u = _unit_rows(products_of_u, eps, otherwise=rows_of_u)
+        rows_of_u = reference.unit(products_of_u, eps, otherwise=rows_of_u)
     if n_power_iterations == 0:
         _multiply(matrices, _cut(rows_of_v, widths), _cut(products_of_u, heights))
     sigmas = (rows_of_u * products_of_u).sum(1)
@@ -86,13 +86,6 @@ def _multiply(matrices: list[Tensor], vectors: list[Tensor], out: list[Tensor]) 
 
 def _cut(rows: Tensor, sizes: list[int]) -> list[Tensor]:
     return [row[:size] for row, size in zip(rows.unbind(), sizes, strict=True)]
-
-
-def _unit_rows(rows: Tensor, eps: float, otherwise: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=reference.norm_dtype(rows)).to(
-        rows.dtype
-    )
-    return torch.where(norms > eps, rows / (norms + eps), otherwise)
 
 
 def _gradient(

@@ -127,12 +127,9 @@ def _(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float)
     return torch.empty_like(u), torch.empty_like(v)
 
 
-def unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
-    """Return a vector divided by its norm plus eps; another one where the norm is not above eps."""
-    norm = torch.linalg.vector_norm(vector, dtype=norm_dtype(vector))
-    return torch.where(norm > eps, vector / (norm + eps), otherwise)
-
-
-def norm_dtype(vector: Tensor) -> torch.dtype:
-    """Return a dtype in which no square of a float32 overflows or vanishes, where the device has one."""
-    return vector.dtype if vector.device.type == "mps" else torch.float64
+def unit(vectors: Tensor, eps: float, otherwise: Tensor) -> Tensor:
+    """Return vectors [*, n] divided by their norms plus eps; other ones where the norm is not above eps."""
+    # In float64 no square of a float32 overflows or vanishes.
+    dtype = vectors.dtype if vectors.device.type == "mps" else torch.float64
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
+    return torch.where(norms > eps, vectors / (norms + eps).to(vectors.dtype), otherwise)
