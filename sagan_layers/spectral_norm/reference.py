@@ -132,4 +132,6 @@ def unit(vectors: Tensor, eps: float, otherwise: Tensor) -> Tensor:
     # In float64 no square of a float32 overflows or vanishes.
     dtype = vectors.dtype if vectors.device.type == "mps" else torch.float64
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
-    return torch.where(norms > eps, vectors / (norms + eps).to(vectors.dtype), otherwise)
+    # A norm that float32 cannot hold still divides; an infinite one gives NaN, not zeros.
+    units = vectors.to(dtype) / (norms + (norms - norms) + eps)
+    return torch.where(norms > eps, units.to(vectors.dtype), otherwise)
