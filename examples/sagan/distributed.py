@@ -45,25 +45,19 @@ class World:
     def run_on_main(self, work: Callable[[], T]) -> T:
         """Return the result of a function that runs on rank 0 only; JSON must be able to hold it.
 
-        Raises:
-            UserError: if rank 0 raised it or an OSError; the other ranks raise :class:`ReportedElsewhereError`.
+        A UserError or an OSError is raised as by :meth:`raise_together`.
         """
         if self.world_size == 1:
             return work()
-        failed: UserError | OSError | None = None
-        message: list[str] = [""]
+        message, error = [""], None
         if self.is_main:
             try:
-                message = [json.dumps({"result": work()})]
-            except (UserError, OSError) as error:
-                failed, message = error, [json.dumps({"error": str(error)})]
+                message = [json.dumps(work())]
+            except (UserError, OSError) as failure:
+                error = failure
+        self.raise_together(error)
         dist.broadcast_object_list(message, src=0, group=self.control)
-        if failed is not None:
-            raise failed
-        answer = json.loads(message[0])
-        if "error" in answer:
-            raise ReportedElsewhereError(answer["error"])
-        result: T = answer["result"]
+        result: T = json.loads(message[0])
         return result
 
     def raise_together(self, error: Exception | None) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,18 @@ def refused(*arguments: object) -> str:
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         assert main(*arguments) == 1
     return printed.getvalue()
+
+
+def python(program: str, *arguments: object, **environment: object) -> subprocess.Popen[str]:
+    """Start a program that may import the trainer."""
+    path = os.pathsep.join([str(Path(imagenet_sagan.__file__).parent), *filter(None, sys.path)])
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in environment.items()}},
+    )
 
 
 def read_png(path: Path) -> Tensor:

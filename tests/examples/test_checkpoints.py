@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import operator
 import os
 import pickle
 import zipfile
@@ -263,48 +264,38 @@ class TestLoading:
             load_checkpoint(path)
 
 
-def without(name: str, *inner: Any) -> Callable[[Any], None]:
-    def change(contents: Any) -> None:
-        for key in inner and (name, *inner[:-1]):
-            contents = contents[key]
-        del contents[inner[-1] if inner else name]
-
-    return change
+Change = Callable[[Any], object]
 
 
-def replaced(*keys: Any, by: Any) -> Callable[[Any], None]:
-    def change(contents: Any) -> None:
-        for key in keys[:-1]:
-            contents = contents[key]
-        contents[keys[-1]] = by
-
-    return change
+def at(*keys: Any, do: Callable[[Any, Any], object]) -> Change:
+    return lambda contents: do(functools.reduce(operator.getitem, keys[:-1], contents), keys[-1])
 
 
-def filled(*keys: Any, value: float) -> Callable[[Any], None]:
-    def change(contents: Any) -> None:
-        for key in keys:
-            contents = contents[key]
-        contents.fill_(value)
+def without(*keys: Any) -> Change:
+    return at(*keys, do=operator.delitem)
 
-    return change
+
+def replaced(*keys: Any, by: Any) -> Change:
+    return at(*keys, do=lambda inner, key: operator.setitem(inner, key, by))
+
+
+def filled(*keys: Any, value: float) -> Change:
+    return at(*keys, do=lambda inner, key: inner[key].fill_(value))
 
 
 def expanded(contents: Any) -> None:
-    for name, tensor in contents["generator"].items():
-        contents["generator"][name] = tensor.flatten()[0].expand(tensor.shape)
+    number = torch.zeros(())
     for field in ("generator", "discriminator", "average"):
-        number = torch.zeros(())
         contents[field] = {
             name: number.expand(tensor.shape) if tensor.is_floating_point() else tensor
             for name, tensor in contents[field].items()
         }
     for field in ("g_optimizer", "d_optimizer"):
         for moments in contents[field]["state"].values():
-            moments.update({name: torch.zeros(()).expand(each.shape) for name, each in moments.items()})
+            moments.update({name: number.expand(each.shape) for name, each in moments.items()})
 
 
-HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
+HOSTILE: dict[str, tuple[Change, str]] = {
     **{
         f"no {name}": (without(name), rf"missing \['{name}'\]")
         for name in sorted(RunState.__required_keys__ - checkpoints._ADDED_KEYS.keys())

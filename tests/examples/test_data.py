@@ -154,12 +154,9 @@ class TestLayout:
             "lost+found",
             "__MACOSX",
         )
-        files = [
-            f"{place}{name}/SYNOPHOTO_THUMB.jpg" for name in folders for place in ("", "cat/", "cat/in/")
-        ]
-        files += [
-            f"{name}/x-checkpoint.jpg" for name in (".Trash-1000", ".ipynb_checkpoints", "dog/.AppleDouble")
-        ]
+        places = [f"{place}{name}" for name in folders for place in ("", "cat/", "cat/in/")]
+        places += [".Trash-1000", ".ipynb_checkpoints", "dog/.AppleDouble"]
+        files = [f"{place}/SYNOPHOTO_THUMB.jpg" for place in places]
         root = write_files(tmp_path, "cat/x.jpg", "dog/y.jpg", "dog/Thumbs.db", "desktop.ini", *files)
         tree = scan_image_tree(root)
         assert (tree.class_names, len(tree.paths)) == (("cat", "dog"), 2)
@@ -167,9 +164,8 @@ class TestLayout:
 
     def test_names_end_as_those_of_every_format_that_is_read(self) -> None:
         Image.init()
-        known = {
-            name: kind for name, kind in Image.registered_extensions().items() if kind in FORMAT_EXTENSIONS
-        }
+        names = Image.registered_extensions().items()
+        known = {name: kind for name, kind in names if kind in FORMAT_EXTENSIONS}
         assert known == {name: kind for kind, names in FORMAT_EXTENSIONS.items() for name in names}
 
     def test_linked_classes_and_images_are_read_and_link_loops_end(self, tmp_path: Path) -> None:
@@ -808,10 +804,7 @@ class TestOpening:
             ({"workers": "2"}, "workers: expected at least 0, got '2'"),
             ({"workers": 10**6}, "workers: expected at most 1024, got 1000000"),
             ({"cache_mib": float("nan")}, "cache_mib: expected at least 0, got nan"),
-            (
-                {"resample": "nearest"},
-                "resample: expected one of bilinear, bicubic, lanczos, box, got 'nearest'",
-            ),
+            ({"resample": "nearest"}, "resample: expected one of bilinear, .*, box, got 'nearest'"),
             ({"check": "fast"}, "check: expected one of full, headers, auto, off, got 'fast'"),
         ],
     )

@@ -11,11 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sagan.errors import NotFiniteError
-from sagan.evaluation.fid import (
-    Moments,
-    frechet_distance_of_features,
-    frechet_distance_of_moments,
-)
+from sagan.evaluation.fid import Moments, frechet_distance_of_features, frechet_distance_of_moments
 from sagan.evaluation.inception_score import InceptionScore, splits_in_order
 from sagan.evaluation.kid import kernel_inception_distance
 from sagan.evaluation.precision_recall import precision_and_recall
@@ -200,12 +196,7 @@ def test_logits_without_probabilities_give_an_error_and_no_score(row: list[float
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(
     "metric",
-    [
-        moments_distance,
-        frechet_distance_of_features,
-        kernel_inception_distance,
-        precision_and_recall,
-    ],
+    [moments_distance, frechet_distance_of_features, kernel_inception_distance, precision_and_recall],
 )
 def test_values_that_are_not_finite_give_an_error_and_no_figure(
     metric: Callable[[Tensor, Tensor], object], value: float

@@ -28,18 +28,8 @@ from sagan.train.checkpoint import find_checkpoint
 from sagan.train.update import Trainer
 
 NAMES = [
-    "\udcff",
-    "猫",
-    "Größe",
-    "кот",
-    "🐈",
-    "a$b$c",
-    "$\\frac{",
-    "x" * 150 + "y" * 150,
-    "line\nbreak",
-    "\0\x1b[31m",
-    "",
-    " ",
+    *("\udcff", "猫", "Größe", "кот", "🐈", "a$b$c", "$\\frac{"),
+    *("x" * 150 + "y" * 150, "line\nbreak", "\0\x1b[31m", "", " "),
 ]
 LABELS = [
     *("\\udcff", "class 1", "Größe", "кот", "class 4", "a$b$c", "$\\frac{"),
@@ -104,14 +94,9 @@ class TestPictures:
             assert read_png(path).float().std() > 1
 
     def test_letters_are_drawn_and_not_boxes(self, tmp_path: Path) -> None:
-        drawn = []
+        drawn, image = [], torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
         for name in ("кот", "ток", "猫"):
-            save_grid(
-                tmp_path / "grid.png",
-                torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
-                columns=1,
-                row_names=[name],
-            )
+            save_grid(tmp_path / "grid.png", image, columns=1, row_names=[name])
             drawn.append(read_png(tmp_path / "grid.png"))
         assert drawn[0].shape == drawn[1].shape
         assert not torch.equal(drawn[0], drawn[1])
@@ -203,10 +188,8 @@ class TestDivergedGenerators:
         succeed("sample", "--source", source, "--out", tmp_path / "raw", "--weights", "raw", "--count", 3)
 
     def test_have_no_attention_maps_and_no_figures(self, source: Path, tmp_path: Path) -> None:
-        for command, *options in (
-            ("attention-maps",),
-            ("evaluate", "--proxy", "--count", 20, "--cache", tmp_path),
-        ):
+        evaluation = ("evaluate", "--proxy", "--count", 20, "--cache", tmp_path)
+        for command, *options in (("attention-maps",), evaluation):
             out = tmp_path / command
             message = refused(command, "--source", source, "--out", out, "--device", "cpu", *options)
             assert "expected finite values" in message

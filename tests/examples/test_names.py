@@ -16,20 +16,8 @@ from sagan.io import open_regular
 from sagan.names import file_names, printable
 
 HOSTILE = [
-    "..",
-    ".",
-    "/etc/passwd",
-    "../../x",
-    "a\0b",
-    "a/b",
-    "a\\b",
-    "",
-    "A",
-    "a",
-    "a_2",
-    "\udcff",
-    "e\u0301",
-    "é",
+    *("..", ".", "/etc/passwd", "../../x", "a\0b", "a/b", "a\\b"),
+    *("", "A", "a", "a_2", "\udcff", "e\u0301", "é"),
 ]
 _TEXT = st.text(st.characters() | st.sampled_from("/\\.\0 _2aA\u202e\udcff"), max_size=150)
 

@@ -519,9 +519,8 @@ class TestDamagedArchives:
 
     def refused(self, tmp_path: Path, data: bytes) -> str:
         (tmp_path / "t.tar").write_bytes(data)
-        with pytest.raises(
-            DatasetError, match=r"expected a whole tar archive at .*an incomplete download"
-        ) as caught:
+        message = r"expected a whole tar archive at .*an incomplete download"
+        with pytest.raises(DatasetError, match=message) as caught:
             listed(tmp_path / "t.tar")
         return str(caught.value)
 
@@ -591,13 +590,7 @@ class TestForeignFiles:
             buffer = io.BytesIO()
             with tarfile.open(fileobj=buffer, mode="w") as archive:
                 add_member(archive, "1.JPEG", jpeg_bytes())
-                for kind in (
-                    tarfile.SYMTYPE,
-                    tarfile.LNKTYPE,
-                    tarfile.FIFOTYPE,
-                    tarfile.CHRTYPE,
-                    tarfile.DIRTYPE,
-                ):
+                for kind in (b"1", b"2", b"3", b"5", b"6"):  # links, a device, a folder, a pipe
                     member = tarfile.TarInfo("2.JPEG")
                     member.type = kind
                     archive.addfile(member)
@@ -863,12 +856,9 @@ class TestResume:
     def test_two_at_once_on_one_folder_are_refused(self, source: Path, out: Path) -> None:
         lock = out.with_name("set.partial") / "lock"
         lock.parent.mkdir()
-        program = (
-            f"from filelock import FileLock\nwith FileLock({str(lock)!r}):\n print(flush=True)\n input()"
-        )
-        with subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as other:
+        text = f"from filelock import FileLock\nwith FileLock({str(lock)!r}):\n print(flush=True)\n input()"
+        program = [sys.executable, "-c", text]
+        with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             assert other.stdout is not None
             other.stdout.readline()
             with pytest.raises(UserError, match="another prepare is at work"):
@@ -954,9 +944,8 @@ class TestSpaceAndPlaces:
 
         monkeypatch.setattr(Path, "write_bytes", full)
         monkeypatch.setattr(tarfile.TarFile, "addfile", full)
-        message = refused(
-            "make-images", "--out", tmp_path / "made", "--layout", layout, "--classes", 2, "--images", 1
-        )
+        options = ("--out", tmp_path / "made", "--layout", layout, "--classes", 2, "--images", 1)
+        message = refused("make-images", *options)
         assert f"No space left on device: '{tmp_path / 'made'}'" in message
 
     def test_out_may_be_the_folder_one_is_in(self, source: Path, tmp_path: Path, monkeypatch: Patch) -> None:

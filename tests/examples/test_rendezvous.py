@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from command_line import python
 
 from sagan import rendezvous
 from sagan.errors import UserError
@@ -124,24 +121,7 @@ def test_why_a_process_ended_reaches_the_others(
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_in_seconds(victim: int, listener: socket.socket) -> None:
     listener.close()
-    examples = Path(rendezvous.__file__).parents[1]
-    path = os.pathsep.join([str(examples), str(examples.parent), os.environ.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TALK],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": path,
-                "WORLD_SIZE": "2",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-        )
-        for rank in (0, 1)
-    ]
+    processes = [python(TALK, WORLD_SIZE=2, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "talks\n"

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-from sagan import signals
+from command_line import python
 
 # The exception comes in a callback that cannot raise it.
 IN_A_CALLBACK = """
@@ -44,16 +40,9 @@ with signals.program():
 
 
 def run(program: str, number: signal.Signals) -> tuple[int, str]:
-    path = str(Path(signals.__file__).parents[1])
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(int(number))],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-    )
-    return result.returncode, result.stderr
+    process = python(program, int(number))
+    _, error = process.communicate(timeout=50)
+    return process.returncode, error
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals of POSIX")

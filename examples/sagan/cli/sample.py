@@ -14,14 +14,7 @@ from sagan.errors import UserError, check_at_least
 from sagan.names import file_names
 from sagan.rendezvous import launched
 from sagan.report.figures import class_labels, save_grid, save_image
-from sagan.sampling import (
-    SAMPLES,
-    TrainedGenerator,
-    Weights,
-    claim_folder,
-    load_generator,
-    numbered_samples,
-)
+from sagan.sampling import SAMPLES, TrainedGenerator, Weights, claim_folder, load_generator, numbered_samples
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ RESAMPLE_FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Re
 
 _FORMATS = tuple(FORMAT_EXTENSIONS)  # the content decides, not the name: ImageNet has a PNG named .JPEG
 
-_SHOWN_BYTES = 64
 MAX_FILE_BYTES = 2**30  # Pillow's limit of pixels times 8 bytes is less; text and comments may never end
 
 _ORIENTATION_TAG = 0x0112
@@ -210,7 +209,7 @@ def _reading(path: Path, data: bytes | None = None) -> Iterator[BinaryIO]:
                     yield file
                 except UnidentifiedImageError:
                     file.seek(0)
-                    start = file.read(_SHOWN_BYTES)
+                    start = file.read(64)
                     raise
         except Exception as error:  # OSError, SyntaxError, struct.error, KeyError: the bytes are arbitrary
             of_system = isinstance(error, MemoryError) or (isinstance(error, OSError) and bool(error.errno))

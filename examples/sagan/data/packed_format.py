@@ -29,7 +29,7 @@ import numpy.typing as npt
 from sagan.data.layout import DatasetError
 from sagan.data.prefetch import map_ranges
 from sagan.errors import UserError, check_at_least
-from sagan.io import first_line, open_regular
+from sagan.io import first_line, open_regular, read_json
 from sagan.schema import conform, shown
 
 FORMAT = "sagan-layers packed images"
@@ -128,12 +128,9 @@ def seal(values: Mapping[str, Any]) -> str:
     return json.dumps({**values, _SEAL: _json_digest(values)}, indent=1) + "\n"
 
 
-def unseal(data: bytes, *, required: bool = True) -> dict[str, Any]:
+def read_sealed(path: Path, *, required: bool = True) -> dict[str, Any]:
     """Return what :func:`seal` wrote; raise ValueError if it is not that. The digest may be absent if not required."""
-    try:
-        values = json.loads(data)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, got {type(values).__name__}")
     found = values.pop(_SEAL, None)
@@ -155,8 +152,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read manifest.json; raise PackedError if it is missing, damaged, or of another version."""
     path = folder / MANIFEST
     try:
-        with open_regular(path) as file:
-            values = unseal(file.read(), required=False)  # sets made before it had a digest have none
+        values = read_sealed(path, required=False)  # sets made before it had a digest have none
     except OSError as error:
         hint = "It is unfinished: run the same prepare command again. " if PARTIAL in str(folder) else ""
         raise PackedError(

@@ -48,18 +48,16 @@ class WorkerBatches(Iterator[Batch]):
 
     def __init__(self, start: Callable[[], Iterator[Batch | Exception]], problem: str | None = None) -> None:
         self._problem = problem
-        self._workers: list[BaseProcess] = []
-        self._threads: list[threading.Thread] = []
         self._batches: list[Iterator[Batch | Exception]] = []
-        if problem is None:
-            others, other_threads = set(multiprocessing.active_children()), set(threading.enumerate())
-            try:
+        processes, threads = set(multiprocessing.active_children()), set(threading.enumerate())
+        try:
+            if problem is None:
                 with _unchanged_sigchld():
                     self._batches.append(start())
-            except OSError as error:  # too many processes, or no memory for them
-                self._problem = f"cannot start data workers: {error}. Remedy: fewer --images.workers"
-            self._workers += set(multiprocessing.active_children()) - others
-            self._threads += set(threading.enumerate()) - other_threads
+        except OSError as error:  # too many processes, or no memory for them
+            self._problem = f"cannot start data workers: {error}. Remedy: fewer --images.workers"
+        self._workers: list[BaseProcess] = [*set(multiprocessing.active_children()) - processes]
+        self._threads = set(threading.enumerate()) - threads
         # At exit Python would ask the workers to end, and wait; they ignore the signal that asks.
         self._end = partial(_end, self._batches, self._workers)
         atexit.register(self._end)

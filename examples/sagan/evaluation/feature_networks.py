@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sagan.errors import UserError, check_finite
 from sagan.evaluation.config import NO_NETWORK, EvaluationConfig
 from sagan.evaluation.inception import WEIGHTS_SHA256_START, load_inception
-from sagan.io import file_sha256, module_digest
+from sagan.io import file_sha256, first_line, module_digest
 
 # Images at a time on a CPU. Twice as fast as whole blocks, whose feature maps do not fit its caches.
 _CPU_CHUNK = 8
@@ -153,7 +153,7 @@ def exported_network(
     except UserError:
         raise
     except Exception as error:  # torch raises many kinds for a damaged or foreign file, or unsuitable inputs
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise UserError(
             f"feature network: {path} is not an exported program for any number of {resolution}x{resolution} "
             f"images ({reason})"

@@ -25,7 +25,7 @@ from sagan.evaluation.extraction import FeatureBlock, dataset_blocks, extract_fe
 from sagan.evaluation.feature_networks import FeatureNetwork
 from sagan.evaluation.fid import Moments, frechet_distance_of_moments
 from sagan.evaluation.inception_score import SPLITS, InceptionScore
-from sagan.io import atomic_write_text, file_sha256, naming
+from sagan.io import atomic_write_text, file_sha256, naming, read_json
 
 FORMAT = "sagan-layers reference features"
 VERSION = 1
@@ -144,7 +144,7 @@ def _cached_facts(folder: Path, key: dict[str, Any], all_features: bool) -> dict
     if not folder.exists():
         return None
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / _MANIFEST)
         facts = RealFacts(**{**manifest["facts"], "from_cache": True})
         found, files = manifest["key"], {name: str(digest) for name, digest in manifest["files"].items()}
         version = (manifest["format"], manifest["version"])

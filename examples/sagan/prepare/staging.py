@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from sagan.data.packed_format import HEADER_BYTES, IMAGES, PARTIAL, image_header, seal, unseal
+from sagan.data.packed_format import HEADER_BYTES, IMAGES, PARTIAL, image_header, read_sealed, seal
 from sagan.errors import UserError
-from sagan.io import atomic_write, atomic_write_text, locked, sync_folder
+from sagan.io import atomic_write, atomic_write_text, locked, naming, sync_folder
 from sagan.prepare.listing import Indices
 from sagan.prepare.part import PartResult, write_all
 
@@ -64,21 +64,21 @@ class Staging:
     def disk_errors(self) -> Iterator[None]:
         """Name the place in errors of the disk, which a full one leaves out; leave nothing of no use behind."""
         try:
-            yield
+            with naming(self.array):
+                yield
         except OSError as error:
-            is_of_use = any(self._parts.glob("*.json"))
-            if not is_of_use:
+            if not any(self._parts.glob("*.json")):
                 shutil.rmtree(self.folder, ignore_errors=True)
-            hint = " (finished work is saved: the same command resumes)" if is_of_use else ""
-            place = error.filename or str(self.array)
-            raise OSError(error.errno or errno.EIO, f"{error.strerror or error}{hint}", place) from error
+                raise
+            hint = f"{error.strerror or error} (finished work is saved: the same command resumes)"
+            raise OSError(error.errno or errno.EIO, hint, error.filename) from error
 
     def read_plan(self) -> dict[str, Any] | None:
         """Return the plan of the work that was begun here, None if there is none."""
         if not self._plan.is_file() or not self.array.is_file():
             return None
         try:
-            return unseal(self._plan.read_bytes())
+            return read_sealed(self._plan)
         except ValueError as error:
             raise UserError(
                 f"{self._plan} is damaged: {error}. Delete {self.folder} and run the same command again"
@@ -118,7 +118,7 @@ class Staging:
         results = {}
         for path in self._parts.glob("*.json"):
             with contextlib.suppress(ValueError, TypeError):
-                results[int(path.stem)] = PartResult(**unseal(path.read_bytes()))
+                results[int(path.stem)] = PartResult(**read_sealed(path))
         return results
 
     def finish_parts(self, results: Mapping[int, PartResult]) -> None:

@@ -263,10 +263,7 @@ def write_shard(
         }
     )
     if class_names is not None:
-        features = {
-            "image": {"_type": "Image"},
-            "label": {"names": list(class_names), "_type": "ClassLabel"},
-        }
+        features = {"image": {"_type": "Image"}, "label": {"names": list(class_names), "_type": "ClassLabel"}}
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
         table = table.replace_schema_metadata(metadata)
     pq.write_table(table, path, row_group_size=row_group_size)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from sagan.errors import UserError, is_finite
 from sagan.io import atomic_write_text, open_regular
 from sagan.recipes import RunConfig
+from sagan.schema import conform
 
 T = TypeVar("T")
 
@@ -207,9 +208,8 @@ def _jsonable(value: Any) -> Any:
 def _row(line: str) -> dict[str, Any] | None:
     """Return the row in a line; None unless it has an iteration, and otherwise numbers, texts and nulls."""
     try:
-        row = json.loads(line)
-        numbers = [value for value in row.values() if value is not None and not isinstance(value, str)]
-        is_row = isinstance(row["iteration"], int) and all(isinstance(each, (int, float)) for each in numbers)
-        return row if is_row and list(map(float, numbers)) else None
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        row: dict[str, Any] = conform(json.loads(line), dict[str, float | str | None], "row")
+        conform(row["iteration"], int, "iteration")
+    except (ValueError, LookupError, RecursionError):
         return None
+    return row
