@@ -15,16 +15,14 @@ from sagan.names import printable
 
 
 class PrintableStream(io.TextIOBase):
-    """A text stream that escapes control characters, and characters that its encoding lacks."""
+    """A text stream that escapes control characters."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         """Write text; its newlines and tabs stay."""
-        encoding = self._stream.encoding or "utf-8"
-        shown = printable(text, keep="\n\t").encode(encoding, "backslashreplace")
-        self._stream.write(shown.decode(encoding))
+        self._stream.write(printable(text, keep="\n\t"))
         return len(text)
 
     def flush(self) -> None:

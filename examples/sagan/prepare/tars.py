@@ -9,15 +9,7 @@ from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from sagan.data import DatasetError, PathTable
-from sagan.data.layout import (
-    has_image_extension,
-    is_class_archive,
-    is_folder,
-    is_hidden,
-    is_special,
-    list_folder,
-)
+from sagan.data import DatasetError, PathTable, layout
 from sagan.data.tree import NOT_REGULAR, SkippedFiles
 from sagan.io import open_regular
 from sagan.prepare.listing import ImageFiles, Indices, Listing, hinted, is_cut_jpeg, too_large, will_need
@@ -133,7 +125,7 @@ def first_member(path: Path) -> str | None:
     try:
         with open_regular(path) as file:
             members = (member.name for member in walk(file, *whole(path)[1:]) if member.isreg())
-            return next((name for name in members if not is_hidden(name)), None)
+            return next((name for name in members if not layout.is_hidden(name)), None)
     except (tarfile.TarError, OSError):
         return None
 
@@ -189,15 +181,17 @@ def list_class_tars(path: Path, workers: int) -> Listing:
     archives: dict[str, Stretch] = {}
     inside: list[tuple[str, Stretch | None]]
     if path.is_dir():
-        entries = [entry for entry in list_folder(path) if not is_folder(entry)]
-        inside = [(entry.name, None if is_special(entry) else whole(Path(entry.path))) for entry in entries]
+        entries = [entry for entry in layout.list_folder(path) if not layout.is_folder(entry)]
+        inside = [
+            (entry.name, None if layout.is_special(entry) else whole(Path(entry.path))) for entry in entries
+        ]
     else:
         inside = list_members(whole(path))
     for name, place in inside:
         class_name = PurePosixPath(name).stem
         if place is None:
             skipped.add(name, NOT_REGULAR)
-        elif is_hidden(name) or not is_class_archive(PurePosixPath(name).name):
+        elif layout.is_hidden(name) or not layout.is_class_archive(PurePosixPath(name).name):
             skipped.add(name)
         elif class_name in archives:
             raise DatasetError(f"expected one archive for each class in {path}, got two of {class_name}")
@@ -234,7 +228,7 @@ def images_among(
     for path, place in members:
         if place is None:
             skipped.add(prefix + path, NOT_REGULAR)
-        elif is_hidden(path) or not has_image_extension(path):
+        elif layout.is_hidden(path) or not layout.has_image_extension(path):
             skipped.add(prefix + path)
         else:
             images.append((PurePosixPath(path).name, place))
