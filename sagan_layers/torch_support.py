@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+_count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,8 +58,7 @@ def is_tracing() -> bool:
     """Return whether torch.jit.trace or a dispatch mode (make_fx, fake tensors) records plain operations."""
     if torch.compiler.is_compiling():
         return False
-    modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)()
-    return bool(modes or torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+    return bool(_count_dispatch_modes() or torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 def needs_plain_operations() -> bool:

@@ -122,7 +122,8 @@ def conditional_batch_norm(
     if running is None:
         _check_variance(x, result, process_group)
     if training and running_mean is not None and running_var is not None:
-        _update_running_statistics(running_mean, running_var, result, momentum, biased_running_var)
+        options = momentum, biased_running_var, process_group
+        _update_running_statistics(running_mean, running_var, result, *options)
     return result.y
 
 
@@ -184,11 +185,14 @@ def _update_running_statistics(
     batch: ConditionalNormResult,
     momentum: float | Tensor,
     biased_running_var: bool,
+    process_group: ProcessGroup | None,
 ) -> None:
     count = batch.num_values
     assert count is not None
-    if isinstance(count, Tensor):  # of a process group: known only now
-        if count.device.type == "cpu" and reads_values_of(count) and bool(count < 2):
+    if isinstance(count, Tensor):
+        # Of a process group: known only now.
+        in_group = process_group is not None and count.device.type == "cpu"
+        if in_group and reads_values_of(count) and bool(count < 2):
             raise ValueError(
                 f"x: expected more than one value per channel in training, got {int(count)} in all processes"
             )
