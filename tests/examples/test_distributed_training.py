@@ -170,12 +170,13 @@ def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> No
         assert tensor.eq(1).all()
 
 
-def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    message = "WORLD_SIZE is 2 but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"
+@pytest.mark.parametrize("missing", ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_an_incomplete_environment_is_refused(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
+    for name, value in {**numbers, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    message = f"environment: expected {missing}.*, got none; start with torchrun"
     with pytest.raises(UserError, match=message), init_world("cpu"):
         pass
 
