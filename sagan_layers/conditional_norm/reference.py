@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from sagan_layers.checks import reads_values_of
 from sagan_layers.torch_support import accumulation_dtype, without_autocast
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def conditional_batch_norm(
         num_values = None
         if running is None:
             mean, var, num_values = batch_statistics(wide, process_group)
+            if not reads_values_of(var):  # nothing can check it: an overflow must not leave the bias alone
+                var = var.masked_fill(var.isinf(), torch.nan)
         else:
             mean, var = (statistic.to(wide.dtype) for statistic in running)
         y = normalize(wide, mean, var, gain, bias, eps).to(x.dtype)
@@ -64,8 +67,6 @@ def batch_statistics(x: Tensor, process_group: ProcessGroup | None) -> tuple[Ten
     count = torch.full((), x.numel() // x.size(1), dtype=x.dtype, device=x.device)
     if process_group is None:
         var, mean = torch.var_mean(x, dims, correction=0)
-        if torch.compiler.is_compiling():  # nothing can check it: an overflow must not leave the bias alone
-            var = var.masked_fill(var.isinf(), torch.nan)
         return mean, var, count
     total = _all_reduce_sum(torch.cat([x.sum(dims), count.reshape(1)]), process_group)
     count = total[-1].detach()

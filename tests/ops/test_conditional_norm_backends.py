@@ -15,6 +15,7 @@ from dispatched import DispatchedOperations, saved_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sagan_layers import functional
 from sagan_layers.backends import Backend
@@ -291,6 +292,28 @@ def test_a_variance_beyond_float32_is_an_error_that_changes_nothing(
     assert call(x.clone().fill_(torch.inf), one, mean).isnan().all()  # as torch's
     y = call(laid_out(values * 1e17, layout), one, mean, eps=1e-5)
     torch.testing.assert_close(y, call(values, one, mean, eps=1e-12), rtol=1e-4, atol=1e-4)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "vmap": lambda call, x: torch.func.vmap(call)(x[None])[0],
+    "jvp": lambda call, x: torch.func.jvp(call, (x,), (x,))[0],
+    "grad": lambda call, x: torch.func.grad(lambda x: (call(x).sum(), call(x)), has_aux=True)(x)[1],
+    "trace": lambda call, x: torch.jit.trace(lambda x: call(x), x, check_trace=False)(x),  # NaN is not NaN
+    "make_fx": lambda call, x: make_fx(call)(x)(x),
+    "compile": lambda call, x: torch.compile(call, backend="aot_eager")(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("positions", [(4, 5), (256, 256)])
+def test_a_variance_beyond_float32_is_nan_where_no_check_reads_it(
+    transform: str, positions: tuple[int, int]
+) -> None:
+    x, one, zero = 1e20 * torch.randn(2, 3, *positions).clamp(-3, 3), torch.ones(3), torch.zeros(3)
+    call = partial(functional.conditional_batch_norm, gain=one, bias=zero, training=True)
+    assert TRANSFORMS[transform](call, x).isnan().all()
+    torch.testing.assert_close(TRANSFORMS[transform](call, 1e-20 * x), call(1e-20 * x))
 
 
 @kernels
