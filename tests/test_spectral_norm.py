@@ -25,7 +25,7 @@ from blocks import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import fusion, parametrizations, prune
+from torch.nn.utils import fusion, parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from sagan_layers import (
@@ -356,6 +356,19 @@ def test_a_copy_made_inside_a_context_is_outside_it(
         before = duplicated.weight_u.clone()
         duplicated.normalized_weight()
     assert not torch.equal(duplicated.weight_u, before)
+
+
+@every_layer
+@both_contexts
+def test_a_deep_copy_of_a_parametrized_layer_is_outside_contexts_too(kind: str, context: Context) -> None:
+    layer = LAYERS[kind]()
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    layer(input_of(layer)).sum().backward()
+    with context(layer):
+        copied = copy.deepcopy(layer)
+    before = copied.weight_u.clone()
+    assert torch.equal(copied.normalized_weight(), layer.normalized_weight())
+    assert not torch.equal(copied.weight_u, before)
 
 
 @both_contexts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -256,6 +257,12 @@ class SpectralNormLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies, without what contexts and earlier steps have set."""
         return {name: value for name, value in self.__dict__.items() if name not in TEMPORARY_ATTRIBUTES}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNormLayer:
+        """Return a copy without what contexts and earlier steps have set, also of a parametrized layer."""
+        copied = memo[id(self)] = self.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(SpectralNormLayer.__getstate__(self), memo))
+        return copied
 
 
 class SNConv2d(SpectralNormLayer, ResamplingConv2d):  # type: ignore[misc]
