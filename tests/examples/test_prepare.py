@@ -548,10 +548,12 @@ class TestDamagedArchives:
             done = len(whole) // share
             self.refused(tmp_path, whole[:done] + bytes(len(whole) - done))
 
-    def test_zeros_from_inside_the_last_file_on_are_found(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("left", [1500, -20], ids=["most of it", "its last bytes"])
+    def test_zeros_from_inside_the_last_file_on_are_found(self, tmp_path: Path, left: int) -> None:
         data = tar({f"{n}.JPEG": jpeg_bytes(n, 300, 200) for n in range(2)})
         (place,) = self.headers(data, "1.JPEG")
-        data = data[: place + 512 + 1500] + bytes(len(data) - place - 512 - 1500)
+        start = place + 512 + left % len(jpeg_bytes(1, 300, 200))
+        data = data[:start] + bytes(len(data) - start)
         assert "zeros from inside 1.JPEG on" in self.refused(tmp_path, tar({f"{WNIDS[0]}.tar": data}))
 
     def test_a_class_archive_that_ends_where_a_file_ends_is_refused(self, tmp_path: Path) -> None:

@@ -36,13 +36,15 @@ def too_large(size: int) -> str | None:
     return f"{size:,} bytes are too many for an image" if size > MAX_FILE_BYTES else None
 
 
-def is_cut_jpeg(data: bytes) -> bool:
+def is_cut_jpeg(data: bytes, zeros: int = 512) -> bool:
     """Return whether a JPEG ends in zeros instead of its end, as in a download into a file of full size.
 
     libjpeg decodes the zeros as grey.
     """
     return (
-        data.endswith(bytes(512)) and data[:2] == b"\xff\xd8" and not data.rstrip(b"\0").endswith(b"\xff\xd9")
+        data.endswith(bytes(zeros))
+        and data[:2] == b"\xff\xd8"
+        and not data.rstrip(b"\0").endswith(b"\xff\xd9")
     )
 
 

@@ -101,10 +101,10 @@ def list_members(archive: Stretch) -> list[tuple[str, Stretch | None]]:
                     members.append((member.name, None))
             # Zeros from inside the last file on may have been more files, if no more than _MOST_ZEROS.
             if members and (last := members[-1][1]) and last.size > _BLOCK and not too_large(last.size):
-                file.seek(last.start + last.size - _BLOCK)
-                if file.read(_BLOCK) == bytes(_BLOCK):
+                file.seek(last.start + last.size - 2)
+                if file.read(2) == bytes(2):
                     file.seek(last.start)
-                    if is_cut_jpeg(file.read(last.size)):
+                    if is_cut_jpeg(file.read(last.size), zeros=2):
                         raise tarfile.ReadError(f"zeros from inside {members[-1][0]} on")
         except tarfile.TarError as error:
             packer = _COMPRESSED.get(magic) if archive.start == 0 else None
