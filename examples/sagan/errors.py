@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import reprlib
 import sys
+from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+
+_MOST_LISTED = 5
 
 
 class UserError(ValueError):
@@ -19,6 +24,27 @@ class UserError(ValueError):
 
 class NotFiniteError(UserError):
     """A value is NaN or infinite."""
+
+
+def shown(value: object) -> str:
+    """Return a short description of any value for a message."""
+    if value is None or isinstance(value, (str, bool, float)) or is_int(value):
+        return reprlib.repr(value)
+    if isinstance(value, int):
+        return f"an integer of {value.bit_length()} bits"
+    count = f" of {len(value):,}" if isinstance(value, (list, tuple, dict, set)) else ""
+    return f"a {type(value).__name__}{count}"
+
+
+def listed(values: Collection[object]) -> str:
+    """Return the first values, and how many more there are, for a message."""
+    more = f", and {len(values) - _MOST_LISTED:,} more" if len(values) > _MOST_LISTED else ""
+    return f"[{', '.join(map(shown, islice(values, _MOST_LISTED)))}{more}]"
+
+
+def is_int(value: object) -> bool:
+    """Whether a value is an integer of 64 bits, and no bool."""
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def is_finite(value: object) -> bool:
@@ -45,7 +71,7 @@ def check_at_least(options: object, minimum: int, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and not (isinstance(value, (int, float)) and value >= minimum):
-            raise UserError(f"{name}: expected at least {minimum}, got {value!r}")
+            raise UserError(f"{name}: expected at least {minimum}, got {shown(value)}")
 
 
 def check_choices(options: object) -> None:
@@ -53,7 +79,7 @@ def check_choices(options: object) -> None:
     for name, kind in get_type_hints(type(options)).items():
         choices, value = get_args(kind), getattr(options, name)
         if get_origin(kind) is Literal and value not in choices:
-            raise UserError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+            raise UserError(f"{name}: expected one of {', '.join(map(str, choices))}, got {shown(value)}")
 
 
 def is_in_use(out: Path, *, ignored_prefix: str | None = None) -> bool:

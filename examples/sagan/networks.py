@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sagan.errors import UserError, check_at_least, check_choices
+from sagan.errors import UserError, check_at_least, check_choices, listed
 from sagan_layers import (
     ConditionalBatchNorm2d,
     ProjectionDiscriminatorHead,
@@ -92,7 +92,7 @@ class NetworkConfig:
             wrong = sorted(set(chosen) - set(allowed))
             if wrong or len(set(chosen)) != len(chosen):
                 raise UserError(
-                    f"{name}: expected different resolutions out of {allowed}, got {list(chosen)}"
+                    f"{name}: expected different resolutions out of {allowed}, got {listed(chosen)}"
                 )
 
     @property

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sagan.data import DataConfig
-from sagan.errors import UserError, check_at_least, check_choices
+from sagan.errors import UserError, check_at_least, check_choices, shown
 from sagan.evaluation.config import TrainingEvaluationConfig
 from sagan.io import read_json
 from sagan.networks import Mixer, NetworkConfig
-from sagan.schema import conform, shown
+from sagan.schema import conform
 from sagan.train.losses import LossName
 
 CONFIG = "config.json"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from sagan.errors import UserError
-
-_MOST_NAMES = 5
+from sagan.errors import UserError, is_int, listed, shown
 
 
 def conform(value: Any, kind: Any, where: str = "") -> Any:
@@ -44,9 +41,9 @@ def conform(value: Any, kind: Any, where: str = "") -> Any:
     if origin is Literal:
         _expect(type(value) is str and value in arguments, value, f"one of {', '.join(arguments)}", where)
     elif kind is float:
-        _expect(type(value) is float or _is_int(value), value, "a number", where)
+        _expect(type(value) is float or is_int(value), value, "a number", where)
     elif kind is int:
-        _expect(_is_int(value), value, "an integer", where)
+        _expect(is_int(value), value, "an integer", where)
     elif kind is Path:
         _expect(isinstance(value, str), value, "a path", where)
         return Path(value)
@@ -59,18 +56,9 @@ def conform(value: Any, kind: Any, where: str = "") -> Any:
 def check_names(found: Collection[Any], expected: Collection[Any], where: str) -> None:
     """Raise :class:`UserError` if two sets of names differ."""
     if set(found) != set(expected):
-        sides = set(found) - set(expected), set(expected) - set(found)
-        unknown, missing = (_listed(sorted(map(shown, side))) for side in sides)
-        raise UserError(f"{where}: unknown {unknown}, missing {missing}")
-
-
-def shown(value: Any) -> str:
-    """Return a short description of any value for a message."""
-    if isinstance(value, (str, bool, float, NoneType)) or _is_int(value):
-        return reprlib.repr(value)
-    return (
-        f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
-    )
+        sides = (("unknown", set(found) - set(expected)), ("missing", set(expected) - set(found)))
+        named = [f"{what} {listed(sorted(side, key=shown))}" for what, side in sides if side]
+        raise UserError(f"{where}{where and ': '}{', '.join(named)}")
 
 
 def _one_of(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
@@ -88,7 +76,7 @@ def _fields(value: Any, kind: Any, where: str) -> Any:
     make: Any = kind
     names = [each.name for each in fields(kind)] if is_dataclass(kind) else list(hints)
     _expect(isinstance(value, dict), value, "a dictionary", where or kind.__name__)
-    check_names(value, names, where or kind.__name__)
+    check_names(value, names, where)
     values = {name: conform(value[name], hints[name], _inner(where, name)) for name in names}
     if not is_dataclass(kind):
         return values
@@ -103,14 +91,5 @@ def _expect(condition: bool, value: Any, expected: str, where: str) -> None:
         raise UserError(f"{where}: expected {expected}, got {shown(value)}")
 
 
-def _is_int(value: Any) -> bool:
-    return type(value) is int and -(2**63) <= value < 2**63
-
-
 def _inner(where: str, name: Any) -> str:
     return f"{where}.{name}" if where else str(name)
-
-
-def _listed(names: list[str]) -> str:
-    more = f", and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return f"[{', '.join(names[:_MOST_NAMES])}{more}]"

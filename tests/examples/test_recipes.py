@@ -116,10 +116,10 @@ class TestRunConfig:
         part = values if group is None else values[group]
         removed = next(iter(part))
         value = part.pop(removed)
-        with pytest.raises(UserError, match=rf"unknown \[\], missing \['{removed}'\]"):
+        with pytest.raises(UserError, match=rf"missing \['{removed}'\]"):
             config_from_dict(values)
         part.update({removed: value, "lerning_rate": 1})
-        with pytest.raises(UserError, match=r"unknown \['lerning_rate'\], missing \[\]"):
+        with pytest.raises(UserError, match=r"unknown \['lerning_rate'\]$"):
             config_from_dict(values)
 
     def test_values_out_of_range_are_refused_when_read(self) -> None:

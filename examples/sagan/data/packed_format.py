@@ -28,9 +28,9 @@ import numpy.typing as npt
 
 from sagan.data.layout import DatasetError
 from sagan.data.prefetch import map_ranges
-from sagan.errors import UserError, check_at_least
+from sagan.errors import UserError, check_at_least, shown
 from sagan.io import first_line, open_regular, read_json
-from sagan.schema import conform, shown
+from sagan.schema import conform
 
 FORMAT = "sagan-layers packed images"
 VERSION = 1

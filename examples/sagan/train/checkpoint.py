@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from sagan.errors import UserError
+from sagan.errors import UserError, shown
 from sagan.io import atomic_write, atomic_write_text, file_sha256, first_line, load_plain, open_regular
-from sagan.schema import shown
 from sagan.train.state import RunState, check_state
 
 FORMAT = "sagan-layers trainer"
@@ -127,7 +126,6 @@ def load_checkpoint(path: Path) -> RunState:
                 f"{path} is damaged: it is not the file that was written (its SHA-256 differs)"
             )
         contents = load_plain(path)
-        file_bytes = path.stat().st_size
     except CheckpointError:
         raise
     except (UserError, OSError) as error:
@@ -138,7 +136,7 @@ def load_checkpoint(path: Path) -> RunState:
     if type(version) is not int or version != VERSION:
         raise CheckpointError(f"{path} is of version {shown(version)}; this trainer reads version {VERSION}")
     try:
-        return check_state({**_ADDED_KEYS, **contents}, file_bytes)
+        return check_state({**_ADDED_KEYS, **contents})
     except UserError as error:
         raise CheckpointError(f"{path} holds no state of a run: {error}") from error
 

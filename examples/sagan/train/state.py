@@ -9,10 +9,10 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from sagan.errors import UserError, check_finite
+from sagan.errors import UserError, check_finite, shown
 from sagan.networks import Discriminator, Generator
 from sagan.recipes import RunConfig, config_from_dict
-from sagan.schema import check_names, conform, shown
+from sagan.schema import check_names, conform
 from sagan.train.health import AlarmState, GuardState
 from sagan.train.means import Sums
 
@@ -58,8 +58,8 @@ class RunState(TrainerState):
     alarm: AlarmState  # state of the collapse alarm
 
 
-def check_state(state: Any, file_bytes: int) -> RunState:
-    """Return a state from a file of ``file_bytes`` with which a run can resume.
+def check_state(state: Any) -> RunState:
+    """Return a state with which a run can resume.
 
     Raises:
         UserError: if it is none. The message names the field and what was expected: another type, shape, name or
@@ -75,10 +75,7 @@ def check_state(state: Any, file_bytes: int) -> RunState:
         if found or state["iteration"] or name not in ("g_optimizer", "d_optimizer"):  # no moments yet
             check_tensors(found, expected, name)
         tensors |= {f"{name}.{inner}": each for inner, each in found.items()}
-    # Tensors that share memory may be larger than the file, and than the machine.
-    needed = sum(tensor.nbytes for tensor in tensors.values())
-    if needed > file_bytes:
-        raise UserError(f"config.network: {needed:,} bytes of weights in a file of {file_bytes:,}")
+    _check_apart(tensors)
     for name, tensor in tensors.items():
         check_finite(name, tensor)
         if name.endswith(("exp_avg_sq", "running_var", "n_averaged", "step")) and bool((tensor < 0).any()):
@@ -122,8 +119,33 @@ def check_tensors(found: Mapping[str, Any], expected: Mapping[str, Tensor], wher
 
 
 def _described(value: Any) -> str:
-    plain = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-    return f"{value.dtype} {list(value.shape)}" if plain and not value.is_nested else shown(value)
+    if not isinstance(value, Tensor):
+        return shown(value)
+    if value.is_nested or value.layout is not torch.strided or value.device.type != "cpu":
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        return f"a {kind} tensor on {value.device}"
+    if not _is_dense(value):
+        return f"a tensor with the strides {list(value.stride())}, not with each element once"
+    return f"{value.dtype} {list(value.shape)}"
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements are side by side, each once, in any order of the dimensions, such as channels last.
+
+    Updates in place of others, as those of ``expand``, crash.
+    """
+    squeezed = tensor.squeeze()
+    order = sorted(range(squeezed.dim()), key=squeezed.stride, reverse=True)
+    return squeezed.permute(order).is_contiguous()
+
+
+def _check_apart(tensors: Mapping[str, Tensor]) -> None:
+    """Raise :class:`UserError` if tensors share elements: an update of one would change the other."""
+    end, before = 0, ""
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.numel() and tensor.data_ptr() < end:
+            raise UserError(f"{name}: expected elements of its own, got those of {before}")
+        end, before = max(end, tensor.data_ptr() + tensor.nbytes), name
 
 
 def _tensors(state: Mapping[str, Any], field: str) -> dict[str, Any]:
@@ -162,8 +184,7 @@ def _check_plain_values(state: RunState, config: RunConfig) -> None:
     ):
         if not holds:
             value: Any = state[field]  # type: ignore[literal-required]
-            got = _described(value) if isinstance(value, Tensor) else shown(value)
-            raise UserError(f"{field}: expected {expected}, got {got}")
+            raise UserError(f"{field}: expected {expected}, got {_described(value)}")
 
 
 def _is_cpu_generator(value: Tensor) -> bool:
