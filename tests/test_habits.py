@@ -256,18 +256,57 @@ def test_initialisers_draw_gains_around_one_and_biases_of_zero(
 def test_what_stands_for_projected_gains_refuses_what_it_cannot_pass_on() -> None:
     norm = ConditionalBatchNorm2d(8, condition_features=8)
     before = norm.weight_projection.weight.clone()
-    with pytest.raises(TypeError, match="have no views; use the projection's weight"):
-        nn.init.orthogonal_(norm.weight)
     with pytest.raises(TypeError, match="optimizer can only optimize Tensors"):
         torch.optim.SGD([norm.weight], lr=0.1)
     torch.testing.assert_close(norm.weight.clone(), before + 1)
     assert torch.equal(norm.weight_projection.weight, before)
-    norm.weight.data = torch.full((8, 8), 3.0)
-    assert torch.equal(norm.weight_projection.weight, torch.full((8, 8), 2.0))
+    norm.weight.data = values = torch.randn(8, 8) + 1
+    assert torch.equal(norm.weight_projection.weight, values - 1)
     norm.norm.weight.requires_grad = False
     norm.norm.bias.requires_grad_(False)
     assert not any(parameter.requires_grad for parameter in norm.parameters())
     assert norm.weight.requires_grad is False
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        nn.init.orthogonal_,
+        lambda weight: nn.init.trunc_normal_(weight, 1.0),
+        nn.init.zeros_,
+        lambda weight: nn.init.constant_(weight.data, 0.5),
+        lambda weight: weight.data.mul_(0.5),
+        lambda weight: weight.data.__setitem__(slice(None), 0.5),
+    ],
+)
+def test_values_that_would_become_random_gains_name_the_projection(write: Callable[[Any], Any]) -> None:
+    norm = ConditionalBatchNorm2d(8, condition_features=8)
+    with pytest.raises(
+        (TypeError, ValueError), match=r"^weight: .* initialise weight_projection\.weight instead"
+    ):
+        write(norm.weight)
+    with pytest.raises(
+        ValueError, match=r"bias: expected values around 0, got a mean of 0.25; .*bias_projection"
+    ):
+        nn.init.constant_(norm.norm.bias, 0.25)
+
+
+@every_form
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_that_would_have_no_effect_is_refused(form: str, name: str) -> None:
+    norm = ConditionalBatchNorm2d(8, **FORMS[form])
+    names = list(norm.state_dict())
+    with pytest.raises(
+        TypeError, match=f"norm.{name}: expected no parameter of its own; set {name} of the layer"
+    ):
+        setattr(norm.norm, name, nn.Parameter(torch.ones(8)))
+    if norm.condition_features is not None:
+        with pytest.raises(TypeError, match=rf"^{name}: .* set {name}_projection\.weight"):
+            setattr(norm, name, nn.Parameter(torch.ones(8)))
+    else:
+        setattr(norm, name, nn.Parameter(torch.full(getattr(norm, name).shape, 3.0)))
+        assert torch.equal(getattr(norm.norm, name), getattr(norm, name))
+    assert list(norm.state_dict()) == names
 
 
 @every_form

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ class RunningStatistics(nn.BatchNorm2d):
     weight: Any = property(lambda self: self.owner().weight)
     bias: Any = property(lambda self: self.owner().bias)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As ``nn.Module``; but a weight or bias of its own would have no effect."""
+        if name in ("weight", "bias") and isinstance(value, Tensor):
+            raise TypeError(
+                f"norm.{name}: expected no parameter of its own; set {name} of the layer around it"
+            )
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies; the copy of the layer around this one sets ``owner`` again."""
         return {name: value for name, value in self.__dict__.items() if name != "owner"}
@@ -30,11 +38,12 @@ class ProjectedCoefficients:
     """The gains or biases of a projection, for initialisers: its weight plus the gain of a vector of zeros.
 
     A method that writes in place writes to the projection, so ``nn.init.normal_(layer.weight.data, 1, 0.02)`` draws
-    gains around 1. It is not a tensor, and an optimizer refuses it: the parameter is the projection's weight.
+    gains around 1. It is not a tensor, and an optimizer refuses it: the parameter is the projection's weight. Values
+    with another mean are refused: they would not become every vector's gain, but gains as random as the vectors.
     """
 
-    def __init__(self, projection: nn.Module, offset: float) -> None:
-        self.__dict__.update(_projection=projection, _offset=offset)
+    def __init__(self, name: str, projection: nn.Module, offset: float) -> None:
+        self.__dict__.update(_name=name, _projection=projection, _offset=offset)
 
     def detach(self) -> ProjectedCoefficients:
         """Return this object itself, which has no graph."""
@@ -43,10 +52,31 @@ class ProjectedCoefficients:
     def __setattr__(self, name: str, value: Any) -> None:
         """Write values to the projection's weight, or set its attribute, such as ``requires_grad``."""
         if name == "data":
+            written = value - self._offset
+            self._check_mean(written)
             with torch.no_grad():
-                self._projection.weight.copy_(value - self._offset)
+                self._projection.weight.copy_(written)
         else:
             setattr(self._projection.weight, name, value)
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TypeError(
+            f"{self._name}: is computed from a vector, and can only be written whole, by methods such as normal_ and "
+            f"fill_; initialise {self._name}_projection.weight instead"
+        )
+
+    __getitem__ = __setitem__ = __lt__ = __gt__ = _refuse  # trunc_normal_ compares
+
+    def _check_mean(self, written: Tensor) -> None:
+        """Raise ``ValueError`` if the mean is not 0 but for chance: five standard errors, and 0.05 for few values."""
+        if written.is_meta:
+            return
+        std, mean = (value.item() for value in torch.std_mean(written.double(), correction=0))
+        if abs(mean) > 0.05 + 5 * std / written.numel() ** 0.5:
+            raise ValueError(
+                f"{self._name}: expected values around {self._offset:g}, got a mean of {mean + self._offset:.2g}; "
+                f"{self._name} is computed from a vector, so initialise {self._name}_projection.weight instead"
+            )
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the projection's weight, or a method of the values."""
@@ -65,7 +95,7 @@ class ProjectedCoefficients:
                 self.data = result
                 return self
             if isinstance(result, Tensor) and result._is_view():
-                raise TypeError("coefficients of a projection have no views; use the projection's weight")
+                self._refuse()
             return result
 
         return method

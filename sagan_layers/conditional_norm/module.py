@@ -144,10 +144,16 @@ class ConditionalBatchNorm2d(nn.Module):
     def _show_coefficients(self) -> None:
         """Let code that walks over a network find gain and bias, here and at the child."""
         if self.condition_features is not None:
-            self.weight = ProjectedCoefficients(self.weight_projection, 1.0)
-            self.bias = ProjectedCoefficients(self.bias_projection, 0.0)
+            self.weight = ProjectedCoefficients("weight", self.weight_projection, 1.0)
+            self.bias = ProjectedCoefficients("bias", self.bias_projection, 0.0)
         if isinstance(self.norm, RunningStatistics):
             self.norm.owner = weakref.ref(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As ``nn.Module``; but computed gains and biases cannot be replaced by a parameter."""
+        if name in ("weight", "bias") and isinstance(value, Tensor) and self.condition_features is not None:
+            raise TypeError(f"{name}: expected no parameter (it is computed), set {name}_projection.weight")
+        super().__setattr__(name, value)
 
     @property
     def eps(self) -> float:
