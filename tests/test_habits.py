@@ -309,6 +309,23 @@ def test_a_parameter_that_would_have_no_effect_is_refused(form: str, name: str) 
     assert list(norm.state_dict()) == names
 
 
+@pytest.mark.parametrize("options", [*FORMS.values(), {"activation": "relu"}], ids=str)
+@pytest.mark.parametrize("which", ["layer", "child"])
+def test_plain_batch_norm_fuses_and_the_others_refuse(options: dict[str, Any], which: str) -> None:
+    conv, norm = SNConv2d(3, 8, 3).eval(), ConditionalBatchNorm2d(8, **options).eval()
+    for parameter in (*norm.parameters(), norm.norm.running_mean):
+        nn.init.uniform_(parameter, 0.5, 2)
+    read = norm if which == "layer" else norm.norm
+    if options:
+        with pytest.raises(
+            TypeError, match="bn: expected a batch norm without condition and activation to fuse"
+        ):
+            nn.utils.fuse_conv_bn_eval(conv, read)
+    else:
+        x = torch.randn(2, 3, 5, 5)
+        assert_close(nn.utils.fuse_conv_bn_eval(conv, read)(x), norm(conv(x)))
+
+
 @every_form
 def test_splitters_of_weight_decay_find_gains_and_biases_of_batch_norm(form: str) -> None:
     network = nn.Sequential(SNConv2d(3, 8, 3), ConditionalBatchNorm2d(8, **FORMS[form]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ class RunningStatistics(nn.BatchNorm2d):
     owner: Callable[[], Any] = staticmethod(
         lambda: None
     )  # a weak reference to that layer; None has no weight
-    weight: Any = property(lambda self: self.owner().weight)
+    weight: Any = property(lambda self: check_fusion(self.owner()).weight)
     bias: Any = property(lambda self: self.owner().bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -32,6 +33,14 @@ class RunningStatistics(nn.BatchNorm2d):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies; the copy of the layer around this one sets ``owner`` again."""
         return {name: value for name, value in self.__dict__.items() if name != "owner"}
+
+
+def check_fusion(layer: Any) -> Any:
+    """Return the layer; raise ``TypeError`` if torch reads it to fuse it, and it is more than plain batch norm."""
+    is_fused = sys._getframe(2).f_globals.get("__name__") == "torch.nn.utils.fusion"
+    if is_fused and not (layer.activation is layer.num_classes is layer.condition_features is None):
+        raise TypeError(f"bn: expected a batch norm without condition and activation to fuse, got {layer}")
+    return layer
 
 
 class ProjectedCoefficients:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sagan_layers import checks
 from sagan_layers.conditional_norm import functional
-from sagan_layers.conditional_norm.coefficients import ProjectedCoefficients, RunningStatistics
+from sagan_layers.conditional_norm.coefficients import ProjectedCoefficients, RunningStatistics, check_fusion
 from sagan_layers.conditional_norm.statistics import StandingStatistics, SynchronizedStatistics
 from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM
 from sagan_layers.spectral_norm import SNLinear
@@ -159,6 +159,16 @@ class ConditionalBatchNorm2d(nn.Module):
     def eps(self) -> float:
         """The number added to the variance."""
         return self.norm.eps
+
+    @property
+    def running_mean(self) -> Tensor | None:
+        """The running mean of the child, for ``torch.nn.utils.fuse_conv_bn_eval``."""
+        return check_fusion(self).norm.running_mean  # type: ignore[no-any-return]
+
+    @property
+    def running_var(self) -> Tensor | None:
+        """The running variance of the child."""
+        return self.norm.running_var
 
     @property
     def momentum(self) -> float | None:
