@@ -28,7 +28,7 @@ from sagan.train.checkpoint import (
 )
 from sagan.train.health import CollapseAlarm, diversity
 from sagan.train.resume import Saved
-from sagan.train.state import RunState
+from sagan.train.state import RunState, check_values
 from sagan.train.update import Trainer
 from sagan_layers import SelfAttention2d
 
@@ -66,9 +66,18 @@ class RunOutput:
         self._best_score_of = ""
 
     def state(self) -> RunState:
-        """Return what to save."""
+        """Return what to save.
+
+        Raises:
+            NotFiniteError: if a weight or moment is not finite: no run could resume.
+        """
+        trained = self._trainer.state_dict()
+        try:
+            check_values(trained)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error}; nothing was saved, earlier checkpoints are intact") from error
         return {
-            **self._trainer.state_dict(),
+            **trained,
             "fingerprint": self._fingerprint,
             "class_names": self._class_names,
             "best_score": self._best_score,

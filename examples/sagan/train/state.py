@@ -76,11 +76,20 @@ def check_state(state: Any) -> RunState:
             check_tensors(found, expected, name)
         tensors |= {f"{name}.{inner}": each for inner, each in found.items()}
     _check_apart(tensors)
-    for name, tensor in tensors.items():
-        check_finite(name, tensor)
-        if name.endswith(("exp_avg_sq", "running_var", "n_averaged", "step")) and bool((tensor < 0).any()):
-            raise UserError(f"{name}: expected at least 0, got {tensor.min().item():g}")
+    check_values(checked)
     return checked
+
+
+def check_values(state: TrainerState) -> None:
+    """Raise :class:`UserError` if a weight or a moment is not finite, or below 0 where none is."""
+    for field in ("generator", "discriminator", "average", "g_optimizer", "d_optimizer"):
+        for inner, tensor in _tensors(state, field).items():
+            name = f"{field}.{inner}"
+            check_finite(name, tensor)
+            if name.endswith(("exp_avg_sq", "running_var", "n_averaged", "step")) and bool(
+                (tensor < 0).any()
+            ):
+                raise UserError(f"{name}: expected at least 0, got {tensor.min().item():g}")
 
 
 def expected_tensors(config: RunConfig) -> dict[str, dict[str, Tensor]]:
