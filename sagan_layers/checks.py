@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed
+import torch.fx
 from torch import Tensor, nn
 
 from sagan_layers.torch_support import autocast_dtype, is_batch, is_tracing, transforms_active
@@ -311,6 +312,8 @@ def shape_of(tensor: Tensor) -> str:
 
 def kind_of(thing: object) -> str:
     """Return dtype and layout, or type, as text for a message."""
+    if isinstance(thing, torch.fx.Proxy):
+        return "a Proxy; pass a torch.fx.Tracer whose is_leaf_module is true for sagan_layers' modules"
     if not isinstance(thing, Tensor):
         return type(thing).__name__
     layout = "" if is_dense(thing) else f" in a {'nested' if thing.is_nested else thing.layout} tensor"

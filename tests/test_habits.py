@@ -177,6 +177,31 @@ def test_make_fx_records_plain_operations_that_compute_the_same(block: Block) ->
     assert not any("sagan_layers" in str(node.target) for node in recorded.graph.nodes)
 
 
+class LeafTracer(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).__module__.startswith(("torch.nn", "sagan_layers"))
+
+
+@every_block
+def test_symbolic_trace_names_the_tracer_that_works(block: Block) -> None:
+    module, inputs = build(block).eval(), draw_inputs(block)
+    with pytest.raises(
+        TypeError, match=r"got a Proxy; pass a torch\.fx\.Tracer whose is_leaf_module is true"
+    ):
+        torch.fx.symbolic_trace(module)
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = module
+
+        def forward(self, x: Tensor, condition: Any = None) -> Any:
+            return self.block(x) if len(inputs) == 1 else self.block(x, condition)
+
+    network = Network()
+    assert_close(torch.fx.GraphModule(network, LeafTracer().trace(network))(*inputs), module(*inputs))
+
+
 def test_labels_are_not_read_while_a_transform_runs() -> None:
     norm = ConditionalBatchNorm2d(4, CLASSES).eval()
     with pytest.raises(ValueError, match="labels: expected values from 0 to 4"):
