@@ -130,8 +130,10 @@ def test_a_transform_in_training_names_the_remedy_and_the_remedies_work(block: B
     moves = any(not torch.equal(value, before[name]) for name, value in trained.state_dict().items())
     gradient = torch.func.grad(loss_of(module))
     if moves:
-        with pytest.raises(RuntimeError, match=REMEDIES):
+        with pytest.raises(RuntimeError, match=REMEDIES) as raised:
             gradient(parameters_of(module), *inputs)
+        if isinstance(module, ConditionalBatchNorm2d):
+            assert "frozen_running_statistics(model)" in str(raised.value)
         for name, value in module.state_dict().items():
             assert torch.equal(value, before[name]), name
     with frozen_running_statistics(module), shared_spectral_norm(module):

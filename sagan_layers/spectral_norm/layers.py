@@ -31,7 +31,8 @@ TEMPORARY_ATTRIBUTES = ("_frozen", "_shared", "_memory", "_records", "_replayed"
 
 _REMEDY = (
     "enter shared_spectral_norm(model) around the transform, which updates u and v once before it, or "
-    "frozen_spectral_norm(model), or call model.eval()"
+    "frozen_spectral_norm(model), or call model.eval(); in training a ConditionalBatchNorm2d in the model also needs "
+    "frozen_running_statistics(model)"
 )
 
 
