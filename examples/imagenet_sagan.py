@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -81,6 +82,8 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except (UserError, OSError) as error:
         text, code = str(error), 1
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text += ". Free space there, or choose another --out"
     except KeyboardInterrupt as error:  # outside the training loop, which saves a checkpoint
         text, code = f"interrupted ({error})" if str(error) else "interrupted", getattr(error, "code", 130)
     print(f"imagenet_sagan.py {name}: {printable(text, keep=chr(10))}", file=sys.stderr)

@@ -242,11 +242,15 @@ class TestDryRun:
         assert saved == replace(RECIPES["paper"](), out=out).to_dict()
 
     def test_an_existing_configuration_is_not_overwritten(
-        self, trained_run: Path, image_folder: Path
+        self, trained_run: Path, image_folder: Path, tmp_path: Path
     ) -> None:
         before = (trained_run / "config.json").read_bytes()
         succeed("train", "--data", image_folder, "--out", trained_run, *SMALL, "--dry-run")
         assert (trained_run / "config.json").read_bytes() == before
+        (tmp_path / "config.json").write_text("of a run")
+        (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')  # before its first checkpoint
+        assert "Not saved" in succeed("train", "--data", image_folder, "--out", tmp_path, *SMALL, "--dry-run")
+        assert (tmp_path / "config.json").read_text() == "of a run"
 
 
 class TestTrain:

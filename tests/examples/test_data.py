@@ -148,6 +148,8 @@ class TestLayout:
     def test_what_systems_put_among_images_is_no_class_and_not_read(self, tmp_path: Path) -> None:
         folders = (
             "@eaDir",
+            "@tmp",
+            "@SynoResource",
             "#recycle",
             "$RECYCLE.BIN",
             "System Volume Information",

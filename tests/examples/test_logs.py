@@ -111,12 +111,17 @@ def test_a_run_is_drawn(trained_run: Path, tmp_path: Path) -> None:
         assert len(picture.convert("RGB").getcolors(2**24) or []) > 50
 
 
-def test_a_report_holds_the_pictures_and_what_happened(trained_run: Path, tmp_path: Path) -> None:
+def test_a_report_holds_the_pictures_and_what_happened(
+    trained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = shutil.copytree(trained_run, tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 4, "evaluation/proxy": 12.25}\n')
-        file.write('{"iteration": 4, "alarm": "modes <are> lost"}\n{"iteration": 4, "skipped_updates": 3}\n')
+        file.write(
+            '{"iteration": 4, "alarm": "modes <are> lost"}\n{"iteration": 4, "skipped_updates": 3}\n{\n'
+        )
     text = write_report(run, tmp_path / "page.html").read_text()
+    assert caplog.text.count("skipped 1 damaged lines") == 1
     assert text.count("data:image/png;base64,") >= 4  # curves, two grids, attention
     assert "<td>skipped updates</td><td>3</td>" in text
     for part in (

@@ -264,8 +264,8 @@ class TestParquet:
         [
             ([("a.jpg", -1, b"")], "train", "got -1: a test split"),
             ([("a.jpg", None, b"")], "train", "got None: a test split"),
-            ([("a.jpg", 2**40, b"")], "train", "got 1099511627776 in 1 images"),
-            ([("a.jpg", 1_000_000, b"")], "train", "got 1000000 in 1 images"),
+            ([("a.jpg", 2**40, b"")], "train", "below 1,000 .*, got 1,099,511,627,776"),
+            ([("a.jpg", 2**63 - 1, b"")], "train", "below 1,000 .*, got 9,223,"),
             ([("a.jpg", 0, b"")], "val", "of the split 'val'"),
         ],
     )
@@ -561,6 +561,16 @@ class TestDamagedArchives:
         data = archives[f"{WNIDS[0]}.tar"].rstrip(b"\0")
         archives[f"{WNIDS[0]}.tar"] = data + bytes(-len(data) % 512)
         assert "without the two empty blocks" in self.refused(tmp_path, tar(archives))
+
+    def test_the_user_is_told_of_zeros_that_may_have_been_files(self, tmp_path: Path) -> None:
+        data = tar({f"{n}.JPEG": b"x" * 1024 for n in range(7)})
+        cut = data[: 6 * 1536] + bytes(len(data) - 6 * 1536)
+        archives = {WNIDS[0]: tar({"0.JPEG": b"x"}), WNIDS[1]: cut, WNIDS[2]: tar({})}
+        path = write_tar(tmp_path / "t.tar", {f"{wnid}.tar": inner for wnid, inner in archives.items()})
+        empty, long = listed(path).warnings[:2]
+        assert empty == f"1 class archives hold no file: ['{WNIDS[2]}']"
+        assert long.startswith("1 class archives end in more zeros")
+        assert f"['{WNIDS[1]}']" in long
 
     def test_two_archives_in_one_file_are_refused(self, tmp_path: Path, whole: bytes) -> None:
         assert "zeros where a file's header should be" in self.refused(tmp_path, whole + whole)
@@ -948,7 +958,7 @@ class TestSpaceAndPlaces:
         monkeypatch.setattr(tarfile.TarFile, "addfile", full)
         options = ("--out", tmp_path / "made", "--layout", layout, "--classes", 2, "--images", 1)
         message = refused("make-images", *options)
-        assert f"No space left on device: '{tmp_path / 'made'}'" in message
+        assert f"No space left on device: '{tmp_path / 'made'}'. Free space there, or choose ano" in message
 
     def test_out_may_be_the_folder_one_is_in(self, source: Path, tmp_path: Path, monkeypatch: Patch) -> None:
         (tmp_path / "here").mkdir()

@@ -358,8 +358,9 @@ class TestLocks:
             with pytest.raises(UserError, match="another training run is using"):
                 train_tiny()
             (lock.parent / "metrics.jsonl").write_text('{"iteration": 1}\n')  # as before its first checkpoint
-            message = refused("train", "--data", image_folder, "--out", lock.parent, *SMALL)
-            assert "another training run is using" in message
+            for options in ((), ("--dry-run",)):
+                message = refused("train", "--data", image_folder, "--out", lock.parent, *SMALL, *options)
+                assert "another training run is using" in message
             (lock.parent / "metrics.jsonl").unlink()
             other.kill()
             other.wait()

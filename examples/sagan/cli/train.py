@@ -23,7 +23,7 @@ from sagan.train.allocator import keep_freed_memory
 from sagan.train.checkpoint import checkpoints_in
 from sagan.train.loop import train
 from sagan.train.output import save_config
-from sagan.train.resume import check_images, check_start, check_unused, run_lock
+from sagan.train.resume import check_images, check_start, check_unused, has_started, run_lock
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def run(command: Train) -> int:
     with init_world(config.device) as world, contextlib.ExitStack() as stack:
         if world.device.type == "cpu":
             keep_freed_memory()
-        if not command.dry_run:  # first: what is in the folder may be another training's
-            world.run_on_main(lambda: stack.enter_context(run_lock(config.out, resume=command.resume)))
+        # First: what is in the folder may be another training's.
+        world.run_on_main(lambda: stack.enter_context(run_lock(config.out, resume=command.resume)))
         return _train(command, world)
 
 
@@ -83,7 +83,7 @@ def _train(command: Train, world: World) -> int:
     say(describe_config(config))
     has_run = bool(checkpoints_in(config.out / "checkpoints"))
     if command.dry_run:
-        if has_run:
+        if has_run or has_started(config.out):
             say(f"\nNot saved: {config.out} already holds a run. Dry run: stopping here.")
         elif world.is_main:
             say(f"\nSaved as {save_config(config)}. Dry run: stopping here.")

@@ -31,8 +31,8 @@ _SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "test
 # In lower case: what macOS, Windows, Synology, QNAP and Unix put among people's files. Names with a dot are hidden too.
 _SYSTEM_NAMES = frozenset(
     {
-        "__macosx", "lost+found", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin",
-        "recycler", "system volume information", "network trash folder", "temporary items", "thumbs.db", "desktop.ini",
+        "__macosx", "lost+found", "@eadir", "@tmp", "@synoresource", "#recycle", "#snapshot", "@recycle",
+        "@recently-snapshot", "$recycle.bin", "recycler", "system volume information", "network trash folder", "temporary items", "thumbs.db", "desktop.ini",
     }
 )  # fmt: skip
 _CLASS_ARCHIVE = re.compile(r"n\d{8}\.tar")

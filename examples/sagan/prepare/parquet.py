@@ -183,10 +183,10 @@ def list_parquet(files: Sequence[Path], source: str) -> Listing:
     if not labels:
         raise DatasetError(f"expected images in the parquet files at {source}, got none")
     count = max(max(labels) + 1, len(class_labels or ()))
-    if class_labels is None and count > max(_MOST_EMPTY, 2 * len(labels)):
+    if class_labels is None and count > (most := max(_MOST_EMPTY, 2 * len(labels))):
         raise DatasetError(
-            f"{source}: expected labels below the number of classes, got {count - 1} in {len(labels):,} images, and "
-            "the files do not name their classes"
+            f"{source}: expected labels below {most:,} in {len(labels):,} images of files that do not name their "
+            f"classes, got {count - 1:,}"
         )
     words: tuple[str, ...] | None = None
     remarks = []
@@ -225,13 +225,12 @@ def list_parquet(files: Sequence[Path], source: str) -> Listing:
 
 def _checked(labels: list[int | None], class_labels: Sequence[str] | None, path: Path) -> list[int]:
     """Return the labels of some rows; raise DatasetError if there is none for one, or no class for it."""
-    count = 2**62 if class_labels is None else len(class_labels)
     for label in labels:
         if label is None or label < 0:
             raise DatasetError(f"{path}: expected labels of 0 and above, got {label}: a test split?")
-        if label >= count:
+        if class_labels is not None and label >= len(class_labels):
             raise DatasetError(
-                f"{path}: expected labels below {count:,}, the number of its classes, got {label}"
+                f"{path}: expected labels below {len(class_labels):,}, the number of its classes, got {label}"
             )
     return cast(list[int], labels)
 

@@ -192,9 +192,8 @@ def _with_warnings(listing: Listing) -> Listing:
         else:
             known = " or ".join(f"{each:,} ({split})" for split, (each, *_) in _ILSVRC_COUNTS.items())
             warnings.append(
-                f"NOT ALL OF ImageNet, or more: ILSVRC2012 has 1,000 classes and {known} images, got {classes:,} "
-                f"classes and {images:,} images, from {found[1]:,} to {found[2]:,} in a class. Right for another set "
-                "of WordNet classes, such as a part of it; else images are missing"
+                f"NOT ALL OF ImageNet: ILSVRC2012 has 1,000 classes and {known} images, got {classes:,} "
+                f"classes and {images:,} images, from {found[1]:,} to {found[2]:,} in a class"
             )
     unread = {kind: count for kind, count in listing.skipped.items() if kind in UNREAD_IMAGE_EXTENSIONS}
     if unread:

@@ -11,6 +11,7 @@ import numpy as np
 
 from sagan.data import DatasetError, PathTable, layout
 from sagan.data.tree import NOT_REGULAR, SkippedFiles
+from sagan.errors import listed
 from sagan.io import open_regular
 from sagan.prepare.listing import ImageFiles, Indices, Listing, hinted, is_cut_jpeg, too_large, will_need
 from sagan.prepare.pool import run_tasks
@@ -18,7 +19,8 @@ from sagan.prepare.pool import run_tasks
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd", b"PK": "zip"}
 _BLOCK = 512
 # What writers put behind the last file: two blocks of zeros, filled up to a record of 20 blocks.
-_MOST_ZEROS = 22 * _BLOCK
+_RECORD = 20 * _BLOCK
+_MOST_ZEROS = _RECORD + 2 * _BLOCK
 _LONGEST_HEADER = 2**20  # bytes; the names of very long paths are a few thousand
 
 
@@ -208,6 +210,9 @@ def list_class_tars(path: Path, workers: int) -> Listing:
     ]
     if not images:
         raise DatasetError(f"expected images in the class archives of {path}, got none")
+    empty = [name for name in class_names if not members[archives[name]]]
+    long = [name for name in class_names if _ends_in_more_zeros(archives[name], members[archives[name]])]
+    found = ((empty, "hold no file"), (long, "end in more zeros than tar writes, so files may be lost there"))
     return Listing(
         kind="class tars",
         path=str(path),
@@ -217,7 +222,18 @@ def list_class_tars(path: Path, workers: int) -> Listing:
         files=TarredFiles([place for _, _, place in images]),
         skipped=skipped.counts,
         skipped_examples=skipped.examples,
+        warnings=[f"{len(names):,} class archives {what}: {listed(names)}" for names, what in found if names],
     )
+
+
+def _ends_in_more_zeros(archive: Stretch, members: Sequence[tuple[str, Stretch | None]]) -> bool:
+    """Whether more zeros follow the last file than the two blocks, filled up to a record, that end an archive."""
+    last = members[-1][1] if members else None
+    if last is None:
+        return False
+    end = last.start + last.size - archive.start
+    least = -(-end // _BLOCK) * _BLOCK + 2 * _BLOCK
+    return archive.size > -(-least // _RECORD) * _RECORD
 
 
 def images_among(

@@ -26,10 +26,9 @@ figcaption { color: #555; font-size: .85rem; } details { margin: .5rem 0; } code
 """
 
 
-def draw_run(out: Path, path: Path) -> Path:
+def draw_run(out: Path, path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
     """Draw the curves of the run in ``out``: losses, logits, gamma, sigma, speed, and scores if it was evaluated."""
-    rows = _metrics(out)
-    panels = _panels(rows)
+    panels = _panels(_metrics(out) if rows is None else rows)
     if not panels:
         raise UserError(f"expected metrics of a run in {out}, found none with a number yet")
     save_curves(path, panels, title=str(out))
@@ -86,7 +85,7 @@ def write_report(out: Path, path: Path | None = None) -> Path:
     path = path or out / "report.html"
     rows = _metrics(out)
     config = read_config(out).to_dict()
-    curves = draw_run(out, out / "curves.png")
+    curves = draw_run(out, out / "curves.png", rows)
     parts = [
         f"<h1>{in_html(config['recipe'])}: {in_html(str(out))}</h1>",
         _summary(out, config, rows),

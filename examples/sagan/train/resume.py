@@ -78,10 +78,15 @@ def check_images(saved: Saved | None, fingerprint: str, *, accept_changes: bool 
         raise CheckpointError(f"the run of {saved[0]} was made with other images than those found now")
 
 
+def has_started(out: Path) -> bool:
+    """Whether a folder holds files of a run, with or without a checkpoint to resume from."""
+    metrics = out / METRICS
+    return (out / "checkpoints" / BEST).exists() or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
 def check_unused(out: Path) -> None:
     """Raise :class:`CheckpointError` if a folder without a checkpoint holds files of a run that has started."""
-    metrics = out / METRICS
-    if (out / "checkpoints" / BEST).exists() or (metrics.is_file() and metrics.stat().st_size):
+    if has_started(out):
         raise CheckpointError(
             f"{out} holds a run that ended before its first checkpoint; delete it, or choose another --out "
             "(--auto-resume restarts it)"
