@@ -32,7 +32,8 @@ _SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "test
 _SYSTEM_NAMES = frozenset(
     {
         "__macosx", "lost+found", "@eadir", "@tmp", "@synoresource", "#recycle", "#snapshot", "@recycle",
-        "@recently-snapshot", "$recycle.bin", "recycler", "system volume information", "network trash folder", "temporary items", "thumbs.db", "desktop.ini",
+        "@recently-snapshot", "$recycle.bin", "recycler", "system volume information", "network trash folder",
+        "temporary items", "thumbs.db", "desktop.ini",
     }
 )  # fmt: skip
 _CLASS_ARCHIVE = re.compile(r"n\d{8}\.tar")
