@@ -132,6 +132,7 @@ def unit(vectors: Tensor, eps: float, otherwise: Tensor) -> Tensor:
     # In float64 no square of a float32 overflows or vanishes.
     dtype = vectors.dtype if vectors.device.type == "mps" else torch.float64
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
+    divisors = (norms + eps).to(vectors.dtype)
     # A norm that float32 cannot hold still divides; an infinite one gives NaN, not zeros.
-    units = vectors.to(dtype) / (norms + (norms - norms) + eps)
-    return torch.where(norms > eps, units.to(vectors.dtype), otherwise)
+    divisors = torch.where(divisors.isinf(), norms + (norms - norms), divisors)
+    return torch.where(norms > eps, (vectors / divisors).to(vectors.dtype), otherwise)
