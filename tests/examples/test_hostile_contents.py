@@ -204,7 +204,7 @@ class TestDivergedGenerators:
         evaluate = periodic_evaluation(config, dataset, ALONE, proxy_network(ALONE.device, resolution=32))
 
         def diverge(trainer: Trainer) -> None:
-            trainer.average.module.blocks[0].conv1.weight.data[:] = torch.nan
+            trainer.average.module.blocks[0].conv1.bias.data[:] = torch.finfo(torch.float32).max
 
         result = run_training(config, evaluate=evaluate, observe=diverge)  # the first average is G itself
         assert result.iteration == config.iterations == 2
