@@ -133,6 +133,6 @@ def unit(vectors: Tensor, eps: float, otherwise: Tensor) -> Tensor:
     dtype = vectors.dtype if vectors.device.type == "mps" else torch.float64
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
     divisors = (norms + eps).to(vectors.dtype)
-    # A norm that float32 cannot hold still divides; an infinite one gives NaN, not zeros.
-    divisors = torch.where(divisors.isinf(), norms + (norms - norms), divisors)
+    # A norm that float32 alone cannot hold still divides; others give NaN, not zeros.
+    divisors = torch.where(divisors.isinf(), torch.nan if norms.dtype == vectors.dtype else norms, divisors)
     return torch.where(norms > eps, (vectors / divisors).to(vectors.dtype), otherwise)
