@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sagan.errors import UserError, is_finite
 from sagan.io import atomic_write_text, open_regular
+from sagan.names import printable
 from sagan.recipes import RunConfig
 from sagan.schema import conform
 
@@ -179,7 +180,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         lines = file.read().decode(errors="replace").splitlines()
     rows = [_row(line) for line in lines]
     if damaged := [number for number, row in enumerate(rows, 1) if row is None]:
-        logger.warning("%s: skipped %d damaged lines, the first is line %d", path, len(damaged), damaged[0])
+        logger.warning(
+            "%s: skipped %d damaged lines, the first is line %d",
+            printable(str(path)),
+            len(damaged),
+            damaged[0],
+        )
     return [row for row in rows if row is not None]
 
 
