@@ -77,7 +77,7 @@ def conditional_batch_norm(
 
     Raises:
         ValueError: if shapes or devices disagree, statistics would be taken of a single value per channel, the
-            variance overflows (from |x| of about 1e19 in float32, or 1e12 with gradients; on a GPU see
+            variance overflows (from x of about 1e19 in float32, or 1e12 with gradients; on a GPU see
             :func:`set_debug_checks`), or the named backend does not exist or cannot serve.
         RuntimeError: if running statistics would be updated inside a transform of torch.func, which refuses it.
         TypeError: if a tensor is not floating point.
