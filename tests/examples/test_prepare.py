@@ -1047,9 +1047,9 @@ class TestVerify:
             ({"counts": {"listed": 3, "packed": 3, "unreadable": 0, "not_images": 0}}, "do not add up"),
             (
                 {"counts": {"packed": 24}},
-                "counts: unknown [], missing ['listed', 'not_images', 'unreadable']",
+                "counts: missing ['listed', 'not_images', 'unreadable']",
             ),
-            ({"source": {"kind": "folder", "path": ""}}, "source: unknown [], missing ['plan']"),
+            ({"source": {"kind": "folder", "path": ""}}, "source: missing ['plan']"),
             ({"class_words": ["a"]}, "class_words: expected num_classes, 4, got 1"),
             ({"class_names": ["a", "b", "c", 4]}, "class_names[3]: expected text, got 4"),
             ({"files": {}}, "does not list labels.npy"),
