@@ -235,7 +235,10 @@ def _dcgan(m: nn.Module, x: Inputs, call: Call) -> Tensors:
             nn.init.constant_(layer.bias.data, 0)
 
     m.apply(initialise)
-    if isinstance(m, sagan_layers.ConditionalBatchNorm2d) and m.activation is None:
+    plain_gains = not call.options.get(
+        "spectral_norm"
+    )  # a normalised projection has sigma 1, whatever was drawn
+    if isinstance(m, sagan_layers.ConditionalBatchNorm2d) and m.activation is None and plain_gains:
         # With gains around 1 and biases of 0, the unconditional part normalises.
         m.train()
         plain = nn.functional.batch_norm(x[0], None, None, training=True, eps=m.eps)
