@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -86,6 +87,11 @@ def is_batch(tensor: Tensor) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def fusion_calls(function: int) -> bool:
+    """Return whether ``torch.nn.utils.fusion`` called the function that asks (0), or the one that called that (1)."""
+    return bool(sys._getframe(function + 2).f_globals.get("__name__") == "torch.nn.utils.fusion")
 
 
 def update_state(update: Callable[[], object], remedy: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+from sagan_layers.torch_support import fusion_calls
 
 
 class RunningStatistics(nn.BatchNorm2d):
@@ -37,8 +38,7 @@ class RunningStatistics(nn.BatchNorm2d):
 
 def check_fusion(layer: Any) -> Any:
     """Return the layer; raise ``TypeError`` if torch reads it to fuse it, and it is more than plain batch norm."""
-    is_fused = sys._getframe(2).f_globals.get("__name__") == "torch.nn.utils.fusion"
-    if is_fused and not (layer.activation is layer.num_classes is layer.condition_features is None):
+    if fusion_calls(1) and not (layer.activation is layer.num_classes is layer.condition_features is None):
         raise TypeError(f"bn: expected a batch norm without condition and activation to fuse, got {layer}")
     return layer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -200,7 +199,10 @@ def _update_running_statistics(
     mean, var = batch.mean.detach(), batch.var.detach()
     if not biased_running_var:
         var = var * (count / (count - 1))
-    for running, statistic in ((running_mean, mean), (running_var, var)):
-        weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-        value = statistic.to(running.dtype)
-        update_state(partial(running.lerp_, value, weight), _REMEDY)
+
+    def update() -> None:
+        for running, statistic in ((running_mean, mean), (running_var, var)):
+            weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+            running.lerp_(statistic.to(running.dtype), weight)
+
+    update_state(update, _REMEDY)

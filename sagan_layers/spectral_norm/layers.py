@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from sagan_layers.spectral_norm.reference import (
     spectral_divisor,
     unit,
 )
-from sagan_layers.torch_support import accumulation_dtype, update_state
+from sagan_layers.torch_support import accumulation_dtype, fusion_calls, update_state
 
 __all__ = ["SNConv2d", "SNConvTranspose2d", "SNEmbedding", "SNLinear", "SpectralNormLayer"]
 
@@ -220,7 +219,7 @@ class SpectralNormLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As ``nn.Module``; but the weight that torch fuses with a batch norm would be normalised again."""
-        if name == "weight" and sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.fusion":
+        if name == "weight" and fusion_calls(0):
             # It is raw weight times gain: divided by sigma it belongs to the plain layer.
             self.check_own_weight()
             with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sagan.data import ImageDataset
-from sagan.errors import NotFiniteError
+from sagan.errors import NotFiniteError, UserError
 from sagan.io import atomic_write_text
 from sagan.recipes import CONFIG, RunConfig
 from sagan.report.figures import class_labels, default_points, draw_attention, save_grid
@@ -26,7 +26,7 @@ from sagan.train.checkpoint import (
     save_checkpoint,
     set_aside_later,
 )
-from sagan.train.health import CollapseAlarm, diversity
+from sagan.train.health import CollapseAlarm, TrainingError, diversity
 from sagan.train.resume import Saved
 from sagan.train.state import RunState, check_values
 from sagan.train.update import Trainer
@@ -69,13 +69,13 @@ class RunOutput:
         """Return what to save.
 
         Raises:
-            NotFiniteError: if a weight or moment is not finite: no run could resume.
+            TrainingError: if a weight or moment is not finite: no run could resume.
         """
         trained = self._trainer.state_dict()
         try:
             check_values(trained)
-        except NotFiniteError as error:
-            raise NotFiniteError(f"{error}; nothing was saved, earlier checkpoints are intact") from error
+        except UserError as error:
+            raise TrainingError(f"{error}; nothing was saved, earlier checkpoints are intact") from error
         return {
             **trained,
             "fingerprint": self._fingerprint,
