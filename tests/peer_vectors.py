@@ -27,7 +27,7 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def draw_state(shapes: Shapes) -> dict[str, Tensor]:
-    """Random entries, each drawn from its name: vectors of length 1, variances above 0, gammas of attention far from 0."""
+    """Random entries, each drawn from its name: vectors of length 1, variances above 0, gammas far from 0."""
     return {name: _draw(name, shape) for name, shape in shapes.items()}
 
 
@@ -52,24 +52,42 @@ def _draw(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float32))
 
 
+class Inputs(NamedTuple):
+    """Batches for three steps; evaluation takes the first.
+
+    Attributes:
+        latents: [3, N, Z].
+        labels: [3, N].
+        images: [3, N, 3, H, W], real ones.
+    """
+
+    latents: Tensor
+    labels: Tensor
+    images: Tensor
+
+
+def draw_inputs(name: str, *, latent_dim: int, num_classes: int, resolution: int, batch: int = 4) -> Inputs:
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    latents = random.standard_normal((3, batch, latent_dim)).astype(np.float32)
+    labels = random.randint(0, num_classes, (3, batch))
+    images = random.uniform(-1, 1, (3, batch, 3, resolution, resolution)).astype(np.float32)
+    return Inputs(*map(torch.from_numpy, (latents, labels, images)))
+
+
 class Vectors(NamedTuple):
     """What a peer computed.
 
     Attributes:
-        g_shapes, d_shapes: of its state dicts.
-        latents: [3, N, Z]: a batch for evaluation (the first) and for each step.
-        labels: [3, N].
-        images: [3, N, 3, H, W], real ones.
-        g_output: of the first latents in evaluation.
+        sizes: arguments of :func:`draw_inputs`.
+        g_shapes, d_shapes: of the state dicts.
+        g_output: of the first latents in evaluation, every fourth row and column: [N, 3, H / 4, W / 4].
         d_output: logits of the first images in evaluation, [N].
-        d_losses, g_losses: of three steps, see :func:`three_steps`.
+        d_losses, g_losses: of :func:`three_steps`.
     """
 
+    sizes: dict[str, int]
     g_shapes: dict[str, tuple[int, ...]]
     d_shapes: dict[str, tuple[int, ...]]
-    latents: Tensor
-    labels: Tensor
-    images: Tensor
     g_output: Tensor
     d_output: Tensor
     d_losses: list[float]
@@ -81,43 +99,38 @@ def measure(
     generator: Network,
     discriminator: Network,
     networks: tuple[nn.Module, nn.Module],
-    *,
-    latent_dim: int,
-    num_classes: int,
-    resolution: int,
-    batch: int = 4,
+    **sizes: int,
 ) -> Vectors:
-    """Run a peer: draw its weights, evaluate both networks and take three steps, then write the file.
+    """Run a peer: draw its weights, evaluate both networks and take three steps. ``sizes`` are for the inputs.
 
     ``generator(latents, labels)`` and ``discriminator(images, labels)`` call ``networks``.
     """
     drawn = [draw_state(shapes_of(network.state_dict())) for network in networks]
     for network, state in zip(networks, drawn, strict=True):
         network.load_state_dict(state)
-    random = np.random.RandomState(zlib.crc32(name.encode()))
-    latents = torch.from_numpy(random.standard_normal((3, batch, latent_dim)).astype(np.float32))
-    labels = torch.from_numpy(random.randint(0, num_classes, (3, batch)))
-    pixels = random.uniform(-1, 1, (3, batch, 3, resolution, resolution)).astype(np.float16)
-    images = torch.from_numpy(pixels.astype(np.float32))
+    inputs = draw_inputs(name, **sizes)
+    outputs = evaluate(generator, discriminator, networks, inputs)
+    losses = three_steps(generator, discriminator, networks, inputs)
+    return Vectors(sizes, shapes_of(drawn[0]), shapes_of(drawn[1]), *outputs, *losses)
+
+
+@torch.no_grad()
+def evaluate(
+    generator: Network, discriminator: Network, networks: tuple[nn.Module, nn.Module], inputs: Inputs
+) -> tuple[Tensor, Tensor]:
+    """``g_output`` and ``d_output`` of :class:`Vectors`."""
     for network in networks:
         network.eval()
-    with torch.no_grad():
-        g_output = generator(latents[0], labels[0])
-        d_output = discriminator(images[0], labels[0]).flatten()
-    losses = three_steps(generator, discriminator, networks, latents, labels, images)
-    shapes = [shapes_of(state) for state in drawn]
-    vectors = Vectors(*shapes, latents, labels, images, g_output, d_output, *losses)
-    write(name, vectors)
-    return vectors
+    fake = generator(inputs.latents[0], inputs.labels[0])
+    logits = discriminator(inputs.images[0], inputs.labels[0])
+    return fake[:, :, ::4, ::4].clone(), logits.flatten()
 
 
 def three_steps(
     generator: Network,
     discriminator: Network,
     networks: tuple[nn.Module, nn.Module],
-    latents: Tensor,
-    labels: Tensor,
-    images: Tensor,
+    inputs: Inputs,
 ) -> tuple[list[float], list[float]]:
     """Hinge losses of three steps of D and G in training mode, by plain gradient descent.
 
@@ -128,7 +141,7 @@ def three_steps(
         network.train()
     g_optimizer, d_optimizer = (torch.optim.SGD(network.parameters(), lr=0.02) for network in networks)
     d_losses, g_losses = [], []
-    for z, y, real in zip(latents, labels, images, strict=True):
+    for z, y, real in zip(*inputs, strict=True):
         with torch.no_grad():
             fake = generator(z, y)
         d_loss = torch.relu(1 - discriminator(real, y)).mean() + torch.relu(1 + discriminator(fake, y)).mean()
@@ -145,23 +158,19 @@ def three_steps(
 
 
 def write(name: str, vectors: Vectors) -> None:
-    arrays: dict[str, Any] = {}
-    for field, value in vectors._asdict().items():
-        arrays[field] = json.dumps(value) if field.endswith("shapes") else np.asarray(value)
-    arrays["images"] = arrays["images"].astype(np.float16)
+    arrays = {
+        field: np.asarray(value) if isinstance(value, Tensor) else json.dumps(value)
+        for field, value in vectors._asdict().items()
+    }
     PEERS.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(PEERS / f"{name}.npz", **arrays)
 
 
 def read(name: str) -> Vectors:
     with np.load(PEERS / f"{name}.npz") as file:
-        arrays = {field: file[field] for field in Vectors._fields}
-    found: dict[str, Any] = {}
-    for field, value in arrays.items():
-        if field.endswith("shapes"):
-            found[field] = {key: tuple(shape) for key, shape in json.loads(str(value)).items()}
-        elif field.endswith("losses"):
-            found[field] = value.tolist()
-        else:
-            found[field] = torch.from_numpy(value.astype(np.float32) if value.dtype == np.float16 else value)
+        found: dict[str, Any] = {field: file[field] for field in Vectors._fields}
+    for field, value in found.items():
+        found[field] = torch.from_numpy(value) if value.dtype == np.float32 else json.loads(str(value))
+    for field in ("g_shapes", "d_shapes"):
+        found[field] = {key: tuple(shape) for key, shape in found[field].items()}
     return Vectors(**found)
