@@ -27,8 +27,27 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def draw_state(shapes: Shapes) -> dict[str, Tensor]:
-    """Random entries, each drawn from its name: vectors of length 1, variances above 0, gammas far from 0."""
-    return {name: _draw(name, shape) for name, shape in shapes.items()}
+    """Random entries, each drawn from its name: vectors of length 1, variances above 0, gammas far from 0.
+
+    A right vector is turned most of the way to the one that fits u: a sigma of two independent vectors is near 0.
+    """
+    state = {name: _draw(name, shape) for name, shape in shapes.items()}
+    for name in state:
+        if name.endswith("_v"):
+            _turn_to_fit(state, name)
+    return state
+
+
+def _turn_to_fit(state: dict[str, Tensor], name: str) -> None:
+    u, v = state[name[:-1] + "u"], state[name]
+    stem = name.removesuffix("_v")
+    places = (stem, f"{stem}_orig", f"{stem}_bar", stem.removesuffix("0.") + "original")
+    weight = next(state[place] for place in places if place in state)
+    if weight.size(0) != u.numel():
+        weight = weight.transpose(0, 1)
+    fitting = weight.flatten(1).t() @ u.flatten()
+    turned = fitting / fitting.norm() + 0.2 * v.flatten()
+    state[name] = (turned / turned.norm()).reshape(v.shape)
 
 
 def _draw(name: str, shape: tuple[int, ...]) -> Tensor:
