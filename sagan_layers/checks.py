@@ -23,6 +23,7 @@ from sagan_layers.torch_support import autocast_dtype, is_batch, is_tracing, tra
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATING_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
 MOST_ITERATIONS = 10**6  # minutes, not years
+EPS_MODES = ("add", "clamp")
 _LARGEST = torch.finfo(torch.float32).max
 _Pair = tuple[int, int]
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
@@ -58,9 +59,9 @@ def number_of(name: str, number: object, *, least: float = -_LARGEST, most: floa
     return float(number)
 
 
-def eps_of(eps: object) -> float:
+def eps_of(eps: object, name: str = "eps") -> float:
     """Return eps as a float; raise unless it guards a division in float32 and is small beside norms of 1."""
-    return number_of("eps", eps, least=1e-37, most=1.0)  # below, float32 has no normal numbers
+    return number_of(name, eps, least=1e-37, most=1.0)  # below, float32 has no normal numbers
 
 
 def integer_of(name: str, number: object, *, least: int, most: int = 2**31 - 1) -> int:
@@ -90,12 +91,23 @@ def sizes_of(**sizes: object) -> list[int]:
 
 
 def spectral_norm_options(
-    n_power_iterations: object, eps: object, iterate_when_frozen: object
-) -> tuple[int, float, bool]:
-    """Return the options of a spectrally normalised layer, after all checks."""
+    n_power_iterations: object,
+    eps: object,
+    iterate_when_frozen: object,
+    eps_mode: object,
+    *,
+    prefix: str = "",
+) -> dict[str, Any]:
+    """Return the options of a spectrally normalised layer by name, after all checks; ``prefix`` is that of eps."""
     (iterate,) = flags_of(iterate_when_frozen=iterate_when_frozen)
     iterations = integer_of("n_power_iterations", n_power_iterations, least=1, most=MOST_ITERATIONS)
-    return iterations, eps_of(eps), iterate
+    check_choice(f"{prefix}eps_mode", eps_mode, EPS_MODES)
+    return {
+        "n_power_iterations": iterations,
+        "eps": eps_of(eps, f"{prefix}eps"),
+        "iterate_when_frozen": iterate,
+        "eps_mode": eps_mode,
+    }
 
 
 def flags_of(**flags: object) -> list[bool]:

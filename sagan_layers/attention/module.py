@@ -49,7 +49,8 @@ class SelfAttention2d(nn.Module):
         spectral_norm: whether they are :class:`~sagan_layers.SNConv2d` instead of ``nn.Conv2d``.
         gamma_init: where gamma starts, at most 65504 (float16's largest) in size.
         backend: "auto" or a backend of :func:`sagan_layers.functional.self_attention_2d`.
-        n_power_iterations, eps: as for :class:`~sagan_layers.SNConv2d`; ignored without ``spectral_norm``.
+        n_power_iterations, eps, iterate_when_frozen, eps_mode: as for :class:`~sagan_layers.SNConv2d`; ignored
+            without ``spectral_norm``.
         device, dtype: of the parameters.
 
     Shape:
@@ -89,6 +90,8 @@ class SelfAttention2d(nn.Module):
         backend: str = "auto",
         n_power_iterations: int = 1,
         eps: float = 1e-12,
+        iterate_when_frozen: bool = True,
+        eps_mode: str = "add",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -97,7 +100,7 @@ class SelfAttention2d(nn.Module):
         output_projection, bias, spectral_norm = checks.flags_of(
             output_projection=output_projection, bias=bias, spectral_norm=spectral_norm
         )
-        n_power_iterations, eps, _ = checks.spectral_norm_options(n_power_iterations, eps, True)
+        options = checks.spectral_norm_options(n_power_iterations, eps, iterate_when_frozen, eps_mode)
         gamma_init = checks.number_of("gamma_init", gamma_init, least=-65504, most=65504)  # of float16
         if key_channels is None:
             key_channels = max(1, in_channels // 8)
@@ -117,16 +120,7 @@ class SelfAttention2d(nn.Module):
         def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
             if not spectral_norm:
                 return nn.Conv2d(inputs, outputs, 1, bias=bias, device=device, dtype=dtype)
-            return SNConv2d(
-                inputs,
-                outputs,
-                1,
-                bias=bias,
-                device=device,
-                dtype=dtype,
-                n_power_iterations=n_power_iterations,
-                eps=eps,
-            )
+            return SNConv2d(inputs, outputs, 1, bias=bias, device=device, dtype=dtype, **options)
 
         self.in_channels = in_channels
         self.key_channels = key_channels

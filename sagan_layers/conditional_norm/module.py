@@ -40,6 +40,8 @@ class ConditionalBatchNorm2d(nn.Module):
         track_running_stats: whether there are running statistics; without them evaluation uses the batch's.
         condition_features: width of the vectors to condition on, instead of ``num_classes``.
         spectral_norm: whether the two projections of ``condition_features`` are normalised.
+        n_power_iterations, sn_eps, iterate_when_frozen, sn_eps_mode: of the normalised projections, see
+            :class:`~sagan_layers.SNLinear`.
         biased_running_var: record the biased variance, as TensorFlow and the released code do; torch's batch norm
             records the unbiased one. Both normalise with the biased one in training.
         activation: "relu" to apply ReLU in the same pass over memory, or None.
@@ -87,6 +89,10 @@ class ConditionalBatchNorm2d(nn.Module):
         *,
         condition_features: int | None = None,
         spectral_norm: bool = False,
+        n_power_iterations: int = 1,
+        sn_eps: float = 1e-12,
+        iterate_when_frozen: bool = True,
+        sn_eps_mode: str = "add",
         biased_running_var: bool = False,
         activation: str | None = None,
         backend: str = "auto",
@@ -101,6 +107,9 @@ class ConditionalBatchNorm2d(nn.Module):
             biased_running_var=biased_running_var,
         )
         eps = checks.eps_of(eps)
+        sn_options = checks.spectral_norm_options(
+            n_power_iterations, sn_eps, iterate_when_frozen, sn_eps_mode, prefix="sn_"
+        )
         if momentum is not None:
             momentum = checks.number_of("momentum", momentum, least=0, most=1)
         checks.check_choice("activation", activation, (None, "relu"))
@@ -128,8 +137,9 @@ class ConditionalBatchNorm2d(nn.Module):
         if condition_features is not None:
             linear = SNLinear if spectral_norm else nn.Linear
             sizes = condition_features, num_features, False
-            self.weight_projection = linear(*sizes, device=device, dtype=dtype)
-            self.bias_projection = linear(*sizes, device=device, dtype=dtype)
+            options = {"device": device, "dtype": dtype, **(sn_options if spectral_norm else {})}
+            self.weight_projection = linear(*sizes, **options)
+            self.bias_projection = linear(*sizes, **options)
         else:
             shape: tuple[int, ...] = (num_features,)
             if num_classes is not None:

@@ -21,7 +21,8 @@ class ProjectionDiscriminatorHead(nn.Module):
         num_classes: number of classes; None for a head without labels, which has no last term.
         pooling: "sum" over the positions, as the released code does, or "mean".
         spectral_norm: whether the linear layer and the embedding are normalised.
-        n_power_iterations, eps: of spectral normalisation, see :class:`~sagan_layers.SNLinear`.
+        n_power_iterations, eps, iterate_when_frozen, eps_mode: of spectral normalisation, see
+            :class:`~sagan_layers.SNLinear`.
         device, dtype: of the parameters.
 
     Shape:
@@ -56,6 +57,8 @@ class ProjectionDiscriminatorHead(nn.Module):
         *,
         n_power_iterations: int = 1,
         eps: float = 1e-12,
+        iterate_when_frozen: bool = True,
+        eps_mode: str = "add",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -66,13 +69,13 @@ class ProjectionDiscriminatorHead(nn.Module):
         checks.check_choice("pooling", pooling, ("sum", "mean"))
         (spectral_norm,) = checks.flags_of(spectral_norm=spectral_norm)
         checks.check_parameter_options(device, dtype)
-        n_power_iterations, eps, _ = checks.spectral_norm_options(n_power_iterations, eps, True)
+        sn_options = checks.spectral_norm_options(n_power_iterations, eps, iterate_when_frozen, eps_mode)
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.pooling = pooling
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         if spectral_norm:
-            options |= {"n_power_iterations": n_power_iterations, "eps": eps}
+            options |= sn_options
         linear, embedding = (SNLinear, SNEmbedding) if spectral_norm else (nn.Linear, nn.Embedding)
         self.linear: nn.Linear = linear(in_channels, 1, **options)
         self.embedding: nn.Embedding | None = None

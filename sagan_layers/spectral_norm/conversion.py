@@ -66,6 +66,7 @@ def apply_spectral_norm(
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     iterate_when_frozen: bool = True,
+    eps_mode: str = "add",
 ) -> _ModuleT:
     """Turn every convolution, linear layer and embedding of ``model`` into its normalised layer, in place.
 
@@ -81,6 +82,7 @@ def apply_spectral_norm(
         n_power_iterations: see :class:`SpectralNormLayer`.
         eps: see there.
         iterate_when_frozen: see there.
+        eps_mode: see there.
 
     Returns:
         ``model`` itself.
@@ -101,7 +103,8 @@ def apply_spectral_norm(
         )
     """
     checks.check_module("model", model)
-    options = checks.spectral_norm_options(n_power_iterations, eps, iterate_when_frozen)
+    options = n_power_iterations, eps, iterate_when_frozen, eps_mode
+    checks.spectral_norm_options(*options)
     if isinstance(exclude, str):
         raise TypeError(f"exclude: expected a collection, got the string {exclude!r}; write [{exclude!r}]")
     try:

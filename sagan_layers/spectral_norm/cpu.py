@@ -16,7 +16,12 @@ from sagan_layers.spectral_norm import reference
 from sagan_layers.spectral_norm.autograd import SpectralNormKernels
 from sagan_layers.spectral_norm.layout import layout_of, same_strides
 from sagan_layers.spectral_norm.memory import ReusedMemory
-from sagan_layers.spectral_norm.reference import SpectralNormOptions, SpectralNormResult, SpectralNormTask
+from sagan_layers.spectral_norm.reference import (
+    SpectralNormOptions,
+    SpectralNormResult,
+    SpectralNormTask,
+    least_norm,
+)
 
 # Larger products are split over the threads; torch itself does not split a matrix-vector product.
 _MIN_SPLIT_ENTRIES = 2**16
@@ -41,21 +46,21 @@ def unsupported_reasons(weight: Tensor, dim: int) -> list[str]:
 
 def _normalize(task: SpectralNormTask) -> SpectralNormResult:
     options = task.options
-    weight, eps = task.weight.detach(), options.eps
+    weight, eps, eps_mode = task.weight.detach(), options.eps, options.eps_mode
     layout = layout_of(weight, options.dim)
     blocks = layout.blocks(weight)
     u, v = task.u.to(weight.dtype), layout.in_memory_order(task.v.to(weight.dtype))
     product = None
     for _ in range(options.n_power_iterations):
-        v = _unit(_transposed_times(blocks, u), eps, otherwise=v)
+        v = _unit(_transposed_times(blocks, u), eps, eps_mode, otherwise=v)
         product = _times(blocks, v)
-        u = _unit(product, eps, otherwise=u)
+        u = _unit(product, eps, eps_mode, otherwise=u)
     sigma = torch.dot(u, _times(blocks, v) if product is None else product)
     divisor = sigma.item()
     if not _LEAST_SIGMA < abs(divisor) < _LARGEST_SIGMA:
         return _normalize_scaled(task._replace(weight=weight))
     normalized = _empty_like(weight, options.dtype, options.memory and options.memory.weight)
-    _divide(blocks, divisor if abs(divisor) > eps else 1.0, layout.blocks(normalized))
+    _divide(blocks, divisor if abs(divisor) > least_norm(eps, eps_mode) else 1.0, layout.blocks(normalized))
     v = layout.in_canonical_order(v)
     # The layer overwrites its own u and v in place.
     u, v = (new.clone() if new is old else new for new, old in ((u, task.u), (v, task.v)))
@@ -71,7 +76,7 @@ def _normalize_scaled(task: SpectralNormTask) -> SpectralNormResult:
     scale = 2.0 ** (math.frexp(max(largest, limits.tiny))[1] - 1)
     options = options._replace(eps=options.eps / scale)
     (result,) = reference.normalize([task._replace(weight=weight / scale, options=options)])
-    if result.sigma.abs().item() <= options.eps:
+    if result.sigma.abs().item() <= least_norm(options.eps, options.eps_mode):
         result = result._replace(weight=weight.to(options.dtype, copy=True))
     return result._replace(sigma=result.sigma * scale)
 
@@ -82,7 +87,7 @@ def _gradient(
     """Return the weight's gradient in the weight's strides; ``grad`` may have any dtype and strides."""
     sigma = result.sigma.item()
     gradient = _empty_like(weight, weight.dtype, options.memory and options.memory.gradient)
-    if not abs(sigma) > options.eps:
+    if not abs(sigma) > least_norm(options.eps, options.eps_mode):
         return gradient.copy_(grad)
     if grad.dtype != gradient.dtype or not same_strides(grad, gradient):
         grad = gradient.copy_(grad)
@@ -149,9 +154,10 @@ def _is_worth_splitting(matrix: Tensor) -> bool:
     return matrix.size(0) % _SPLITS == 0 and matrix.numel() >= _MIN_SPLIT_ENTRIES
 
 
-def _unit(vector: Tensor, eps: float, otherwise: Tensor) -> Tensor:
+def _unit(vector: Tensor, eps: float, eps_mode: str, otherwise: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(vector, dtype=torch.float64).item()  # as the reference's
-    return vector / (norm + eps) if norm > eps else otherwise
+    divisor = norm + eps if eps_mode == "add" else max(norm, eps)
+    return vector / divisor if norm > least_norm(eps, eps_mode) else otherwise
 
 
 def _divide(weight: Tensor, divisor: float, out: Tensor) -> None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from sagan_layers.checks import (
+    EPS_MODES,
     MOST_ITERATIONS,
+    check_choice,
     check_floating,
     check_not_empty,
     check_same_device,
@@ -29,6 +31,7 @@ def spectral_normalize(
     dim: int = 0,
     n_power_iterations: int = 1,
     eps: float = 1e-12,
+    eps_mode: str = "add",
 ) -> SpectralNormResult:
     r"""Return ``weight / sigma``, sigma the spectral norm of the weight seen as a matrix.
 
@@ -41,8 +44,10 @@ def spectral_normalize(
         v: [rest], of the right one; only used when ``n_power_iterations`` is 0.
         dim: the axis of the outputs, 0 or 1.
         n_power_iterations: how often u and v are updated before sigma is taken.
-        eps: from 1e-37 to 1, added to the norms of u and v; a weight whose sigma is not above it is returned
-            unnormalised, so that zeros stay zeros and their gradient stays finite.
+        eps: from 1e-37 to 1, keeps the norms of u and v from 0.
+        eps_mode: "add" divides u and v by norm + eps, as the released code does, and returns a weight whose sigma is
+            not above eps unnormalised; "clamp" divides by max(norm, eps), as torch and BigGAN-PyTorch do, and by
+            every sigma but 0. Zeros stay zeros either way, and their gradient stays finite.
 
     Returns:
         ``(weight, sigma, u, v)``: the normalised weight in the weight's dtype; sigma, a scalar; u and v.
@@ -74,7 +79,8 @@ def spectral_normalize(
             raise ValueError(f"{name}: expected shape [{length}], got {shape_of(vector)}")
         check_same_device(name, vector, "the weight", weight)
     iterations = integer_of("n_power_iterations", n_power_iterations, least=0, most=MOST_ITERATIONS)
-    return reference.spectral_normalize(weight, u, v, iterations, eps_of(eps), dim)
+    check_choice("eps_mode", eps_mode, EPS_MODES)
+    return reference.spectral_normalize(weight, u, v, iterations, eps_of(eps), dim, eps_mode)
 
 
 def spectral_norm_inputs(weight: Tensor, *, dim: int = 0) -> SpectralNormInputs:

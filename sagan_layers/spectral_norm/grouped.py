@@ -37,7 +37,14 @@ def unsupported_reasons(weight: Tensor, dim: int) -> list[str]:
 def _normalize(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, task in enumerate(tasks):
-        key = (task.weight.device, task.weight.dtype, task.options.n_power_iterations, task.options.eps)
+        options = task.options
+        key = (
+            task.weight.device,
+            task.weight.dtype,
+            options.n_power_iterations,
+            options.eps,
+            options.eps_mode,
+        )
         groups.setdefault(key, []).append(index)
     results: dict[int, SpectralNormResult] = {}
     for indices in groups.values():
@@ -46,7 +53,8 @@ def _normalize(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
 
 
 def _normalize_group(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
-    _, n_power_iterations, eps, *_ = tasks[0].options
+    options = tasks[0].options
+    eps, eps_mode = options.eps, options.eps_mode
     layouts = [layout_of(task.weight, task.options.dim) for task in tasks]
     matrices = [_matrix(task.weight.detach(), task.options.dim) for task in tasks]
     like = matrices[0]
@@ -56,18 +64,18 @@ def _normalize_group(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
     ordered = [layout.in_memory_order(task.v) for layout, task in zip(layouts, tasks, strict=True)]
     torch._foreach_copy_(_cut(rows_of_v, widths), ordered)
     products_of_u, products_of_v = torch.zeros_like(rows_of_u), torch.zeros_like(rows_of_v)
-    for _ in range(n_power_iterations):
+    for _ in range(options.n_power_iterations):
         for matrix, u, product in zip(
             matrices, _cut(rows_of_u, heights), _cut(products_of_v, widths), strict=True
         ):
             torch.mv(matrix.t(), u, out=product)
-        rows_of_v = reference.unit(products_of_v, eps, otherwise=rows_of_v)
+        rows_of_v = reference.unit(products_of_v, eps, eps_mode, otherwise=rows_of_v)
         _multiply(matrices, _cut(rows_of_v, widths), _cut(products_of_u, heights))
-        rows_of_u = reference.unit(products_of_u, eps, otherwise=rows_of_u)
-    if n_power_iterations == 0:
+        rows_of_u = reference.unit(products_of_u, eps, eps_mode, otherwise=rows_of_u)
+    if options.n_power_iterations == 0:
         _multiply(matrices, _cut(rows_of_v, widths), _cut(products_of_u, heights))
     sigmas = (rows_of_u * products_of_u).sum(1)
-    divisors = reference.spectral_divisor(sigmas, eps).unbind()
+    divisors = reference.spectral_divisor(sigmas, reference.least_norm(eps, eps_mode)).unbind()
     results = []
     for index, (task, layout, u, v) in enumerate(
         zip(tasks, layouts, _cut(rows_of_u, heights), _cut(rows_of_v, widths), strict=True)
@@ -95,8 +103,9 @@ def _gradient(
     if grad.dtype != out.dtype or not same_strides(grad, out):
         grad = out.copy_(grad)
     u, sigma = result.u, result.sigma
-    divisor = reference.spectral_divisor(sigma, options.eps)
-    inner = torch.where(sigma.abs() > options.eps, (grad * result.weight).sum(), torch.zeros_like(sigma))
+    least = reference.least_norm(options.eps, options.eps_mode)
+    divisor = reference.spectral_divisor(sigma, least)
+    inner = torch.where(sigma.abs() > least, (grad * result.weight).sum(), torch.zeros_like(sigma))
     v = layout_of(weight, options.dim).in_memory_order(result.v)
     torch.div(grad, divisor, out=out)
     _matrix(out, options.dim).addr_(u * (-inner / divisor), v)

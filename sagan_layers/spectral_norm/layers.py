@@ -18,6 +18,7 @@ from sagan_layers.spectral_norm.reference import (
     SpectralNormOptions,
     SpectralNormResult,
     SpectralNormTask,
+    least_norm,
     spectral_divisor,
     unit,
 )
@@ -25,6 +26,8 @@ from sagan_layers.torch_support import accumulation_dtype, fusion_calls, update_
 
 __all__ = ["SNConv2d", "SNConvTranspose2d", "SNEmbedding", "SNLinear", "SpectralNormLayer"]
 
+# The options of every layer.
+DEFAULTS = {"n_power_iterations": 1, "eps": 1e-12, "iterate_when_frozen": True, "eps_mode": "add"}
 # Set on a layer by contexts and earlier steps; copies and plain layers do not have them.
 TEMPORARY_ATTRIBUTES = ("_frozen", "_shared", "_memory", "_records", "_replayed")
 
@@ -71,11 +74,15 @@ class SpectralNormLayer(nn.Module):
 
     Attributes:
         n_power_iterations: updates of u and v at each forward, 1 to 10**6.
-        eps: added to the norms of u and v, from 1e-37 (float32 has no normal numbers below) to 1 (u and v have norm 1).
+        eps: keeps the norms of u and v from 0; from 1e-37 (float32 has no normal numbers below) to 1 (u and v have
+            norm 1).
         iterate_when_frozen: what a forward does when it must not update u (in evaluation, or inside
             :func:`~sagan_layers.frozen_spectral_norm`): iterate from the stored u without storing the result, as
             the released code and BigGAN do (True), or use the stored u and v without iterating, as
             ``torch.nn.utils.spectral_norm`` does in evaluation (False).
+        eps_mode: how eps is used: "add" divides u and v by norm + eps, as the released code does, and leaves a weight
+            whose sigma is not above eps as it is; "clamp" divides by max(norm, eps), as torch and BigGAN-PyTorch do,
+            and by every sigma but 0.
 
     Example:
         >>> model = nn.Sequential(SNConv2d(3, 8, kernel_size=3), nn.ReLU())
@@ -89,6 +96,7 @@ class SpectralNormLayer(nn.Module):
     n_power_iterations: int
     eps: float
     iterate_when_frozen: bool
+    eps_mode: str
     _plain_class: type[nn.Module]
     _output_axis: int = 0
     # Whether autocast would cast the weight where it is used.
@@ -100,9 +108,8 @@ class SpectralNormLayer(nn.Module):
     _records: tuple[list[UsedVectors | SharedWeight], ...] = ()
     _replayed: Iterator[UsedVectors | SharedWeight] | None = None
 
-    def _init_spectral_norm(self, n_power_iterations: int, eps: float, iterate_when_frozen: bool) -> None:
-        options = checks.spectral_norm_options(n_power_iterations, eps, iterate_when_frozen)
-        self.n_power_iterations, self.eps, self.iterate_when_frozen = options
+    def _init_spectral_norm(self, *options: object) -> None:
+        vars(self).update(checks.spectral_norm_options(*options))
         outputs = self.weight.size(self._output_axis)
         with torch.no_grad():
             self.register_buffer("weight_u", self.weight.new_empty(outputs))
@@ -128,7 +135,7 @@ class SpectralNormLayer(nn.Module):
         dtype = accumulation_dtype(self.weight.dtype)
         matrix = self.weight.to(dtype).transpose(0, self._output_axis).flatten(1)
         v = torch.mv(matrix.t(), self.weight_u.to(dtype))
-        self.weight_v.copy_(unit(v, self.eps, otherwise=v / self.eps))
+        self.weight_v.copy_(unit(v, self.eps, self.eps_mode, otherwise=v / self.eps))
 
     @property
     def sigma(self) -> Tensor:
@@ -181,7 +188,7 @@ class SpectralNormLayer(nn.Module):
             memory = self._memory = LayerMemory()
         n_power_iterations = self.n_power_iterations if iterate else 0
         options = SpectralNormOptions(
-            self._output_axis, n_power_iterations, self.eps, dtype or weight.dtype, memory
+            self._output_axis, n_power_iterations, self.eps, dtype or weight.dtype, memory, self.eps_mode
         )
         return SpectralNormTask(weight, u, v, options)
 
@@ -223,7 +230,8 @@ class SpectralNormLayer(nn.Module):
             # It is raw weight times gain: divided by sigma it belongs to the plain layer.
             self.check_own_weight()
             with torch.no_grad():
-                value /= spectral_divisor(self.sigma, self.eps).to(value.dtype)
+                least = least_norm(self.eps, self.eps_mode)
+                value /= spectral_divisor(self.sigma, least).to(value.dtype)
             self.become_plain(value)
         else:
             super().__setattr__(name, value)
@@ -240,7 +248,7 @@ class SpectralNormLayer(nn.Module):
         """Turn this object into its plain layer, with another weight."""
         resamples = isinstance(self, SNConv2d) and self.resamples
         del self.weight_u, self.weight_v
-        options = ("n_power_iterations", "eps", "iterate_when_frozen", *(() if resamples else ("backend",)))
+        options = (*DEFAULTS, *(() if resamples else ("backend",)))
         for name in (*options, *TEMPORARY_ATTRIBUTES):
             self.__dict__.pop(name, None)
         self.__class__ = ResamplingConv2d if resamples else self._plain_class  # type: ignore[assignment]
@@ -249,9 +257,9 @@ class SpectralNormLayer(nn.Module):
     def extra_repr(self) -> str:
         """Return the plain layer's description, and the options that differ from the defaults."""
         text = super().extra_repr()
-        for name, default in (("n_power_iterations", 1), ("eps", 1e-12), ("iterate_when_frozen", True)):
+        for name, default in DEFAULTS.items():
             if (value := getattr(self, name)) != default:
-                text += f", {name}={value}"
+                text += f", {name}={value!r}"
         return text
 
     def __getstate__(self) -> dict[str, Any]:
@@ -273,7 +281,7 @@ class SNConv2d(SpectralNormLayer, ResamplingConv2d):  # type: ignore[misc]
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype: as for :class:`torch.nn.Conv2d`.
-        n_power_iterations, eps, iterate_when_frozen: see :class:`SpectralNormLayer`.
+        n_power_iterations, eps, iterate_when_frozen, eps_mode: see :class:`SpectralNormLayer`.
         upsample, downsample, backend: as for :class:`ResamplingConv2d`.
 
     Shape:
@@ -320,6 +328,7 @@ class SNConv2d(SpectralNormLayer, ResamplingConv2d):  # type: ignore[misc]
         n_power_iterations: int = 1,
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
+        eps_mode: str = "add",
         upsample: int = 1,
         downsample: int = 1,
         backend: str = "auto",
@@ -335,7 +344,7 @@ class SNConv2d(SpectralNormLayer, ResamplingConv2d):  # type: ignore[misc]
             downsample=downsample,
             backend=backend,
         )
-        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
+        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen, eps_mode)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input`` with the normalised weight."""
@@ -349,7 +358,7 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
             padding_mode, device, dtype: as for :class:`torch.nn.ConvTranspose2d`.
-        n_power_iterations, eps, iterate_when_frozen: see :class:`SpectralNormLayer`.
+        n_power_iterations, eps, iterate_when_frozen, eps_mode: see :class:`SpectralNormLayer`.
 
     Shape:
         - Input: [N, C, H, W] or [C, H, W].
@@ -390,6 +399,7 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
         n_power_iterations: int = 1,
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
+        eps_mode: str = "add",
     ) -> None:
         inputs, outputs, kernel, strides, padding, dilations, groups = checks.convolution_of(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, named_padding=False
@@ -404,7 +414,7 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
         checks.check_parameter_options(device, dtype)
         options: Any = (added, groups, bias, dilations, padding_mode, device, dtype)
         nn.ConvTranspose2d.__init__(self, inputs, outputs, kernel, strides, padding, *options)
-        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
+        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen, eps_mode)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution of ``input`` with the normalised weight."""
@@ -430,7 +440,7 @@ class SNLinear(SpectralNormLayer, nn.Linear):  # type: ignore[misc]
 
     Args:
         in_features, out_features, bias, device, dtype: as for :class:`torch.nn.Linear`.
-        n_power_iterations, eps, iterate_when_frozen: see :class:`SpectralNormLayer`.
+        n_power_iterations, eps, iterate_when_frozen, eps_mode: see :class:`SpectralNormLayer`.
 
     Shape:
         - Input: [*, in_features].
@@ -461,12 +471,13 @@ class SNLinear(SpectralNormLayer, nn.Linear):  # type: ignore[misc]
         n_power_iterations: int = 1,
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
+        eps_mode: str = "add",
     ) -> None:
         in_features, out_features = checks.sizes_of(in_features=in_features, out_features=out_features)
         (bias,) = checks.flags_of(bias=bias)
         checks.check_parameter_options(device, dtype)
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
+        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen, eps_mode)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the linear map of the last axis of ``input`` by the normalised weight."""
@@ -481,7 +492,7 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
         num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight,
             _freeze, device, dtype: as for :class:`torch.nn.Embedding`. ``max_norm`` and ``sparse`` are refused:
             no row of a normalised matrix is longer than 1, and the gradient of sigma is dense.
-        n_power_iterations, eps, iterate_when_frozen: see :class:`SpectralNormLayer`.
+        n_power_iterations, eps, iterate_when_frozen, eps_mode: see :class:`SpectralNormLayer`.
 
     Shape:
         - Input: indices of any shape, int64 or int32.
@@ -523,6 +534,7 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
         n_power_iterations: int = 1,
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
+        eps_mode: str = "add",
     ) -> None:
         num_embeddings, embedding_dim = checks.sizes_of(
             num_embeddings=num_embeddings, embedding_dim=embedding_dim
@@ -544,7 +556,7 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
                 raise ValueError(f"_weight: expected shape {expected}, got {checks.shape_of(_weight)}")
         plain = (num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         nn.Embedding.__init__(self, *plain, _weight, _freeze, device, dtype)
-        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen)
+        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen, eps_mode)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of the normalised matrix that ``input`` names."""

@@ -28,9 +28,10 @@ class SpectralNormOptions(NamedTuple):
     Attributes:
         dim: the axis of the outputs, 0 or 1.
         n_power_iterations: how often u and v are updated before sigma is taken.
-        eps: added to the norms of u and v.
+        eps: keeps the norms of u and v from 0.
         dtype: of the normalised weight.
         memory: a :class:`~sagan_layers.spectral_norm.memory.LayerMemory` that a backend may reuse, or None.
+        eps_mode: "add" adds eps to the norms, "clamp" takes it as their least value.
     """
 
     dim: int
@@ -38,6 +39,7 @@ class SpectralNormOptions(NamedTuple):
     eps: float
     dtype: torch.dtype
     memory: Any = None
+    eps_mode: str = "add"
 
 
 class SpectralNormTask(NamedTuple):
@@ -54,14 +56,14 @@ def normalize(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
     results = []
     for weight, u, v, options in tasks:
         normalized, sigma, u, v = spectral_normalize(
-            weight, u, v, options.n_power_iterations, options.eps, options.dim
+            weight, u, v, options.n_power_iterations, options.eps, options.dim, options.eps_mode
         )
         results.append(SpectralNormResult(normalized.to(options.dtype), sigma, u, v))
     return results
 
 
 def spectral_normalize(
-    weight: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float, dim: int
+    weight: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float, dim: int, eps_mode: str
 ) -> SpectralNormResult:
     """Return ``weight / sigma``, with u and v, constants for autograd, after ``n_power_iterations`` updates."""
     dtype = accumulation_dtype(weight.dtype)
@@ -71,15 +73,20 @@ def spectral_normalize(
         with torch.no_grad():
             constant, u, v = matrix.detach(), u.to(dtype), v.to(dtype)
             iterate = _opaque_power_iteration if torch.compiler.is_dynamo_compiling() else _power_iteration
-            u, v = iterate(constant, u, v, n_power_iterations, eps)
+            u, v = iterate(constant, u, v, n_power_iterations, eps, eps_mode)
         sigma = torch.dot(u, torch.mv(matrix, v))
-        divisor = spectral_divisor(sigma, eps)
+        divisor = spectral_divisor(sigma, least_norm(eps, eps_mode))
         return SpectralNormResult((full / divisor).to(weight.dtype), sigma, u, v)
 
 
-def spectral_divisor(sigma: Tensor, eps: float) -> Tensor:
-    """Return sigma, or 1 where it is not above eps, so that a weight of zeros stays zero; NaN where it overflowed."""
-    return torch.where(sigma.abs() <= eps, 1.0, sigma.masked_fill(sigma.isinf(), torch.nan))
+def least_norm(eps: float, eps_mode: str) -> float:
+    """Return the norm above which vectors and weights are divided: eps, or 0 if eps is only the least divisor."""
+    return eps if eps_mode == "add" else 0.0
+
+
+def spectral_divisor(sigma: Tensor, least: float) -> Tensor:
+    """Return sigma, or 1 where it is not above ``least``: a weight of zeros stays zero. NaN where it overflowed."""
+    return torch.where(sigma.abs() <= least, 1.0, sigma.masked_fill(sigma.isinf(), torch.nan))
 
 
 def gradient(
@@ -87,31 +94,34 @@ def gradient(
 ) -> Tensor:
     """Return the gradient of the weight from that of the normalised one; u and v are constants."""
     u, v, sigma = result.u, result.v, result.sigma
+    least = least_norm(options.eps, options.eps_mode)
     grad, normalized = grad.to(u.dtype), result.weight.to(u.dtype)
-    inner = torch.where(sigma.abs() > options.eps, (grad * normalized).sum(), torch.zeros_like(sigma))
+    inner = torch.where(sigma.abs() > least, (grad * normalized).sum(), torch.zeros_like(sigma))
     sizes = normalized.transpose(0, options.dim).shape
     direction = torch.outer(u, v).view(sizes).transpose(0, options.dim)
-    return ((grad - inner * direction) / spectral_divisor(sigma, options.eps)).to(weight.dtype)
+    return ((grad - inner * direction) / spectral_divisor(sigma, least)).to(weight.dtype)
 
 
 def _power_iteration(
-    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float
+    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float, eps_mode: str
 ) -> tuple[Tensor, Tensor]:
     """Return updated copies of u and v: backward reads them after the layer has overwritten its buffers."""
     u, v = u.clone(), v.clone()
     for _ in range(n_power_iterations):
-        v = unit(torch.mv(matrix.t(), u), eps, otherwise=v)
-        u = unit(torch.mv(matrix, v), eps, otherwise=u)
+        v = unit(torch.mv(matrix.t(), u), eps, eps_mode, otherwise=v)
+        u = unit(torch.mv(matrix, v), eps, eps_mode, otherwise=u)
     return u, v
 
 
 @torch.library.custom_op(
     "sagan_layers::power_iteration",
     mutates_args=(),
-    schema="(Tensor matrix, Tensor u, Tensor v, int n_power_iterations, float eps) -> (Tensor, Tensor)",
+    schema=(
+        "(Tensor matrix, Tensor u, Tensor v, int n_power_iterations, float eps, str eps_mode) -> (Tensor, Tensor)"
+    ),
 )
 def _opaque_power_iteration(
-    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float
+    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float, eps_mode: str
 ) -> tuple[Tensor, Tensor]:
     """The same as one operation that torch.compile does not look into.
 
@@ -119,20 +129,22 @@ def _opaque_power_iteration(
     gradient would be wrong whenever the matrix has few rows.
     """
     with without_autocast(matrix.device):
-        return _power_iteration(matrix, u, v, n_power_iterations, eps)
+        return _power_iteration(matrix, u, v, n_power_iterations, eps, eps_mode)
 
 
 @_opaque_power_iteration.register_fake
-def _(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+def _(
+    matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float, eps_mode: str
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(u), torch.empty_like(v)
 
 
-def unit(vectors: Tensor, eps: float, otherwise: Tensor) -> Tensor:
-    """Return vectors [*, n] divided by their norms plus eps; other ones where the norm is not above eps."""
+def unit(vectors: Tensor, eps: float, eps_mode: str, otherwise: Tensor) -> Tensor:
+    """Return vectors [*, n] divided by their norms, which eps keeps from 0; other ones where the norm is too small."""
     # In float64 no square of a float32 overflows or vanishes.
     dtype = vectors.dtype if vectors.device.type == "mps" else torch.float64
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
-    divisors = (norms + eps).to(vectors.dtype)
+    divisors = (norms + eps if eps_mode == "add" else norms.clamp_min(eps)).to(vectors.dtype)
     # A norm that float32 alone cannot hold still divides; others give NaN, not zeros.
     divisors = torch.where(divisors.isinf(), torch.nan if norms.dtype == vectors.dtype else norms, divisors)
-    return torch.where(norms > eps, (vectors / divisors).to(vectors.dtype), otherwise)
+    return torch.where(norms > least_norm(eps, eps_mode), (vectors / divisors).to(vectors.dtype), otherwise)
