@@ -114,9 +114,8 @@ def joined(*kinds: dict[str, str]) -> dict[str, str]:
     return {kind: " ".join(each[kind] for each in kinds if kind in each) for each in kinds for kind in each}
 
 
-def add_variables(**arguments: Any) -> None:
-    loader = convert.TensorFlowLoader({"Matrix": np.ones((2, 2)), "bias": [1, 2]})
-    loader.add(LINEAR, **{"name": "", **arguments})
+def load_variables(**arguments: Any) -> None:
+    convert.load(LINEAR, source="tensorflow", **arguments)
 
 
 # What is called, good arguments, and the other arguments by the kind of value that they take.
@@ -188,8 +187,11 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
     (entered(functional.force_backend), {"backend": "auto"}, {"name": "backend operation"}),
     (entered(functional.record_backends), {}, {"name": "operation"}),
     (functional.set_debug_checks, {}, {"flag": "enabled"}),
-    (convert.TensorFlowLoader, {"variables": {}}, {"mapping": "variables", "text": "scope"}),
-    (add_variables, {}, {"text": "name"}),
+    (
+        load_variables,
+        {"state": {"Matrix": np.ones((2, 2)), "bias": [1, 2]}},
+        {"mapping": "state", "text": "prefix"},
+    ),
     (functional.attention, ATTENTION, {"number": "scale", "name": "backend"}),
     (functional.attention_weights, {name: ATTENTION[name] for name in ("query", "key")}, {"number": "scale"}),
     (functional.self_attention_2d, BLOCK, {"size": "pool_size", "name": "backend"}),
@@ -413,8 +415,8 @@ def test_maps_smaller_than_the_kernel_or_the_padding_are_refused_before_u_moves(
             "Matrix: expected an array of numbers, got 'abc'",
         ),
         (
-            lambda: convert.TensorFlowLoader({}).add(nn.Linear(3, 4), "", spatial=(3, 1)),
-            r"spatial: expected height and width of 4 outputs, got \(3, 1\)",
+            lambda: convert.load(LINEAR, {}, "tensorflow", channels_last_outputs={"": (3, 1)}),
+            r"channels_last_outputs: expected height and width of 2 outputs of '', got \(3, 1\)",
         ),
         (
             lambda: DiscriminatorPass(LINEAR, LINEAR)(torch.ones(2, 3), torch.ones(4, 2)),

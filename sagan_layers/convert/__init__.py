@@ -1,5 +1,14 @@
-"""Load the weights of other code bases into these layers; one file for each code base."""
+"""Weights of other code bases: load them into these layers, and save these layers' for them."""
 
-from sagan_layers.convert.tensorflow import TensorFlowLoader, load_tensorflow
+from sagan_layers.convert.loading import (
+    CODE_BASES,
+    CodeBase,
+    Entry,
+    NetworkNames,
+    compare,
+    load,
+    load_tensorflow,
+    save,
+)
 
-__all__ = ["TensorFlowLoader", "load_tensorflow"]
+__all__ = ["CODE_BASES", "CodeBase", "Entry", "NetworkNames", "compare", "load", "load_tensorflow", "save"]

@@ -1,0 +1,421 @@
+"""Load and save the weights of other code bases, as their tables say."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sagan_layers.attention import SelfAttention2d
+from sagan_layers.checks import check_module, check_type, pair_of, shown
+from sagan_layers.conditional_norm import ConditionalBatchNorm2d
+from sagan_layers.convert.code_base import CodeBase, Entry, NetworkNames, Place
+from sagan_layers.convert.table import CODE_BASES, NOT_EXPRESSIBLE
+from sagan_layers.gan import ProjectionDiscriminatorHead
+from sagan_layers.spectral_norm import SpectralNormLayer
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+__all__ = ["CODE_BASES", "CodeBase", "Entry", "NetworkNames", "compare", "load", "load_tensorflow", "save"]
+
+_NAMED_AT_MOST = 12
+
+
+def _is_batch_norm(module: nn.Module, condition: str) -> bool:
+    if not isinstance(module, ConditionalBatchNorm2d):
+        return False
+    by_class, by_vector = module.num_classes is not None, module.condition_features is not None
+    return condition == ("class" if by_class else "vector" if by_vector else "none")
+
+
+_KINDS: dict[str, Callable[[nn.Module], bool]] = {
+    "convolution": lambda module: isinstance(module, nn.Conv2d),
+    "transposed_convolution": lambda module: isinstance(module, nn.ConvTranspose2d),
+    "linear": lambda module: isinstance(module, nn.Linear),
+    "embedding": lambda module: isinstance(module, nn.Embedding),
+    "spectral_norm": lambda module: isinstance(module, SpectralNormLayer),
+    "attention": lambda module: isinstance(module, SelfAttention2d),
+    "head": lambda module: isinstance(module, ProjectionDiscriminatorHead),
+    "batch_norm": lambda module: _is_batch_norm(module, "none"),
+    "class_batch_norm": lambda module: _is_batch_norm(module, "class"),
+    "vector_batch_norm": lambda module: _is_batch_norm(module, "vector"),
+}
+
+
+class Link(NamedTuple):
+    """One of our tensors and its places in a code base.
+
+    Attributes:
+        name: ours.
+        tensor: ours; None for an attribute that is only written.
+        places: with whole names, in the order in which they are tried; None: it may be absent.
+        channels_last: height and width, if it belongs to outputs stored as [height, width, channels].
+        layer: its module.
+    """
+
+    name: str
+    tensor: Tensor | None
+    places: tuple[Entry | None, ...]
+    channels_last: tuple[int, int] | None
+    layer: nn.Module
+
+    def to_ours(self, entry: Entry, stored: Tensor) -> Tensor:
+        """Return our tensor from its entry."""
+        values = entry.to_ours(stored)
+        if self.channels_last is None:
+            return values
+        return values.reshape(*self.channels_last, -1, *values.shape[1:]).movedim(2, 0).reshape(values.shape)
+
+    def to_stored(self, entry: Entry, ours: Tensor) -> Tensor:
+        """Return the stored tensor from ours."""
+        if self.channels_last is not None:
+            grid = ours.reshape(-1, *self.channels_last, *ours.shape[1:])
+            ours = grid.movedim(0, 2).reshape(ours.shape)
+        return entry.to_stored(ours)
+
+
+class Comparison(NamedTuple):
+    """A module against a state.
+
+    Attributes:
+        found: each link whose entry is there, with the entry and its value.
+        absent: links without an entry that need none.
+        missing: names of entries that are not there.
+        left_over: names of entries that nothing takes.
+    """
+
+    found: list[tuple[Link, Entry, Tensor]]
+    absent: list[Link]
+    missing: list[str]
+    left_over: list[str]
+
+    @property
+    def our_shapes(self) -> dict[str, list[int]]:
+        """The shapes of the entries as they would be here, by our names."""
+        return {link.name: entry.our_shape(value.shape) for link, entry, value in self.found}
+
+    @property
+    def misshapen(self) -> list[str]:
+        """The entries with another shape than expected, with both."""
+        return [
+            f"{entry.name} (expected {expected}, got {list(value.shape)})"
+            for link, entry, value in self.found
+            if link.tensor is not None
+            and (expected := entry.stored_shape(link.tensor.shape)) != list(value.shape)
+        ]
+
+
+def compare(
+    module: nn.Module,
+    state: Mapping[str, ArrayLike | Tensor],
+    source: str | CodeBase,
+    *,
+    prefix: str = "",
+    names: Mapping[str, str] | None = None,
+    channels_last_outputs: Mapping[str, tuple[int, int]] | None = None,
+) -> Comparison:
+    """Compare a module with a state of another code base, without loading anything.
+
+    Args:
+        module: a block, or a network; one on the meta device will do.
+        state: as for :func:`load`.
+        source: as for :func:`load`.
+        prefix: as for :func:`load`.
+        names: as for :func:`load`.
+        channels_last_outputs: as for :func:`load`.
+
+    Returns:
+        A :class:`Comparison`: what is found, missing, left over and misshapen.
+
+    Raises:
+        ValueError: if the code base is not known.
+        TypeError: if an argument or an entry is of the wrong type.
+
+    Example:
+        >>> from sagan_layers import SNLinear
+        >>> comparison = compare(SNLinear(3, 2), {"weight": torch.ones(2, 4)}, "biggan_pytorch")
+        >>> comparison.missing, comparison.misshapen
+        (['bias', 'u0'], ['weight (expected [2, 3], got [2, 4])'])
+    """
+    code_base = code_base_of(source)
+    check_type("state", state, Mapping, "a mapping from names to arrays")
+    for name in state:
+        check_type("state", name, str, "strings as keys")
+    check_type("prefix", prefix, str, "a string")
+    separator = code_base.separator
+    below = f"{prefix.strip(separator)}{separator}" if prefix else ""
+    remaining = {
+        name.removeprefix(below): value
+        for name, value in code_base.prepare(dict(state)).items()
+        if name.startswith(below)
+    }
+    found: list[tuple[Link, Entry, Tensor]] = []
+    absent: list[Link] = []
+    missing: list[str] = []
+    taken: set[str] = set()
+    for link in links(module, code_base, names=names, channels_last_outputs=channels_last_outputs):
+        entry = next((place for place in link.places if place and place.name in remaining), None)
+        if entry is not None:
+            taken.add(entry.name)
+            if link.tensor is not None:
+                value = _values(below + entry.name, remaining[entry.name])
+                found.append((link, entry._replace(name=below + entry.name), value))
+        elif None in link.places:
+            absent.append(link)
+        elif link.tensor is not None:
+            missing += [below + place.name for place in link.places[:1] if place]
+    left_over = [
+        below + name
+        for name in remaining
+        if name not in taken and not any(fnmatch.fnmatchcase(name, each) for each in code_base.ignored)
+    ]
+    return Comparison(found, absent, list(dict.fromkeys(missing)), left_over)
+
+
+@torch.no_grad()
+def load(
+    module: nn.Module,
+    state: Mapping[str, ArrayLike | Tensor],
+    source: str | CodeBase,
+    *,
+    prefix: str = "",
+    names: Mapping[str, str] | None = None,
+    channels_last_outputs: Mapping[str, tuple[int, int]] | None = None,
+) -> None:
+    """Load weights of another code base into a block, or into a network that contains our blocks.
+
+    The module's blocks take their entries under the names and in the form of the code base; everything else takes
+    those of its own names, as ``load_state_dict`` does. So a network of that code base in which our blocks stand
+    in the place of its own loads its checkpoints as they are. Where a code base stores no v, it is set to fit u.
+
+    Args:
+        module: a block, or a network.
+        state: tensors or arrays by name, read from a file by any means.
+        source: the code base: a name out of ``CODE_BASES``, or a table of your own.
+        prefix: only entries below it are read; "" for all.
+        names: the code base's names of modules that have another one here, by ours.
+        channels_last_outputs: linear layers whose outputs the code base reshapes to [height, width, channels], by
+            our name ("" for the module itself), with that (height, width).
+
+    Raises:
+        ValueError: if entries are missing, left over or of the wrong shape (the message names them, and the module
+            is as before), or the code base is not known.
+        TypeError: if an argument or an entry is of the wrong type.
+
+    Example:
+        >>> from sagan_layers import SelfAttention2d
+        >>> attention = SelfAttention2d(8, spectral_norm=False)
+        >>> theirs = {
+        ...     "theta.weight": torch.ones(1, 8, 1, 1),
+        ...     "phi.weight": torch.ones(1, 8, 1, 1),
+        ...     "g.weight": torch.ones(4, 8, 1, 1),
+        ...     "o.weight": torch.ones(8, 4, 1, 1),
+        ...     "gamma": torch.tensor(0.5),
+        ... }
+        >>> load(attention, theirs, "biggan_pytorch")
+        >>> attention.gamma.item()
+        0.5
+    """
+    comparison = compare(
+        module, state, source, prefix=prefix, names=names, channels_last_outputs=channels_last_outputs
+    )
+    check_fits(comparison, code_base_of(source).title)
+    # All values first, so that nothing is loaded by halves.
+    copies = [(link.tensor, link.to_ours(entry, value)) for link, entry, value in comparison.found]
+    for tensor, values in copies:
+        assert tensor is not None
+        tensor.copy_(values)
+    for link in comparison.absent:
+        if isinstance(link.layer, SpectralNormLayer):
+            link.layer.reset_right_vector()
+        elif link.tensor is not None:
+            link.tensor.zero_()
+
+
+def load_tensorflow(module: nn.Module, variables: Mapping[str, ArrayLike | Tensor], scope: str = "") -> None:
+    """Load the released TensorFlow code's variables of one block: ``load(module, variables, "tensorflow")``.
+
+    Args:
+        module: a block.
+        variables: arrays by TensorFlow variable name.
+        scope: only names below it are read; "" for all.
+
+    Raises:
+        ValueError: if variables are missing, left over below the scope, or of the wrong shape.
+        TypeError: if an argument is of the wrong type.
+
+    Example:
+        >>> from sagan_layers import SNLinear
+        >>> linear = SNLinear(3, 2)
+        >>> matrix = np.arange(6.0).reshape(3, 2)
+        >>> load_tensorflow(linear, {"Matrix": matrix, "u": np.ones((1, 2)), "bias": np.zeros(2)})
+        >>> linear.weight.tolist()
+        [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
+    """
+    load(module, variables, "tensorflow", prefix=scope)
+
+
+def check_fits(comparison: Comparison, title: str) -> None:
+    """Raise ``ValueError`` that names what does not fit."""
+    problems = {
+        "missing": comparison.missing,
+        "left over": comparison.left_over,
+        "of the wrong shape": comparison.misshapen,
+    }
+    parts = []
+    for problem, names in problems.items():
+        if names:
+            more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
+            parts.append(f"{problem}: {', '.join(names[:_NAMED_AT_MOST])}{more}")
+    if parts:
+        raise ValueError(f"entries of {title} do not fit; {'; '.join(parts)}")
+
+
+@torch.no_grad()
+def save(
+    module: nn.Module,
+    target: str | CodeBase,
+    *,
+    prefix: str = "",
+    names: Mapping[str, str] | None = None,
+    channels_last_outputs: Mapping[str, tuple[int, int]] | None = None,
+) -> dict[str, Tensor]:
+    """Return a block's or network's weights under the names and in the form of another code base.
+
+    The inverse of :func:`load`: where a code base has several forms, its usual one. Options that the code base does
+    not know (another eps, say) are not stored and have to be set there.
+
+    Args:
+        module: a block, or a network.
+        target: as ``source`` of :func:`load`.
+        prefix: before every name.
+        names: as for :func:`load`.
+        channels_last_outputs: as for :func:`load`.
+
+    Returns:
+        Copies of the tensors by name.
+
+    Raises:
+        ValueError: if the code base is not known.
+        TypeError: if an argument is of the wrong type.
+
+    Example:
+        >>> from sagan_layers import SNLinear
+        >>> sorted((name, list(value.shape)) for name, value in save(SNLinear(3, 2), "biggan_pytorch").items())
+        [('bias', [2]), ('sv0', [1]), ('u0', [1, 2]), ('weight', [2, 3])]
+    """
+    code_base = code_base_of(target)
+    halves: dict[str, list[Tensor]] = {}
+    for link in links(module, code_base, names=names, channels_last_outputs=channels_last_outputs):
+        entry = link.places[0]
+        if entry is not None:
+            ours = link.tensor
+            if ours is None:
+                ours = getattr(link.layer, link.name.rpartition(".")[2])
+            stored = link.to_stored(entry, ours.detach()).clone(memory_format=torch.contiguous_format)
+            halves.setdefault(code_base.join(prefix, entry.name), []).insert(entry.half or 0, stored)
+    return {name: torch.cat(parts, -1) if len(parts) > 1 else parts[0] for name, parts in halves.items()}
+
+
+def links(
+    module: nn.Module,
+    code_base: CodeBase,
+    *,
+    names: Mapping[str, str] | None = None,
+    channels_last_outputs: Mapping[str, tuple[int, int]] | None = None,
+) -> Iterator[Link]:
+    """Return each tensor of a module with its places in a code base."""
+    check_module("module", module)
+    layers = dict(module.named_modules(remove_duplicate=False))
+    sizes = {}
+    for name, size in (channels_last_outputs or {}).items():
+        height, width = pair_of("channels_last_outputs", size, least=1)
+        outputs = getattr(layers.get(name), "out_features", 1)
+        if outputs % (height * width):
+            raise ValueError(
+                f"channels_last_outputs: expected height and width of {outputs} outputs of {name!r}, got {size}"
+            )
+        sizes[name] = height, width
+    return _links(module, "", "", code_base, names or {}, sizes)
+
+
+def _links(
+    module: nn.Module,
+    path: str,
+    theirs: str,
+    code_base: CodeBase,
+    names: Mapping[str, str],
+    channels_last_outputs: Mapping[str, tuple[int, int]],
+) -> Iterator[Link]:
+    row = _row(module, code_base)
+    inner = ("norm",) if isinstance(module, ConditionalBatchNorm2d) else ()
+    tensors = _own_tensors(module)
+    for name in inner:
+        tensors |= {f"{name}.{each}": value for each, value in _own_tensors(getattr(module, name)).items()}
+    properties = {name: None for name in row if isinstance(getattr(type(module), name, None), property)}
+    for name, tensor in {**properties, **tensors}.items():
+        places = tuple(
+            place if place is None else _below(theirs, place, code_base) for place in row.get(name, (name,))
+        )
+        channels_last = channels_last_outputs.get(path) if name in ("weight", "bias", "weight_u") else None
+        yield Link(_dotted(path, name), tensor, places, channels_last, module)
+    for name, child in module._modules.items():
+        if child is None or name in inner:
+            continue
+        child_path, place = _dotted(path, name), row.get(name, (name,))[0]
+        assert isinstance(place, str)
+        child_name = names.get(child_path, code_base.join(theirs, place))
+        yield from _links(child, child_path, child_name, code_base, names, channels_last_outputs)
+
+
+def _row(module: nn.Module, code_base: CodeBase) -> dict[str, tuple[Place, ...]]:
+    """Return the places of a block's children and tensors by our names."""
+    row: dict[str, tuple[Place, ...]] = {}
+    for kind, matches in _KINDS.items():
+        if matches(module):
+            for name, place in code_base.rows.get(kind, {}).items():
+                single = place is None or isinstance(place, (str, Entry))
+                row[name] = (place,) if single else place  # type: ignore[assignment]
+    return row
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    hidden = module._non_persistent_buffers_set
+    own = {**module._parameters, **{n: b for n, b in module._buffers.items() if n not in hidden}}
+    return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
+def _below(theirs: str, place: str | Entry, code_base: CodeBase) -> Entry:
+    entry = place if isinstance(place, Entry) else Entry(place)
+    return entry._replace(name=code_base.join(theirs, entry.name))
+
+
+def _dotted(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _values(name: str, value: ArrayLike | Tensor) -> Tensor:
+    """Return an entry's values."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    try:
+        return torch.from_numpy(np.array(value).astype(np.float64, casting="same_kind"))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected an array of numbers, got {shown(value)}") from error
+
+
+def code_base_of(source: str | CodeBase) -> CodeBase:
+    """Return the table of a code base by its name."""
+    if isinstance(source, CodeBase):
+        return source
+    check_type("source", source, str, "the name of a code base or a CodeBase")
+    if source in NOT_EXPRESSIBLE:
+        raise ValueError(f"source: {NOT_EXPRESSIBLE[source]}")
+    if source not in CODE_BASES:
+        raise ValueError(f"source: expected one of {sorted(CODE_BASES)}, got {source!r}")
+    return CODE_BASES[source]

@@ -1,0 +1,15 @@
+"""The code bases whose weights load. A new one is a file with its table, and a row here."""
+
+from __future__ import annotations
+
+from sagan_layers.convert.biggan_pytorch import BIGGAN_PYTORCH
+from sagan_layers.convert.code_base import CodeBase
+from sagan_layers.convert.tensorflow import TENSORFLOW
+
+CODE_BASES: dict[str, CodeBase] = {
+    "biggan_pytorch": BIGGAN_PYTORCH,
+    "tensorflow": TENSORFLOW,
+}
+NOT_EXPRESSIBLE = {
+    "torchgan": "torchgan's attention takes the softmax over the queries, which SelfAttention2d cannot express",
+}
