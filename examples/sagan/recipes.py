@@ -345,8 +345,19 @@ PUBLISHED: dict[str, dict[str, float]] = {
 }
 
 
+# NetworkConfig gained these fields later. Configurations without them mean the defaults.
+_ADDED_FIELDS = (
+    "g_channels", "d_channels", "d_last_blocks", "d_hidden_channels", "d_relu_before_blocks", "attention_bias",
+    "upsampling", "condition", "embedding_dim", "hierarchical_latents", "sn_eps_mode", "sn_iterate_in_evaluation",
+    "last_bn_eps",
+)  # fmt: skip
+
+
 def config_from_dict(values: Any, where: str = "") -> RunConfig:
     """Return the configuration that :meth:`RunConfig.to_dict` wrote; :class:`UserError` if it is none."""
+    if isinstance(values, dict) and isinstance(values.get("network"), dict):
+        added = {name: getattr(NetworkConfig, name) for name in _ADDED_FIELDS}
+        values = {**values, "network": {**added, **values["network"]}}
     config: RunConfig = conform(values, RunConfig, where)
     return config
 

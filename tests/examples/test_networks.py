@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -279,7 +280,8 @@ class Formulas:
         return F.avg_pool2d(main + self.conv(block.shortcut, x), 2)
 
     def last(self, block: LastBlock, x: Tensor) -> Tensor:
-        return x + self.conv(block.conv2, self.conv(block.conv1, x.relu()).relu())
+        main = self.conv(block.conv2, self.conv(block.conv1, x.relu()).relu())
+        return main + (x if isinstance(block.shortcut, nn.Identity) else self.conv(block.shortcut, x))
 
     def residual(self, mixer: ResidualMixer, x: Tensor) -> Tensor:
         return x + mixer.gamma * self.conv(mixer.conv2, self.conv(mixer.conv1, x.relu()).relu())
@@ -332,6 +334,176 @@ class TestFormulas:
         before = x.clone()
         torch.testing.assert_close(mixer(x), Formulas().residual(mixer, x), rtol=1e-4, atol=1e-4)
         assert torch.equal(x, before)
+
+
+class TestOtherCodeBases:
+    """The fields of NetworkConfig that the released code does not need."""
+
+    @pytest.mark.parametrize(
+        ("resolution", "g_channels", "d_channels", "d_last_blocks", "last_map"),
+        [
+            (
+                32,
+                (8, 8, 8, 8),
+                (4, 4, 4, 4),
+                2,
+                8,
+            ),  # StudioGAN; BigGAN-PyTorch and mimicry with other numbers
+            (64, (16, 16, 8, 4, 2), (1, 2, 4, 8, 16), 1, 4),  # BigGAN-PyTorch
+            (256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 1, 4),  # BigGAN-PyTorch
+        ],
+    )
+    def test_explicit_channels_are_those_of_the_maps_and_their_number_says_how_often_d_halves(
+        self,
+        resolution: int,
+        g_channels: tuple[int, ...],
+        d_channels: tuple[int, ...],
+        d_last_blocks: int,
+        last_map: int,
+    ) -> None:
+        widths: dict[str, Any] = {"g_channels": g_channels, "d_channels": d_channels}
+        config = replace(
+            TINY, resolution=resolution, **widths, d_last_blocks=d_last_blocks, d_attention=(last_map,)
+        )
+        generator, discriminator = Generator(config), Discriminator(config)
+        assert generator.first_shape[0] == g_channels[0]
+        assert tuple(block.conv2.out_channels for block in generator.blocks) == g_channels[1:]
+        blocks: list[Any] = [*discriminator.blocks, discriminator.last_block]
+        assert tuple(block.conv2.out_channels for block in blocks) == d_channels
+        assert [type(block) for block in blocks[-d_last_blocks:]] == [LastBlock] * d_last_blocks
+        seen: list[int] = []
+        attention: Any = discriminator.mixers[str(last_map)]
+        attention.register_forward_hook(lambda _, inputs, output: seen.append(output.size(2)))
+        images, labels = inputs_of(Discriminator, config, count=2)
+        assert discriminator(images, labels).shape == (2, 1)
+        assert seen == [last_map]  # once, though later blocks keep the resolution
+
+    def test_hidden_channels_of_all_of_ds_blocks_but_the_first_can_be_those_of_the_input(self) -> None:
+        discriminator = Discriminator(replace(TINY, d_hidden_channels="in"))
+        blocks: list[Any] = [*discriminator.blocks, discriminator.last_block]
+        assert [block.conv1.out_channels for block in blocks] == [2, 2, 4, 8]
+        assert [block.conv2.in_channels for block in blocks] == [2, 2, 4, 8]
+
+    @pytest.mark.parametrize("reaches", [False, True])
+    def test_relu_before_ds_blocks_reaches_the_shortcuts_if_asked(self, reaches: bool) -> None:
+        config = replace(PLAIN, d_relu_before_blocks=reaches)
+        discriminator: Any = randomize(Discriminator(config))
+        formulas, x = Formulas(), torch.randn(2, 3, 16, 16)
+        first, second, last = discriminator.blocks[0], discriminator.blocks[1], discriminator.last_block
+        torch.testing.assert_close(first(x), formulas.first_down(first, x), rtol=1e-4, atol=1e-4)
+        wider = randomize(LastBlock(4, 6, config))
+        for block, formula in ((second, formulas.down), (last, formulas.last), (wider, formulas.last)):
+            x = torch.randn(2, block.conv1.in_channels, 8, 8)
+            expected = formula(block, x.relu() if reaches else x)
+            torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+
+    def test_attention_has_biases_if_asked(self) -> None:
+        config = replace(TINY, attention_bias=True)
+        for kind in (Generator, Discriminator):
+            mixers: Any = kind(config).mixers.values()
+            for mixer in mixers:
+                layers = (mixer.query, mixer.key, mixer.value, mixer.out)
+                assert all(layer.bias is not None and not layer.bias.any() for layer in layers)
+
+    def test_bilinear_upsampling_interpolates_before_both_convolutions(self) -> None:
+        config = replace(PLAIN, upsampling="bilinear")
+        block = randomize(UpBlock(4, 3, config))
+        x, labels, formulas = torch.randn(2, 4, 5, 5), torch.tensor([2, 0]), Formulas()
+        doubled = partial(F.interpolate, scale_factor=2, mode="bilinear", align_corners=False)
+        main = formulas.conv(block.conv1, doubled(formulas.norm(block.norm1, x, labels).relu()))
+        main = formulas.conv(block.conv2, formulas.norm(block.norm2, main, labels).relu())
+        expected = main + formulas.conv(block.shortcut, doubled(x))
+        torch.testing.assert_close(block(x, labels), expected, rtol=1e-4, atol=1e-4)
+        assert block.state_dict().keys() == UpBlock(4, 3, PLAIN).state_dict().keys()
+
+    @pytest.mark.parametrize("normalised", [False, True])
+    @pytest.mark.parametrize("condition", ["one_hot", "embedding"])
+    def test_linear_maps_of_labels_are_tables_of_their_values(self, condition: Any, normalised: bool) -> None:
+        config = replace(TINY, condition=condition, embedding_dim=6, g_spectral_norm=normalised)
+        generator: Any = randomize(Generator(config)).double().eval()
+        tables: Any = Generator(replace(config, condition="table")).double().eval()
+        shared = {name: value for name, value in generator.state_dict().items() if "projection" not in name}
+        shared.pop("embedding.weight", None)
+        tables.load_state_dict(shared, strict=False)
+        vectors = torch.eye(3).double() if condition == "one_hot" else generator.embedding.weight
+        with torch.no_grad():
+            for norm, table in zip(batch_norms(generator), batch_norms(tables), strict=True):
+                if table.num_classes is not None:
+                    assert isinstance(norm.weight_projection, SpectralNormLayer) is normalised
+                    table.weight.copy_(1 + norm.weight_projection(vectors))
+                    table.bias.copy_(norm.bias_projection(vectors))
+        latents, labels = inputs_of(Generator, config)
+        inputs = latents.double(), labels
+        torch.testing.assert_close(generator(*inputs), tables(*inputs), rtol=1e-6, atol=1e-6)
+        assert not isinstance(generator.embedding, SpectralNormLayer)
+
+    @pytest.mark.parametrize("num_classes", [0, 3])
+    def test_each_block_takes_the_embedding_and_its_own_chunk_of_hierarchical_latents(
+        self, num_classes: int
+    ) -> None:
+        config = replace(
+            TINY,
+            num_classes=num_classes,
+            latent_dim=20,
+            condition="embedding",
+            embedding_dim=6,
+            hierarchical_latents=True,
+        )
+        generator: Any = randomize(Generator(config)).eval()
+        latents, labels = inputs_of(Generator, config)
+        taken: list[Tensor] = []
+        generator.linear.register_forward_hook(lambda _, inputs, output: taken.append(inputs[0]))
+        for block in generator.blocks:
+            block.register_forward_hook(lambda _, inputs, output: taken.append(inputs[1]))
+        generator(latents, labels)
+        chunks = [latents[:, :5], latents[:, 5:10], latents[:, 10:15], latents[:, 15:]]
+        prefix = latents[:, :0] if labels is None else generator.embedding.weight[labels]
+        expected = [chunks[0], *(torch.cat((prefix, chunk), dim=1) for chunk in chunks[1:])]
+        assert all(map(torch.equal, taken, expected))
+        assert len(taken) == 4
+
+    @pytest.mark.parametrize("condition", ["one_hot", "embedding"])
+    def test_unconditional_generators_are_the_same_for_every_condition(self, condition: Any) -> None:
+        config = replace(TINY, num_classes=0)
+        state = Generator(config).state_dict()
+        Generator(replace(config, condition=condition)).load_state_dict(state)
+
+    @pytest.mark.parametrize("condition", ["table", "one_hot", "embedding"])
+    def test_options_of_spectral_norm_reach_every_normalised_layer(self, condition: Any) -> None:
+        config = replace(
+            TINY, condition=condition, sn_eps=3e-5, sn_eps_mode="clamp", sn_iterate_in_evaluation=False
+        )
+        for kind in (Generator, Discriminator):
+            layers: list[Any] = [
+                each for each in kind(config).modules() if isinstance(each, SpectralNormLayer)
+            ]
+            options = {(layer.eps, layer.eps_mode, layer.iterate_when_frozen) for layer in layers}
+            assert options == {(3e-5, "clamp", False)}
+
+    def test_last_batch_norm_can_have_its_own_eps(self) -> None:
+        norms = batch_norms(Generator(replace(TINY, bn_eps=1e-4, last_bn_eps=1e-5)))
+        assert [norm.eps for norm in norms] == [1e-4] * 6 + [1e-5]
+
+    @pytest.mark.parametrize("checkpointed", [False, True])
+    def test_every_parameter_gets_a_gradient_with_all_fields_set(self, checkpointed: bool) -> None:
+        config = replace(
+            TINY,
+            g_channels=(8, 8, 8, 8),
+            d_channels=(4, 4, 4, 4),
+            d_last_blocks=2,
+            d_hidden_channels="in",
+            d_relu_before_blocks=True,
+            attention_bias=True,
+            upsampling="bilinear",
+            condition="embedding",
+            hierarchical_latents=True,
+            latent_dim=8,
+        )
+        for kind in (Generator, Discriminator):
+            network: Any = randomize(kind(config))
+            network.checkpoints_activations = checkpointed
+            network(*inputs_of(kind, config)).square().sum().backward()
+            assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 class TestInitialisation:
@@ -403,6 +575,30 @@ class TestErrors:
             ({"init": "he"}, "init: expected one of .*orthogonal.*, got 'he'"),
             ({"sn_eps": 0.0}, "sn_eps, bn_eps: expected above 0, got 0.0"),
             ({"bn_eps": -1.0}, "sn_eps, bn_eps: expected above 0, got .*-1.0"),
+            ({"last_bn_eps": 0.0}, "last_bn_eps: expected above 0, got 0.0"),
+            ({"sn_eps_mode": "floor"}, "sn_eps_mode: expected one of add, clamp, got 'floor'"),
+            ({"upsampling": "cubic"}, "upsampling: expected one of nearest, bilinear, got 'cubic'"),
+            ({"d_hidden_channels": "both"}, "d_hidden_channels: expected one of out, in, got 'both'"),
+            ({"condition": "label"}, "condition: expected one of table, one_hot, embedding, got 'label'"),
+            ({"embedding_dim": 0}, "embedding_dim: expected at least 1, got 0"),
+            ({"d_last_blocks": 0}, "d_last_blocks: expected at least 1, got 0"),
+            (
+                {"g_channels": (4, 4, 4)},
+                r"g_channels: expected 4 numbers .* at 32 pixels, .*, got \[4, 4, 4\]",
+            ),
+            ({"g_channels": (4, 4, 4, 0)}, r"g_channels: expected 4 numbers above 0 .*, got \[4, 4, 4, 0\]"),
+            ({"d_channels": (4,)}, r"d_channels: expected 2 to 4 numbers above 0 .*, got \[4\]"),
+            ({"d_channels": (4,) * 5}, "d_channels: expected 2 to 4 numbers .* the last 1 for d_last_blocks"),
+            ({"d_channels": (4, 0, 0)}, r"d_channels: expected 2 to 4 numbers above 0 .*, got \[4, 0, 0\]"),
+            ({"d_channels": (4, 4)}, r"d_attention: .* out of \[16\], got \[8\]"),
+            (
+                {"hierarchical_latents": True},
+                "hierarchical_latents: expected condition 'embedding' .* 'table'",
+            ),
+            (
+                {"hierarchical_latents": True, "condition": "embedding", "latent_dim": 6},
+                "latent_dim: expected a multiple of 4, the chunks of hierarchical_latents at 32 pixels, got 6",
+            ),
             ({"bn_momentum": 1.5}, "bn_momentum, last_bn_momentum: expected from 0 to 1"),
             ({"last_bn_momentum": -0.1}, "bn_momentum, last_bn_momentum: expected from 0 to 1"),
         ],

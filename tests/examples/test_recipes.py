@@ -22,8 +22,25 @@ from sagan.recipes import (
 )
 
 EVERY_RECIPE = pytest.mark.parametrize("name", list(RECIPES))
+# Later fields of the networks, for other code bases, by dotted name.
+ADDED = {
+    "network.g_channels": [],
+    "network.d_channels": [],
+    "network.d_last_blocks": 1,
+    "network.d_hidden_channels": "out",
+    "network.d_relu_before_blocks": False,
+    "network.attention_bias": False,
+    "network.upsampling": "nearest",
+    "network.condition": "table",
+    "network.embedding_dim": 128,
+    "network.hierarchical_latents": False,
+    "network.sn_eps_mode": "add",
+    "network.sn_iterate_in_evaluation": True,
+    "network.last_bn_eps": None,
+}
 # The ICML paper's settings, by dotted name.
 PAPER = {
+    **ADDED,
     "iterations": 1_000_000,
     "batch_size": 256,
     "accumulation": 1,
@@ -121,6 +138,12 @@ class TestRunConfig:
         part.update({removed: value, "lerning_rate": 1})
         with pytest.raises(UserError, match=r"unknown \['lerning_rate'\]$"):
             config_from_dict(values)
+
+    def test_a_configuration_from_before_a_field_of_the_networks_means_its_default(self) -> None:
+        run = RECIPES["best_known"]()
+        values = run.to_dict()
+        older = {name: value for name, value in values["network"].items() if f"network.{name}" not in ADDED}
+        assert config_from_dict({**values, "network": older}) == run
 
     def test_values_out_of_range_are_refused_when_read(self) -> None:
         values = RunConfig(recipe="paper").to_dict()
