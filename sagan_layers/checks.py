@@ -7,10 +7,12 @@ Modules check their options and inputs, functional forms their arguments; backen
 
 from __future__ import annotations
 
+import functools
+import inspect
 import numbers
 import os
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ EPS_MODES = ("add", "clamp")
 _LARGEST = torch.finfo(torch.float32).max
 _Pair = tuple[int, int]
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _debug_checks = os.environ.get("SAGAN_LAYERS_DEBUG_CHECKS", "0") not in ("", "0")
 
@@ -185,6 +189,32 @@ def check_type(name: str, value: object, kind: type, expected: str) -> None:
 def check_module(name: str, module: object) -> None:
     """Raise ``TypeError`` unless this is a module."""
     check_type(name, module, nn.Module, "a torch.nn.Module")
+
+
+def keyword_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make a call without keywords a ``TypeError`` that shows the call to write, for a function that requires them."""
+    kinds = inspect.signature(function).parameters.values()
+    is_method = any(each.kind is not each.KEYWORD_ONLY for each in kinds)
+    required = [each.name for each in kinds if each.kind is each.KEYWORD_ONLY and each.default is each.empty]
+    name = function.__qualname__.split(".")[0]
+    call = f"{name}{'()' * is_method}({', '.join(f'{each}=...' for each in required)})"
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if len(args) > is_method:
+            raise TypeError(f"{name}: expected keywords, got a positional argument; write {call}")
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def named_parts(name: str, tensors: Any) -> dict[str, Any]:
+    """Return one tensor by its name, or those of a list by names such as "logits[1]"; raise if there are none."""
+    if not isinstance(tensors, (list, tuple)):
+        return {name: tensors}
+    if not tensors:
+        raise ValueError(f"{name}: expected at least one tensor, got an empty {type(tensors).__name__}")
+    return {f"{name}[{index}]": tensor for index, tensor in enumerate(tensors)}
 
 
 def check_process_group(group: object) -> None:

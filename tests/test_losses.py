@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from statistics import fmean
 from typing import Any
@@ -126,11 +127,89 @@ def test_softplus_of_huge_logits_is_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [*DISCRIMINATOR_LOSSES, *GENERATOR_LOSSES, gradient_penalty, interpolate_images]
+    ("call", "text"),
+    [
+        (hinge_discriminator_loss, "hinge_discriminator_loss(real_logits=..., fake_logits=...)"),
+        (softplus_discriminator_loss, "softplus_discriminator_loss(real_logits=..., fake_logits=...)"),
+        (HingeDiscriminatorLoss(), "HingeDiscriminatorLoss()(real_logits=..., fake_logits=...)"),
+        (SoftplusDiscriminatorLoss(), "SoftplusDiscriminatorLoss()(real_logits=..., fake_logits=...)"),
+        (gradient_penalty, "gradient_penalty(logits=..., images=...)"),
+        (GradientPenalty(), "GradientPenalty()(logits=..., images=...)"),
+        (interpolate_images, "interpolate_images(real_images=..., fake_images=...)"),
+    ],
 )
-def test_arguments_are_keyword_only(loss: Callable[..., Tensor]) -> None:
-    with pytest.raises(TypeError, match="positional argument"):
-        loss(torch.zeros(1), torch.zeros(1))
+def test_two_kinds_without_keywords_are_an_error_that_shows_the_call(
+    call: Callable[..., Tensor], text: str
+) -> None:
+    message = f": expected keywords, got a positional argument; write {text}"
+    for arguments in [(torch.zeros(1), torch.zeros(1)), (torch.zeros(1),)]:
+        with pytest.raises(TypeError, match=re.escape(message)):
+            call(*arguments)
+
+
+@pytest.mark.parametrize("loss", [*GENERATOR_LOSSES, HingeGeneratorLoss(), SoftplusGeneratorLoss()])
+def test_one_kind_needs_no_keyword(loss: Callable[..., Tensor]) -> None:
+    assert loss(torch.tensor([2.0, 0.5])).item() == loss(fake_logits=torch.tensor([2.0, 0.5])).item() == -1.25
+
+
+REAL_SCALES, FAKE_SCALES = (
+    [
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        for shape in [(4, 1, 7, 7), (4, 1, 3, 3)]
+    ]
+    for seed in (0, 1)
+)
+
+
+@pytest.mark.parametrize("container", [list, tuple])
+def test_the_loss_of_several_scales_is_the_mean_of_their_losses(container: type) -> None:
+    for loss in DISCRIMINATOR_LOSSES:
+        expected = fmean(
+            loss(real_logits=real, fake_logits=fake).item()
+            for real, fake in zip(REAL_SCALES, FAKE_SCALES, strict=True)
+        )
+        value = loss(real_logits=container(REAL_SCALES), fake_logits=container(FAKE_SCALES))
+        assert value.item() == pytest.approx(expected)
+    for loss in GENERATOR_LOSSES:
+        assert loss(container(FAKE_SCALES)).item() == pytest.approx(
+            -fmean(fake.mean().item() for fake in FAKE_SCALES)
+        )
+    assert torch.equal(hinge_generator_loss(FAKE_SCALES[:1]), hinge_generator_loss(FAKE_SCALES[0]))
+
+
+@pytest.mark.parametrize(
+    ("real", "fake", "error", "message"),
+    [
+        ([], FAKE_SCALES, ValueError, "real_logits: expected at least one tensor, got an empty list"),
+        (REAL_SCALES, (), ValueError, "fake_logits: expected at least one tensor, got an empty tuple"),
+        (REAL_SCALES[:1], FAKE_SCALES, ValueError, "fake_logits: expected 1 tensors, as real_logits, got 2"),
+        (REAL_SCALES[0], FAKE_SCALES[:1], TypeError, "fake_logits: expected a list if real_logits is one"),
+        (
+            REAL_SCALES,
+            [FAKE_SCALES[0], [FAKE_SCALES[1]]],
+            TypeError,
+            r"fake_logits\[1\]: expected a floating-point tensor, got list",
+        ),
+        (
+            [REAL_SCALES[0], REAL_SCALES[1][:0]],
+            FAKE_SCALES,
+            ValueError,
+            r"real_logits\[1\]: expected at least one entry, got shape \[0, 1, 3, 3\]",
+        ),
+        (
+            REAL_SCALES,
+            [FAKE_SCALES[0], FAKE_SCALES[1].to("meta")],
+            ValueError,
+            r"fake_logits\[1\]: expected the device of real_logits\[0\], cpu, got meta",
+        ),
+    ],
+)
+def test_wrong_scales_are_named_by_their_index(
+    real: Any, fake: Any, error: type[Exception], message: str
+) -> None:
+    for loss in DISCRIMINATOR_LOSSES:
+        with pytest.raises(error, match=message):
+            loss(real_logits=real, fake_logits=fake)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +226,6 @@ def test_modules_compute_what_the_functions_do(module: nn.Module, function: Call
     if function in DISCRIMINATOR_LOSSES:
         logits["real_logits"] = torch.randn(5)
     assert torch.equal(module(**logits), function(**logits))
-    with pytest.raises(TypeError, match="positional argument"):
-        module(*logits.values())
 
 
 @pytest.mark.parametrize("name", ["real_logits", "fake_logits"])
@@ -340,6 +417,20 @@ def test_half_precision_gradients_are_squared_in_float32() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_penalty_of_several_scales_is_the_mean_of_their_penalties(kind: str) -> None:
+    weight = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    images = torch.randn(3, 3, requires_grad=True)
+    scales = [images.pow(3) * weight, (images * weight).square().sum(1)]
+    penalty = gradient_penalty(logits=scales, images=images, kind=kind)
+    single = [gradient_penalty(logits=scale, images=images, kind=kind) for scale in scales]
+    torch.testing.assert_close(penalty, (single[0] + single[1]) / 2)
+    penalty.backward()
+    assert torch.count_nonzero(weight.grad) == 3
+    with pytest.raises(ValueError, match=r"logits\[1\]: expected a graph"):
+        gradient_penalty(logits=[scales[0], scales[1].detach()], images=images)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_penalty_module_is_the_function(kind: str) -> None:
     images = torch.randn(3, 4, requires_grad=True)
     logits = images.pow(3).sum(1)
@@ -380,6 +471,24 @@ def test_interpolated_images_lie_on_the_segment_between_each_pair() -> None:
     assert points.is_leaf
 
 
+@pytest.mark.parametrize(
+    ("real", "fake", "expected"),
+    [
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_interpolated_images_have_the_wider_dtype(
+    real: torch.dtype, fake: torch.dtype, expected: torch.dtype
+) -> None:
+    ones, zeros = torch.ones(4, 3, dtype=real), torch.zeros(4, 3, dtype=fake)
+    points = interpolate_images(real_images=ones, fake_images=zeros)
+    assert (points.dtype, points.is_leaf, points.requires_grad) == (expected, True, True)
+    assert ((points >= 0) & (points <= 1)).all()
+
+
 def test_interpolation_repeats_with_its_generator() -> None:
     real, fake = torch.randn(2, 3), torch.randn(2, 3)
     first, second = (
@@ -396,7 +505,7 @@ PAIR = torch.ones(2, 3)
     ("real", "fake", "error", "message"),
     [
         (PAIR, torch.ones(3, 3), ValueError, r"the shape of the real images \[2, 3\], got \[3, 3\]"),
-        (PAIR, PAIR.double(), TypeError, "the dtype of the real images torch.float32, got torch.float64"),
+        (PAIR, PAIR.long(), TypeError, "fake_images: expected a floating-point tensor, got torch.int64"),
         (PAIR, PAIR.to("meta"), ValueError, "fake_images: .* device of the real images, cpu, got meta"),
         (PAIR[:0], PAIR[:0], ValueError, r"real_images: expected at least one entry.*\[0, 3\]"),
     ],

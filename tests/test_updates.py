@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -211,10 +212,58 @@ def test_both_passes_are_one_graph_each_and_never_compiled_again() -> None:
     torch.testing.assert_close([*networks[0].buffers()], [*plain[0].buffers()], rtol=1e-4, atol=1e-4)
 
 
-def test_a_discriminator_with_several_outputs_is_refused() -> None:
-    class Two(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
+class Scales(nn.Module):
+    """A discriminator that judges images at two scales."""
 
-    with pytest.raises(TypeError, match="discriminator: expected one tensor of logits, got tuple"):
-        DiscriminatorPass(nn.Linear(4, 6), Two())(torch.randn(3, 6), torch.randn(3, 4))
+    def __init__(self, container: type = list) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([SNConv2d(3, 1, 3), SNConv2d(3, 1, 3)])
+        self.container = container
+
+    def forward(self, x: Tensor) -> Any:
+        return self.container([self.convs[0](x), self.convs[1](F.avg_pool2d(x, 2))])
+
+
+@pytest.mark.parametrize("container", [list, tuple])
+def test_a_discriminator_of_several_scales_serves_both_passes(container: type) -> None:
+    generator, discriminator = nn.Sequential(SNLinear(5, 192), nn.Unflatten(1, (3, 8, 8))), Scales(container)
+    real, latents, *_ = batch()
+    result = DiscriminatorPass(generator, discriminator)(real[:3], latents)
+    assert [logits.shape for logits in result.real_logits] == [(3, 1, 6, 6), (3, 1, 2, 2)]
+    assert [logits.shape for logits in result.fake_logits] == [(4, 1, 6, 6), (4, 1, 2, 2)]
+    expected = hinge_discriminator_loss(real_logits=result.real_logits, fake_logits=result.fake_logits)
+    assert torch.equal(result.loss, expected)
+    result.loss.backward()
+    assert all(parameter.grad is not None for parameter in discriminator.parameters())
+    passed = GeneratorPass(generator, discriminator)(latents)
+    assert torch.equal(passed.loss, hinge_generator_loss(passed.fake_logits))
+    passed.loss.backward()
+    assert torch.count_nonzero(generator[0].weight.grad) > 0
+
+
+@pytest.mark.parametrize(
+    ("returns", "error", "message"),
+    [
+        (
+            lambda x: {"logits": x},
+            TypeError,
+            "expected a tensor of logits or a list of them, got logits of type dict",
+        ),
+        (
+            lambda x: [x, [x]],
+            TypeError,
+            r"got logits\[1\] of type list; return such, or write your own update",
+        ),
+        (lambda x: [x, x[:2]], ValueError, r"discriminator: expected logits\[1\] for 6 images, got \[2, 6\]"),
+        (lambda x: [], ValueError, "logits: expected at least one tensor, got an empty list"),
+    ],
+)
+def test_a_discriminator_that_returns_something_else_is_refused(
+    returns: Callable[[Tensor], Any], error: type[Exception], message: str
+) -> None:
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return returns(x)
+
+    with pytest.raises(error, match=message):
+        DiscriminatorPass(nn.Linear(4, 6), Other())(torch.randn(3, 6), torch.randn(3, 4))

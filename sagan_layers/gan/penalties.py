@@ -10,13 +10,17 @@ from sagan_layers.checks import (
     check_not_empty,
     check_same_device,
     check_samples,
+    keyword_only,
+    named_parts,
     number_of,
     shape_of,
 )
+from sagan_layers.gan.losses import Logits
 from sagan_layers.torch_support import accumulation_dtype
 
 
-def gradient_penalty(*, logits: Tensor, images: Tensor, kind: str = "r1", target: float = 1.0) -> Tensor:
+@keyword_only
+def gradient_penalty(*, logits: Logits, images: Tensor, kind: str = "r1", target: float = 1.0) -> Tensor:
     r"""Return a penalty on the gradient of D's logits with respect to its input images.
 
     With :math:`g_n = \nabla_{x_n} \sum D(x)`, the gradient of sample n:
@@ -26,7 +30,8 @@ def gradient_penalty(*, logits: Tensor, images: Tensor, kind: str = "r1", target
     - "wgan-gp": :math:`\mathrm{mean}_n (\|g_n\| - t)^2`, at :func:`interpolate_images` of real and generated images.
 
     Args:
-        logits: D's output for ``images``, any shape.
+        logits: D's output for ``images``, any shape, or a list of them, one for each scale: the result is then the
+            mean of the scales' penalties, each by a backward pass of its own.
         images: [N, *], D's input; must require a gradient before D is called.
         kind: "r1", "r2" or "wgan-gp".
         target: t, the norm that "wgan-gp" pulls towards.
@@ -34,7 +39,7 @@ def gradient_penalty(*, logits: Tensor, images: Tensor, kind: str = "r1", target
     Raises:
         ValueError: if the images do not require a gradient, D's logits do not depend on them, or ``kind`` is
             unknown.
-        TypeError: if a tensor is not floating point.
+        TypeError: if a tensor is not floating point, or has no keyword.
 
     Note:
         Keeps the graph of the first derivative. Norms are accumulated in float32 (float64 for float64). Where a
@@ -54,15 +59,22 @@ def gradient_penalty(*, logits: Tensor, images: Tensor, kind: str = "r1", target
     """
     _check_kind(kind)
     target = number_of("target", target, least=0)
-    check_not_empty("logits", logits)
+    scales = named_parts("logits", logits)
+    for name, scale in scales.items():
+        check_not_empty(name, scale)
     check_samples("images", images)
     if not images.requires_grad:
         raise ValueError("images: expected requires_grad; call images.requires_grad_() before D")
+    penalties = [_penalty(name, scale, images, kind, target) for name, scale in scales.items()]
+    return torch.stack(penalties).mean() if len(penalties) > 1 else penalties[0]
+
+
+def _penalty(name: str, logits: Tensor, images: Tensor, kind: str, target: float) -> Tensor:
     if not logits.requires_grad:
-        raise ValueError("logits: expected a graph; call D with gradients enabled")
+        raise ValueError(f"{name}: expected a graph; call D with gradients enabled")
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True, allow_unused=True)
     if gradient is None:
-        raise ValueError("logits: expected to depend on the images, but they do not")
+        raise ValueError(f"{name}: expected to depend on the images, but they do not")
     gradients = gradient.to(accumulation_dtype(gradient.dtype)).reshape(len(gradient), -1)
     squares = gradients.square().sum(1)  # [N]
     if kind != "wgan-gp":
@@ -72,6 +84,7 @@ def gradient_penalty(*, logits: Tensor, images: Tensor, kind: str = "r1", target
     return (norms - target).square().mean()
 
 
+@keyword_only
 def interpolate_images(
     *, real_images: Tensor, fake_images: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -79,15 +92,15 @@ def interpolate_images(
 
     Args:
         real_images: [N, *].
-        fake_images: [N, *], of the same shape.
+        fake_images: [N, *], of the same shape; generated in bfloat16, say, they meet float32 images in float32.
         generator: draws the random numbers.
 
     Shape:
-        - Output: [N, *], a leaf of the graph.
+        - Output: [N, *], a leaf of the graph, in the wider dtype of the two.
 
     Raises:
         ValueError: if the shapes or devices differ.
-        TypeError: if the dtypes differ or are not floating point.
+        TypeError: if images are not floating point, or have no keyword.
 
     Reference:
         Gulrajani et al., Improved Training of Wasserstein GANs, algorithm 1.
@@ -104,14 +117,11 @@ def interpolate_images(
             f"fake_images: expected the shape of the real images {shape_of(real_images)}, "
             f"got {shape_of(fake_images)}"
         )
-    if real_images.dtype != fake_images.dtype:
-        raise TypeError(
-            f"fake_images: expected the dtype of the real images {real_images.dtype}, got {fake_images.dtype}"
-        )
     check_same_device("fake_images", fake_images, "the real images", real_images)
     shape = (real_images.size(0), *[1] * (real_images.dim() - 1))
-    weight = torch.rand(shape, generator=generator, device=real_images.device, dtype=real_images.dtype)
-    return torch.lerp(real_images.detach(), fake_images.detach(), weight).requires_grad_()
+    dtype = torch.promote_types(real_images.dtype, fake_images.dtype)
+    weight = torch.rand(shape, generator=generator, device=real_images.device, dtype=dtype)
+    return torch.lerp(real_images.detach().to(dtype), fake_images.detach().to(dtype), weight).requires_grad_()
 
 
 class GradientPenalty(nn.Module):
@@ -128,7 +138,8 @@ class GradientPenalty(nn.Module):
         self.kind = kind
         self.target = number_of("target", target, least=0)
 
-    def forward(self, *, logits: Tensor, images: Tensor) -> Tensor:
+    @keyword_only
+    def forward(self, *, logits: Logits, images: Tensor) -> Tensor:
         """Return the penalty, a scalar."""
         return gradient_penalty(logits=logits, images=images, kind=self.kind, target=self.target)
 

@@ -15,9 +15,10 @@ from sagan_layers.checks import (
     check_type,
     is_dense,
     kind_of,
+    named_parts,
     shape_of,
 )
-from sagan_layers.gan.losses import hinge_discriminator_loss, hinge_generator_loss
+from sagan_layers.gan.losses import Logits, hinge_discriminator_loss, hinge_generator_loss
 
 
 class DiscriminatorResult(NamedTuple):
@@ -25,7 +26,7 @@ class DiscriminatorResult(NamedTuple):
 
     Attributes:
         loss: a scalar, to call ``backward`` on.
-        real_logits: the discriminator's output for the real images.
+        real_logits: the discriminator's output for the real images; a list if that is one.
         fake_logits: its output for the generated images.
 
     Example:
@@ -35,8 +36,8 @@ class DiscriminatorResult(NamedTuple):
     """
 
     loss: Tensor
-    real_logits: Tensor
-    fake_logits: Tensor
+    real_logits: Logits
+    fake_logits: Logits
 
 
 class GeneratorResult(NamedTuple):
@@ -52,7 +53,7 @@ class GeneratorResult(NamedTuple):
     """
 
     loss: Tensor
-    fake_logits: Tensor
+    fake_logits: Logits
 
 
 def call_with_constant_parameters(module: nn.Module, *inputs: Any) -> Any:
@@ -96,7 +97,7 @@ class DiscriminatorPass(nn.Module):
 
     Raises:
         ValueError: if there are labels for one kind of images only.
-        TypeError: if the discriminator returns anything but one tensor.
+        TypeError: if the discriminator returns anything but a tensor or a list or tuple of tensors (of its scales).
 
     Example:
         >>> generator, discriminator = nn.Linear(4, 6), nn.Linear(6, 1)
@@ -149,19 +150,24 @@ class DiscriminatorPass(nn.Module):
             logits = self.discriminator(images)
         else:
             logits = self.discriminator(images, torch.cat([real_labels, fake_labels]))
-        if not isinstance(logits, Tensor) or not is_dense(logits):
-            raise TypeError(
-                f"discriminator: expected one tensor of logits, got {kind_of(logits)}; return one, or write your "
-                "own update"
-            )
-        if logits.shape[:1] != images.shape[:1]:
-            raise ValueError(
-                f"discriminator: expected logits for {len(images)} images, got {shape_of(logits)}"
-            )
-        real_logits, fake_logits = torch.split(logits, [len(real), len(fake)])
-        return DiscriminatorResult(
-            self._loss(real_logits=real_logits, fake_logits=fake_logits), real_logits, fake_logits
-        )
+        real_parts, fake_parts = [], []
+        for name, part in named_parts("logits", logits).items():
+            if not isinstance(part, Tensor) or not is_dense(part):
+                raise TypeError(
+                    f"discriminator: expected a tensor of logits or a list of them, got {name} of type "
+                    f"{kind_of(part)}; return such, or write your own update"
+                )
+            if part.shape[:1] != images.shape[:1]:
+                raise ValueError(
+                    f"discriminator: expected {name} for {len(images)} images, got {shape_of(part)}"
+                )
+            real_part, fake_part = torch.split(part, [len(real), len(fake)])
+            real_parts.append(real_part)
+            fake_parts.append(fake_part)
+        split: tuple[Logits, Logits] = real_parts, fake_parts
+        if isinstance(logits, Tensor):
+            split = real_parts[0], fake_parts[0]
+        return DiscriminatorResult(self._loss(real_logits=split[0], fake_logits=split[1]), *split)
 
 
 class GeneratorPass(nn.Module):
