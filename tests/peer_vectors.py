@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,6 +129,8 @@ def measure(
         network.load_state_dict(state)
     inputs = draw_inputs(name, **sizes)
     outputs = evaluate(generator, discriminator, networks, inputs)
+    for network, state in zip(networks, drawn, strict=True):  # some peers' evaluation moves their vectors
+        network.load_state_dict(state)
     losses = three_steps(generator, discriminator, networks, inputs)
     return Vectors(sizes, shapes_of(drawn[0]), shapes_of(drawn[1]), *outputs, *losses)
 
@@ -193,3 +195,60 @@ def read(name: str) -> Vectors:
     for field in ("g_shapes", "d_shapes"):
         found[field] = {key: tuple(shape) for key, shape in found[field].items()}
     return Vectors(**found)
+
+
+class BlockVectors(NamedTuple):
+    """What a peer's block computed.
+
+    Attributes:
+        shapes: of its state dict.
+        inputs: shapes of its inputs: maps, vectors, or labels [N] below 5.
+        outputs: in evaluation; then, from the same state, of two forwards in training.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    inputs: list[tuple[int, ...]]
+    outputs: list[Tensor]
+
+
+def draw_block_inputs(name: str, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    drawn = (
+        random.randint(0, 5, s) if len(s) == 1 else random.standard_normal(s).astype("f") for s in shapes
+    )
+    return [torch.from_numpy(values) for values in drawn]
+
+
+@torch.no_grad()
+def run_block(block: nn.Module, load: Callable[[], Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """``outputs`` of :class:`BlockVectors`; ``load`` sets the block's state."""
+    load()
+    evaluation = block.eval()(*inputs)
+    load()
+    block.train()
+    return [evaluation, block(*inputs), block(*inputs)]
+
+
+def measure_block(name: str, block: nn.Module, *inputs: tuple[int, ...]) -> BlockVectors:
+    """Run a peer's block with drawn weights and inputs of these shapes."""
+    state = draw_state(shapes_of(block.state_dict()))
+    outputs = run_block(block, lambda: block.load_state_dict(state), draw_block_inputs(name, inputs))
+    return BlockVectors(shapes_of(state), list(inputs), outputs)
+
+
+def write_blocks(name: str, blocks: Mapping[str, BlockVectors]) -> None:
+    """Store the blocks of a code base, each by its name."""
+    arrays = {}
+    for block, (shapes, inputs, outputs) in blocks.items():
+        arrays[f"{block}/sizes"] = np.asarray(json.dumps({"shapes": shapes, "inputs": inputs}))
+        arrays |= {f"{block}/{number}": output.detach().numpy() for number, output in enumerate(outputs)}
+    PEERS.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(PEERS / f"{name}_blocks.npz", **arrays)
+
+
+def read_block(name: str, block: str) -> BlockVectors:
+    with np.load(PEERS / f"{name}_blocks.npz") as file:
+        sizes = json.loads(str(file[f"{block}/sizes"]))
+        outputs = [torch.from_numpy(file[f"{block}/{number}"]) for number in range(3)]
+    shapes = {key: tuple(shape) for key, shape in sizes["shapes"].items()}
+    return BlockVectors(shapes, [tuple(shape) for shape in sizes["inputs"]], outputs)

@@ -6,9 +6,20 @@ from sagan_layers.convert.loading import (
     Entry,
     NetworkNames,
     compare,
+    huggingface_biggan_at,
     load,
     load_tensorflow,
     save,
 )
 
-__all__ = ["CODE_BASES", "CodeBase", "Entry", "NetworkNames", "compare", "load", "load_tensorflow", "save"]
+__all__ = [
+    "CODE_BASES",
+    "CodeBase",
+    "Entry",
+    "NetworkNames",
+    "compare",
+    "huggingface_biggan_at",
+    "load",
+    "load_tensorflow",
+    "save",
+]

@@ -61,7 +61,9 @@ class Entry(NamedTuple):
 
     def to_stored(self, ours: Tensor) -> Tensor:
         """Return the stored tensor; with ``half``, this half of it."""
-        values = ours.reshape(ours.shape[: ours.dim() - self.dropped]) - self.offset
+        values = ours.reshape(ours.shape[: ours.dim() - self.dropped])
+        if self.offset:  # which would make a float of a count
+            values = values - self.offset
         if self.axes:
             values = values.permute(*self.axes)
         return values.reshape([*[1] * self.leading, *values.shape])

@@ -14,6 +14,7 @@ from sagan_layers.attention import SelfAttention2d
 from sagan_layers.checks import check_module, check_type, pair_of, shown
 from sagan_layers.conditional_norm import ConditionalBatchNorm2d
 from sagan_layers.convert.code_base import CodeBase, Entry, NetworkNames, Place
+from sagan_layers.convert.huggingface_biggan import huggingface_biggan_at
 from sagan_layers.convert.table import CODE_BASES, NOT_EXPRESSIBLE
 from sagan_layers.gan import ProjectionDiscriminatorHead
 from sagan_layers.spectral_norm import SpectralNormLayer
@@ -21,7 +22,17 @@ from sagan_layers.spectral_norm import SpectralNormLayer
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-__all__ = ["CODE_BASES", "CodeBase", "Entry", "NetworkNames", "compare", "load", "load_tensorflow", "save"]
+__all__ = [
+    "CODE_BASES",
+    "CodeBase",
+    "Entry",
+    "NetworkNames",
+    "compare",
+    "huggingface_biggan_at",
+    "load",
+    "load_tensorflow",
+    "save",
+]
 
 _NAMED_AT_MOST = 12
 

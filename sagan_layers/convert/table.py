@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from sagan_layers.convert.biggan_pytorch import BIGGAN_PYTORCH
 from sagan_layers.convert.code_base import CodeBase
+from sagan_layers.convert.heykeetae import HEYKEETAE
+from sagan_layers.convert.huggingface_biggan import HUGGINGFACE_BIGGAN
+from sagan_layers.convert.studiogan import STUDIOGAN
 from sagan_layers.convert.tensorflow import TENSORFLOW
 
 CODE_BASES: dict[str, CodeBase] = {
     "biggan_pytorch": BIGGAN_PYTORCH,
+    "heykeetae": HEYKEETAE,
+    "huggingface_biggan": HUGGINGFACE_BIGGAN,
+    "studiogan": STUDIOGAN,
     "tensorflow": TENSORFLOW,
 }
 NOT_EXPRESSIBLE = {

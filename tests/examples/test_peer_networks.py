@@ -1,0 +1,112 @@
+"""Whole networks of other code bases against vectors that those computed (tests/golden/peers)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import peer_vectors
+import pytest
+import torch
+from torch import Tensor
+
+from sagan.convert import load_network, save_network
+from sagan.errors import UserError
+from sagan.networks import Discriminator, Generator, NetworkConfig
+from sagan_layers import convert
+
+
+class Peer(NamedTuple):
+    """A file of vectors, and the fields of the configuration that express its networks.
+
+    Attributes:
+        code_base: a name of ``CODE_BASES``.
+        vectors: the file's name.
+        fields: besides the sizes in the file and the code base's settings.
+        outputs_within: of evaluation, relative to the largest output.
+        losses_within: of training, relative to those above 1.
+    """
+
+    code_base: str
+    vectors: str
+    fields: dict[str, Any]
+    outputs_within: float = 1e-6
+    losses_within: float = 1e-6
+
+    def config(self) -> NetworkConfig:
+        sizes = {key: size for key, size in peer_vectors.read(self.vectors).sizes.items() if key != "batch"}
+        settings = convert.CODE_BASES[self.code_base].settings
+        return NetworkConfig(**{"base_width": 4, **settings, **sizes, **self.fields})
+
+
+BIGGAN: dict[str, Any] = {"sn_eps": 1e-8}
+SHARED: dict[str, Any] = {**BIGGAN, "condition": "embedding", "embedding_dim": 6}
+AT_32: dict[str, Any] = {"g_channels": (16,) * 4, "g_attention": (16,), "d_last_blocks": 2}
+PEERS = [
+    Peer("biggan_pytorch", "biggan_pytorch_sagan", BIGGAN),
+    Peer("biggan_pytorch", "biggan_pytorch_biggan", {**SHARED, "hierarchical_latents": True}),
+    # Its own batch norm subtracts squares: run in float64 it is as far from itself.
+    Peer(
+        "biggan_pytorch",
+        "biggan_pytorch_mybn",
+        {**SHARED, **AT_32, "d_attention": (), "d_channels": (16,) * 4},
+        losses_within=1e-4,
+    ),
+    # The sigmas of drawn vectors are too small, so evaluation enlarges rounding errors.
+    Peer("studiogan", "studiogan_128", {"g_attention": (64,)}, outputs_within=2e-5),
+    Peer(
+        "studiogan",
+        "studiogan_32",
+        {**AT_32, "d_attention": (16,), "d_channels": (8,) * 4},
+        outputs_within=5e-6,
+    ),
+]
+SAVED = [peer for peer in PEERS if not peer.vectors.endswith("_mybn")]
+
+
+def loaded(peer: Peer) -> tuple[Generator, Discriminator]:
+    vectors, config = peer_vectors.read(peer.vectors), peer.config()
+    generator, discriminator = Generator(config), Discriminator(config)
+    load_network(generator, peer_vectors.draw_state(vectors.g_shapes), peer.code_base)
+    load_network(discriminator, peer_vectors.draw_state(vectors.d_shapes), peer.code_base)
+    return generator, discriminator
+
+
+def assert_near(ours: Tensor, theirs: Tensor, within: float) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < within * theirs.abs().max()
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.vectors)
+class TestPeers:
+    def test_evaluation_computes_what_the_peer_does(self, peer: Peer) -> None:
+        vectors, networks = peer_vectors.read(peer.vectors), loaded(peer)
+        inputs = peer_vectors.draw_inputs(peer.vectors, **vectors.sizes)
+        g_output, d_output = peer_vectors.evaluate(*networks, networks, inputs)
+        assert_near(g_output, vectors.g_output, peer.outputs_within)
+        assert_near(d_output, vectors.d_output, peer.outputs_within)
+
+    def test_three_training_steps_have_the_peers_losses(self, peer: Peer) -> None:
+        vectors, networks = peer_vectors.read(peer.vectors), loaded(peer)
+        inputs = peer_vectors.draw_inputs(peer.vectors, **vectors.sizes)
+        d_losses, g_losses = peer_vectors.three_steps(*networks, networks, inputs)
+        for ours, theirs in ((d_losses, vectors.d_losses), (g_losses, vectors.g_losses)):
+            assert ours == pytest.approx(theirs, rel=peer.losses_within, abs=peer.losses_within)
+
+
+@pytest.mark.parametrize("peer", SAVED, ids=lambda peer: peer.vectors)
+def test_saving_for_a_peer_gives_back_its_entries(peer: Peer) -> None:
+    vectors = peer_vectors.read(peer.vectors)
+    for network, shapes in zip(loaded(peer), (vectors.g_shapes, vectors.d_shapes), strict=True):
+        saved = save_network(network, peer.code_base)
+        assert peer_vectors.shapes_of(saved) == shapes
+        for name, value in peer_vectors.draw_state(shapes).items():
+            if not name.endswith("sv0"):  # the last sigma, for logs: ours is computed
+                torch.testing.assert_close(saved[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_a_code_base_of_blocks_alone_has_no_networks() -> None:
+    network = Discriminator(NetworkConfig(resolution=32, base_width=2, num_classes=0, d_attention=()))
+    with pytest.raises(UserError, match=r"heykeetae's .* got its blocks only"):
+        load_network(network, {}, "heykeetae")
+    with pytest.raises(ValueError, match=r"source: expected one of .*, got 'hekeytae'"):
+        save_network(network, "hekeytae")
