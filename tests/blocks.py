@@ -76,8 +76,8 @@ _HALF = torch.bfloat16
 BLOCKS = [
     Block("attention", lambda **to: SelfAttention2d(16, gamma_init=0.7, **to), _image(16, 5, 7), _ATTENTION),
     Block(
-        "attention_paper",
-        lambda **to: SelfAttention2d(16, pool_size=1, value_channels=2, gamma_init=0.7, **to),
+        "attention_paper_without_residual",
+        lambda **to: SelfAttention2d(16, pool_size=1, value_channels=2, residual=False, gamma_init=0.7, **to),
         _image(16, 4, 3),
         _ATTENTION,
     ),
@@ -167,8 +167,8 @@ BLOCKS = [
         (*_of("linear", state=_SN_BIAS), *_of("embedding", state=_SN)),
     ),
     Block(
-        "head_plain_mean_unconditional",
-        lambda **to: ProjectionDiscriminatorHead(6, None, "mean", spectral_norm=False, **to),
+        "head_plain_mean_unconditional_without_activation",
+        lambda **to: ProjectionDiscriminatorHead(6, None, "mean", False, activation=None, **to),
         _image(6, 3, 4),
         _of("linear", state=_PLAIN),
         _HALF,

@@ -22,6 +22,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "plain": {"spectral_norm": False, "bias": True},
     "pool_3": {"pool_size": 3},
 }
+BACKENDS = ["auto", "reference", "chunked", "sdpa", "fused"]
 
 
 def floor_pool(features: Tensor, size: int) -> Tensor:
@@ -64,11 +65,13 @@ def written_out(module: SelfAttention2d, x: Tensor) -> tuple[Tensor, Tensor]:
     weights = logits.flatten(3).softmax(-1).view_as(logits)
     attended = torch.einsum("nhwij,nvij->nvhw", weights, value)
     gathered = attended if isinstance(module.out, nn.Identity) else project(module.out, attended)
-    return x + module.gamma.detach() * gathered, weights.flatten(3).flatten(1, 2)
+    y = module.gamma.detach() * gathered
+    return (x + y if module.residual else y), weights.flatten(3).flatten(1, 2)
 
 
 @given(
     form=st.sampled_from(sorted(FORMS)),
+    residual=st.booleans(),
     channels=st.sampled_from([1, 2, 3, 7, 8, 64]),
     size=st.tuples(st.integers(3, 11), st.integers(3, 8)),
     gamma=st.sampled_from([0.8, -1.3]),
@@ -76,10 +79,11 @@ def written_out(module: SelfAttention2d, x: Tensor) -> tuple[Tensor, Tensor]:
 )
 @settings(max_examples=40)
 def test_every_form_is_the_written_out_formula(
-    form: str, channels: int, size: tuple[int, int], gamma: float, seed: int
+    form: str, residual: bool, channels: int, size: tuple[int, int], gamma: float, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    module = SelfAttention2d(channels, gamma_init=gamma, dtype=torch.float64, **FORMS[form]).eval()
+    options = {"gamma_init": gamma, "residual": residual, "dtype": torch.float64, **FORMS[form]}
+    module = SelfAttention2d(channels, **options).eval()
     x = 2 * torch.randn(2, channels, *size, dtype=torch.float64)
     expected, _ = written_out(module, x)
     torch.testing.assert_close(module(x), expected, rtol=1e-10, atol=1e-10)
@@ -129,6 +133,50 @@ def test_the_smallest_maps_work(channels: int, size: tuple[int, int]) -> None:
     assert y.shape == x.shape
     y.square().sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("pool_size", "size"), [(1, (1, 1)), (2, (2, 3))])
+def test_a_single_key_gives_its_value_to_every_query(
+    backend: str, pool_size: int, size: tuple[int, int]
+) -> None:
+    module = SelfAttention2d(32, pool_size=pool_size, gamma_init=0.7, spectral_norm=False, backend=backend)
+    x = torch.randn(2, 32, *size, requires_grad=True)
+    y = module(x)
+    value = torch.amax(module.value(x)[..., :pool_size, :pool_size], (2, 3), keepdim=True)
+    expected = x + 0.7 * module.out(value)
+    torch.testing.assert_close(y, expected)
+    ours, theirs = (
+        torch.autograd.grad(each.square().sum(), [x, module.value.weight]) for each in (y, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(module.attention_weights(x, [(0, 0)]), torch.ones(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_the_residual_it_is_the_input_plus_the_rest(dtype: torch.dtype) -> None:
+    alone = SelfAttention2d(16, gamma_init=0.7, residual=False, dtype=dtype).eval()
+    added = SelfAttention2d(16, dtype=dtype).eval()
+    added.load_state_dict(alone.state_dict())
+    x = torch.randn(2, 16, 6, 5, dtype=dtype)
+    assert torch.equal(added(x), x + alone(x))
+    nn.init.zeros_(alone.gamma)
+    assert torch.count_nonzero(alone(x)) == 0
+
+
+def test_the_fused_form_without_the_residual_is_refused() -> None:
+    module = SelfAttention2d(32, residual=False, backend="fused")
+    with pytest.raises(ValueError, match="fused: its kernels add x"):
+        module(torch.randn(2, 32, 4, 4))
+
+
+def test_query_and_key_exchanged_are_attention_over_the_queries_that_values_follow() -> None:
+    # rosinality/sagan-pytorch: logits [N, queries, keys], softmax over axis 1, values summed over the same axis.
+    module = SelfAttention2d(16, pool_size=1, output_projection=False, bias=True, gamma_init=0.7).eval()
+    x = torch.randn(2, 16, 3, 5)
+    query, key, value = (layer(x).flatten(2) for layer in (module.key, module.query, module.value))
+    weights = torch.softmax(query.mT @ key, 1)
+    torch.testing.assert_close(module(x), x + 0.7 * (value @ weights).view_as(x))
 
 
 @given(seed=st.integers(0, 2**16), size=st.integers(2, 6))
@@ -225,6 +273,7 @@ def test_power_iteration_options_reach_every_convolution() -> None:
 
 def test_representation_names_what_is_not_visible_in_the_layers() -> None:
     assert SelfAttention2d(8, pool_size=1).extra_repr() == "8, pool_size=1, backend='auto'"
+    assert SelfAttention2d(8, residual=False).extra_repr().endswith("backend='auto', residual=False")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -310,7 +359,11 @@ X = torch.ones(1, 8, 4, 4)
         (X[:, :7], ValueError, r"expected \[N, C, H, W\] with C = 8, got \[1, 7, 4, 4\]"),
         (X.double(), TypeError, r"expected the module's dtype torch.float32, got torch.float64"),
         (X.to("meta"), ValueError, r"expected the device of the module's parameters, cpu, got meta"),
-        (X[:, :, :1], ValueError, r"expected height and width of at least pool_size = 2, got \[1, 8, 1, 4\]"),
+        (
+            X[:, :, :1, :1],
+            ValueError,
+            r"expected height and width of at least pool_size = 2, got .*; SelfAttention2d\(..., pool_size=1",
+        ),
     ],
 )
 @pytest.mark.parametrize("method", ["forward", "attention_weights"])

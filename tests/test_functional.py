@@ -422,8 +422,20 @@ def test_self_attention_2d_refuses_a_bias_for_no_projection() -> None:
         functional.self_attention_2d(torch.randn(1, 8, 4, 4, dtype=torch.float64), **parameters)
 
 
+@pytest.mark.parametrize("backend", ["auto", "composed", "reference", "chunked", "sdpa"])
+def test_self_attention_2d_without_the_residual_is_what_it_adds_to_x(backend: str) -> None:
+    x, parameters = torch.randn(2, 8, 6, 6, dtype=torch.float64), block()
+    y, alone = (
+        functional.self_attention_2d(x, **parameters, residual=residual, backend=backend)
+        for residual in (True, False)
+    )
+    assert torch.equal(y, x + alone)
+
+
 def test_the_fused_block_says_why_it_cannot_serve() -> None:
     x = torch.randn(1, 8, 6, 6, dtype=torch.float64)
+    explained = functional.explain_backends(x, **block(), residual=False, operation="self_attention_2d")
+    assert explained == {"fused": "cannot serve: its kernels add x", "composed": "chosen"}
     with pytest.raises(
         ValueError, match=r"no self-attention backend serves .*fused: pool_size = 3 is above 2"
     ):

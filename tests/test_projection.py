@@ -28,22 +28,29 @@ def weights(head: ProjectionDiscriminatorHead) -> tuple[Tensor, Tensor | None]:
     shape=st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(1, 5), st.integers(1, 5)),
     classes=st.one_of(st.none(), st.integers(1, 4)),
     pooling=st.sampled_from(["sum", "mean"]),
+    activation=st.sampled_from(["relu", None]),
     spectral_norm=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_logit_is_the_written_out_formula(
-    shape: tuple[int, int, int, int], classes: int | None, pooling: str, spectral_norm: bool, seed: int
+    shape: tuple[int, int, int, int],
+    classes: int | None,
+    pooling: str,
+    activation: str | None,
+    spectral_norm: bool,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     batch, channels, height, width = shape
-    head = ProjectionDiscriminatorHead(channels, classes, pooling, spectral_norm, dtype=torch.float64).eval()
+    options = {"activation": activation, "dtype": torch.float64}
+    head = ProjectionDiscriminatorHead(channels, classes, pooling, spectral_norm, **options).eval()
     x = torch.randn(shape, dtype=torch.float64)
     labels = None if classes is None else torch.randint(classes, (batch,))
     row, table = weights(head)
     logits = head(x, labels)
     assert logits.shape == (batch, 1)
     for n in range(batch):
-        pooled = x[n].clamp(min=0).flatten(1).sum(1)
+        pooled = (x[n].clamp(min=0) if activation else x[n]).flatten(1).sum(1)
         if pooling == "mean":
             pooled = pooled / (height * width)
         expected = row[0] @ pooled + head.linear.bias[0]
@@ -86,9 +93,15 @@ def test_reset_parameters_initialises_both_layers(spectral_norm: bool) -> None:
     assert not any(torch.equal(parameter, before[name]) for name, parameter in head.named_parameters())
 
 
-def test_representation_names_classes_and_pooling() -> None:
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match="activation: expected one of 'relu', None, got 'tanh'"):
+        ProjectionDiscriminatorHead(4, 3, activation="tanh")
+
+
+def test_representation_names_classes_pooling_and_a_missing_activation() -> None:
     text = ProjectionDiscriminatorHead(4, None, "mean").extra_repr()
     assert text == "4, num_classes=None, pooling='mean'"
+    assert ProjectionDiscriminatorHead(4, 2, activation=None).extra_repr().endswith("'sum', activation=None")
 
 
 MAPS, LABELS = torch.ones(2, 4, 3, 3), torch.tensor([0, 2])

@@ -7,6 +7,7 @@ from torch import Tensor
 from sagan_layers.attention import reference
 from sagan_layers.attention.reference import (
     AttentionInputs,
+    NonResidualInputs,
     ProjectionLayers,
     ProjectionWeights,
     SelfAttentionInputs,
@@ -16,6 +17,7 @@ from sagan_layers.checks import (
     check_floating,
     check_same_device,
     check_same_dtype,
+    flags_of,
     integer_of,
     number_of,
     shape_of,
@@ -75,6 +77,7 @@ def self_attention_2d(
     value_bias: Tensor | None = None,
     out_bias: Tensor | None = None,
     pool_size: int = 2,
+    residual: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     r"""Return x plus gamma times the attention output of a feature map's positions.
@@ -96,6 +99,7 @@ def self_attention_2d(
         value_bias: [Ev] or None.
         out_bias: [C] or None.
         pool_size: side and stride of the max-pool over keys and values; 1 for none.
+        residual: whether x is added; if not, the result is the second term alone, and "fused" cannot serve.
         backend: "fused" for two kernels on CUDA; "composed", or a backend of :func:`attention`, for projections,
             pooling and attention one by one; "auto" for the first that serves.
 
@@ -123,7 +127,9 @@ def self_attention_2d(
     weights = ProjectionWeights(
         query_weight, key_weight, value_weight, out_weight, query_bias, key_bias, value_bias, out_bias
     )
-    return self_attention_of_projections(x, weights, gamma, pool_size=pool_size, backend=backend)
+    return self_attention_of_projections(
+        x, weights, gamma, pool_size=pool_size, residual=residual, backend=backend
+    )
 
 
 def attention_weights(query: Tensor, key: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -160,6 +166,7 @@ def self_attention_of_projections(
     gamma: Tensor,
     *,
     pool_size: int,
+    residual: bool,
     backend: str,
 ) -> Tensor:
     """Return :func:`self_attention_2d` for a record of weights, or for layers of any kind.
@@ -168,7 +175,7 @@ def self_attention_of_projections(
         ValueError: as :func:`self_attention_2d`; also if ``backend`` is "fused" and the projections are layers.
         TypeError: as :func:`self_attention_2d`.
     """
-    inputs = SelfAttentionInputs(x, projections, gamma, pool_size)
+    inputs = _record(residual)(x, projections, gamma, pool_size)
     return self_attend(_checked(inputs) if isinstance(projections, ProjectionWeights) else inputs, backend)
 
 
@@ -185,12 +192,18 @@ def self_attention_inputs(
     value_bias: Tensor | None = None,
     out_bias: Tensor | None = None,
     pool_size: int = 2,
+    residual: bool = True,
 ) -> SelfAttentionInputs:
     """Return the arguments of :func:`self_attention_2d` as its backends take them, after all checks."""
     weights = ProjectionWeights(
         query_weight, key_weight, value_weight, out_weight, query_bias, key_bias, value_bias, out_bias
     )
-    return _checked(SelfAttentionInputs(x, weights, gamma, pool_size))
+    return _checked(_record(residual)(x, weights, gamma, pool_size))
+
+
+def _record(residual: bool) -> type[SelfAttentionInputs]:
+    (residual,) = flags_of(residual=residual)
+    return SelfAttentionInputs if residual else NonResidualInputs
 
 
 def _checked(inputs: SelfAttentionInputs) -> SelfAttentionInputs:
@@ -231,12 +244,13 @@ def _checked(inputs: SelfAttentionInputs) -> SelfAttentionInputs:
     pool_size = integer_of("pool_size", pool_size, least=1)
     if min(x.shape[2:]) < pool_size:
         raise ValueError(
-            f"x: expected height and width of at least pool_size = {pool_size}, got {shape_of(x)}"
+            f"x: expected height and width of at least pool_size = {pool_size}, got {shape_of(x)}; pool_size=1 takes "
+            "maps of any size"
         )
     # Written out: torch.compile of torch 2.6 has no slices of named tuples.
     biases = weights.query_bias, weights.key_bias, weights.value_bias, weights.out_bias
     matrices = ProjectionWeights(query, key, value, out, *biases)
-    return SelfAttentionInputs(x, matrices, gamma.reshape(()), pool_size)
+    return type(inputs)(x, matrices, gamma.reshape(()), pool_size)
 
 
 def _check_bias(name: str, bias: Tensor | None, x: Tensor, *, rows: int) -> None:

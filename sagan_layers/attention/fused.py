@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sagan_layers.attention import reference
-from sagan_layers.attention.reference import ProjectionWeights, SelfAttentionInputs
+from sagan_layers.attention.reference import NonResidualInputs, ProjectionWeights, SelfAttentionInputs
 from sagan_layers.attention.saved import Saved, empty_results
 from sagan_layers.backends import interpreter_reasons, no_triton_reasons
 from sagan_layers.torch_support import autocast_dtype, without_autocast
@@ -38,6 +38,8 @@ def unsupported_reasons(inputs: SelfAttentionInputs) -> list[str]:
     computed = autocast_dtype(x.device)
     if computed is not None and x.dtype != computed:
         reasons.append(f"autocast projects in {computed}, and x is {x.dtype}")
+    if isinstance(inputs, NonResidualInputs):
+        reasons.append("its kernels add x")
     if pool_size > 2:
         reasons.append(f"pool_size = {pool_size} is above 2")
     return reasons + list(_kernels().unsupported_reasons(x, weights))

@@ -47,6 +47,7 @@ class SelfAttention2d(nn.Module):
         output_projection: whether there is a last 1x1 convolution, value_channels -> C.
         bias: whether the 1x1 convolutions have biases.
         spectral_norm: whether they are :class:`~sagan_layers.SNConv2d` instead of ``nn.Conv2d``.
+        residual: whether the input is added; if not, the output is gamma times the gathered values, 0 at the start.
         gamma_init: where gamma starts, at most 65504 (float16's largest) in size.
         backend: "auto" or a backend of :func:`sagan_layers.functional.self_attention_2d`.
         n_power_iterations, eps, iterate_when_frozen, eps_mode: as for :class:`~sagan_layers.SNConv2d`; ignored
@@ -86,6 +87,7 @@ class SelfAttention2d(nn.Module):
         output_projection: bool = True,
         bias: bool = False,
         spectral_norm: bool = True,
+        residual: bool = True,
         gamma_init: float = 0.0,
         backend: str = "auto",
         n_power_iterations: int = 1,
@@ -97,8 +99,8 @@ class SelfAttention2d(nn.Module):
     ) -> None:
         super().__init__()
         in_channels, pool_size = checks.sizes_of(in_channels=in_channels, pool_size=pool_size)
-        output_projection, bias, spectral_norm = checks.flags_of(
-            output_projection=output_projection, bias=bias, spectral_norm=spectral_norm
+        output_projection, bias, spectral_norm, residual = checks.flags_of(
+            output_projection=output_projection, bias=bias, spectral_norm=spectral_norm, residual=residual
         )
         options = checks.spectral_norm_options(n_power_iterations, eps, iterate_when_frozen, eps_mode)
         gamma_init = checks.number_of("gamma_init", gamma_init, least=-65504, most=65504)  # of float16
@@ -126,6 +128,7 @@ class SelfAttention2d(nn.Module):
         self.key_channels = key_channels
         self.value_channels = value_channels
         self.pool_size = pool_size
+        self.residual = residual
         self.gamma_init = gamma_init
         self.backend = backend
         self.query = conv1x1(in_channels, key_channels)
@@ -142,11 +145,16 @@ class SelfAttention2d(nn.Module):
         nn.init.constant_(self.gamma, self.gamma_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x plus gamma times the attention output."""
+        """Return x plus gamma times the attention output, or the second term alone."""
         self._check_input(x)
         projections = _weights_or_layers(self.query, self.key, self.value, self.out)
         return functional.self_attention_of_projections(
-            x, projections, self.gamma, pool_size=self.pool_size, backend=self.backend
+            x,
+            projections,
+            self.gamma,
+            pool_size=self.pool_size,
+            residual=self.residual,
+            backend=self.backend,
         )
 
     def attention_weights(
@@ -203,7 +211,8 @@ class SelfAttention2d(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the sizes and options that the layers do not show."""
-        return f"{self.in_channels}, pool_size={self.pool_size}, backend={self.backend!r}"
+        text = f"{self.in_channels}, pool_size={self.pool_size}, backend={self.backend!r}"
+        return text if self.residual else f"{text}, residual=False"
 
     def _pool(self, features: Tensor) -> Tensor:
         if self.pool_size == 1:
@@ -215,7 +224,7 @@ class SelfAttention2d(nn.Module):
         if min(x.shape[2:]) < self.pool_size:
             raise ValueError(
                 f"input: expected height and width of at least pool_size = {self.pool_size}, "
-                f"got {list(x.shape)}"
+                f"got {list(x.shape)}; SelfAttention2d(..., pool_size=1) takes maps of any size"
             )
 
 

@@ -134,10 +134,14 @@ class SelfAttentionInputs(NamedTuple):
     pool_size: int
 
 
+class NonResidualInputs(SelfAttentionInputs):
+    """The inputs of a block that does not add x to its result."""
+
+
 def self_attention_2d(
     inputs: SelfAttentionInputs, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Return ``x + gamma * out(attend(query(x), pool(key(x)), pool(value(x))))``."""
+    """Return ``x + gamma * out(attend(query(x), pool(key(x)), pool(value(x))))``, or the second term alone."""
     x, projections, gamma, pool_size = inputs
     if isinstance(projections, ProjectionWeights):
         projections = projections.layers()
@@ -147,9 +151,15 @@ def self_attention_2d(
         return features if pool_size == 1 else F.max_pool2d(features, pool_size)
 
     attended = attend(positions(query(x)), positions(pool(key(x))), positions(pool(value(x))))
-    gathered = out(attended.mT.reshape(x.size(0), attended.size(2), *x.shape[2:]))
+    attended = attended.mT.reshape(x.size(0), attended.size(2), *x.shape[2:])
+    if torch.compiler.is_compiling():
+        # Inductor cannot order the strides of a view whose sizes are symbols.
+        attended = attended.contiguous()
+    gathered = out(attended)
+    # The first term's memory format is the result's.
+    start = torch.zeros_like(x) if isinstance(inputs, NonResidualInputs) else x
     # Subtracted from zero twice, because at gamma 0 a plain sum would turn -0.0 into 0.0.
-    return x - (0.0 - gamma * gathered).to(x.dtype)
+    return start - (0.0 - gamma * gathered).to(x.dtype)
 
 
 def _conv1x1(weight: Tensor | None, bias: Tensor | None) -> Projection:

@@ -21,12 +21,14 @@ class ProjectionDiscriminatorHead(nn.Module):
         num_classes: number of classes; None for a head without labels, which has no last term.
         pooling: "sum" over the positions, as the released code does, or "mean".
         spectral_norm: whether the linear layer and the embedding are normalised.
+        activation: "relu" before the pooling, or None for networks that have applied their own.
         n_power_iterations, eps, iterate_when_frozen, eps_mode: of spectral normalisation, see
             :class:`~sagan_layers.SNLinear`.
         device, dtype: of the parameters.
 
     Shape:
-        - Input: [N, C, H, W], before the activation (a second ReLU changes nothing).
+        - Input: [N, C, H, W], before the activation (a second ReLU changes nothing);
+          with ``activation=None`` after it.
         - Labels: [N], int64 or int32, from 0 to num_classes - 1; None without classes.
         - Output: [N, 1].
 
@@ -55,6 +57,7 @@ class ProjectionDiscriminatorHead(nn.Module):
         pooling: str = "sum",
         spectral_norm: bool = True,
         *,
+        activation: str | None = "relu",
         n_power_iterations: int = 1,
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
@@ -67,12 +70,14 @@ class ProjectionDiscriminatorHead(nn.Module):
         if num_classes is not None:
             num_classes = checks.integer_of("num_classes", num_classes, least=1)
         checks.check_choice("pooling", pooling, ("sum", "mean"))
+        checks.check_choice("activation", activation, ("relu", None))
         (spectral_norm,) = checks.flags_of(spectral_norm=spectral_norm)
         checks.check_parameter_options(device, dtype)
         sn_options = checks.spectral_norm_options(n_power_iterations, eps, iterate_when_frozen, eps_mode)
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.pooling = pooling
+        self.activation = activation
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         if spectral_norm:
             options |= sn_options
@@ -92,7 +97,7 @@ class ProjectionDiscriminatorHead(nn.Module):
         """Return the logits of the features x for their labels."""
         checks.check_input(x, channels=self.in_channels, like=self.linear.weight)
         checks.check_labels(labels, num_classes=self.num_classes, batch=x.size(0), like=self.linear.weight)
-        activated = torch.relu(x)
+        activated = x if self.activation is None else torch.relu(x)
         pooled = activated.sum((2, 3)) if self.pooling == "sum" else activated.mean((2, 3))  # [N, C]
         logits: Tensor = self.linear(pooled)
         if self.embedding is not None:
@@ -100,5 +105,6 @@ class ProjectionDiscriminatorHead(nn.Module):
         return logits
 
     def extra_repr(self) -> str:
-        """Return the sizes and the pooling."""
-        return f"{self.in_channels}, num_classes={self.num_classes}, pooling={self.pooling!r}"
+        """Return the sizes, the pooling, and the activation if there is none."""
+        text = f"{self.in_channels}, num_classes={self.num_classes}, pooling={self.pooling!r}"
+        return text if self.activation else f"{text}, activation=None"
