@@ -102,6 +102,7 @@ class Vectors(NamedTuple):
         g_output: of the first latents in evaluation, every fourth row and column: [N, 3, H / 4, W / 4].
         d_output: logits of the first images in evaluation, [N].
         d_losses, g_losses: of :func:`three_steps`.
+        learning_rate: of those steps.
     """
 
     sizes: dict[str, int]
@@ -111,6 +112,7 @@ class Vectors(NamedTuple):
     d_output: Tensor
     d_losses: list[float]
     g_losses: list[float]
+    learning_rate: float = 0.02
 
 
 def measure(
@@ -118,9 +120,12 @@ def measure(
     generator: Network,
     discriminator: Network,
     networks: tuple[nn.Module, nn.Module],
+    learning_rate: float = 0.02,
     **sizes: int,
 ) -> Vectors:
     """Run a peer: draw its weights, evaluate both networks and take three steps. ``sizes`` are for the inputs.
+
+    At 0.02 small networks may die in one step, and losses that do not move prove nothing.
 
     ``generator(latents, labels)`` and ``discriminator(images, labels)`` call ``networks``.
     """
@@ -131,8 +136,8 @@ def measure(
     outputs = evaluate(generator, discriminator, networks, inputs)
     for network, state in zip(networks, drawn, strict=True):  # some peers' evaluation moves their vectors
         network.load_state_dict(state)
-    losses = three_steps(generator, discriminator, networks, inputs)
-    return Vectors(sizes, shapes_of(drawn[0]), shapes_of(drawn[1]), *outputs, *losses)
+    losses = three_steps(generator, discriminator, networks, inputs, learning_rate)
+    return Vectors(sizes, shapes_of(drawn[0]), shapes_of(drawn[1]), *outputs, *losses, learning_rate)
 
 
 @torch.no_grad()
@@ -152,6 +157,7 @@ def three_steps(
     discriminator: Network,
     networks: tuple[nn.Module, nn.Module],
     inputs: Inputs,
+    learning_rate: float,
 ) -> tuple[list[float], list[float]]:
     """Hinge losses of three steps of D and G in training mode, by plain gradient descent.
 
@@ -160,7 +166,9 @@ def three_steps(
     """
     for network in networks:
         network.train()
-    g_optimizer, d_optimizer = (torch.optim.SGD(network.parameters(), lr=0.02) for network in networks)
+    g_optimizer, d_optimizer = (
+        torch.optim.SGD(network.parameters(), lr=learning_rate) for network in networks
+    )
     d_losses, g_losses = [], []
     for z, y, real in zip(*inputs, strict=True):
         with torch.no_grad():
@@ -189,7 +197,7 @@ def write(name: str, vectors: Vectors) -> None:
 
 def read(name: str) -> Vectors:
     with np.load(PEERS / f"{name}.npz") as file:
-        found: dict[str, Any] = {field: file[field] for field in Vectors._fields}
+        found: dict[str, Any] = {field: file[field] for field in Vectors._fields if field in file}
     for field, value in found.items():
         found[field] = torch.from_numpy(value) if value.dtype == np.float32 else json.loads(str(value))
     for field in ("g_shapes", "d_shapes"):

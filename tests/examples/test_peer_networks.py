@@ -88,7 +88,7 @@ class TestPeers:
     def test_three_training_steps_have_the_peers_losses(self, peer: Peer) -> None:
         vectors, networks = peer_vectors.read(peer.vectors), loaded(peer)
         inputs = peer_vectors.draw_inputs(peer.vectors, **vectors.sizes)
-        d_losses, g_losses = peer_vectors.three_steps(*networks, networks, inputs)
+        d_losses, g_losses = peer_vectors.three_steps(*networks, networks, inputs, vectors.learning_rate)
         for ours, theirs in ((d_losses, vectors.d_losses), (g_losses, vectors.g_losses)):
             assert ours == pytest.approx(theirs, rel=peer.losses_within, abs=peer.losses_within)
 
