@@ -26,6 +26,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATING_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
 MOST_ITERATIONS = 10**6  # minutes, not years
 EPS_MODES = ("add", "clamp")
+VECTORS = ("u", "v")
 _LARGEST = torch.finfo(torch.float32).max
 _Pair = tuple[int, int]
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)

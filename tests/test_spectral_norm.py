@@ -679,6 +679,18 @@ def empty_linear() -> nn.Module:
     return layer
 
 
+def flat_linear() -> nn.Module:
+    layer = nn.Linear(2, 2)
+    layer.weight = nn.Parameter(torch.ones(4))
+    return layer
+
+
+def float8_linear() -> nn.Module:
+    layer = nn.Linear(2, 2)
+    layer.weight = nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn))
+    return layer
+
+
 class CustomLinear(nn.Linear):
     """A subclass, which may have a forward of its own."""
 
@@ -696,9 +708,15 @@ class CustomLinear(nn.Linear):
         (lambda: nn.MultiheadAttention(2, 1), TypeError, "form of MultiheadAttention at '1'"),
         (lambda: nn.LSTM(2, 2), TypeError, "form of LSTM at '1'"),
         (lambda: nn.GRUCell(2, 2), TypeError, "form of GRUCell at '1'"),
-        (lambda: parametrizations.weight_norm(nn.Linear(2, 2)), TypeError, "form of ParametrizedLinear at"),
-        (lambda: nn.utils.spectral_norm(nn.Linear(2, 2)), TypeError, "the weight of '1' is computed by some"),
-        (empty_linear, ValueError, r"the weight of '1': expected at least one element, got shape \[0, 2"),
+        (lambda: parametrizations.weight_norm(nn.Linear(2, 2)), TypeError, "weight of '1' is computed by"),
+        (lambda: nn.utils.spectral_norm(nn.Conv3d(2, 2, 1)), TypeError, "form of Conv3d at '1'"),
+        (lambda: nn.utils.spectral_norm(CustomLinear(2, 2)), TypeError, "form of CustomLinear at '1'"),
+        (lambda: nn.utils.spectral_norm(nn.Linear(2, 2), eps=0), ValueError, "'1' with torch.*eps: expected"),
+        (lambda: nn.utils.spectral_norm(nn.Conv2d(2, 2, 1), dim=2), ValueError, "'1' with torch.*dim: exp"),
+        (lambda: nn.Linear(2, 2, dtype=torch.complex64), TypeError, "the weight of '1': expected a floating"),
+        (float8_linear, TypeError, "the weight of '1': expected a dense tensor of float32"),
+        (flat_linear, ValueError, r"the weight of '1': expected at least two axes.*got shape \[4\]"),
+        (empty_linear, ValueError, r"the weight of '1': expected.*one element, got shape \[0, 2"),
         (lambda: nn.Embedding(3, 2, max_norm=1.0), ValueError, "max_norm: expected None"),
         (lambda: nn.Embedding(3, 2, sparse=True), ValueError, "sparse: expected False"),
     ],

@@ -91,9 +91,8 @@ def _differentiable_gradient(ctx: Any, grad: Tensor, result: SpectralNormResult)
         )
     # A view, because grad may itself depend on the weight: derivatives must stop here.
     weight = ctx.weight.view_as(ctx.weight)
-    normalized = reference.spectral_normalize(
-        weight, result.u, result.v, 0, ctx.options.eps, ctx.options.dim, ctx.options.eps_mode
-    ).weight
+    options = ctx.options._replace(n_power_iterations=0, dtype=weight.dtype)
+    normalized = reference.spectral_normalize(weight, result.u, result.v, options).weight
     gradient: Tensor
     (gradient,) = torch.autograd.grad(normalized, weight, grad.to(normalized.dtype), create_graph=True)
     return gradient

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
-from typing import TypeVar
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from sagan_layers import checks
 from sagan_layers.resampling import ResamplingConv2d
@@ -67,13 +70,20 @@ def apply_spectral_norm(
     eps: float = 1e-12,
     iterate_when_frozen: bool = True,
     eps_mode: str = "add",
+    dim: int | None = None,
+    iterate_from: str = "u",
+    report: Callable[[str], object] | None = None,
 ) -> _ModuleT:
     """Turn every convolution, linear layer and embedding of ``model`` into its normalised layer, in place.
 
     Each layer stays the same object with the same parameters, so optimizers, hooks and shared modules are not affected.
-    Layers that are already normalised stay as they are. A weight layer without a normalised form (1-d and 3-d
-    convolutions, recurrent layers, multi-head attention, subclasses, parametrised layers) is an error that names it,
-    unless excluded: none of torch's weight layers is skipped silently.
+    Layers that are already normalised stay as they are. Those with ``torch.nn.utils.spectral_norm`` or
+    ``torch.nn.utils.parametrizations.spectral_norm`` keep u, v, eps, dim and the number of iterations, and compute what
+    they computed; their ``weight_orig`` or ``parametrizations.weight.original`` is the new ``weight``, the same object.
+
+    A weight layer without a normalised form (1-d and 3-d convolutions, recurrent layers, multi-head attention,
+    subclasses, other parametrizations) is an error that names it, unless excluded. Layers of other classes that have a
+    ``weight`` of two axes or more are passed over with a warning: what they do with it is not known.
 
     Args:
         model: a layer or a network.
@@ -83,6 +93,10 @@ def apply_spectral_norm(
         eps: see there.
         iterate_when_frozen: see there.
         eps_mode: see there.
+        dim: see there.
+        iterate_from: see there.
+        report: called with one line for each layer that was converted, excluded or passed over, such as ``print`` or
+            a logger's ``info``.
 
     Returns:
         ``model`` itself.
@@ -91,6 +105,9 @@ def apply_spectral_norm(
         TypeError: if a weight layer cannot be normalised, or ``exclude`` is a string.
         ValueError: if an entry of ``exclude`` matches nothing, a weight is empty, or an argument is out of range.
             After any error the model is unchanged.
+
+    Warns:
+        UserWarning: if layers of unknown classes are passed over, or the model then has no normalised layer.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))
@@ -103,8 +120,10 @@ def apply_spectral_norm(
         )
     """
     checks.check_module("model", model)
-    options = n_power_iterations, eps, iterate_when_frozen, eps_mode
-    checks.spectral_norm_options(*options)
+    options = n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from
+    SpectralNormLayer._checked_options(*options)
+    if not (report is None or callable(report)):
+        raise TypeError(f"report: expected a function of one string, got {checks.shown(report)}")
     if isinstance(exclude, str):
         raise TypeError(f"exclude: expected a collection, got the string {exclude!r}; write [{exclude!r}]")
     try:
@@ -112,24 +131,59 @@ def apply_spectral_norm(
     except TypeError as error:
         raise TypeError(f"exclude: expected a collection, got {checks.shown(exclude)}") from error
     excluded = _excluded_modules(model, entries)
-    chosen: list[tuple[nn.Module, type[SpectralNormLayer]]] = []
+    chosen: dict[str, _Conversion] = {}
+    lines: dict[str, str] = {}
+    passed_over = []
     for name, layer in model.named_modules():
-        if layer in excluded or isinstance(layer, SpectralNormLayer):
+        if isinstance(layer, SpectralNormLayer):
             continue
-        normalized_class = _NORMALIZED_CLASSES.get(type(layer))
-        if normalized_class is not None:
-            _check_convertible(name, layer)
-            chosen.append((layer, normalized_class))
-        elif isinstance(layer, _WEIGHT_LAYERS):
+        kind = parametrize.type_before_parametrizations(layer)
+        if layer in excluded:
+            if isinstance(layer, _WEIGHT_LAYERS):
+                lines[name] = f"{kind.__name__} excluded"
+        elif kind in _NORMALIZED_CLASSES:
+            chosen[name] = conversion = _conversion_of(name, layer, _NORMALIZED_CLASSES[kind], options)
+            lines[name] = f"{kind.__name__}{conversion.source} -> {conversion.normalized_class.__name__}"
+        elif isinstance(layer, _WEIGHT_LAYERS) or _foreign_norm(layer) is not None:
             raise TypeError(
-                f"no spectrally normalised form of {type(layer).__name__} at {name or '(the model itself)'!r}; "
+                f"no spectrally normalised form of {kind.__name__} at {_shown(name)}; "
                 "put its name or class into exclude to leave it as it is"
             )
-    for layer, normalized_class in chosen:
-        layer.__class__ = normalized_class
-        assert isinstance(layer, SpectralNormLayer)
-        layer._init_spectral_norm(*options)
+        elif _is_unknown(layer):
+            passed_over.append(f"{_shown(name)} ({kind.__name__})")
+            lines[name] = f"{kind.__name__} passed over"
+    if passed_over:
+        warnings.warn(
+            f"not normalised, because what they do with their weight is not known: {', '.join(passed_over)}; put "
+            "what is meant to stay as it is into exclude",
+            stacklevel=2,
+        )
+    if not chosen and not any(isinstance(layer, SpectralNormLayer) for layer in model.modules()):
+        warnings.warn("the model has no layer that could be spectrally normalised", stacklevel=2)
+    for name, conversion in chosen.items():
+        conversion.convert(model.get_submodule(name))
+    if report is not None:
+        for name, line in lines.items():
+            report(f"{name or '(the model itself)'}: {line}")
     return model
+
+
+class _Conversion(NamedTuple):
+    """How a layer becomes normalised, after all checks."""
+
+    normalized_class: type[SpectralNormLayer]
+    weight: nn.Parameter
+    options: tuple[object, ...]
+    vectors: tuple[Tensor, Tensor] | None = None
+    source: str = ""
+
+    def convert(self, layer: nn.Module) -> None:
+        if self.vectors is not None:
+            _remove_foreign_norm(layer)
+            layer.register_parameter("weight", self.weight)
+        layer.__class__ = self.normalized_class
+        assert isinstance(layer, SpectralNormLayer)
+        layer._init_spectral_norm(self.options, self.vectors)
 
 
 _NORMALIZED_CLASSES: dict[type[nn.Module], type[SpectralNormLayer]] = {
@@ -168,18 +222,73 @@ def _excluded_modules(
     return excluded
 
 
-def _check_convertible(name: str, layer: nn.Module) -> None:
+def _shown(name: str) -> str:
+    return repr(name or "(the model itself)")
+
+
+def _is_unknown(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    known = type(layer).__module__.startswith(("torch.nn.", "sagan_layers."))
+    return weight is not None and weight.dim() >= 2 and not known
+
+
+def _conversion_of(
+    name: str, layer: Any, normalized_class: type[SpectralNormLayer], options: tuple[object, ...]
+) -> _Conversion:
+    """Return how to convert a layer of torch's; raise if that cannot be done."""
     if isinstance(layer, nn.Embedding):
         refuse_embedding_options(layer.max_norm, layer.sparse)
-    weight = layer._parameters.get("weight")
+    norm = _foreign_norm(layer)
+    weight, vectors, source = layer._parameters.get("weight"), None, ""
+    if isinstance(norm, SpectralNorm):
+        weight, vectors = layer.weight_orig, (layer.weight_u, layer.weight_v)
+        options = norm.n_power_iterations, norm.eps, False, "clamp", norm.dim, "u"
+        source = " with torch.nn.utils.spectral_norm"
+    elif norm is not None:
+        weight, vectors = layer.parametrizations.weight.original, (norm._u, norm._v)
+        options = norm.n_power_iterations, norm.eps, False, "clamp", norm.dim, "v"
+        source = " with torch.nn.utils.parametrizations.spectral_norm"
     if not isinstance(weight, nn.Parameter):
         raise TypeError(
-            f"the weight of {name or '(the model itself)'!r} is computed by something else (a hook such as "
-            "torch.nn.utils.spectral_norm); remove that first, or put the layer's name into exclude"
+            f"the weight of {_shown(name)} is computed by something else (a hook or a parametrization); remove "
+            "that first, or put the layer's name into exclude"
         )
-    checks.check_floating(f"the weight of {name or '(the model itself)'!r}", weight)
-    if weight.numel() == 0:
+    checks.check_floating(f"the weight of {_shown(name)}", weight)
+    if weight.dim() < 2 or weight.numel() == 0:
         raise ValueError(
-            f"the weight of {name or '(the model itself)'!r}: expected at least one element, got shape "
+            f"the weight of {_shown(name)}: expected at least two axes and one element, got shape "
             f"{list(weight.shape)}; put the layer's name into exclude to leave it as it is"
         )
+    try:
+        normalized_class._checked_options(*options)
+    except ValueError as error:
+        raise ValueError(f"{_shown(name)}{source}: {error}") from error
+    return _Conversion(normalized_class, weight, options, vectors, source)
+
+
+def _foreign_norm(layer: nn.Module) -> Any:
+    """Return torch's spectral norm of a layer's weight, a hook or a parametrization, if nothing else computes it."""
+    if parametrize.is_parametrized(layer):
+        found = dict(layer.parametrizations.items())  # type: ignore[operator, union-attr]
+        norms = [norm for norm in found.get("weight", ()) if isinstance(norm, parametrizations._SpectralNorm)]
+        return norms[0] if found.keys() == {"weight"} and len(found["weight"]) == len(norms) == 1 else None
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return hook
+    return None
+
+
+def _remove_foreign_norm(layer: nn.Module) -> None:
+    """Take torch's spectral norm off a layer, which then has no weight."""
+    if parametrize.is_parametrized(layer):
+        # Not the property of the class, which deep copies share.
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer.parametrizations
+        return
+    hook = _foreign_norm(layer)
+    for hooks in (layer._forward_pre_hooks, layer._state_dict_hooks, layer._load_state_dict_pre_hooks):
+        for key, value in list(hooks.items()):
+            value = getattr(value, "hook", value)  # torch wraps those of load_state_dict
+            if value is hook or getattr(value, "fn", None) is hook:
+                del hooks[key]
+    del layer.weight_orig, layer.weight

@@ -50,12 +50,16 @@ def _normalize(task: SpectralNormTask) -> SpectralNormResult:
     layout = layout_of(weight, options.dim)
     blocks = layout.blocks(weight)
     u, v = task.u.to(weight.dtype), layout.in_memory_order(task.v.to(weight.dtype))
+    from_u = options.iterate_from == "u"
+    first, second = (u, v) if from_u else (v, u)
+    there, back = (_transposed_times, _times) if from_u else (_times, _transposed_times)
     product = None
     for _ in range(options.n_power_iterations):
-        v = _unit(_transposed_times(blocks, u), eps, eps_mode, otherwise=v)
-        product = _times(blocks, v)
-        u = _unit(product, eps, eps_mode, otherwise=u)
-    sigma = torch.dot(u, _times(blocks, v) if product is None else product)
+        second = _unit(there(blocks, first), eps, eps_mode, otherwise=second)
+        product = back(blocks, second)
+        first = _unit(product, eps, eps_mode, otherwise=first)
+    sigma = torch.dot(first, back(blocks, second) if product is None else product)
+    u, v = (first, second) if from_u else (second, first)
     divisor = sigma.item()
     if not _LEAST_SIGMA < abs(divisor) < _LARGEST_SIGMA:
         return _normalize_scaled(task._replace(weight=weight))

@@ -8,6 +8,7 @@ from torch import Tensor
 from sagan_layers.checks import (
     EPS_MODES,
     MOST_ITERATIONS,
+    VECTORS,
     check_choice,
     check_floating,
     check_not_empty,
@@ -18,7 +19,7 @@ from sagan_layers.checks import (
 )
 from sagan_layers.spectral_norm import reference
 from sagan_layers.spectral_norm.autograd import with_gradient
-from sagan_layers.spectral_norm.reference import SpectralNormResult, SpectralNormTask
+from sagan_layers.spectral_norm.reference import SpectralNormOptions, SpectralNormResult, SpectralNormTask
 from sagan_layers.spectral_norm.table import SPECTRAL_NORM, SpectralNormInputs
 from sagan_layers.torch_support import is_traced, without_autocast
 
@@ -32,6 +33,7 @@ def spectral_normalize(
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     eps_mode: str = "add",
+    iterate_from: str = "u",
 ) -> SpectralNormResult:
     r"""Return ``weight / sigma``, sigma the spectral norm of the weight seen as a matrix.
 
@@ -41,13 +43,15 @@ def spectral_normalize(
     Args:
         weight: at least two axes; as a matrix [out, rest] with ``dim`` moved to the front.
         u: [out], an estimate of the left singular vector.
-        v: [rest], of the right one; only used when ``n_power_iterations`` is 0.
+        v: [rest], of the right one.
         dim: the axis of the outputs, 0 or 1.
         n_power_iterations: how often u and v are updated before sigma is taken.
         eps: from 1e-37 to 1, keeps the norms of u and v from 0.
         eps_mode: "add" divides u and v by norm + eps, as the released code does, and returns a weight whose sigma is
             not above eps unnormalised; "clamp" divides by max(norm, eps), as torch and BigGAN-PyTorch do, and by
             every sigma but 0. Zeros stay zeros either way, and their gradient stays finite.
+        iterate_from: "u" for the iteration above, which does not read v; "v" sets u first and then v, as
+            ``torch.nn.utils.parametrizations.spectral_norm`` does.
 
     Returns:
         ``(weight, sigma, u, v)``: the normalised weight in the weight's dtype; sigma, a scalar; u and v.
@@ -80,7 +84,11 @@ def spectral_normalize(
         check_same_device(name, vector, "the weight", weight)
     iterations = integer_of("n_power_iterations", n_power_iterations, least=0, most=MOST_ITERATIONS)
     check_choice("eps_mode", eps_mode, EPS_MODES)
-    return reference.spectral_normalize(weight, u, v, iterations, eps_of(eps), dim, eps_mode)
+    check_choice("iterate_from", iterate_from, VECTORS)
+    options = SpectralNormOptions(
+        dim, iterations, eps_of(eps), weight.dtype, eps_mode=eps_mode, iterate_from=iterate_from
+    )
+    return reference.spectral_normalize(weight, u, v, options)
 
 
 def spectral_norm_inputs(weight: Tensor, *, dim: int = 0) -> SpectralNormInputs:

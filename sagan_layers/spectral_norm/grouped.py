@@ -44,6 +44,7 @@ def _normalize(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
             options.n_power_iterations,
             options.eps,
             options.eps_mode,
+            options.iterate_from,
         )
         groups.setdefault(key, []).append(index)
     results: dict[int, SpectralNormResult] = {}
@@ -56,30 +57,35 @@ def _normalize_group(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
     options = tasks[0].options
     eps, eps_mode = options.eps, options.eps_mode
     layouts = [layout_of(task.weight, task.options.dim) for task in tasks]
-    matrices = [_matrix(task.weight.detach(), task.options.dim) for task in tasks]
+    from_u = options.iterate_from == "u"
+    matrices = [_matrix(task.weight.detach(), task.options.dim) for task in tasks]  # [firsts, seconds]
+    firsts, seconds = (
+        [task.u for task in tasks],
+        [layout.in_memory_order(task.v) for layout, task in zip(layouts, tasks, strict=True)],
+    )
+    if not from_u:
+        matrices, firsts, seconds = [matrix.t() for matrix in matrices], seconds, firsts
     like = matrices[0]
     heights, widths = [m.size(0) for m in matrices], [m.size(1) for m in matrices]
-    rows_of_u, rows_of_v = (like.new_zeros(len(tasks), max(sizes)) for sizes in (heights, widths))
-    torch._foreach_copy_(_cut(rows_of_u, heights), [task.u for task in tasks])
-    ordered = [layout.in_memory_order(task.v) for layout, task in zip(layouts, tasks, strict=True)]
-    torch._foreach_copy_(_cut(rows_of_v, widths), ordered)
-    products_of_u, products_of_v = torch.zeros_like(rows_of_u), torch.zeros_like(rows_of_v)
+    first_rows, second_rows = (like.new_zeros(len(tasks), max(sizes)) for sizes in (heights, widths))
+    torch._foreach_copy_(_cut(first_rows, heights), firsts)
+    torch._foreach_copy_(_cut(second_rows, widths), seconds)
+    first_products, second_products = torch.zeros_like(first_rows), torch.zeros_like(second_rows)
     for _ in range(options.n_power_iterations):
-        for matrix, u, product in zip(
-            matrices, _cut(rows_of_u, heights), _cut(products_of_v, widths), strict=True
-        ):
-            torch.mv(matrix.t(), u, out=product)
-        rows_of_v = reference.unit(products_of_v, eps, eps_mode, otherwise=rows_of_v)
-        _multiply(matrices, _cut(rows_of_v, widths), _cut(products_of_u, heights))
-        rows_of_u = reference.unit(products_of_u, eps, eps_mode, otherwise=rows_of_u)
+        transposed = [matrix.t() for matrix in matrices]
+        _multiply(transposed, _cut(first_rows, heights), _cut(second_products, widths))
+        second_rows = reference.unit(second_products, eps, eps_mode, otherwise=second_rows)
+        _multiply(matrices, _cut(second_rows, widths), _cut(first_products, heights))
+        first_rows = reference.unit(first_products, eps, eps_mode, otherwise=first_rows)
     if options.n_power_iterations == 0:
-        _multiply(matrices, _cut(rows_of_v, widths), _cut(products_of_u, heights))
-    sigmas = (rows_of_u * products_of_u).sum(1)
+        _multiply(matrices, _cut(second_rows, widths), _cut(first_products, heights))
+    sigmas = (first_rows * first_products).sum(1)
     divisors = reference.spectral_divisor(sigmas, reference.least_norm(eps, eps_mode)).unbind()
     results = []
-    for index, (task, layout, u, v) in enumerate(
-        zip(tasks, layouts, _cut(rows_of_u, heights), _cut(rows_of_v, widths), strict=True)
+    for index, (task, layout, first, second) in enumerate(
+        zip(tasks, layouts, _cut(first_rows, heights), _cut(second_rows, widths), strict=True)
     ):
+        u, v = (first, second) if from_u else (second, first)
         weight = task.weight.detach()
         normalized = torch.empty_like(weight, dtype=task.options.dtype)
         torch.div(weight, divisors[index], out=normalized)

@@ -12,6 +12,7 @@ from torch.nn.common_types import _size_2_t
 
 from sagan_layers import checks
 from sagan_layers.resampling import ResamplingConv2d
+from sagan_layers.spectral_norm import foreign
 from sagan_layers.spectral_norm.functional import normalize_weight, weight_of_result
 from sagan_layers.spectral_norm.memory import LayerMemory
 from sagan_layers.spectral_norm.reference import (
@@ -26,8 +27,13 @@ from sagan_layers.torch_support import accumulation_dtype, fusion_calls, update_
 
 __all__ = ["SNConv2d", "SNConvTranspose2d", "SNEmbedding", "SNLinear", "SpectralNormLayer"]
 
-# The options of every layer.
-DEFAULTS = {"n_power_iterations": 1, "eps": 1e-12, "iterate_when_frozen": True, "eps_mode": "add"}
+DEFAULTS = {
+    "n_power_iterations": 1,
+    "eps": 1e-12,
+    "iterate_when_frozen": True,
+    "eps_mode": "add",
+    "iterate_from": "u",
+}
 # Set on a layer by contexts and earlier steps; copies and plain layers do not have them.
 TEMPORARY_ATTRIBUTES = ("_frozen", "_shared", "_memory", "_records", "_replayed")
 
@@ -72,6 +78,12 @@ class SpectralNormLayer(nn.Module):
     also an instance of its plain torch layer. ``weight`` is the parameter before normalisation; the buffers
     ``weight_u`` (one entry for each output) and ``weight_v`` hold the last estimate of the singular vectors.
 
+    ``load_state_dict`` also takes the entries of other code bases: of ``torch.nn.utils.spectral_norm`` and
+    ``torch.nn.utils.parametrizations.spectral_norm``, BigGAN-PyTorch's ``u0`` and ``sv0``, mimicry's ``sn_u`` and
+    ``sn_sigma``. Where only u is stored, v is set to fit it. With a plain layer's ``weight`` alone both are computed
+    from the weight, with one ``UserWarning`` for a whole network. Entries of several kinds, or of half of one, are
+    errors. The options are not in a state: give the layer those of its code base.
+
     Attributes:
         n_power_iterations: updates of u and v at each forward, 1 to 10**6.
         eps: keeps the norms of u and v from 0; from 1e-37 (float32 has no normal numbers below) to 1 (u and v have
@@ -83,6 +95,11 @@ class SpectralNormLayer(nn.Module):
         eps_mode: how eps is used: "add" divides u and v by norm + eps, as the released code does, and leaves a weight
             whose sigma is not above eps as it is; "clamp" divides by max(norm, eps), as torch and BigGAN-PyTorch do,
             and by every sigma but 0.
+        dim: the axis of the weight that counts as its outputs, 0 or 1. Given as None, it is the layer's own: 1 for
+            transposed convolutions, as in torch, else 0.
+        iterate_from: "u" sets v = W^T u and then u = W v in an iteration, as the released code,
+            ``torch.nn.utils.spectral_norm`` and BigGAN-PyTorch do; "v" sets u first and then v, as
+            ``torch.nn.utils.parametrizations.spectral_norm`` and compare_gan do.
 
     Example:
         >>> model = nn.Sequential(SNConv2d(3, 8, kernel_size=3), nn.ReLU())
@@ -97,6 +114,8 @@ class SpectralNormLayer(nn.Module):
     eps: float
     iterate_when_frozen: bool
     eps_mode: str
+    dim: int
+    iterate_from: str
     _plain_class: type[nn.Module]
     _output_axis: int = 0
     # Whether autocast would cast the weight where it is used.
@@ -108,13 +127,33 @@ class SpectralNormLayer(nn.Module):
     _records: tuple[list[UsedVectors | SharedWeight], ...] = ()
     _replayed: Iterator[UsedVectors | SharedWeight] | None = None
 
-    def _init_spectral_norm(self, *options: object) -> None:
-        vars(self).update(checks.spectral_norm_options(*options))
-        outputs = self.weight.size(self._output_axis)
+    def _init_spectral_norm(
+        self, options: tuple[object, ...], vectors: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        vars(self).update(self._checked_options(*options))
+        outputs = self.weight.size(self.dim)
+        sizes = outputs, self.weight.numel() // outputs
         with torch.no_grad():
-            self.register_buffer("weight_u", self.weight.new_empty(outputs))
-            self.register_buffer("weight_v", self.weight.new_empty(self.weight.numel() // outputs))
-        self.reset_spectral_norm()
+            u, v = vectors or (self.weight.new_empty(size) for size in sizes)
+        self.register_buffer("weight_u", u)
+        self.register_buffer("weight_v", v)
+        if vectors is None:
+            self.reset_spectral_norm()
+
+    @classmethod
+    def _checked_options(
+        cls,
+        n_power_iterations: object,
+        eps: object,
+        iterate_when_frozen: object,
+        eps_mode: object,
+        dim: object,
+        iterate_from: object,
+    ) -> dict[str, Any]:
+        options = checks.spectral_norm_options(n_power_iterations, eps, iterate_when_frozen, eps_mode)
+        checks.check_choice("iterate_from", iterate_from, checks.VECTORS)
+        axis = cls._output_axis if dim is None else checks.integer_of("dim", dim, least=0, most=1)
+        return options | {"dim": axis, "iterate_from": iterate_from}
 
     def reset_parameters(self) -> None:
         """Draw the weight and bias as the plain layer does, and new vectors."""
@@ -132,10 +171,13 @@ class SpectralNormLayer(nn.Module):
     @torch.no_grad()
     def reset_right_vector(self) -> None:
         """Set v to fit the weight and u: v = W^T u / ||W^T u||. For weights that were stored with u alone."""
-        dtype = accumulation_dtype(self.weight.dtype)
-        matrix = self.weight.to(dtype).transpose(0, self._output_axis).flatten(1)
-        v = torch.mv(matrix.t(), self.weight_u.to(dtype))
-        self.weight_v.copy_(unit(v, self.eps, self.eps_mode, otherwise=v / self.eps))
+        self.weight_v.copy_(self._fitting_right_vector(self.weight, self.weight_u))
+
+    def _fitting_right_vector(self, weight: Tensor, u: Tensor) -> Tensor:
+        dtype = accumulation_dtype(weight.dtype)
+        matrix = weight.to(dtype).transpose(0, self.dim).flatten(1)
+        v = torch.mv(matrix.t(), u.to(weight.device, dtype))
+        return unit(v, self.eps, self.eps_mode, otherwise=v / self.eps)
 
     @property
     def sigma(self) -> Tensor:
@@ -188,7 +230,13 @@ class SpectralNormLayer(nn.Module):
             memory = self._memory = LayerMemory()
         n_power_iterations = self.n_power_iterations if iterate else 0
         options = SpectralNormOptions(
-            self._output_axis, n_power_iterations, self.eps, dtype or weight.dtype, memory, self.eps_mode
+            self.dim,
+            n_power_iterations,
+            self.eps,
+            dtype or weight.dtype,
+            memory,
+            self.eps_mode,
+            self.iterate_from,
         )
         return SpectralNormTask(weight, u, v, options)
 
@@ -236,6 +284,42 @@ class SpectralNormLayer(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the entries of any of ``FOREIGN_KEYS``, and compute vectors that are not stored."""
+        if isinstance(
+            self._parameters.get("weight"), nn.Parameter
+        ):  # else pruning or a parametrization loads it
+            try:
+                foreign.rename_entries(state_dict, prefix)
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return
+            self._add_vectors(state_dict, prefix, missing_keys)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    @torch.no_grad()
+    def _add_vectors(self, state_dict: dict[str, Any], prefix: str, load: object) -> None:
+        names = [prefix + name for name in foreign.OWN_KEYS[:3]]
+        weight, u, v = (state_dict.get(name) for name in names)
+        if v is not None or not isinstance(weight, Tensor) or weight.shape != self.weight.shape:
+            return
+        if u is None:
+            state_dict[names[1]], state_dict[names[2]] = foreign.leading_vectors(weight, self.dim)
+            foreign.warn_once_a_load(load, names[0])
+        elif u.shape == self.weight_u.shape:
+            state_dict[names[2]] = self._fitting_right_vector(weight, u).to(u.dtype)
+
     def check_own_weight(self, name: str = "") -> None:
         """Raise ``TypeError`` if the weight is not a parameter but computed by a hook or a parametrization."""
         if not isinstance(self._parameters.get("weight"), nn.Parameter):
@@ -248,7 +332,7 @@ class SpectralNormLayer(nn.Module):
         """Turn this object into its plain layer, with another weight."""
         resamples = isinstance(self, SNConv2d) and self.resamples
         del self.weight_u, self.weight_v
-        options = (*DEFAULTS, *(() if resamples else ("backend",)))
+        options = (*DEFAULTS, "dim", *(() if resamples else ("backend",)))
         for name in (*options, *TEMPORARY_ATTRIBUTES):
             self.__dict__.pop(name, None)
         self.__class__ = ResamplingConv2d if resamples else self._plain_class  # type: ignore[assignment]
@@ -257,7 +341,7 @@ class SpectralNormLayer(nn.Module):
     def extra_repr(self) -> str:
         """Return the plain layer's description, and the options that differ from the defaults."""
         text = super().extra_repr()
-        for name, default in DEFAULTS.items():
+        for name, default in {**DEFAULTS, "dim": self._output_axis}.items():
             if (value := getattr(self, name)) != default:
                 text += f", {name}={value!r}"
         return text
@@ -281,7 +365,7 @@ class SNConv2d(SpectralNormLayer, ResamplingConv2d):  # type: ignore[misc]
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype: as for :class:`torch.nn.Conv2d`.
-        n_power_iterations, eps, iterate_when_frozen, eps_mode: see :class:`SpectralNormLayer`.
+        n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from: see :class:`SpectralNormLayer`.
         upsample, downsample, backend: as for :class:`ResamplingConv2d`.
 
     Shape:
@@ -329,6 +413,8 @@ class SNConv2d(SpectralNormLayer, ResamplingConv2d):  # type: ignore[misc]
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
         eps_mode: str = "add",
+        dim: int | None = None,
+        iterate_from: str = "u",
         upsample: int = 1,
         downsample: int = 1,
         backend: str = "auto",
@@ -344,7 +430,7 @@ class SNConv2d(SpectralNormLayer, ResamplingConv2d):  # type: ignore[misc]
             downsample=downsample,
             backend=backend,
         )
-        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen, eps_mode)
+        self._init_spectral_norm((n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input`` with the normalised weight."""
@@ -358,7 +444,7 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
             padding_mode, device, dtype: as for :class:`torch.nn.ConvTranspose2d`.
-        n_power_iterations, eps, iterate_when_frozen, eps_mode: see :class:`SpectralNormLayer`.
+        n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from: see :class:`SpectralNormLayer`.
 
     Shape:
         - Input: [N, C, H, W] or [C, H, W].
@@ -400,6 +486,8 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
         eps_mode: str = "add",
+        dim: int | None = None,
+        iterate_from: str = "u",
     ) -> None:
         inputs, outputs, kernel, strides, padding, dilations, groups = checks.convolution_of(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, named_padding=False
@@ -414,7 +502,7 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
         checks.check_parameter_options(device, dtype)
         options: Any = (added, groups, bias, dilations, padding_mode, device, dtype)
         nn.ConvTranspose2d.__init__(self, inputs, outputs, kernel, strides, padding, *options)
-        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen, eps_mode)
+        self._init_spectral_norm((n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from))
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution of ``input`` with the normalised weight."""
@@ -440,7 +528,7 @@ class SNLinear(SpectralNormLayer, nn.Linear):  # type: ignore[misc]
 
     Args:
         in_features, out_features, bias, device, dtype: as for :class:`torch.nn.Linear`.
-        n_power_iterations, eps, iterate_when_frozen, eps_mode: see :class:`SpectralNormLayer`.
+        n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from: see :class:`SpectralNormLayer`.
 
     Shape:
         - Input: [*, in_features].
@@ -472,12 +560,14 @@ class SNLinear(SpectralNormLayer, nn.Linear):  # type: ignore[misc]
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
         eps_mode: str = "add",
+        dim: int | None = None,
+        iterate_from: str = "u",
     ) -> None:
         in_features, out_features = checks.sizes_of(in_features=in_features, out_features=out_features)
         (bias,) = checks.flags_of(bias=bias)
         checks.check_parameter_options(device, dtype)
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen, eps_mode)
+        self._init_spectral_norm((n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the linear map of the last axis of ``input`` by the normalised weight."""
@@ -492,7 +582,7 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
         num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight,
             _freeze, device, dtype: as for :class:`torch.nn.Embedding`. ``max_norm`` and ``sparse`` are refused:
             no row of a normalised matrix is longer than 1, and the gradient of sigma is dense.
-        n_power_iterations, eps, iterate_when_frozen, eps_mode: see :class:`SpectralNormLayer`.
+        n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from: see :class:`SpectralNormLayer`.
 
     Shape:
         - Input: indices of any shape, int64 or int32.
@@ -535,6 +625,8 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
         eps: float = 1e-12,
         iterate_when_frozen: bool = True,
         eps_mode: str = "add",
+        dim: int | None = None,
+        iterate_from: str = "u",
     ) -> None:
         num_embeddings, embedding_dim = checks.sizes_of(
             num_embeddings=num_embeddings, embedding_dim=embedding_dim
@@ -556,7 +648,7 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
                 raise ValueError(f"_weight: expected shape {expected}, got {checks.shape_of(_weight)}")
         plain = (num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         nn.Embedding.__init__(self, *plain, _weight, _freeze, device, dtype)
-        self._init_spectral_norm(n_power_iterations, eps, iterate_when_frozen, eps_mode)
+        self._init_spectral_norm((n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of the normalised matrix that ``input`` names."""

@@ -32,6 +32,7 @@ class SpectralNormOptions(NamedTuple):
         dtype: of the normalised weight.
         memory: a :class:`~sagan_layers.spectral_norm.memory.LayerMemory` that a backend may reuse, or None.
         eps_mode: "add" adds eps to the norms, "clamp" takes it as their least value.
+        iterate_from: the vector from which an iteration computes the other one first, "u" or "v".
     """
 
     dim: int
@@ -40,6 +41,7 @@ class SpectralNormOptions(NamedTuple):
     dtype: torch.dtype
     memory: Any = None
     eps_mode: str = "add"
+    iterate_from: str = "u"
 
 
 class SpectralNormTask(NamedTuple):
@@ -53,30 +55,27 @@ class SpectralNormTask(NamedTuple):
 
 def normalize(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
     """Return the normalised weights, with their graphs."""
-    results = []
-    for weight, u, v, options in tasks:
-        normalized, sigma, u, v = spectral_normalize(
-            weight, u, v, options.n_power_iterations, options.eps, options.dim, options.eps_mode
-        )
-        results.append(SpectralNormResult(normalized.to(options.dtype), sigma, u, v))
-    return results
+    return [spectral_normalize(*task) for task in tasks]
 
 
 def spectral_normalize(
-    weight: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float, dim: int, eps_mode: str
+    weight: Tensor, u: Tensor, v: Tensor, options: SpectralNormOptions
 ) -> SpectralNormResult:
     """Return ``weight / sigma``, with u and v, constants for autograd, after ``n_power_iterations`` updates."""
-    dtype = accumulation_dtype(weight.dtype)
+    dtype, eps, eps_mode = accumulation_dtype(weight.dtype), options.eps, options.eps_mode
     with without_autocast(weight.device):
         full = weight.to(dtype)
-        matrix = full.transpose(0, dim).flatten(1)
+        matrix = full.transpose(0, options.dim).flatten(1)
         with torch.no_grad():
             constant, u, v = matrix.detach(), u.to(dtype), v.to(dtype)
             iterate = _opaque_power_iteration if torch.compiler.is_dynamo_compiling() else _power_iteration
-            u, v = iterate(constant, u, v, n_power_iterations, eps, eps_mode)
+            if options.iterate_from == "u":
+                u, v = iterate(constant, u, v, options.n_power_iterations, eps, eps_mode)
+            else:
+                v, u = iterate(constant.t(), v, u, options.n_power_iterations, eps, eps_mode)
         sigma = torch.dot(u, torch.mv(matrix, v))
         divisor = spectral_divisor(sigma, least_norm(eps, eps_mode))
-        return SpectralNormResult((full / divisor).to(weight.dtype), sigma, u, v)
+        return SpectralNormResult((full / divisor).to(options.dtype), sigma, u, v)
 
 
 def least_norm(eps: float, eps_mode: str) -> float:
