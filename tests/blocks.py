@@ -155,8 +155,8 @@ BLOCKS = [
         (*_PLAIN, *_NORM),
     ),
     Block(
-        "batch_norm_without_running_statistics",
-        lambda **to: ConditionalBatchNorm2d(4, CLASSES, track_running_stats=False, **to),
+        "batch_norm_offset_without_running_statistics",
+        lambda **to: ConditionalBatchNorm2d(4, CLASSES, gain_offset=1.0, track_running_stats=False, **to),
         _both(_image(4, 3, 5), _labels),
         _PLAIN,
     ),

@@ -146,7 +146,11 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
         {"num_features": 3},
         {
             **{"size": "num_features", "optional size": "num_classes condition_features", "eps": "eps"},
-            **{"share": "momentum", "flag": "track_running_stats spectral_norm biased_running_var"},
+            **{
+                "share": "momentum",
+                "number": "gain_offset",
+                "flag": "track_running_stats spectral_norm biased_running_var",
+            },
             **{"name": "activation backend", "device": "device", "dtype": "dtype"},
         },
     ),
@@ -377,6 +381,14 @@ def test_maps_smaller_than_the_kernel_or_the_padding_are_refused_before_u_moves(
         (
             lambda: ConditionalBatchNorm2d(3, 2, condition_features=2),
             "num_classes, condition_features: expected one at most",
+        ),
+        (
+            lambda: ConditionalBatchNorm2d(3, gain_offset=1.0),
+            r"gain_offset: expected num_classes with it \(a vector's gain is 1 \+ its projection\), got 1.0",
+        ),
+        (
+            lambda: ConditionalBatchNorm2d(3, condition_features=2, gain_offset=1.0),
+            "gain_offset: expected num_classes with it",
         ),
         (
             lambda: ConditionalBatchNorm2d(3, 2, spectral_norm=True),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sagan_layers import ConditionalBatchNorm2d, SNLinear, standing_statistics
+from sagan_layers import ConditionalBatchNorm2d, SNLinear, convert, standing_statistics
 from sagan_layers.functional import conditional_batch_norm
 
 ZEROS = torch.zeros(4, dtype=torch.long)
@@ -118,6 +118,151 @@ def test_fresh_tables_are_ones_and_zeros() -> None:
     assert unconditional.weight.shape == unconditional.bias.shape == (4,)
     vectors = ConditionalBatchNorm2d(4, condition_features=2)
     assert vectors.weight_projection.bias is None
+
+
+def offset_pair(offset: float, **options: Any) -> tuple[ConditionalBatchNorm2d, ConditionalBatchNorm2d]:
+    """A layer with an offset and one without, with the same gains."""
+    shifted = ConditionalBatchNorm2d(4, 3, gain_offset=offset, dtype=torch.float64, **options)
+    plain = randomised(ConditionalBatchNorm2d(4, 3, dtype=torch.float64, **options))
+    state = plain.state_dict()
+    shifted.load_state_dict(state | {"weight": state["weight"] - offset})
+    return shifted, plain
+
+
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [
+        ("training", {"activation": "relu"}),
+        ("evaluation", {}),
+        ("evaluation", {"track_running_stats": False}),
+        ("standing", {}),
+    ],
+)
+def test_with_an_offset_gains_are_the_offset_plus_the_table(way: str, options: dict[str, Any]) -> None:
+    x, labels = torch.randn(6, 4, 3, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0])
+    results = []
+    for norm in offset_pair(1.0, **options):
+        norm.train(way == "training")
+        if way == "standing":
+            with standing_statistics(norm):
+                norm(2 * x, labels)
+        y = norm(x, labels)
+        y.pow(3).sum().backward()
+        results.append([y, *(parameter.grad for parameter in norm.parameters()), *norm.buffers()])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("offset", [1.0, -0.5])
+def test_a_new_layers_gain_is_one_whatever_the_offset(offset: float) -> None:
+    norm = ConditionalBatchNorm2d(4, 3, gain_offset=offset)
+    assert torch.equal(norm.state_dict()["weight"], torch.full((3, 4), 1 - offset))
+    nn.init.normal_(norm.weight)
+    norm.reset_parameters()
+    assert torch.equal(norm.state_dict()["weight"], torch.full((3, 4), 1 - offset))
+    assert norm.extra_repr() == f"4, num_classes=3, gain_offset={offset}"
+
+
+def test_weight_decay_pulls_gains_to_the_offset() -> None:
+    norm = ConditionalBatchNorm2d(4, 3, gain_offset=1.0)
+    nn.init.normal_(norm.weight)
+    optimizer = torch.optim.SGD(norm.parameters(), lr=1.0, weight_decay=1.0)
+    norm(torch.randn(2, 4, 3, 3), ZEROS[:2]).mul(0).sum().backward()
+    optimizer.step()
+    assert torch.equal(norm.weight.clone(), torch.ones(3, 4))
+
+
+def test_what_stands_for_gains_with_an_offset_names_the_table_for_all_else() -> None:
+    norm = ConditionalBatchNorm2d(4, 3, gain_offset=1.0)
+    with pytest.raises(
+        TypeError, match=r"weight: is computed, .* dict\(layer.named_parameters\(\)\)\['weight'\]"
+    ):
+        norm.weight[0] = 2.0
+    norm.weight.copy_(torch.full((3, 4), 3.0))  # any values: they are a table's, not a projection's
+    assert torch.equal(dict(norm.named_parameters())["weight"], torch.full((3, 4), 2.0))
+    norm.weight = nn.Parameter(torch.zeros(3, 4))
+    assert torch.equal(norm.weight.clone(), torch.ones(3, 4))
+    norm.weight.requires_grad_(False)
+    assert not norm._parameters["weight"].requires_grad
+
+
+def test_other_code_bases_load_gains_into_tables_of_any_offset() -> None:
+    states = []
+    for norm in offset_pair(1.0):
+        saved = convert.save(norm, "biggan_pytorch")
+        loaded = ConditionalBatchNorm2d(4, 3, gain_offset=norm.gain_offset, dtype=torch.float64)
+        convert.load(loaded, saved, "biggan_pytorch")
+        torch.testing.assert_close(loaded.weight.clone(), norm.weight.clone())
+        states.append(saved)
+    torch.testing.assert_close(*states)
+
+
+class Network(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 1), norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("options", [{}, {"assign": True}, {"strict": False}], ids=str)
+def test_without_a_condition_it_loads_torchs_batch_norm(options: dict[str, bool], nested: bool) -> None:
+    theirs: nn.Module = nn.BatchNorm2d(4)
+    ours: nn.Module = ConditionalBatchNorm2d(4)
+    if nested:
+        theirs, ours = Network(theirs), Network(ours)
+    for value in theirs.state_dict().values():
+        value.copy_(torch.rand(value.shape) + 7)
+    names, state = list(ours.state_dict()), theirs.state_dict()
+    before = list(state)
+    result = ours.load_state_dict(state, **options)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert list(state) == before
+    assert list(ours.state_dict()) == names
+    x = torch.randn(2, 3 if nested else 4, 5, 5)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    norm = next(module for module in ours.modules() if isinstance(module, ConditionalBatchNorm2d))
+    assert norm.norm.num_batches_tracked == 7
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ({}, nn.BatchNorm2d(4, affine=False), r'Missing key\(s\) in state_dict: "weight", "bias"'),
+        (
+            {},
+            nn.BatchNorm2d(4, track_running_stats=False),
+            'Missing key.*"norm.running_mean", "norm.running_var"',
+        ),
+        ({}, nn.BatchNorm2d(5), "size mismatch for norm.running_mean"),
+        ({"track_running_stats": False}, nn.BatchNorm2d(4), 'Unexpected key.*"norm.running_mean"'),
+        (
+            {"num_classes": 3},
+            nn.BatchNorm2d(4),
+            r"weight: expected a table \[3, 4\], got \[4\] of a batch norm without classes, which loads into "
+            r"ConditionalBatchNorm2d\(4\)",
+        ),
+        ({"condition_features": 3}, nn.BatchNorm2d(4), 'Missing key.*"weight_projection.weight"'),
+    ],
+)
+def test_another_batch_norm_is_refused_by_name(ours: dict[str, Any], theirs: nn.Module, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ConditionalBatchNorm2d(4, **ours).load_state_dict(theirs.state_dict())
+
+
+def test_batch_norm_without_gain_loads_where_gain_and_bias_may_be_missing() -> None:
+    theirs, ours = nn.BatchNorm2d(4, affine=False), ConditionalBatchNorm2d(4)
+    theirs(torch.randn(5, 4, 3, 3) + 2)
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_keys_of_both_kinds_leave_torchs_unexpected() -> None:
+    state = ConditionalBatchNorm2d(4).state_dict() | nn.BatchNorm2d(4).state_dict()
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"running_mean", "running_var"'):
+        ConditionalBatchNorm2d(4).load_state_dict(state)
 
 
 def test_only_rows_of_the_labels_get_gradients() -> None:

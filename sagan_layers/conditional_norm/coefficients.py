@@ -43,35 +43,52 @@ def check_fusion(layer: Any) -> Any:
     return layer
 
 
-class ProjectedCoefficients:
-    """The gains or biases of a projection, for initialisers: its weight plus the gain of a vector of zeros.
+class ComputedCoefficients:
+    """Gains or biases that are a stored weight plus an offset, for initialisers.
 
-    A method that writes in place writes to the projection, so ``nn.init.normal_(layer.weight.data, 1, 0.02)`` draws
-    gains around 1. It is not a tensor, and an optimizer refuses it: the parameter is the projection's weight. Values
-    with another mean are refused: they would not become every vector's gain, but gains as random as the vectors.
+    A method that writes in place writes to the weight, so ``nn.init.normal_(layer.weight.data, 1, 0.02)`` draws gains
+    around 1. It is not a tensor, and an optimizer refuses it: the parameter is the stored weight.
+
+    Args:
+        name: "weight" or "bias".
+        holder: the module with the stored weight.
+        attribute: the stored weight's name there.
+        offset: what is added to it.
+        projected: whether the weight is a projection's. Values with another mean than the offset are then refused:
+            they would not become every vector's gain, but gains as random as the vectors.
     """
 
-    def __init__(self, name: str, projection: nn.Module, offset: float) -> None:
-        self.__dict__.update(_name=name, _projection=projection, _offset=offset)
+    def __init__(
+        self, name: str, holder: nn.Module, attribute: str, offset: float, *, projected: bool
+    ) -> None:
+        self.__dict__.update(
+            _name=name, _holder=holder, _attribute=attribute, _offset=offset, _projected=projected
+        )
 
-    def detach(self) -> ProjectedCoefficients:
+    def detach(self) -> ComputedCoefficients:
         """Return this object itself, which has no graph."""
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Write values to the projection's weight, or set its attribute, such as ``requires_grad``."""
+        """Write values to the stored weight, or set its attribute, such as ``requires_grad``."""
+        stored = getattr(self._holder, self._attribute)
         if name == "data":
             written = value - self._offset
-            self._check_mean(written)
+            if self._projected:
+                self._check_mean(written)
             with torch.no_grad():
-                self._projection.weight.copy_(written)
+                stored.copy_(written)
         else:
-            setattr(self._projection.weight, name, value)
+            setattr(stored, name, value)
 
     def _refuse(self, *_: object) -> NoReturn:
+        remedy = (
+            "write to the parameter, dict(layer.named_parameters())['weight'], which is added to gain_offset"
+        )
+        if self._projected:
+            remedy = f"initialise {self._name}_projection.weight instead"
         raise TypeError(
-            f"{self._name}: is computed from a vector, and can only be written whole, by methods such as normal_ and "
-            f"fill_; initialise {self._name}_projection.weight instead"
+            f"{self._name}: is computed, and can only be written whole, by methods such as normal_ and fill_; {remedy}"
         )
 
     __getitem__ = __setitem__ = __lt__ = __gt__ = _refuse  # trunc_normal_ compares
@@ -88,10 +105,10 @@ class ProjectedCoefficients:
             )
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the projection's weight, or a method of the values."""
+        """Return an attribute of the stored weight, or a method of the values."""
         if name.startswith("_"):
             raise AttributeError(name)
-        weight: Tensor = self._projection.weight
+        weight: Tensor = getattr(self._holder, self._attribute)
         if name == "data":
             return self
         if name == "requires_grad_" or not callable(getattr(weight, name)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sagan_layers import checks
 from sagan_layers.conditional_norm import functional
-from sagan_layers.conditional_norm.coefficients import ProjectedCoefficients, RunningStatistics, check_fusion
+from sagan_layers.conditional_norm.coefficients import ComputedCoefficients, RunningStatistics, check_fusion
 from sagan_layers.conditional_norm.statistics import StandingStatistics, SynchronizedStatistics
 from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM
 from sagan_layers.spectral_norm import SNLinear
@@ -27,7 +27,8 @@ class ConditionalBatchNorm2d(nn.Module):
 
     The condition is one of three:
 
-    - ``num_classes``: integer labels. ``weight`` and ``bias`` are tables [num_classes, C] that start at 1 and 0.
+    - ``num_classes``: integer labels. The gain is ``gain_offset + weight[label]``, the bias ``bias[label]``; both are
+      tables [num_classes, C]. Gains start at 1, biases at 0.
     - ``condition_features``: a vector for each sample (BigGAN's shared embedding, often with latents). The gain is
       1 + ``weight_projection(vector)``, the bias ``bias_projection(vector)``, both linear without bias.
     - neither: plain batch norm, ``weight`` and ``bias`` [C].
@@ -38,6 +39,8 @@ class ConditionalBatchNorm2d(nn.Module):
         eps: added to the variance, from 1e-37 to 1.
         momentum: weight of a batch in the running statistics; None for the average over all batches.
         track_running_stats: whether there are running statistics; without them evaluation uses the batch's.
+        gain_offset: added to the table of gains, which starts at 1 - ``gain_offset``. 1.0 for tables as in
+            BigGAN-PyTorch and mmgeneration. Only with ``num_classes``.
         condition_features: width of the vectors to condition on, instead of ``num_classes``.
         spectral_norm: whether the two projections of ``condition_features`` are normalised.
         n_power_iterations, sn_eps, iterate_when_frozen, sn_eps_mode: of the normalised projections, see
@@ -87,6 +90,7 @@ class ConditionalBatchNorm2d(nn.Module):
         momentum: float | None = 0.1,
         track_running_stats: bool = True,
         *,
+        gain_offset: float = 0.0,
         condition_features: int | None = None,
         spectral_norm: bool = False,
         n_power_iterations: int = 1,
@@ -123,7 +127,13 @@ class ConditionalBatchNorm2d(nn.Module):
             raise ValueError("num_classes, condition_features: expected one at most, got both")
         if spectral_norm and condition_features is None:
             raise ValueError("spectral_norm: expected condition_features with it (tables are not normalised)")
+        gain_offset = checks.number_of("gain_offset", gain_offset, least=-65504, most=65504)  # of float16
+        if gain_offset and num_classes is None:
+            raise ValueError(
+                f"gain_offset: expected num_classes with it (a vector's gain is 1 + its projection), got {gain_offset}"
+            )
         self.num_features = num_features
+        self.gain_offset = gain_offset
         self.num_classes = num_classes
         self.condition_features = condition_features
         self.biased_running_var = biased_running_var
@@ -132,7 +142,7 @@ class ConditionalBatchNorm2d(nn.Module):
         self.norm: nn.BatchNorm2d = RunningStatistics(
             num_features, eps, momentum, False, track_running_stats, device=device, dtype=dtype
         )
-        self.weight: Any  # nn.Parameter or ProjectedCoefficients
+        self.weight: Any  # nn.Parameter or ComputedCoefficients
         self.bias: Any
         if condition_features is not None:
             linear = SNLinear if spectral_norm else nn.Linear
@@ -144,7 +154,8 @@ class ConditionalBatchNorm2d(nn.Module):
             shape: tuple[int, ...] = (num_features,)
             if num_classes is not None:
                 shape = (num_classes, num_features)
-            self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
+            start = torch.full(shape, 1.0 - gain_offset, device=device, dtype=dtype)
+            self.weight = nn.Parameter(start)
             self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
         self._show_coefficients()
         self._standing: StandingStatistics | None = None
@@ -154,8 +165,12 @@ class ConditionalBatchNorm2d(nn.Module):
     def _show_coefficients(self) -> None:
         """Let code that walks over a network find gain and bias, here and at the child."""
         if self.condition_features is not None:
-            self.weight = ProjectedCoefficients("weight", self.weight_projection, 1.0)
-            self.bias = ProjectedCoefficients("bias", self.bias_projection, 0.0)
+            for name, offset in (("weight", 1.0), ("bias", 0.0)):
+                holder = getattr(self, f"{name}_projection")
+                setattr(self, name, ComputedCoefficients(name, holder, "weight", offset, projected=True))
+        elif self.gain_offset:
+            shown = ComputedCoefficients("weight", self, "_table", self.gain_offset, projected=False)
+            self.__dict__["weight"] = shown  # where the parameter would be found; its name stays
         if isinstance(self.norm, RunningStatistics):
             self.norm.owner = weakref.ref(self)
 
@@ -164,6 +179,13 @@ class ConditionalBatchNorm2d(nn.Module):
         if name in ("weight", "bias") and isinstance(value, Tensor) and self.condition_features is not None:
             raise TypeError(f"{name}: expected no parameter (it is computed), set {name}_projection.weight")
         super().__setattr__(name, value)
+        if name == "weight" and isinstance(value, nn.Parameter) and self.gain_offset:
+            self._show_coefficients()
+
+    @property
+    def _table(self) -> Tensor:
+        """The parameter of gains, less the offset."""
+        return cast("Tensor", self._parameters["weight"] if self.gain_offset else self.weight)
 
     @property
     def eps(self) -> float:
@@ -275,14 +297,14 @@ class ConditionalBatchNorm2d(nn.Module):
                     f"condition: expected [{batch}, {self.condition_features}], got {checks.shape_of(condition)}"
                 )
             return 1 + self.weight_projection(condition), self.bias_projection(condition)
-        checks.check_labels(condition, num_classes=self.num_classes, batch=batch, like=self.weight)
+        checks.check_labels(condition, num_classes=self.num_classes, batch=batch, like=self._table)
         if condition is None:
             return self.weight, self.bias
-        return nn.functional.embedding(condition, self.weight), nn.functional.embedding(condition, self.bias)
+        gain, bias = (nn.functional.embedding(condition, table) for table in (self._table, self.bias))
+        return (self.gain_offset + gain if self.gain_offset else gain), bias
 
     def _any_parameter(self) -> Tensor:
-        layer: Any = self if self.condition_features is None else self.weight_projection
-        return cast("Tensor", layer.weight)
+        return self._table if self.condition_features is None else self.weight_projection.weight
 
     def _running_statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, float | Tensor]:
         """Return the mean and variance to read or update, if any, and the weight of this batch in them."""
@@ -322,11 +344,30 @@ class ConditionalBatchNorm2d(nn.Module):
             text = f"{self.num_features}, num_classes={self.num_classes}"
         else:
             text = f"{self.num_features}, condition_features={self.condition_features}"
-        defaults = {"biased_running_var": False, "activation": None, "backend": "auto"}
+        defaults = {"gain_offset": 0.0, "biased_running_var": False, "activation": None, "backend": "auto"}
         for name, default in defaults.items():
             if (value := getattr(self, name)) != default:
                 text += f", {name}={value!r}"
         return text
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """As ``nn.Module``; without a condition also from the keys of ``nn.BatchNorm2d``."""
+        weight = state_dict.get(f"{prefix}weight")
+        if self.num_classes is None and self.condition_features is None:
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                theirs, ours = f"{prefix}{name}", f"{prefix}norm.{name}"
+                if theirs in state_dict and ours not in state_dict:
+                    state_dict[ours] = state_dict.pop(theirs)
+        elif self.num_classes is not None and isinstance(weight, Tensor) and weight.dim() == 1:
+            errors: list[str] = args[-1]
+            errors.append(
+                f"{prefix}weight: expected a table {[self.num_classes, self.num_features]}, got "
+                f"{checks.shape_of(weight)} of a batch norm without classes, which loads into "
+                f"ConditionalBatchNorm2d({self.num_features})"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies, without what a context has set for its block."""

@@ -373,6 +373,10 @@ def _links(
         places = tuple(
             place if place is None else _below(theirs, place, code_base) for place in row.get(name, (name,))
         )
+        if name == "weight" and isinstance(module, ConditionalBatchNorm2d):
+            places = tuple(
+                place and place._replace(offset=place.offset - module.gain_offset) for place in places
+            )
         channels_last = channels_last_outputs.get(path) if name in ("weight", "bias", "weight_u") else None
         yield Link(_dotted(path, name), tensor, places, channels_last, module)
     for name, child in module._modules.items():
