@@ -2,6 +2,8 @@
 
 import re
 
+from docutils import nodes
+
 import sagan_layers
 
 project = "sagan-layers"
@@ -87,5 +89,15 @@ def tidy_docstring(app, what, name, obj, options, lines):
     lines[:] = text.split("\n")
 
 
+def mark_new_lines(app, doctree):
+    """Highlight the lines of examples that are marked as new, or that stand for what was there before."""
+    for block in doctree.findall(nodes.literal_block):
+        lines = block.astext().splitlines()
+        new = [n for n, line in enumerate(lines, 1) if re.search(r"# (new|was)\b", line)]
+        if new:
+            block["highlight_args"] = {**block.get("highlight_args", {}), "hl_lines": new}
+
+
 def setup(app):
+    app.connect("doctree-read", mark_new_lines)
     app.connect("autodoc-process-docstring", tidy_docstring, priority=400)  # napoleon's is 500
