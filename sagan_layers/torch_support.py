@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+_TELLS_EXPORT = hasattr(torch.compiler, "is_exporting")  # torch 2.6 does not
 _count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
@@ -35,13 +36,15 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 def is_exporting() -> bool:
     """Return whether torch.export is tracing."""
-    # Torch 2.6 does not say; there, compiling counts as exporting.
-    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+    if not _TELLS_EXPORT:  # then only an export with strict=False differs from torch.compile
+        return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return torch.compiler.is_exporting()
 
 
 def is_known(condition: bool | torch.SymBool) -> bool:
     """Return a condition on sizes; False inside torch.export, where sizes may be symbols."""
-    return not is_exporting() and bool(condition)
+    exporting = is_exporting() if _TELLS_EXPORT else torch.compiler.is_compiling()
+    return not exporting and bool(condition)
 
 
 def is_traced(tensor: Tensor) -> bool:
