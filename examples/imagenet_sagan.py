@@ -12,7 +12,7 @@ from sagan import signals
 if __name__ == "__main__":
     signals.start_program()
 
-from sagan.cli import attention_maps, demo, evaluate, make_images, prepare, report, sample, train
+from sagan.cli import attention_maps, convert, demo, evaluate, make_images, prepare, report, sample, train
 from sagan.cli.parsing import parse
 from sagan.cli.terminal import outlive_the_terminal, printable_output
 from sagan.distributed import ReportedElsewhereError
@@ -34,6 +34,7 @@ SAGAN on ImageNet with sagan-layers.
   plot             curves of a run, also while it trains
   report           one HTML page about a run, with its pictures
   compare          several runs: figures over the iterations, and a table of the best of each
+  convert          weights of other code bases to a run, and back
   make-images      synthetic images in ImageNet's layouts, to try the other commands without ImageNet
 
 Start:
@@ -58,6 +59,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "plot": (report.Plot, report.plot),
     "report": (report.Report, report.report),
     "compare": (report.Compare, report.compare),
+    "convert": (convert.Convert, convert.run),
     "make-images": (make_images.MakeImages, make_images.run),
 }
 

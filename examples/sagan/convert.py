@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sagan.errors import UserError
-from sagan.networks import Generator
+from sagan.networks import Discriminator, Generator, NetworkConfig, discriminator_widths, generator_widths
 from sagan_layers import convert
-from sagan_layers.convert import CodeBase
+from sagan_layers.convert import CodeBase, NetworkNames
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from sagan.networks import Discriminator
+Network = Generator | Discriminator
 
 
 def load_network(
-    network: Generator | Discriminator,
+    network: Network,
     state: Mapping[str, ArrayLike | Tensor],
     source: str | CodeBase,
     prefix: str = "",
@@ -33,18 +33,19 @@ def load_network(
         UserError: if the code base has blocks only.
         ValueError: if entries are missing, left over or of the wrong shape; the network then does not change.
     """
-    convert.load(network, state, source, prefix=prefix, **_layout(network, source))
+    convert.load(network, state, source, prefix=prefix, **layout(network, source))
 
 
-def save_network(
-    network: Generator | Discriminator, target: str | CodeBase, prefix: str = ""
-) -> dict[str, Tensor]:
+def save_network(network: Network, target: str | CodeBase, prefix: str = "") -> dict[str, Tensor]:
     """Return G's or D's weights under the names of another code base; see :func:`sagan_layers.convert.save`.
 
     Raises:
-        UserError: if the code base has blocks only.
+        UserError: if the code base has no such network.
     """
-    return convert.save(network, target, prefix=prefix, **_layout(network, target))
+    table = target if isinstance(target, CodeBase) else convert.CODE_BASES.get(target)
+    if table is not None:
+        _check_expressible(network, table)
+    return convert.save(network, target, prefix=prefix, **layout(network, target))
 
 
 def load_tensorflow_generator(
@@ -61,26 +62,72 @@ def load_tensorflow_discriminator(
     load_network(discriminator, variables, "tensorflow", scope)
 
 
-def _layout(network: Generator | Discriminator, code_base: str | CodeBase) -> dict[str, Any]:
+def layout(network: Network, code_base: str | CodeBase) -> dict[str, Any]:
     """Return how a code base names a network's modules, as arguments of ``convert.load``."""
     table = code_base if isinstance(code_base, CodeBase) else convert.CODE_BASES.get(code_base)
     if table is None:  # load and save say what they expect
         return {}
+    there = names_of(type(network), table)
     blocks = [f"blocks.{index}" for index in range(len(network.blocks))]
     if isinstance(network, Generator):
-        there = table.generator
-        after = {name: int(name).bit_length() - 4 for name in network.mixers}
+        sizes = [size for size, _ in generator_widths(network.config)[1:]]
     else:
-        there = table.discriminator
-        half = network.config.resolution // 2
-        after = {name: (half // int(name)).bit_length() - 1 for name in network.mixers}
+        sizes = [size for size, _ in discriminator_widths(network.config)]
         blocks.append("last_block")
-    if there is None:
-        raise UserError(
-            f"{table.title}: expected a code base whose networks these can express, got its blocks only"
-        )
-    attention = {index: f"mixers.{name}" for name, index in after.items()}
+    attention = {sizes.index(int(size)): f"mixers.{size}" for size in network.mixers}
     return {
         "names": there.of(blocks, attention, table.separator),
         "channels_last_outputs": there.channels_last_outputs,
     }
+
+
+def names_of(kind: type[Network], code_base: CodeBase) -> NetworkNames:
+    """Return the names of a code base's generator or discriminator."""
+    names = code_base.generator if kind is Generator else code_base.discriminator
+    if names is None:
+        raise UserError(
+            f"{code_base.title}: expected a code base whose networks these can express, got its blocks only"
+        )
+    return names
+
+
+def settings_of(code_base: CodeBase, resolution: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a code base's settings, with others in place of some; a mapping has a value for each resolution."""
+    settings = {}
+    for name, value in {**code_base.settings, **overrides}.items():
+        if not isinstance(value, Mapping):
+            settings[name] = value
+        elif resolution in value:
+            settings[name] = value[resolution]
+    return settings
+
+
+def conditions_of(code_base: CodeBase) -> list[str]:
+    """Return the kinds of class conditions that a code base's generator may have."""
+    rows, names = code_base.rows, names_of(Generator, code_base).others(1)
+    conditions = {
+        "table": "class_batch_norm" in rows,
+        "one_hot": "vector_batch_norm" in rows and code_base.settings.get("condition") == "one_hot",
+        "embedding": "vector_batch_norm" in rows and "embedding" in names,
+    }
+    return [condition for condition, is_known in conditions.items() if is_known]
+
+
+def _check_expressible(network: Network, code_base: CodeBase) -> None:
+    """Raise :class:`UserError` if a code base has no such network."""
+    config = network.config
+    settings = settings_of(code_base, config.resolution, {})
+    known: dict[str, list[Any]] = {"mixer": ["attention"]}
+    for name in (
+        "attention_bias",
+        "upsampling" if isinstance(network, Generator) else "d_relu_before_blocks",
+    ):
+        known[name] = [settings.get(name, getattr(NetworkConfig, name))]
+    if isinstance(network, Generator) and config.num_classes:
+        known["condition"] = conditions_of(code_base)
+    for name, values in known.items():
+        if (value := getattr(config, name)) not in values:
+            raise UserError(
+                f"{code_base.title} cannot express this {type(network).__name__.lower()}: expected {name} "
+                f"{' or '.join(map(str, values))}, got {value}"
+            )

@@ -131,8 +131,8 @@ class NetworkConfig:
         self._check_channels()
         self._check_condition()
         for name, chosen, allowed in (
-            ("g_attention", self.g_attention, [r for r, _ in _generator_widths(self)[1:]]),
-            ("d_attention", self.d_attention, [r for r, _ in _discriminator_widths(self)]),
+            ("g_attention", self.g_attention, [r for r, _ in generator_widths(self)[1:]]),
+            ("d_attention", self.d_attention, [r for r, _ in discriminator_widths(self)]),
         ):
             wrong = sorted(set(chosen) - set(allowed))
             if wrong or len(set(chosen)) != len(chosen):
@@ -194,14 +194,14 @@ def _resolutions(config: NetworkConfig) -> list[int]:
     return [4 * 2**i for i in range((config.resolution // 4).bit_length())]
 
 
-def _generator_widths(config: NetworkConfig) -> list[tuple[int, int]]:
+def generator_widths(config: NetworkConfig) -> list[tuple[int, int]]:
     """Return (resolution, channels) of G's feature maps, from 4x4 to the image's."""
     resolutions = _resolutions(config)
     by_rule = [config.base_width * min(16, config.resolution // r) for r in resolutions]
     return list(zip(resolutions, config.g_channels or by_rule, strict=True))
 
 
-def _discriminator_widths(config: NetworkConfig) -> list[tuple[int, int]]:
+def discriminator_widths(config: NetworkConfig) -> list[tuple[int, int]]:
     """Return (resolution, channels) after D's halving blocks, from half the image's resolution on."""
     half = config.resolution // 2
     resolutions = _resolutions(config)[-2::-1]
@@ -227,7 +227,7 @@ class Generator(nn.Module):
         self.checkpoints_activations = False
         linear: Any = partial(SNLinear, **_sn_options(config)) if config.g_spectral_norm else nn.Linear
         conv = _conv(config.g_spectral_norm, config)
-        (first_resolution, width), *following = _generator_widths(config)
+        (first_resolution, width), *following = generator_widths(config)
         self.first_shape = (width, first_resolution, first_resolution)
         self.linear = linear(config.linear_features, width * first_resolution**2)
         self.embedding: nn.Embedding | None = None
@@ -248,11 +248,10 @@ class Generator(nn.Module):
         """Return the images of these latents and labels."""
         latents, conditions = self._conditions(latents, labels)
         x = self.linear(latents).reshape(-1, *self.first_shape)
-        for number, (block, condition) in enumerate(zip(self.blocks, conditions, strict=True)):
+        for block, condition in zip(self.blocks, conditions, strict=True):
             x = checkpointed(block, x, condition) if self.checkpoints_activations else block(x, condition)
-            resolution = str(8 * 2**number)  # not x.size(2), which is no number for a tracer
-            if resolution in self.mixers:
-                x = self.mixers[resolution](x)
+            if str(x.size(2)) in self.mixers:
+                x = self.mixers[str(x.size(2))](x)
         return torch.tanh(self.last_conv(self.last_norm(x)))
 
     def _conditions(self, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
@@ -264,8 +263,7 @@ class Generator(nn.Module):
             condition = F.one_hot(labels.long(), config.num_classes).to(self.linear.weight.dtype)
         if not config.hierarchical_latents:
             return latents, [condition] * len(self.blocks)
-        width = config.linear_features
-        first, *chunks = (latents[:, i * width : (i + 1) * width] for i in range(len(self.blocks) + 1))
+        first, *chunks = latents.chunk(len(self.blocks) + 1, dim=1)
         if condition is None:
             return first, [*chunks]
         return first, [torch.cat((condition, chunk), dim=1) for chunk in chunks]
@@ -315,7 +313,7 @@ class Discriminator(nn.Module):
         self.blocks = nn.ModuleList()
         self.mixers = nn.ModuleDict()
         width = 3
-        for resolution, out_channels in _discriminator_widths(config):
+        for resolution, out_channels in discriminator_widths(config):
             self.blocks.append(DownBlock(width, out_channels, config, preactivation=len(self.blocks) > 0))
             if resolution in config.d_attention:
                 self.mixers[str(resolution)] = _mixer(out_channels, config.d_spectral_norm, config)
@@ -333,11 +331,10 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the logits of these images for their labels."""
         x = images
-        for number, block in enumerate(self.blocks):
+        for block in self.blocks:
             x = checkpointed(block, x) if self.checkpoints_activations else block(x)
-            resolution = str(self.config.resolution // 2 ** (number + 1))
-            if isinstance(block, DownBlock) and resolution in self.mixers:
-                x = self.mixers[resolution](x)
+            if isinstance(block, DownBlock) and str(x.size(2)) in self.mixers:
+                x = self.mixers[str(x.size(2))](x)
         logits: Tensor = self.head(self.last_block(x), labels)
         return logits
 

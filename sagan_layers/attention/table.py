@@ -23,17 +23,9 @@ ATTENTION: Operation[AttentionInputs, Attend] = Operation(
     "attention",
     "attention",
     (
-        Backend(
-            "triton", triton.attention, triton.unsupported_reasons, triton.not_preferred_reasons, opaque=True
-        ),
-        Backend("sdpa", sdpa.attention, sdpa.unsupported_reasons, sdpa.not_preferred_reasons, opaque=True),
-        Backend(
-            "chunked",
-            chunked.attention,
-            chunked.unsupported_reasons,
-            chunked.not_preferred_reasons,
-            opaque=True,
-        ),
+        Backend("triton", triton.attention, triton.unsupported_reasons, triton.not_preferred_reasons),
+        Backend("sdpa", sdpa.attention, sdpa.unsupported_reasons, sdpa.not_preferred_reasons),
+        Backend("chunked", chunked.attention, chunked.unsupported_reasons, chunked.not_preferred_reasons),
         Backend("reference", reference.attention),
     ),
 )
@@ -71,11 +63,7 @@ SELF_ATTENTION_2D: Operation[SelfAttentionInputs, SelfAttend] = Operation(
     "self-attention",
     (
         Backend(
-            "fused",
-            lambda inputs, _: _fused(inputs),
-            fused.unsupported_reasons,
-            fused.not_preferred_reasons,
-            opaque=True,
+            "fused", lambda inputs, _: _fused(inputs), fused.unsupported_reasons, fused.not_preferred_reasons
         ),
         Backend("composed", _composed, delegates_to=ATTENTION, delegate_inputs=_attention_inputs),
     ),

@@ -3,6 +3,7 @@
 from sagan_layers.convert.loading import (
     CODE_BASES,
     CodeBase,
+    Comparison,
     Entry,
     NetworkNames,
     compare,
@@ -15,6 +16,7 @@ from sagan_layers.convert.loading import (
 __all__ = [
     "CODE_BASES",
     "CodeBase",
+    "Comparison",
     "Entry",
     "NetworkNames",
     "compare",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CODE_BASES",
     "CodeBase",
+    "Comparison",
     "Entry",
     "NetworkNames",
     "compare",
@@ -98,6 +99,11 @@ class Comparison(NamedTuple):
         absent: links without an entry that need none.
         missing: names of entries that are not there.
         left_over: names of entries that nothing takes.
+
+    Example:
+        >>> from sagan_layers import SNLinear
+        >>> compare(SNLinear(3, 2), {"weight": torch.ones(2, 4)}, "biggan_pytorch").our_shapes
+        {'weight': [2, 4]}
     """
 
     found: list[tuple[Link, Entry, Tensor]]

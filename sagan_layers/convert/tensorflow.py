@@ -23,6 +23,7 @@ TENSORFLOW = CodeBase(
     title="the released TensorFlow code",
     url="https://github.com/brain-research/self-attention-gan",
     separator="/",
+    ignored=("*/Adam", "*/Adam_1", "beta?_power*", "global_step*"),
     prepare=_without_output_numbers,
     rows={
         "convolution": {"weight": Entry("w", axes=(2, 3, 1, 0)), "bias": "biases"},

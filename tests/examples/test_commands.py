@@ -128,6 +128,10 @@ class TestEntry:
             ("sample", "--source --layout --classes --num-processes"),
             ("evaluate", "--source --metrics --count --inception-weights"),
             ("prepare", "--source --out --resolution --ground-truth --verify --workers"),
+            (
+                "convert",
+                "--from --to --weights --d-weights --ema-weights --class-names --sn-eps --source --out",
+            ),
             ("make-images", "--out --layout --classes --images --scale"),
             ("attention-maps", "--source --points --classes"),
             ("demo", "--out --iterations --seed"),
