@@ -11,6 +11,7 @@ import pytest
 import torch
 from blocks import (
     BLOCKS,
+    CLASSES,
     Block,
     assert_close,
     assert_same,
@@ -26,7 +27,14 @@ from blocks import (
 )
 from torch import Tensor, nn
 
-from sagan_layers import ConditionalBatchNorm2d, SelfAttention2d, SNLinear, frozen_spectral_norm
+from sagan_layers import (
+    ConditionalBatchNorm2d,
+    ProjectionDiscriminatorHead,
+    SelfAttention2d,
+    SNConv2d,
+    SNLinear,
+    frozen_spectral_norm,
+)
 
 every_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 image_blocks = pytest.mark.parametrize(
@@ -300,6 +308,62 @@ def test_compiled_gradient_takes_the_vectors_of_its_own_forward(outputs: int) ->
 @every_block
 def test_compiled_by_inductor_it_equals_eager(block: Block) -> None:
     assert_compiled_equals_eager(block, "inductor", True, 1e-4)
+
+
+class UpsamplingBlock(nn.Module):
+    """A block of G with everything that may depend on the size of a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([ConditionalBatchNorm2d(8, CLASSES, activation="relu") for _ in range(2)])
+        self.convs = nn.ModuleList([SNConv2d(8, 8, 3, padding=1, upsample=2), SNConv2d(8, 8, 3, padding=1)])
+        self.shortcut = SNConv2d(8, 8, 1, upsample=2)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        y = self.convs[0](self.norms[0](x, labels))
+        y = self.convs[1](self.norms[1](y, labels))
+        return y + self.shortcut(x)
+
+
+def assert_compiled_at_sizes_equals_eager(
+    module: nn.Module, sizes: list[tuple[int, int]], dynamic: bool | None, *condition: Tensor
+) -> None:
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
+    for height, width in sizes:
+        inputs = torch.randn(2, 8, height, width), *condition
+        ours, expected = step(module, inputs, compiled), step(eager, inputs)
+        assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_attention_whose_sizes_are_symbols_lowers_in_inductor() -> None:
+    module = SelfAttention2d(8, gamma_init=0.7, spectral_norm=False)
+    x = torch.randn(2, 8, 24, 20, requires_grad=True)  # views saved for backward had strides without an order
+    y = torch.compile(module, fullgraph=True, dynamic=True)(x)
+    torch.testing.assert_close(y, module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SelfAttention2d(8, gamma_init=0.7),
+        lambda: ConditionalBatchNorm2d(8, CLASSES),
+        lambda: ProjectionDiscriminatorHead(8, CLASSES),
+        UpsamplingBlock,
+    ],
+    ids=["attention", "batch_norm", "head", "upsampling_block"],
+)
+def test_compiled_by_inductor_at_changing_sizes_it_equals_eager(
+    make: Callable[[], nn.Module], dynamic: bool | None
+) -> None:
+    module = make()
+    condition = () if isinstance(module, SelfAttention2d) else (torch.tensor([0, 3]),)
+    sizes = [(16, 16), (24, 24), (32, 32), (40, 40), (24, 40)]
+    assert_compiled_at_sizes_equals_eager(module, sizes, dynamic, *condition)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
