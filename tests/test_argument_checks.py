@@ -51,6 +51,7 @@ WRONG: dict[str, list[Any]] = {
     "optional size": [*NO_INTEGERS, 0, -1, 2**40],
     "index": [*NO_INTEGERS, 100, -100],
     "axis": [*NO_INTEGERS, None, 2, -1],
+    "optional axis": [*NO_INTEGERS, 2, -1],
     "count": [*NO_INTEGERS, None, -1, 2**40],
     "pair": [None, 0, -1, 1.5, "a", ("a",), [1], (1, 2, 3), (NAN, 1), (True, 1), torch.tensor([1, 1])],
     "padding": [None, -1, 1.5, "a", ("same", "same"), [1], (1, 2, 3), (NAN, 1)],
@@ -69,6 +70,11 @@ WRONG: dict[str, list[Any]] = {
     "collection": ["head", 1, None, torch.tensor(1)],
 }
 
+
+def joined(*kinds: dict[str, str]) -> dict[str, str]:
+    return {kind: " ".join(each[kind] for each in kinds if kind in each) for each in kinds for kind in each}
+
+
 LINEAR, NORM = nn.Linear(2, 2), ConditionalBatchNorm2d(2)
 NETWORKS = {"generator": LINEAR, "discriminator": LINEAR}
 CONVOLUTION = {"in_channels": 4, "out_channels": 4, "kernel_size": 3}
@@ -80,7 +86,8 @@ SIZES = {
     "device": "device",
     "dtype": "dtype",
 }
-SPECTRAL = {"size": "n_power_iterations", "eps": "eps", "flag": "iterate_when_frozen"}
+SPECTRAL = {"size": "n_power_iterations", "eps": "eps", "flag": "iterate_when_frozen", "name": "eps_mode"}
+SPECTRAL_LAYER = joined(SPECTRAL, {"optional axis": "dim", "name": "iterate_from"})
 ATTENTION = {"query": torch.ones(2, 3, 4), "key": torch.ones(2, 5, 4), "value": torch.ones(2, 5, 6)}
 BLOCK = {
     **{"x": torch.ones(1, 8, 4, 4), "query_weight": torch.ones(2, 8), "key_weight": torch.ones(2, 8)},
@@ -110,10 +117,6 @@ def entered(context: Callable[..., Any]) -> Callable[..., None]:
     return enter
 
 
-def joined(*kinds: dict[str, str]) -> dict[str, str]:
-    return {kind: " ".join(each[kind] for each in kinds if kind in each) for each in kinds for kind in each}
-
-
 def load_variables(**arguments: Any) -> None:
     convert.load(LINEAR, source="tensorflow", **arguments)
 
@@ -125,18 +128,18 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
         CONVOLUTION,
         joined(SIZES, {"padding": "padding", "size": "upsample downsample", "name": "backend"}),
     ),
-    (SNConv2d, CONVOLUTION, joined(SIZES, SPECTRAL, {"padding": "padding"})),
-    (SNConvTranspose2d, CONVOLUTION, joined(SIZES, SPECTRAL, {"padding": "padding output_padding"})),
+    (SNConv2d, CONVOLUTION, joined(SIZES, SPECTRAL_LAYER, {"padding": "padding"})),
+    (SNConvTranspose2d, CONVOLUTION, joined(SIZES, SPECTRAL_LAYER, {"padding": "padding output_padding"})),
     (
         SNLinear,
         {"in_features": 2, "out_features": 3},
-        joined(SPECTRAL, {"size": "in_features out_features", "flag": "bias", "dtype": "dtype"}),
+        joined(SPECTRAL_LAYER, {"size": "in_features out_features", "flag": "bias", "dtype": "dtype"}),
     ),
     (
         SNEmbedding,
         {"num_embeddings": 2, "embedding_dim": 3},
         joined(
-            SPECTRAL,
+            SPECTRAL_LAYER,
             {"size": "num_embeddings embedding_dim", "index": "padding_idx", "number": "norm_type"},
             {"flag": "scale_grad_by_freq sparse _freeze", "device": "device", "dtype": "dtype"},
         ),
@@ -145,13 +148,17 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
         ConditionalBatchNorm2d,
         {"num_features": 3},
         {
-            **{"size": "num_features", "optional size": "num_classes condition_features", "eps": "eps"},
+            **{
+                "size": "num_features",
+                "optional size": "num_classes condition_features",
+                "eps": "eps sn_eps",
+            },
             **{
                 "share": "momentum",
                 "number": "gain_offset",
-                "flag": "track_running_stats spectral_norm biased_running_var",
+                "flag": "track_running_stats spectral_norm biased_running_var iterate_when_frozen",
             },
-            **{"name": "activation backend", "device": "device", "dtype": "dtype"},
+            **{"name": "activation backend sn_eps_mode", "device": "device", "dtype": "dtype"},
         },
     ),
     (
@@ -159,8 +166,8 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
         {"in_channels": 8, "spectral_norm": False},  # whose options are checked all the same
         {
             **{"size": "in_channels pool_size n_power_iterations", "eps": "eps", "number": "gamma_init"},
-            **{"optional size": "key_channels value_channels", "name": "backend", "dtype": "dtype"},
-            **{"flag": "output_projection bias spectral_norm", "device": "device"},
+            **{"optional size": "key_channels value_channels", "name": "backend eps_mode", "dtype": "dtype"},
+            **{"flag": "output_projection bias spectral_norm iterate_when_frozen", "device": "device"},
         },
     ),
     (
@@ -168,7 +175,12 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
         {"in_channels": 4, "num_classes": 3, "spectral_norm": False},
         {
             **{"size": "in_channels n_power_iterations", "optional size": "num_classes", "eps": "eps"},
-            **{"name": "pooling", "flag": "spectral_norm", "device": "device", "dtype": "dtype"},
+            **{
+                "name": "pooling eps_mode",
+                "flag": "spectral_norm iterate_when_frozen",
+                "device": "device",
+                "dtype": "dtype",
+            },
         },
     ),
     (GradientPenalty, {}, {"name": "kind", "number": "target"}),
@@ -178,7 +190,7 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
     (
         apply_spectral_norm,
         {"model": nn.ReLU()},
-        joined(SPECTRAL, {"module": "model", "collection": "exclude"}),
+        joined(SPECTRAL_LAYER, {"module": "model", "collection": "exclude"}),
     ),
     (remove_spectral_norm, {}, {"module": "module"}),
     (entered(frozen_spectral_norm), {}, {"module": "module"}),
@@ -207,7 +219,11 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
             **{"group": "process_group", "name": "activation backend"},
         },
     ),
-    (functional.spectral_normalize, WEIGHT, {"axis": "dim", "count": "n_power_iterations", "eps": "eps"}),
+    (
+        functional.spectral_normalize,
+        WEIGHT,
+        {"axis": "dim", "count": "n_power_iterations", "eps": "eps", "name": "eps_mode iterate_from"},
+    ),
     (functional.upsample_conv2d, RESAMPLING, RESAMPLED),
     (functional.conv2d_downsample, RESAMPLING, RESAMPLED),
     (hinge_discriminator_loss, LOGITS, {}),

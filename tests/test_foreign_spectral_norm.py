@@ -145,14 +145,19 @@ def test_the_stateless_form_clamps_as_the_layer_does() -> None:
         functional.spectral_normalize(weight, u, torch.ones(4), eps_mode="max")
 
 
-def test_compiled_layers_clamp_as_eager_ones_do() -> None:
-    layer = SNLinear(4, 3, eps=0.9, eps_mode="clamp")
+@pytest.mark.parametrize("options", [{"eps": 0.9, "eps_mode": "clamp"}, {"iterate_from": "v"}, {"dim": 1}])
+def test_compiled_layers_compute_and_differentiate_as_eager_ones(options: dict[str, Any]) -> None:
+    layer = SNConvTranspose2d(4, 3, 2, **{"dim": 0, **options})
     eager = copy.deepcopy(layer)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 4)
+    x = torch.randn(2, 4, 3, 3)
     for _ in range(2):
-        torch.testing.assert_close(compiled(x), eager(x))
+        outputs = compiled(x), eager(x)
+        torch.testing.assert_close(*outputs)
+        for y in outputs:
+            (y**3).sum().backward()
     torch.testing.assert_close(layer.weight_u, eager.weight_u)
+    torch.testing.assert_close(layer.weight.grad, eager.weight.grad)
 
 
 OPTIONS: dict[str, Any] = {

@@ -103,17 +103,26 @@ def _normalized(weight: Tensor, s: Tensors, o: Any, dim: int = 0, name: str = ""
     """Return weight / sigma, and the vectors that a layer keeps."""
     u, v = s[f"{name}weight_u"], s[f"{name}weight_v"]
     matrix = weight.transpose(0, dim).flatten(1)
-    eps = getattr(o, "eps", 1e-12)
+    eps, clamps = getattr(o, "eps", 1e-12), getattr(o, "eps_mode", "add") == "clamp"
+    least = 0.0 if clamps else eps
+
+    def unit(product: Tensor, otherwise: Tensor) -> Tensor:
+        norm = product.norm()
+        return product / (norm.clamp_min(eps) if clamps else norm + eps) if norm > least else otherwise
+
     with torch.no_grad():
         iterates = o.training or getattr(o, "iterate_when_frozen", True)
         for _ in range(getattr(o, "n_power_iterations", 1) if iterates else 0):
-            product = matrix.T @ u
-            v = product / (product.norm() + eps) if product.norm() > eps else v
-            product = matrix @ v
-            u = product / (product.norm() + eps) if product.norm() > eps else u
+            if getattr(o, "iterate_from", "u") == "u":
+                v = unit(matrix.T @ u, v)
+                u = unit(matrix @ v, u)
+            else:
+                u = unit(matrix @ v, u)
+                v = unit(matrix.T @ u, v)
     sigma = u @ matrix @ v
     kept = {f"{name}weight_u": u, f"{name}weight_v": v} if o.training else {}
-    return weight if sigma.abs() <= eps else _noisy(_noisy(weight) / sigma), {**kept, "sigma": sigma.detach()}
+    normalized = weight if sigma.abs() <= least else _noisy(_noisy(weight) / sigma)
+    return normalized, {**kept, "sigma": sigma.detach()}
 
 
 def _is_sn(o: Any) -> bool:
@@ -306,7 +315,7 @@ def _functional_attention(o: Any, s: Tensors, i: Any) -> Tensors:
 
 
 def _functional_spectral(o: Any, s: Tensors, i: Any) -> Tensors:
-    o = SimpleNamespace(training=True, n_power_iterations=o.n_power_iterations, eps=o.eps, dim=o.dim)
+    o = SimpleNamespace(**vars(o) | {"training": True})
     weight, kept = _normalized(i.weight, {"weight_u": i.u, "weight_v": i.v}, o, o.dim)
     return {"y": weight, "sigma": kept["sigma"], "u": kept["weight_u"], "v": kept["weight_v"]}
 
@@ -370,6 +379,7 @@ def _choose(r: random.Random, **choices: Any) -> dict[str, Any]:
 _YES_NO = (True, False)
 _SPECTRAL: dict[str, Any] = {
     "n_power_iterations": (1, 1, 2, 5), "eps": (1e-12, 1e-12, 1e-4), "iterate_when_frozen": _YES_NO,
+    "eps_mode": ("add", "clamp"), "iterate_from": ("u", "u", "v"),
 }  # fmt: skip
 
 
@@ -545,7 +555,8 @@ def _draw_functional_resampling(r: random.Random, dtype: torch.dtype) -> Call:
 
 
 def _draw_functional_spectral(r: random.Random, dtype: torch.dtype) -> Call:
-    o = _choose(r, dim=(0, 1), n_power_iterations=(0, 1, 3), eps=(1e-12,))
+    options = {"eps": (1e-12,), "eps_mode": ("add", "clamp"), "iterate_from": ("u", "v")}
+    o = _choose(r, dim=(0, 1), n_power_iterations=(0, 1, 3), **options)
     weight = _tensor(r, dtype, *_shape(r, *[9] * r.randint(2, 4)), scale=_extreme(r, dtype))
     outputs = weight.size(o["dim"])
     u, v = torch.randn(outputs).to(dtype), torch.randn(weight.numel() // outputs).to(dtype)

@@ -7,6 +7,7 @@ from sagan_layers.spectral_norm.contexts import (
     replaying_spectral_norm,
 )
 from sagan_layers.spectral_norm.conversion import apply_spectral_norm, remove_spectral_norm
+from sagan_layers.spectral_norm.foreign import FOREIGN_KEYS
 from sagan_layers.spectral_norm.layers import (
     SNConv2d,
     SNConvTranspose2d,
@@ -17,6 +18,7 @@ from sagan_layers.spectral_norm.layers import (
 from sagan_layers.spectral_norm.shared import SharedSpectralNorm, shared_spectral_norm
 
 __all__ = [
+    "FOREIGN_KEYS",
     "SNConv2d",
     "SNConvTranspose2d",
     "SNEmbedding",

@@ -139,7 +139,7 @@ def apply_spectral_norm(
             continue
         kind = parametrize.type_before_parametrizations(layer)
         if layer in excluded:
-            if isinstance(layer, _WEIGHT_LAYERS):
+            if isinstance(layer, _WEIGHT_LAYERS) or _is_unknown(layer):
                 lines[name] = f"{kind.__name__} excluded"
         elif kind in _NORMALIZED_CLASSES:
             chosen[name] = conversion = _conversion_of(name, layer, _NORMALIZED_CLASSES[kind], options)
@@ -248,10 +248,10 @@ def _conversion_of(
         weight, vectors = layer.parametrizations.weight.original, (norm._u, norm._v)
         options = norm.n_power_iterations, norm.eps, False, "clamp", norm.dim, "v"
         source = " with torch.nn.utils.parametrizations.spectral_norm"
-    if not isinstance(weight, nn.Parameter):
+    if not isinstance(weight, nn.Parameter) or (norm is None and parametrize.is_parametrized(layer)):
         raise TypeError(
-            f"the weight of {_shown(name)} is computed by something else (a hook or a parametrization); remove "
-            "that first, or put the layer's name into exclude"
+            f"the weight or bias of {_shown(name)} is computed by something else (a hook or a parametrization); "
+            "remove that first, or put the layer's name into exclude"
         )
     checks.check_floating(f"the weight of {_shown(name)}", weight)
     if weight.dim() < 2 or weight.numel() == 0:
