@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from sagan_layers.checks import check_choice
+from sagan_layers.torch_support import is_exporting
 
 Inputs = TypeVar("Inputs")
 Implementation = TypeVar("Implementation")
@@ -40,6 +41,7 @@ class Backend(Generic[Inputs, Implementation]):
         implementation: the function that computes, with the signature that the operation's table documents.
         unsupported_reasons: takes the operation's inputs; returns why the backend cannot serve them.
         not_preferred_reasons: takes the same; returns why "auto" takes a later backend, although this one could serve.
+        opaque: whether torch.export would record operations of this library, so that "auto" does not take it there.
         delegates_to: an operation that this backend calls; the names of its backends select this one too.
         delegate_inputs: takes the inputs; returns those of ``delegates_to``, or None if only the call can tell.
     """
@@ -48,6 +50,7 @@ class Backend(Generic[Inputs, Implementation]):
     implementation: Implementation
     unsupported_reasons: Callable[[Inputs], list[str]] = _no_reasons
     not_preferred_reasons: Callable[[Inputs], list[str]] = _no_reasons
+    opaque: bool = False
     delegates_to: Operation[Any, Any] | None = None
     delegate_inputs: Callable[[Inputs], Any] = lambda inputs: None
 
@@ -55,6 +58,12 @@ class Backend(Generic[Inputs, Implementation]):
     def names(self) -> list[str]:
         """The names that select this backend."""
         return [self.name] if self.delegates_to is None else [self.name, *self.delegates_to.names]
+
+    def reasons_against(self, inputs: Inputs) -> list[str]:
+        """Return why "auto" takes a later backend, although this one could serve."""
+        if self.opaque and is_exporting():
+            return ["an exported program should need torch alone"]
+        return self.not_preferred_reasons(inputs)
 
 
 class Operation(Generic[Inputs, Implementation]):
@@ -102,7 +111,7 @@ class Operation(Generic[Inputs, Implementation]):
                 continue
             reasons = backend.unsupported_reasons(inputs)
             if name == "auto" and not reasons:
-                reasons = backend.not_preferred_reasons(inputs)
+                reasons = backend.reasons_against(inputs)
             if not reasons:
                 return backend
             refusals.append(f"{backend.name}: {'; '.join(reasons)}")
@@ -130,7 +139,7 @@ class Operation(Generic[Inputs, Implementation]):
             elif backend.name == chosen:
                 sentences[backend.name] = "chosen"
             else:
-                reasons = backend.not_preferred_reasons(inputs) or [f"{chosen!r} comes first"]
+                reasons = backend.reasons_against(inputs) or [f"{chosen!r} comes first"]
                 sentences[backend.name] = f"serves when named: {'; '.join(reasons)}"
         return sentences
 

@@ -17,10 +17,9 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 import torch.distributed
-import torch.fx
 from torch import Tensor, nn
 
-from sagan_layers.torch_support import autocast_dtype, is_batch, is_tracing, transforms_active
+from sagan_layers.torch_support import autocast_dtype, is_batch, is_proxy, is_tracing, transforms_active
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATING_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
@@ -355,8 +354,8 @@ def shape_of(tensor: Tensor) -> str:
 
 def kind_of(thing: object) -> str:
     """Return dtype and layout, or type, as text for a message."""
-    if isinstance(thing, torch.fx.Proxy):
-        return "a Proxy; pass a torch.fx.Tracer whose is_leaf_module is true for sagan_layers' modules"
+    if is_proxy(thing):
+        return "a Proxy of torch.fx; call the function in a module that is a leaf of the tracer"
     if not isinstance(thing, Tensor):
         return type(thing).__name__
     layout = "" if is_dense(thing) else f" in a {'nested' if thing.is_nested else thing.layout} tensor"

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+_TELLS_EXPORT = hasattr(torch.compiler, "is_exporting")  # torch 2.6 does not
 _count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
@@ -35,13 +37,15 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 def is_exporting() -> bool:
     """Return whether torch.export is tracing."""
-    # Torch 2.6 does not say; there, compiling counts as exporting.
-    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+    if not _TELLS_EXPORT:  # then only an export with strict=False differs from torch.compile
+        return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return torch.compiler.is_exporting()
 
 
 def is_known(condition: bool | torch.SymBool) -> bool:
     """Return a condition on sizes; False inside torch.export, where sizes may be symbols."""
-    return not is_exporting() and bool(condition)
+    exporting = is_exporting() if _TELLS_EXPORT else torch.compiler.is_compiling()
+    return not exporting and bool(condition)
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -71,6 +75,31 @@ def needs_plain_operations() -> bool:
 def tracing_reasons() -> list[str]:
     """Return why functions with derivatives of their own cannot serve inside torch.jit.trace, if it records."""
     return ["torch.jit.trace saves plain operations only"] if is_tracing() else []
+
+
+def is_proxy(x: object) -> bool:
+    """Return whether this stands for a tensor in torch.fx's symbolic trace."""
+    return isinstance(x, Proxy)
+
+
+def record_call(module: nn.Module, *inputs: Any) -> Tensor:
+    """Return the result of a call as torch.fx records it for torch's own modules, whose forward it does not trace.
+
+    Args:
+        module: the one whose forward asks.
+        inputs: its arguments; the first is a ``torch.fx.Proxy``.
+
+    Raises:
+        TypeError: if the call would not stand for this forward: torch.fx traces the module alone, or a subclass.
+    """
+    tracer, kind = inputs[0].tracer, type(module)
+    if tracer.root is module or kind.forward.__module__.split(".")[0] != "sagan_layers":
+        raise TypeError(
+            f"{kind.__name__}: expected to be a part of the module that torch.fx traces, and no subclass with its own "
+            "forward; trace torch.nn.Sequential(module), or pass a torch.fx.Tracer whose is_leaf_module is true for it"
+        )
+    result: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
+    return result
 
 
 def transforms_active() -> bool:

@@ -179,29 +179,53 @@ def test_make_fx_records_plain_operations_that_compute_the_same(block: Block) ->
     assert not any("sagan_layers" in str(node.target) for node in recorded.graph.nodes)
 
 
-class LeafTracer(torch.fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__module__.startswith(("torch.nn", "sagan_layers"))
+class Network(nn.Module):
+    """A block inside a network."""
+
+    def __init__(self, block: nn.Module, inputs: int) -> None:
+        super().__init__()
+        self.block = block
+        self.inputs = inputs
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        return torch.tanh(self.block(x) if self.inputs == 1 else self.block(x, condition))
 
 
 @every_block
-def test_symbolic_trace_names_the_tracer_that_works(block: Block) -> None:
-    module, inputs = build(block).eval(), draw_inputs(block)
+@both_modes
+def test_symbolic_trace_of_a_network_calls_the_block_in_every_mode(block: Block, training: bool) -> None:
+    inputs = draw_inputs(block)
+    network = Network(build(block).train(training), len(inputs))
+    eager, before = copy.deepcopy(network), state_of(network)
+    traced = torch.fx.symbolic_trace(network)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["block"]
+    assert_close(traced.state_dict(), before)
+    for mode in (training, not training):  # buffers move in training
+        assert_close(traced.train(mode)(*inputs), eager.train(mode)(*inputs))
+    assert_close(traced.state_dict(), eager.state_dict())
+
+
+def test_symbolic_trace_of_what_cannot_be_a_leaf_names_the_remedy() -> None:
+    class Doubled(SNConv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    class OwnLeaves(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, Doubled) or super().is_leaf_module(m, module_qualified_name)
+
+    doubled, x = Doubled(3, 4, 3).eval(), torch.randn(2, 3, 5, 5)
+    for network in (SNConv2d(3, 4, 3), nn.Sequential(doubled)):
+        with pytest.raises(
+            TypeError, match=r"trace torch\.nn\.Sequential\(module\), or pass a torch\.fx\.Tracer whose"
+        ):
+            torch.fx.symbolic_trace(network)
+    network = nn.Sequential(doubled)
+    assert_close(torch.fx.GraphModule(network, OwnLeaves().trace(network))(x), doubled(x))
     with pytest.raises(
-        TypeError, match=r"got a Proxy; pass a torch\.fx\.Tracer whose is_leaf_module is true"
+        TypeError, match=r"got a Proxy of torch\.fx; call the function in a module that is a leaf"
     ):
-        torch.fx.symbolic_trace(module)
-
-    class Network(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = module
-
-        def forward(self, x: Tensor, condition: Any = None) -> Any:
-            return self.block(x) if len(inputs) == 1 else self.block(x, condition)
-
-    network = Network()
-    assert_close(torch.fx.GraphModule(network, LeafTracer().trace(network))(*inputs), module(*inputs))
+        torch.fx.symbolic_trace(lambda query: functional.attention(query, query, query))
 
 
 def test_labels_are_not_read_while_a_transform_runs() -> None:

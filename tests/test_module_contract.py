@@ -375,6 +375,7 @@ def test_exported_with_a_dynamic_batch_it_equals_eager(block: Block, training: b
     inputs = draw_inputs(block, batch=3)
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(module, inputs, dynamic_shapes=({0: batch},) * len(inputs))
+    assert not any("sagan_layers" in str(node.target) for node in program.graph.nodes)  # it needs torch alone
     exported = program.module()
     for size in (3, 7, 2):
         fresh = draw_inputs(block, batch=size, seed=size)

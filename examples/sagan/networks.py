@@ -248,10 +248,11 @@ class Generator(nn.Module):
         """Return the images of these latents and labels."""
         latents, conditions = self._conditions(latents, labels)
         x = self.linear(latents).reshape(-1, *self.first_shape)
-        for block, condition in zip(self.blocks, conditions, strict=True):
+        for number, (block, condition) in enumerate(zip(self.blocks, conditions, strict=True)):
             x = checkpointed(block, x, condition) if self.checkpoints_activations else block(x, condition)
-            if str(x.size(2)) in self.mixers:
-                x = self.mixers[str(x.size(2))](x)
+            resolution = str(8 * 2**number)  # not x.size(2), which is no number for a tracer
+            if resolution in self.mixers:
+                x = self.mixers[resolution](x)
         return torch.tanh(self.last_conv(self.last_norm(x)))
 
     def _conditions(self, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
@@ -263,7 +264,8 @@ class Generator(nn.Module):
             condition = F.one_hot(labels.long(), config.num_classes).to(self.linear.weight.dtype)
         if not config.hierarchical_latents:
             return latents, [condition] * len(self.blocks)
-        first, *chunks = latents.chunk(len(self.blocks) + 1, dim=1)
+        width = config.linear_features
+        first, *chunks = (latents[:, i * width : (i + 1) * width] for i in range(len(self.blocks) + 1))
         if condition is None:
             return first, [*chunks]
         return first, [torch.cat((condition, chunk), dim=1) for chunk in chunks]
@@ -331,10 +333,11 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the logits of these images for their labels."""
         x = images
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             x = checkpointed(block, x) if self.checkpoints_activations else block(x)
-            if isinstance(block, DownBlock) and str(x.size(2)) in self.mixers:
-                x = self.mixers[str(x.size(2))](x)
+            resolution = str(self.config.resolution // 2 ** (number + 1))
+            if isinstance(block, DownBlock) and resolution in self.mixers:
+                x = self.mixers[resolution](x)
         logits: Tensor = self.head(self.last_block(x), labels)
         return logits
 

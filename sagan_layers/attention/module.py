@@ -13,6 +13,7 @@ from sagan_layers.attention import functional
 from sagan_layers.attention.reference import ProjectionLayers, ProjectionWeights, positions
 from sagan_layers.attention.table import SELF_ATTENTION_2D
 from sagan_layers.spectral_norm import SNConv2d, frozen_spectral_norm
+from sagan_layers.torch_support import is_proxy, record_call
 
 __all__ = ["SelfAttention2d"]
 
@@ -146,6 +147,8 @@ class SelfAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x plus gamma times the attention output, or the second term alone."""
+        if is_proxy(x):
+            return record_call(self, x)
         self._check_input(x)
         projections = _weights_or_layers(self.query, self.key, self.value, self.out)
         return functional.self_attention_of_projections(

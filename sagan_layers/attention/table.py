@@ -23,9 +23,17 @@ ATTENTION: Operation[AttentionInputs, Attend] = Operation(
     "attention",
     "attention",
     (
-        Backend("triton", triton.attention, triton.unsupported_reasons, triton.not_preferred_reasons),
-        Backend("sdpa", sdpa.attention, sdpa.unsupported_reasons, sdpa.not_preferred_reasons),
-        Backend("chunked", chunked.attention, chunked.unsupported_reasons, chunked.not_preferred_reasons),
+        Backend(
+            "triton", triton.attention, triton.unsupported_reasons, triton.not_preferred_reasons, opaque=True
+        ),
+        Backend("sdpa", sdpa.attention, sdpa.unsupported_reasons, sdpa.not_preferred_reasons, opaque=True),
+        Backend(
+            "chunked",
+            chunked.attention,
+            chunked.unsupported_reasons,
+            chunked.not_preferred_reasons,
+            opaque=True,
+        ),
         Backend("reference", reference.attention),
     ),
 )
@@ -63,7 +71,11 @@ SELF_ATTENTION_2D: Operation[SelfAttentionInputs, SelfAttend] = Operation(
     "self-attention",
     (
         Backend(
-            "fused", lambda inputs, _: _fused(inputs), fused.unsupported_reasons, fused.not_preferred_reasons
+            "fused",
+            lambda inputs, _: _fused(inputs),
+            fused.unsupported_reasons,
+            fused.not_preferred_reasons,
+            opaque=True,
         ),
         Backend("composed", _composed, delegates_to=ATTENTION, delegate_inputs=_attention_inputs),
     ),

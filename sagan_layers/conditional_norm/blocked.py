@@ -28,7 +28,6 @@ from sagan_layers.conditional_norm.kernels import (
 )
 from sagan_layers.torch_support import (
     accumulation_dtype,
-    is_exporting,
     needs_plain_operations,
     tracing_reasons,
 )
@@ -57,8 +56,8 @@ def unsupported_reasons(inputs: ConditionalNormInputs) -> list[str]:
 def not_preferred_reasons(inputs: ConditionalNormInputs) -> list[str]:
     """Return why "auto" takes the reference, although the blocks could serve."""
     x = inputs.x
-    if is_exporting() or needs_plain_operations():
-        return ["an exported program should need torch alone, and forward mode needs plain operations"]
+    if needs_plain_operations():
+        return ["a tracer or forward mode needs plain operations"]
     if not torch.compiler.is_compiling() and type(x) not in (Tensor, torch.nn.Parameter):
         return [f"it reads values and writes in place, and x is a {type(x).__name__}"]
     # All processes of a group must make the same choice, and their batches may have different sizes.

@@ -15,6 +15,7 @@ from sagan_layers.conditional_norm.coefficients import ComputedCoefficients, Run
 from sagan_layers.conditional_norm.statistics import StandingStatistics, SynchronizedStatistics
 from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM
 from sagan_layers.spectral_norm import SNLinear
+from sagan_layers.torch_support import is_proxy, record_call
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -219,6 +220,8 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return x normalised, scaled and shifted for its condition."""
+        if is_proxy(x):
+            return record_call(self, x, condition)
         checks.check_input(x, channels=self.num_features, like=self._any_parameter())
         gain, bias = self._gain_and_bias(x, condition)
         running_mean, running_var, momentum = self._running_statistics(x)

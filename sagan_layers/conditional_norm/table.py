@@ -14,13 +14,18 @@ CONDITIONAL_BATCH_NORM: Operation[ConditionalNormInputs, Callable[..., Condition
     "conditional batch norm",
     (
         Backend(
-            "triton", triton.conditional_batch_norm, triton.unsupported_reasons, triton.not_preferred_reasons
+            "triton",
+            triton.conditional_batch_norm,
+            triton.unsupported_reasons,
+            triton.not_preferred_reasons,
+            opaque=True,
         ),
         Backend(
             "blocked",
             blocked.conditional_batch_norm,
             blocked.unsupported_reasons,
             blocked.not_preferred_reasons,
+            opaque=True,
         ),
         Backend("reference", reference.conditional_batch_norm),
     ),

@@ -1,4 +1,4 @@
-"""PyTorch-StudioGAN: its SAGAN backbone ("resnet")."""
+"""PyTorch-StudioGAN: SAGAN and others of its backbones "resnet" and, with ``condition="embedding"``, "big_resnet"."""
 
 from sagan_layers.convert.code_base import CodeBase, Entry, NetworkNames, statistics
 
@@ -33,7 +33,12 @@ STUDIOGAN = CodeBase(
             "conv2": "conv2d2",
             "shortcut": "conv2d0",
         },
-        others=lambda blocks: {"linear": "linear0", "last_norm": "bn4", "last_conv": "conv2d5"},
+        others=lambda blocks: {
+            "linear": "linear0",
+            "embedding": "shared",
+            "last_norm": "bn4",
+            "last_conv": "conv2d5",
+        },
     ),
     discriminator=NetworkNames(
         block=lambda place: f"blocks.{place.number + place.attention}.0",

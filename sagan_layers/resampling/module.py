@@ -8,6 +8,7 @@ from torch.nn.common_types import _size_2_t
 
 from sagan_layers import checks
 from sagan_layers.resampling import functional
+from sagan_layers.torch_support import is_proxy, record_call
 
 __all__ = ["ResamplingConv2d"]
 
@@ -99,6 +100,8 @@ class ResamplingConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input`` with its resampling."""
+        if is_proxy(input):
+            return record_call(self, input)
         self._check_input(input)
         return self._resampled(input, self.weight)
 

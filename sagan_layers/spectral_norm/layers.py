@@ -23,7 +23,7 @@ from sagan_layers.spectral_norm.reference import (
     spectral_divisor,
     unit,
 )
-from sagan_layers.torch_support import accumulation_dtype, fusion_calls, update_state
+from sagan_layers.torch_support import accumulation_dtype, fusion_calls, is_proxy, record_call, update_state
 
 __all__ = ["SNConv2d", "SNConvTranspose2d", "SNEmbedding", "SNLinear", "SpectralNormLayer"]
 
@@ -436,6 +436,8 @@ class SNConv2d(SpectralNormLayer, ResamplingConv2d):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input`` with the normalised weight."""
+        if is_proxy(input):
+            return record_call(self, input)
         self._check_input(input)
         return self._resampled(input, self.normalized_weight())
 
@@ -508,6 +510,8 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution of ``input`` with the normalised weight."""
+        if is_proxy(input):
+            return record_call(self, input, output_size)
         checks.check_input(input, channels=self.in_channels, like=self.weight, batched=False)
         if output_size is not None:
             if not isinstance(output_size, (tuple, list)):
@@ -573,6 +577,8 @@ class SNLinear(SpectralNormLayer, nn.Linear):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the linear map of the last axis of ``input`` by the normalised weight."""
+        if is_proxy(input):
+            return record_call(self, input)
         checks.check_features(input, features=self.in_features, like=self.weight)
         return nn.functional.linear(input, self.normalized_weight(), self.bias)
 
@@ -654,6 +660,8 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of the normalised matrix that ``input`` names."""
+        if is_proxy(input):
+            return record_call(self, input)
         checks.check_indices("input", input, upper=self.num_embeddings, like=self.weight)
         return nn.functional.embedding(
             input,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sagan_layers.torch_support import accumulation_dtype, without_autocast
+from sagan_layers.torch_support import accumulation_dtype, is_exporting, without_autocast
 
 
 class SpectralNormResult(NamedTuple):
@@ -68,7 +68,8 @@ def spectral_normalize(
         matrix = full.transpose(0, options.dim).flatten(1)
         with torch.no_grad():
             constant, u, v = matrix.detach(), u.to(dtype), v.to(dtype)
-            iterate = _opaque_power_iteration if torch.compiler.is_dynamo_compiling() else _power_iteration
+            compiled = torch.compiler.is_dynamo_compiling() and not is_exporting()
+            iterate = _opaque_power_iteration if compiled else _power_iteration
             if options.iterate_from == "u":
                 u, v = iterate(constant, u, v, options.n_power_iterations, eps, eps_mode)
             else:

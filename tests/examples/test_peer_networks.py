@@ -29,8 +29,8 @@ class Peer(NamedTuple):
     code_base: str
     vectors: str
     fields: dict[str, Any]
-    outputs_within: float = 1e-6
-    losses_within: float = 1e-6
+    outputs_within: float = 2e-6
+    losses_within: float = 3e-6
 
     def config(self) -> NetworkConfig:
         sizes = {key: size for key, size in peer_vectors.read(self.vectors).sizes.items() if key != "batch"}
@@ -51,13 +51,26 @@ PEERS = [
         {**SHARED, **AT_32, "d_attention": (), "d_channels": (16,) * 4},
         losses_within=1e-4,
     ),
-    # The sigmas of drawn vectors are too small, so evaluation enlarges rounding errors.
-    Peer("studiogan", "studiogan_128", {"g_attention": (64,)}, outputs_within=2e-5),
+    # The sigmas of drawn vectors are too small, so evaluation enlarges rounding errors, theirs as much.
+    Peer("studiogan", "studiogan_128", {"g_attention": (64,)}, outputs_within=5e-5),
     Peer(
         "studiogan",
         "studiogan_32",
         {**AT_32, "d_attention": (16,), "d_channels": (8,) * 4},
-        outputs_within=5e-6,
+        outputs_within=1e-5,
+    ),
+    Peer(
+        "studiogan",
+        "studiogan_biggan_64",
+        {
+            "condition": "embedding",
+            "embedding_dim": 6,
+            "hierarchical_latents": True,
+            "g_attention": (8,),
+            "d_attention": (16,),
+            "d_channels": (4, 8, 16, 32, 64),
+        },
+        outputs_within=5e-5,
     ),
 ]
 SAVED = [peer for peer in PEERS if not peer.vectors.endswith("_mybn")]
