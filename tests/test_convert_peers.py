@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import peer_vectors
 import pytest
 import torch
+from foreign_tables import FOREIGN
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -55,6 +56,10 @@ def huggingface(block: str, ours: Callable[[], nn.Module], truncation: float = 1
     return Case("huggingface_biggan", block, ours, convert.huggingface_biggan_at(truncation))
 
 
+def foreign(name: str, block: str, ours: Callable[[], nn.Module]) -> Case:
+    return Case(name, block, ours, FOREIGN[name])
+
+
 CASES = [
     biggan("conv", lambda: SNConv2d(8, 5, 3, padding=1, **FLOORED)),
     biggan("linear", lambda: SNLinear(8, 5, **FLOORED)),
@@ -84,6 +89,21 @@ CASES = [
     huggingface(
         "vector_norm_at_043", lambda: VECTORS(eps=0.01, sn_eps=0.01, iterate_when_frozen=False), 0.43
     ),
+    Case("mimicry", "attention", lambda: SelfAttention2d(8, **TORCH)),
+    Case("mimicry", "class_norm", lambda: ConditionalBatchNorm2d(8, 5)),
+    Case("mimicry", "own_conv", lambda: SNConv2d(8, 5, 3, padding=1, eps_mode="clamp")),
+    Case("mmgeneration", "attention", lambda: SelfAttention2d(8, **TORCH)),
+    Case("mmgeneration", "later_attention", lambda: SelfAttention2d(8, eps_mode="clamp")),
+    Case("mmgeneration", "class_norm", lambda: ConditionalBatchNorm2d(8, 5, eps=1e-4)),
+    foreign("voletiv", "attention", lambda: SelfAttention2d(8, bias=True, **TORCH)),
+    foreign("voletiv", "class_norm", lambda: ConditionalBatchNorm2d(8, 5, momentum=0.001)),
+    foreign(
+        "rosinality",
+        "attention",
+        lambda: SelfAttention2d(8, pool_size=1, output_projection=False, bias=True),
+    ),
+    foreign("rosinality", "class_norm", lambda: ConditionalBatchNorm2d(8, 5)),
+    foreign("rosinality", "conv", lambda: SNConv2d(8, 5, 3, padding=1)),
 ]
 
 

@@ -358,7 +358,7 @@ def links(
                 f"channels_last_outputs: expected height and width of {outputs} outputs of {name!r}, got {size}"
             )
         sizes[name] = height, width
-    return _links(module, "", "", code_base, names or {}, sizes)
+    return _links(module, "", "", code_base, names or {}, sizes, {})
 
 
 def _links(
@@ -368,30 +368,32 @@ def _links(
     code_base: CodeBase,
     names: Mapping[str, str],
     channels_last_outputs: Mapping[str, tuple[int, int]],
+    given: Mapping[str, tuple[Entry | None, ...]],
 ) -> Iterator[Link]:
+    """As :func:`links`; ``given`` are the places of tensors here that the rows of modules above name."""
     row = _row(module, code_base)
-    inner = ("norm",) if isinstance(module, ConditionalBatchNorm2d) else ()
-    tensors = _own_tensors(module)
-    for name in inner:
-        tensors |= {f"{name}.{each}": value for each, value in _own_tensors(getattr(module, name)).items()}
-    properties = {name: None for name in row if isinstance(getattr(type(module), name, None), property)}
-    for name, tensor in {**properties, **tensors}.items():
-        places = tuple(
-            place if place is None else _below(theirs, place, code_base) for place in row.get(name, (name,))
+    places = {
+        name: _below(theirs, row.get(name, (name,)), code_base) for name in {**row, **_own_tensors(module)}
+    }
+    places |= given
+    if isinstance(module, ConditionalBatchNorm2d) and "weight" in places:
+        offset = module.gain_offset
+        places["weight"] = tuple(
+            each and each._replace(offset=each.offset - offset) for each in places["weight"]
         )
-        if name == "weight" and isinstance(module, ConditionalBatchNorm2d):
-            places = tuple(
-                place and place._replace(offset=place.offset - module.gain_offset) for place in places
-            )
+    properties = {name: None for name in row if isinstance(getattr(type(module), name, None), property)}
+    for name, tensor in {**properties, **_own_tensors(module)}.items():
         channels_last = channels_last_outputs.get(path) if name in ("weight", "bias", "weight_u") else None
-        yield Link(_dotted(path, name), tensor, places, channels_last, module)
+        yield Link(_dotted(path, name), tensor, places[name], channels_last, module)
     for name, child in module._modules.items():
-        if child is None or name in inner:
-            continue
-        child_path, place = _dotted(path, name), row.get(name, (name,))[0]
-        assert isinstance(place, str)
-        child_name = names.get(child_path, code_base.join(theirs, place))
-        yield from _links(child, child_path, child_name, code_base, names, channels_last_outputs)
+        if child is not None:
+            child_path, place = _dotted(path, name), row.get(name, (name,))[0]
+            assert isinstance(place, str)
+            child_name = names.get(child_path, code_base.join(theirs, place))
+            inner = {
+                each[len(name) + 1 :]: place for each, place in places.items() if each.startswith(f"{name}.")
+            }
+            yield from _links(child, child_path, child_name, code_base, names, channels_last_outputs, inner)
 
 
 def _row(module: nn.Module, code_base: CodeBase) -> dict[str, tuple[Place, ...]]:
@@ -411,9 +413,9 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in own.items() if tensor is not None}
 
 
-def _below(theirs: str, place: str | Entry, code_base: CodeBase) -> Entry:
-    entry = place if isinstance(place, Entry) else Entry(place)
-    return entry._replace(name=code_base.join(theirs, entry.name))
+def _below(theirs: str, places: tuple[Place, ...], code_base: CodeBase) -> tuple[Entry | None, ...]:
+    entries = (Entry(place) if isinstance(place, str) else place for place in places)
+    return tuple(entry and entry._replace(name=code_base.join(theirs, entry.name)) for entry in entries)
 
 
 def _dotted(*names: str) -> str:

@@ -6,6 +6,8 @@ from sagan_layers.convert.biggan_pytorch import BIGGAN_PYTORCH
 from sagan_layers.convert.code_base import CodeBase
 from sagan_layers.convert.heykeetae import HEYKEETAE
 from sagan_layers.convert.huggingface_biggan import HUGGINGFACE_BIGGAN
+from sagan_layers.convert.mimicry import MIMICRY
+from sagan_layers.convert.mmgeneration import MMGENERATION
 from sagan_layers.convert.studiogan import STUDIOGAN
 from sagan_layers.convert.tensorflow import TENSORFLOW
 
@@ -13,6 +15,8 @@ CODE_BASES: dict[str, CodeBase] = {
     "biggan_pytorch": BIGGAN_PYTORCH,
     "heykeetae": HEYKEETAE,
     "huggingface_biggan": HUGGINGFACE_BIGGAN,
+    "mimicry": MIMICRY,
+    "mmgeneration": MMGENERATION,
     "studiogan": STUDIOGAN,
     "tensorflow": TENSORFLOW,
 }
