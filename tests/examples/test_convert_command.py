@@ -398,7 +398,7 @@ class TestCommand:
     ) -> None:
         out = tmp_path / "out"
         message = refused("convert", "--to", "studiogan", "--source", trained_run, "--out", out)
-        assert "cannot express this generator: expected condition one_hot, got table" in message
+        assert "cannot express this generator: expected condition one_hot or embedding, got table" in message
         assert not out.exists()
 
     def test_without_a_discriminator_a_new_one_is_drawn(self, converted: Path, tmp_path: Path) -> None:
