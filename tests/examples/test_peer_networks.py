@@ -122,12 +122,9 @@ PEERS = [
     Peer("sngan_projection", "sngan_projection_128", {}),
 ]
 TRAINED = [peer for peer in PEERS if peer.losses_within]
-# The others have two forms of one entry, or entries that nothing takes.
-SAVED = [
-    peer
-    for peer in PEERS
-    if not peer.vectors.endswith(("_mybn", "_later_attention")) and peer.code_base not in FOREIGN
-]
+# The others have two forms of one entry, entries that nothing takes, or a setting that is not the usual one.
+UNUSUAL = ("_mybn", "_later_attention", "_relu_in_place")
+SAVED = [peer for peer in PEERS if not peer.vectors.endswith(UNUSUAL) and peer.code_base not in FOREIGN]
 
 
 def loaded(peer: Peer) -> tuple[Generator, Discriminator]:
