@@ -63,7 +63,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|np|numpy|collections|contextlib)(\..+)?"),
     ("py:.*", r"(Tensor|nn\..+|ProcessGroup|ArrayLike|NDArray|Mapping|Iterable|Iterator|Sequence)"),
-    ("py:.*", r"(_ModuleT|_size_2_t|.*\._ModuleT)"),  # private type variables and aliases in signatures
+    ("py:.*", r"(_ModuleT|_size_2_t|.*\._ModuleT|(.*\.)?Link)"),  # private types in signatures
 ]
 
 

@@ -303,9 +303,6 @@ class FakeAccelerator:
         self.vectors.append(torch.cat(vectors_of(self.watched)))
         (loss / self.parts).backward()
 
-    def unwrap_model(self, model: nn.Module) -> nn.Module:
-        return model
-
 
 def networks() -> tuple[nn.Sequential, nn.Sequential]:
     generator = nn.Sequential(

@@ -38,11 +38,9 @@ def train(accelerator, generator, discriminator, loader):
             if accelerator.sync_gradients:  # new
                 weights.update()  # new: D has changed
 
-            critic = accelerator.unwrap_model(discriminator)
-            loss = hinge_generator_loss(
-                fake_logits=call_with_constant_parameters(critic, fake)
-            )
-            accelerator.backward(loss)
+            # was: fake_logits = discriminator(fake)
+            fake_logits = call_with_constant_parameters(discriminator, fake)  # new
+            accelerator.backward(hinge_generator_loss(fake_logits))
             g_optimizer.step()
             g_optimizer.zero_grad()
     # end
