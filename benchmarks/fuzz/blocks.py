@@ -224,7 +224,7 @@ def _norm_module(o: Any, s: Tensors, i: Any) -> Tensors:
             del kept["sigma"]
         gain, bias = 1 + i.condition @ gain.T, i.condition @ bias.T
     elif o.num_classes is not None:
-        gain, bias = s["weight"][i.condition.long()], s["bias"][i.condition.long()]
+        gain, bias = o.gain_offset + s["weight"][i.condition.long()], s["bias"][i.condition.long()]
     else:
         gain, bias = s["weight"], s["bias"]
     running = {name: s[f"norm.{name}"] for name in ("running_mean", "running_var") if f"norm.{name}" in s}
@@ -242,7 +242,7 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> 
 
 
 def _self_attended(
-    x: Tensor, maps: dict[str, tuple[Tensor, Tensor | None] | None], gamma: Tensor, pool: int
+    o: Any, x: Tensor, maps: dict[str, tuple[Tensor, Tensor | None] | None], gamma: Tensor
 ) -> Tensor:
     def project(name: str, features: Tensor) -> Tensor:
         found = maps[name]
@@ -252,9 +252,10 @@ def _self_attended(
         return y if found[1] is None else y + found[1][:, None, None]
 
     query = project("query", x).flatten(2).mT
-    key, value = (_pool(project(name, x), pool).flatten(2).mT for name in ("key", "value"))
+    key, value = (_pool(project(name, x), o.pool_size).flatten(2).mT for name in ("key", "value"))
     attended = _attended(query, key, value).mT
-    return x + gamma * project("out", attended.reshape(*attended.shape[:2], *x.shape[2:]))
+    gathered = gamma * project("out", attended.reshape(*attended.shape[:2], *x.shape[2:]))
+    return x + gathered if o.residual else gathered
 
 
 def _attention_module(o: Any, s: Tensors, i: Any) -> Tensors:
@@ -267,7 +268,7 @@ def _attention_module(o: Any, s: Tensors, i: Any) -> Tensors:
             kept |= vectors
         maps[name] = weight, s.get(f"{name}.bias")
     kept.pop("sigma", None)
-    return {"y": _self_attended(i.input, maps, s["gamma"], o.pool_size), **kept}
+    return {"y": _self_attended(o, i.input, maps, s["gamma"]), **kept}
 
 
 def _head(o: Any, s: Tensors, i: Any) -> Tensors:
@@ -280,7 +281,8 @@ def _head(o: Any, s: Tensors, i: Any) -> Tensors:
                 weights[name], vectors = _normalized(weights[name], s, o, name=f"{name}.")
                 kept |= vectors
     kept.pop("sigma", None)
-    features = _relu(i.input).sum((2, 3)) if o.pooling == "sum" else _relu(i.input).mean((2, 3))
+    x = i.input if o.activation is None else _relu(i.input)
+    features = x.sum((2, 3)) if o.pooling == "sum" else x.mean((2, 3))
     y = features @ weights["linear"].T + s["linear.bias"]
     if "embedding" in weights:
         y = y + (weights["embedding"][i.labels.long()] * features).sum(1, keepdim=True)
@@ -311,7 +313,7 @@ def _functional_attention(o: Any, s: Tensors, i: Any) -> Tensors:
         else (getattr(i, f"{name}_weight"), getattr(i, f"{name}_bias"))
         for name in ("query", "key", "value", "out")
     }
-    return {"y": _self_attended(i.x, maps, i.gamma.reshape(()), o.pool_size)}
+    return {"y": _self_attended(o, i.x, maps, i.gamma.reshape(()))}
 
 
 def _functional_spectral(o: Any, s: Tensors, i: Any) -> Tensors:
@@ -447,10 +449,12 @@ def _draw_norm(r: random.Random, dtype: torch.dtype) -> Call:
         r, num_features=range(1, 10), num_classes=(None, None, 1, 5, 9), condition_features=(None, 1, 6),
         eps=(1e-5, 1e-4), momentum=(0.1, 1.0, 0.0, None), track_running_stats=(True, True, False),
         spectral_norm=_YES_NO, biased_running_var=_YES_NO, activation=(None, "relu"),
-        backend=("auto", "auto", "blocked", "reference"),
+        backend=("auto", "auto", "blocked", "reference"), gain_offset=(0.0, 1.0),
     )  # fmt: skip
     if o["num_classes"] is not None:
         o["condition_features"] = None
+    else:
+        o["gain_offset"] = 0.0
     o["spectral_norm"] &= o["condition_features"] is not None
     (batch,) = _shape(r, 5)
     x = _tensor(r, dtype, batch, o["num_features"], *_shape(r, 6, 6), scale=_extreme(r, dtype))
@@ -467,7 +471,8 @@ def _draw_attention(r: random.Random, dtype: torch.dtype) -> Call:
     o = _choose(
         r, in_channels=range(1, 21), key_channels=(None, 1, 3, 5), value_channels=(None, 1, 4, 7),
         pool_size=(1, 2, 2, 3), output_projection=(True, True, False), bias=_YES_NO, spectral_norm=_YES_NO,
-        n_power_iterations=(1, 2), eps=(1e-12,), backend=("auto", "auto", "composed", "reference", "chunked", "sdpa"),
+        residual=_YES_NO, n_power_iterations=(1, 2), eps=(1e-12,),
+        backend=("auto", "auto", "composed", "reference", "chunked", "sdpa"),
     )  # fmt: skip
     o["value_channels"] = o["value_channels"] if o["output_projection"] else None
     sides = [r.randint(o["pool_size"], 9) for _ in range(2)]
@@ -477,7 +482,7 @@ def _draw_attention(r: random.Random, dtype: torch.dtype) -> Call:
 
 def _draw_head(r: random.Random, dtype: torch.dtype) -> Call:
     choices = {"num_classes": (None, 1, 9), "pooling": ("sum", "mean"), "spectral_norm": _YES_NO}
-    o = _choose(r, in_channels=range(1, 21), **choices)
+    o = _choose(r, in_channels=range(1, 21), activation=("relu", None), **choices)
     (batch,) = _shape(r, 5)
     x = _tensor(r, dtype, batch, o["in_channels"], *_shape(r, 6, 6))
     labels = None if o["num_classes"] is None else torch.randint(o["num_classes"], (batch,))
@@ -523,7 +528,9 @@ def _draw_functional_attention(r: random.Random, dtype: torch.dtype) -> Call:
 
 
 def _draw_functional_block(r: random.Random, dtype: torch.dtype) -> Call:
-    o = _choose(r, pool_size=(1, 2), backend=("auto", "composed", "reference", "chunked", "sdpa"))
+    o = _choose(
+        r, pool_size=(1, 2), residual=_YES_NO, backend=("auto", "composed", "reference", "chunked", "sdpa")
+    )
     C, E, Ev = _shape(r, 9, 5, 9)
     has_out = r.random() < 0.7
     rows = {"query": (E, C), "key": (E, C), "value": (Ev if has_out else C, C), "out": (C, Ev)}
