@@ -123,6 +123,18 @@ def test_layers_of_both_modes_share_one_call() -> None:
     torch.testing.assert_close(shared, [layer.normalized_weight() for layer in alone])
 
 
+def test_a_sigma_too_small_for_its_reciprocal_gives_an_infinite_gradient_and_no_error() -> None:
+    layer = SNLinear(4, 3, bias=False, eps=1e-2, eps_mode="clamp", iterate_when_frozen=False).eval()
+    with torch.no_grad():
+        layer.weight_u.mul_(1e-25)
+        layer.weight_v.mul_(1e-15)
+    y = layer(torch.randn(2, 4))
+    y.sum().backward()
+    assert not y.isfinite().all()
+    assert layer.weight.grad is not None
+    assert not layer.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("eps_mode", ["add", "clamp"])
 def test_zeros_stay_zeros_with_a_finite_gradient(eps_mode: str) -> None:
     layer = SNLinear(4, 3, bias=False, eps_mode=eps_mode)

@@ -47,12 +47,15 @@ class Call:
         module: nn.Module = self.make(
             **self.options, **({"dtype": self.dtype} if self.takes_dtype else {}), **changes
         )
+        # Below eps u shrinks at each iteration, and soon float32 cannot hold it.
+        clamps = self.options.get("eps_mode") == "clamp"
+        scale = max(self.scale, 1e-6) if clamps else self.scale
         with torch.no_grad():
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
                 if name.endswith("running_var"):
                     tensor.uniform_(0.5, 2)
                 elif tensor.is_floating_point():
-                    tensor.normal_(std=self.scale if name.endswith("weight") else 1.0)
+                    tensor.normal_(std=scale if name.endswith("weight") else 1.0)
                     if name.endswith(("weight_u", "weight_v")):
                         tensor.div_(tensor.float().norm() + 1e-6)
         return module.train(self.training)
@@ -564,7 +567,8 @@ def _draw_functional_resampling(r: random.Random, dtype: torch.dtype) -> Call:
 def _draw_functional_spectral(r: random.Random, dtype: torch.dtype) -> Call:
     options = {"eps": (1e-12,), "eps_mode": ("add", "clamp"), "iterate_from": ("u", "v")}
     o = _choose(r, dim=(0, 1), n_power_iterations=(0, 1, 3), **options)
-    weight = _tensor(r, dtype, *_shape(r, *[9] * r.randint(2, 4)), scale=_extreme(r, dtype))
+    scale = _extreme(r, dtype) if o["eps_mode"] == "add" else 1.0
+    weight = _tensor(r, dtype, *_shape(r, *[9] * r.randint(2, 4)), scale=scale)
     outputs = weight.size(o["dim"])
     u, v = torch.randn(outputs).to(dtype), torch.randn(weight.numel() // outputs).to(dtype)
     return Call(functional.spectral_normalize, o, {"weight": weight, "u": u, "v": v}, _functional_spectral)

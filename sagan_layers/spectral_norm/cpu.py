@@ -102,6 +102,8 @@ def _gradient(
     before, outputs, after = out.shape
     u, v = result.u, layout.in_memory_order(result.v)
     factors = {"beta": 1 / sigma, "alpha": -inner / sigma}
+    if max(map(abs, factors.values())) > torch.finfo(weight.dtype).max:  # torch takes no such number
+        return reference.gradient(grad, weight, result, options)
     if before == 1:
         torch.addr(grads[0], u, v, **factors, out=out[0])
     elif after == 1:

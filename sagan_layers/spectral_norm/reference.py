@@ -144,7 +144,8 @@ def unit(vectors: Tensor, eps: float, eps_mode: str, otherwise: Tensor) -> Tenso
     # In float64 no square of a float32 overflows or vanishes.
     dtype = vectors.dtype if vectors.device.type == "mps" else torch.float64
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
-    divisors = (norms + eps if eps_mode == "add" else norms.clamp_min(eps)).to(vectors.dtype)
+    exact = norms + eps if eps_mode == "add" else norms.clamp_min(eps)
+    divisors = exact.to(vectors.dtype)
     # A norm that float32 alone cannot hold still divides; others give NaN, not zeros.
-    divisors = torch.where(divisors.isinf(), torch.nan if norms.dtype == vectors.dtype else norms, divisors)
+    divisors = torch.where(divisors.isinf(), torch.nan if norms.dtype == vectors.dtype else exact, divisors)
     return torch.where(norms > least_norm(eps, eps_mode), (vectors / divisors).to(vectors.dtype), otherwise)
