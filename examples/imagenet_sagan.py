@@ -12,7 +12,18 @@ from sagan import signals
 if __name__ == "__main__":
     signals.start_program()
 
-from sagan.cli import attention_maps, convert, demo, evaluate, make_images, prepare, report, sample, train
+from sagan.cli import (
+    attention_maps,
+    convert,
+    demo,
+    evaluate,
+    export,
+    make_images,
+    prepare,
+    report,
+    sample,
+    train,
+)
 from sagan.cli.parsing import parse
 from sagan.cli.terminal import outlive_the_terminal, printable_output
 from sagan.distributed import ReportedElsewhereError
@@ -31,6 +42,7 @@ SAGAN on ImageNet with sagan-layers.
   sample           images from a trained run: a labelled grid, or a folder for each class
   evaluate         FID, Inception Score, KID, intra-FID, precision and recall of a trained run
   attention-maps   attention maps of chosen points of generated images
+  export           the generator as ONNX, a program of torch.export, or safetensors
   plot             curves of a run, also while it trains
   report           one HTML page about a run, with its pictures
   compare          several runs: figures over the iterations, and a table of the best of each
@@ -56,6 +68,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "sample": (sample.Sample, sample.run),
     "evaluate": (evaluate.Evaluate, evaluate.run),
     "attention-maps": (attention_maps.AttentionMaps, attention_maps.run),
+    "export": (export.Export, export.run),
     "plot": (report.Plot, report.plot),
     "report": (report.Report, report.report),
     "compare": (report.Compare, report.compare),
