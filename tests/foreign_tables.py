@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 from sagan_layers.convert import CodeBase, Entry, NetworkNames
 from sagan_layers.convert.code_base import statistics
 
@@ -11,46 +15,6 @@ _HALVES = {
     **statistics("bn."),
 }
 _TORCH_SPECTRAL_NORM = {"weight": "weight_orig"}
-_VOLETIV_PARTS = {"conv1": "snconv2d1", "conv2": "snconv2d2", "shortcut": "snconv2d0"}
-
-VOLETIV = CodeBase(
-    title="self-attention-GAN-pytorch",
-    url="https://github.com/voletiv/self-attention-GAN-pytorch",
-    rows={
-        "spectral_norm": _TORCH_SPECTRAL_NORM,
-        "attention": {
-            "query": "snconv1x1_theta",
-            "key": "snconv1x1_phi",
-            "value": "snconv1x1_g",
-            "out": "snconv1x1_attn",
-            "gamma": Entry("sigma", leading=1),
-        },
-        "head": {"linear": "snlinear1", "embedding": "sn_embedding1"},
-        "batch_norm": statistics(""),
-        "class_batch_norm": _HALVES,
-    },
-    ignored=("block5.snconv2d0.*",),  # D's last block has a shortcut that it does not use
-    generator=NetworkNames(
-        block=lambda place: f"block{place.number + 1}",
-        attention=lambda place: "self_attn",
-        parts={"norm1": "cond_bn1", "norm2": "cond_bn2", **_VOLETIV_PARTS},
-        others=lambda blocks: {"linear": "snlinear0", "last_norm": "bn", "last_conv": "snconv2d1"},
-    ),
-    discriminator=NetworkNames(
-        block=lambda place: f"block{place.number}" if place.number else "opt_block1",
-        attention=lambda place: "self_attn",
-        parts=_VOLETIV_PARTS,
-        others=lambda blocks: {"head": ""},
-    ),
-    settings={
-        "attention_bias": True,
-        "d_relu_before_blocks": True,
-        "sn_eps_mode": "clamp",
-        "sn_iterate_in_evaluation": False,
-        "biased_running_var": False,
-    },
-)
-
 _AVERAGES = {
     "norm.running_mean": "avg_mean",
     "norm.running_var": "avg_var",
@@ -112,4 +76,15 @@ ROSINALITY = CodeBase(
     },
     ignored=("*weight",),  # the normalised weight of the last call
 )
-FOREIGN = {"voletiv": VOLETIV, "sngan_projection": SNGAN_PROJECTION, "rosinality": ROSINALITY}
+
+
+def _example_of_the_page() -> CodeBase:
+    page = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n# sagan_layers/convert/voletiv.py\n(.*?)```", page, re.S)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    table: CodeBase = names["VOLETIV"]
+    return table
+
+
+FOREIGN = {"voletiv": _example_of_the_page(), "sngan_projection": SNGAN_PROJECTION, "rosinality": ROSINALITY}

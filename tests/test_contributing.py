@@ -7,17 +7,15 @@ import types
 from pathlib import Path
 from typing import Any
 
-import peer_vectors
 import pytest
 import torch
+from foreign_tables import FOREIGN
 from torch import Tensor
 
 import sagan_layers.attention.reference as attention
 import sagan_layers.conditional_norm.kernels as conditional_norm_kernels
 import sagan_layers.conditional_norm.reference as conditional_norm
-from sagan.convert import load_network
-from sagan.networks import Discriminator, Generator, NetworkConfig
-from sagan_layers import convert, functional
+from sagan_layers import SelfAttention2d, convert, functional
 from sagan_layers.attention.table import ATTENTION
 from sagan_layers.backends import Backend, Operation
 from sagan_layers.conditional_norm.table import CONDITIONAL_BATCH_NORM
@@ -58,23 +56,15 @@ def test_a_backend_is_one_file_and_one_row(
 
 
 def test_a_code_base_is_one_table_and_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    names: dict[str, Any] = {}
-    exec(code_with("VOLETIV = "), names)
-    (row,) = re.findall(r"the row `(\"voletiv\": .*?)`", PAGE.read_text())
-    for name, code_base in eval(f"{{{row}}}", names).items():
+    (row,) = re.findall(r"the row `(\"voletiv\": VOLETIV)`", PAGE.read_text())
+    for name, code_base in eval(f"{{{row}}}", {"VOLETIV": FOREIGN["voletiv"]}).items():
         monkeypatch.setitem(convert.CODE_BASES, name, code_base)
-    vectors = peer_vectors.read("voletiv_128")
-    sizes = {key: size for key, size in vectors.sizes.items() if key != "batch"}
-    d_channels = (4, 8, 16, 32, 64, 64)
-    config = NetworkConfig(**sizes, base_width=2, d_channels=d_channels, **names["VOLETIV"].settings)
-    networks = Generator(config), Discriminator(config)
-    for network, shapes in zip(networks, (vectors.g_shapes, vectors.d_shapes), strict=True):
-        load_network(network, peer_vectors.draw_state(shapes), "voletiv")
-    inputs = peer_vectors.draw_inputs("voletiv_128", **vectors.sizes)
-    for ours, theirs in zip(
-        peer_vectors.evaluate(*networks, networks, inputs), (vectors.g_output, vectors.d_output), strict=True
-    ):
-        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    attention = SelfAttention2d(8, bias=True, gamma_init=0.7)
+    theirs = convert.save(attention, "voletiv", prefix="self_attn")
+    assert theirs["self_attn.sigma"].shape == (1,)
+    other = SelfAttention2d(8, bias=True)
+    convert.load(other, theirs, "voletiv", prefix="self_attn")
+    torch.testing.assert_close(other.state_dict(), attention.state_dict())
 
 
 def test_the_page_of_weights_names_every_code_base() -> None:
