@@ -300,6 +300,8 @@ def _discriminator_fields(config: NetworkConfig, shapes: Mapping[str, list[int]]
     blocks = [f"blocks.{index}" for index in range(len(config.d_channels) - 1)] + ["last_block"]
     outputs = tuple(shapes[f"{block}.conv2.weight"][0] for block in blocks)
     hidden = tuple(shapes[f"{block}.conv1.weight"][0] for block in blocks)
+    if hidden == (outputs[0], *outputs[:-1]) == outputs:  # either
+        return {"d_channels": outputs}
     return {"d_channels": outputs, "d_hidden_channels": "out" if hidden == outputs else "in"}
 
 

@@ -36,6 +36,8 @@ MIMICRY = CodeBase(
         others=lambda blocks: {"head": "", "head.linear": f"l{blocks + 1}", "head.embedding": "l_y"},
     ),
     settings={
+        "g_attention": {32: (16,), 128: (32,)},
+        "d_attention": {32: (8,), 128: (32,)},
         "d_hidden_channels": "in",
         "d_relu_before_blocks": True,
         "upsampling": "bilinear",

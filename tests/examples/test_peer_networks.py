@@ -10,7 +10,7 @@ import torch
 from foreign_tables import FOREIGN
 from torch import Tensor
 
-from sagan.convert import load_network, save_network
+from sagan.convert import load_network, save_network, settings_of
 from sagan.errors import UserError
 from sagan.networks import Discriminator, Generator, NetworkConfig
 from sagan_layers import SpectralNormLayer, convert
@@ -37,7 +37,7 @@ class Peer(NamedTuple):
 
     def config(self) -> NetworkConfig:
         sizes = {key: size for key, size in peer_vectors.read(self.vectors).sizes.items() if key != "batch"}
-        settings = TABLES[self.code_base].settings
+        settings = settings_of(TABLES[self.code_base], sizes["resolution"], {})
         return NetworkConfig(**{"base_width": 4, **settings, **sizes, **self.fields})
 
 
@@ -77,7 +77,7 @@ PEERS = [
         outputs_within=5e-5,
     ),
     Peer("mimicry", "mimicry_128", {}),
-    Peer("mimicry", "mimicry_32", {**AT_32, "d_attention": (8,), "d_channels": (16,) * 4}),
+    Peer("mimicry", "mimicry_32", {**AT_32, "d_channels": (16,) * 4}),
     # A table's vectors are iterated in the other order than its map's: training agrees once they have converged.
     Peer(
         "mmgeneration",
