@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +28,10 @@ FLOORED: dict[str, Any] = {"eps": 0.01, "eps_mode": "clamp"}
 TORCH: dict[str, Any] = {"eps_mode": "clamp", "iterate_when_frozen": False}
 STUDIOGAN: dict[str, Any] = {"eps": 1e-6, **TORCH}
 VECTORS = partial(ConditionalBatchNorm2d, 8, condition_features=7, spectral_norm=True, sn_eps_mode="clamp")
-
+DEEP_VECTORS = partial(VECTORS, eps=0.01, sn_eps=0.01, iterate_when_frozen=False)
+HEYKEETAE_ATTENTION = partial(
+    SelfAttention2d, pool_size=1, output_projection=False, bias=True, spectral_norm=False
+)
 DEEP: dict[str, Any] = {"eps": 1e-4, **TORCH}
 DEEP_NORM = partial(
     ConditionalBatchNorm2d, eps=1e-4, sn_eps=1e-4, sn_eps_mode="clamp", iterate_when_frozen=False
@@ -36,74 +39,57 @@ DEEP_NORM = partial(
 
 
 class Case(NamedTuple):
-    """A peer's block and ours."""
+    """A peer's block and ours; ``table`` where it is not that of ``TABLES``."""
 
     code_base: str
     block: str
     ours: Callable[[], nn.Module]
-    source: convert.CodeBase | None = None
+    table: convert.CodeBase | None = None
 
 
-def biggan(block: str, ours: Callable[[], nn.Module]) -> Case:
-    return Case("biggan_pytorch", block, ours)
-
-
-def studiogan(block: str, ours: Callable[[], nn.Module]) -> Case:
-    return Case("studiogan", block, ours)
-
-
-def huggingface(block: str, ours: Callable[[], nn.Module], truncation: float = 1.0) -> Case:
-    return Case("huggingface_biggan", block, ours, convert.huggingface_biggan_at(truncation))
-
-
-def foreign(name: str, block: str, ours: Callable[[], nn.Module]) -> Case:
-    return Case(name, block, ours, FOREIGN[name])
-
-
+TABLES = {**convert.CODE_BASES, **FOREIGN}
+BIGGAN, HUGGINGFACE = "biggan_pytorch", "huggingface_biggan"
+AT_040, AT_043 = convert.huggingface_biggan_at(0.4), convert.huggingface_biggan_at(0.43)
 CASES = [
-    biggan("conv", lambda: SNConv2d(8, 5, 3, padding=1, **FLOORED)),
-    biggan("linear", lambda: SNLinear(8, 5, **FLOORED)),
-    biggan("embedding", lambda: SNEmbedding(5, 6, **FLOORED)),
-    biggan("attention", lambda: SelfAttention2d(8, **FLOORED)),
-    biggan("last_norm", lambda: ConditionalBatchNorm2d(8)),
-    biggan("class_norm", lambda: ConditionalBatchNorm2d(8, 5)),
-    biggan("vector_norm", lambda: VECTORS(sn_eps=0.01)),
-    biggan("vector_norm_mybn", lambda: VECTORS(sn_eps=0.01)),
-    studiogan("conv", lambda: SNConv2d(8, 5, 3, padding=1, **STUDIOGAN)),
-    studiogan("linear", lambda: SNLinear(8, 5, **STUDIOGAN)),
-    studiogan("embedding", lambda: SNEmbedding(5, 6, **STUDIOGAN)),
-    studiogan("transposed_conv", lambda: SNConvTranspose2d(8, 5, 4, stride=2, padding=1, **STUDIOGAN)),
-    studiogan("attention", lambda: SelfAttention2d(8, **STUDIOGAN)),
-    studiogan("last_norm", lambda: ConditionalBatchNorm2d(8, eps=1e-4)),
-    studiogan("vector_norm", lambda: VECTORS(eps=1e-4, sn_eps=1e-6, iterate_when_frozen=False)),
+    Case(BIGGAN, "conv", lambda: SNConv2d(8, 5, 3, padding=1, **FLOORED)),
+    Case(BIGGAN, "linear", lambda: SNLinear(8, 5, **FLOORED)),
+    Case(BIGGAN, "embedding", lambda: SNEmbedding(5, 6, **FLOORED)),
+    Case(BIGGAN, "attention", lambda: SelfAttention2d(8, **FLOORED)),
+    Case(BIGGAN, "last_norm", lambda: ConditionalBatchNorm2d(8)),
+    Case(BIGGAN, "class_norm", lambda: ConditionalBatchNorm2d(8, 5)),
+    Case(BIGGAN, "vector_norm", lambda: VECTORS(sn_eps=0.01)),
+    Case(BIGGAN, "vector_norm_mybn", lambda: VECTORS(sn_eps=0.01)),
+    Case("studiogan", "conv", lambda: SNConv2d(8, 5, 3, padding=1, **STUDIOGAN)),
+    Case("studiogan", "linear", lambda: SNLinear(8, 5, **STUDIOGAN)),
+    Case("studiogan", "embedding", lambda: SNEmbedding(5, 6, **STUDIOGAN)),
+    Case(
+        "studiogan", "transposed_conv", lambda: SNConvTranspose2d(8, 5, 4, stride=2, padding=1, **STUDIOGAN)
+    ),
+    Case("studiogan", "attention", lambda: SelfAttention2d(8, **STUDIOGAN)),
+    Case("studiogan", "last_norm", lambda: ConditionalBatchNorm2d(8, eps=1e-4)),
+    Case("studiogan", "vector_norm", lambda: VECTORS(eps=1e-4, sn_eps=1e-6, iterate_when_frozen=False)),
     Case("heykeetae", "conv", lambda: SNConv2d(8, 5, 4, stride=2, padding=1)),
     Case("heykeetae", "transposed_conv", lambda: SNConvTranspose2d(8, 5, 4, stride=2, padding=1, dim=0)),
-    Case(
-        "heykeetae",
-        "attention",
-        lambda: SelfAttention2d(8, pool_size=1, output_projection=False, bias=True, spectral_norm=False),
-    ),
-    huggingface("attention", lambda: SelfAttention2d(8, **{**FLOORED, **TORCH})),
-    huggingface("last_norm_at_040", lambda: ConditionalBatchNorm2d(8, eps=1e-4), 0.4),
-    huggingface("vector_norm_at_040", lambda: VECTORS(eps=0.01, sn_eps=0.01, iterate_when_frozen=False), 0.4),
-    huggingface(
-        "vector_norm_at_043", lambda: VECTORS(eps=0.01, sn_eps=0.01, iterate_when_frozen=False), 0.43
-    ),
+    Case("heykeetae", "attention", lambda: HEYKEETAE_ATTENTION(8)),
+    Case(HUGGINGFACE, "attention", lambda: SelfAttention2d(8, **{**FLOORED, **TORCH})),
+    Case(HUGGINGFACE, "last_norm_at_040", lambda: ConditionalBatchNorm2d(8, eps=1e-4), AT_040),
+    Case(HUGGINGFACE, "vector_norm_at_040", DEEP_VECTORS, AT_040),
+    Case(HUGGINGFACE, "vector_norm_at_043", DEEP_VECTORS, AT_043),
     Case("mimicry", "attention", lambda: SelfAttention2d(8, **TORCH)),
     Case("mimicry", "class_norm", lambda: ConditionalBatchNorm2d(8, 5)),
     Case("mimicry", "own_conv", lambda: SNConv2d(8, 5, 3, padding=1, eps_mode="clamp")),
     Case("mmgeneration", "attention", lambda: SelfAttention2d(8, **TORCH)),
     Case("mmgeneration", "later_attention", lambda: SelfAttention2d(8, eps_mode="clamp")),
     Case("mmgeneration", "class_norm", lambda: ConditionalBatchNorm2d(8, 5, eps=1e-4)),
-    foreign("voletiv", "attention", lambda: SelfAttention2d(8, bias=True, **TORCH)),
-    foreign("voletiv", "class_norm", lambda: ConditionalBatchNorm2d(8, 5, momentum=0.001)),
-    foreign(
+    Case("voletiv", "attention", lambda: SelfAttention2d(8, bias=True, **TORCH)),
+    Case("voletiv", "class_norm", lambda: ConditionalBatchNorm2d(8, 5, momentum=0.001)),
+    Case(
         "rosinality",
         "attention",
         lambda: SelfAttention2d(8, pool_size=1, output_projection=False, bias=True),
     ),
-    foreign("rosinality", "class_norm", lambda: ConditionalBatchNorm2d(8, 5)),
-    foreign("rosinality", "conv", lambda: SNConv2d(8, 5, 3, padding=1)),
+    Case("rosinality", "class_norm", lambda: ConditionalBatchNorm2d(8, 5)),
+    Case("rosinality", "conv", lambda: SNConv2d(8, 5, 3, padding=1)),
 ]
 
 
@@ -114,10 +100,10 @@ def test_a_peers_block_loads_by_name_and_computes_the_same(case: Case) -> None:
     block = case.ours()
     outputs = peer_vectors.run_block(
         block,
-        lambda: convert.load(block, state, case.source or case.code_base),
+        lambda: convert.load(block, state, case.table or TABLES[case.code_base]),
         peer_vectors.draw_block_inputs(case.block, vectors.inputs),
     )
-    trains = not (case.code_base == "huggingface_biggan" and "norm" in case.block)
+    trains = case.table is None  # HuggingFace's batch norms do not
     for ours, theirs in list(zip(outputs, vectors.outputs, strict=True))[: 3 if trains else 1]:
         assert ours.shape == theirs.shape
         assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max()
@@ -190,14 +176,6 @@ def test_biggan_deep_of_our_layers_takes_huggingfaces_weights(truncation: float)
     assert (images - vectors.g_output).abs().max() < 3e-5  # run in float64 theirs differs as much
 
 
-def with_attention(layers: Sequence[nn.Module], *channels: int) -> dict[str, nn.Module]:
-    """heykeetae's names of four layers with attention after the last two, and of what follows."""
-    attention = partial(SelfAttention2d, pool_size=1, output_projection=False, bias=True, spectral_norm=False)
-    named = {f"l{number}": layer for number, layer in enumerate(layers, 1)}
-    l4 = named.pop("l4")
-    return {**named, "attn1": attention(channels[0]), "l4": l4, "attn2": attention(channels[1])}
-
-
 def heykeetae_networks() -> tuple[nn.Sequential, nn.Sequential]:
     """His G and D at 64 pixels of our layers, under his names."""
 
@@ -208,11 +186,13 @@ def heykeetae_networks() -> tuple[nn.Sequential, nn.Sequential]:
     def down(inputs: int, outputs: int) -> nn.Module:
         return nn.Sequential(SNConv2d(inputs, outputs, 4, 2, 1), nn.LeakyReLU(0.1))
 
-    g = with_attention([up(8, 512, 1, 0), up(512, 256), up(256, 128), up(128, 64)], 128, 64)
-    d = with_attention([down(3, 64), down(64, 128), down(128, 256), down(256, 512)], 256, 512)
+    g = OrderedDict(l1=up(8, 512, 1, 0), l2=up(512, 256), l3=up(256, 128), attn1=HEYKEETAE_ATTENTION(128))
+    g |= {"l4": up(128, 64), "attn2": HEYKEETAE_ATTENTION(64)}
     g["last"] = nn.Sequential(nn.ConvTranspose2d(64, 3, 4, 2, 1), nn.Tanh())
+    d = OrderedDict(l1=down(3, 64), l2=down(64, 128), l3=down(128, 256), attn1=HEYKEETAE_ATTENTION(256))
+    d |= {"l4": down(256, 512), "attn2": HEYKEETAE_ATTENTION(512)}
     d["last"] = nn.Sequential(nn.Conv2d(512, 1, 4))
-    return nn.Sequential(OrderedDict(g)), nn.Sequential(OrderedDict(d))
+    return nn.Sequential(g), nn.Sequential(d)
 
 
 def test_networks_of_our_layers_take_heykeetaes_weights() -> None:

@@ -40,6 +40,8 @@ def _choose_statistics(state: dict[str, Any], truncation: float) -> dict[str, An
 def huggingface_biggan_at(truncation: float = 1.0) -> CodeBase:
     """Return the table of HuggingFace's BigGAN with its batch norms' statistics for one truncation.
 
+    It serves to load; a network of ours holds no statistics of other truncations to save.
+
     Args:
         truncation: of the latents, from 0 to 1.
 
