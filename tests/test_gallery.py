@@ -140,6 +140,15 @@ def test_the_penalty_reaches_attention_and_each_image_has_its_own() -> None:
         assert bool(gradient[1:].any()) == is_coupled
 
 
+def test_a_path_length_penalty_reaches_attention() -> None:
+    generator = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), SelfAttention2d(16, gamma_init=0.7))
+    latents = torch.randn(2, 4, 8, 8, requires_grad=True)
+    fake = generator(latents)
+    (gradient,) = torch.autograd.grad((fake * torch.randn_like(fake)).sum(), latents, create_graph=True)
+    gradient.square().sum((1, 2, 3)).sqrt().sub(1).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in generator[1].parameters())
+
+
 def test_shared_weights_iterate_once_in_a_step() -> None:
     after, once = recipe("wgan_gp"), recipe("wgan_gp")
     after.critic_step(torch.randn(4, 3, 16, 16))
