@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sagan.errors import UserError
+from sagan.errors import UserError, listed
 from sagan.networks import Discriminator, Generator, NetworkConfig, discriminator_widths, generator_widths
 from sagan_layers import convert
 from sagan_layers.convert import CodeBase, NetworkNames
@@ -115,19 +115,26 @@ def conditions_of(code_base: CodeBase) -> list[str]:
 
 def _check_expressible(network: Network, code_base: CodeBase) -> None:
     """Raise :class:`UserError` if a code base has no such network."""
-    config = network.config
+    config, kind = network.config, type(network).__name__.lower()
     settings = settings_of(code_base, config.resolution, {})
+    is_generator = isinstance(network, Generator)
     known: dict[str, list[Any]] = {"mixer": ["attention"]}
-    for name in (
-        "attention_bias",
-        "upsampling" if isinstance(network, Generator) else "d_relu_before_blocks",
-    ):
+    for name in ("attention_bias", "upsampling") if is_generator else ("attention_bias",):
         known[name] = [settings.get(name, getattr(NetworkConfig, name))]
-    if isinstance(network, Generator) and config.num_classes:
+    for name in () if is_generator else ("d_relu_before_blocks", "d_hidden_channels"):
+        if name in settings:
+            known[name] = [settings[name]]
+    if is_generator and config.num_classes:
         known["condition"] = conditions_of(code_base)
     for name, values in known.items():
         if (value := getattr(config, name)) not in values:
+            expected = " or ".join(map(str, values))
             raise UserError(
-                f"{code_base.title} cannot express this {type(network).__name__.lower()}: expected {name} "
-                f"{' or '.join(map(str, values))}, got {value}"
+                f"{code_base.title} cannot express this {kind}: expected {name} {expected}, got {value}"
             )
+    names = layout(network, code_base)["names"]
+    if len({names[f"mixers.{size}"] for size in network.mixers}) < len(network.mixers):
+        raise UserError(
+            f"{code_base.title} cannot express this {kind}: expected attention at one resolution, got "
+            f"{listed(list(network.mixers))}"
+        )

@@ -97,34 +97,34 @@ def read_networks(
 
 def _split(entries: State, code_base: CodeBase) -> dict[str, dict[str, Any]]:
     """Return the entries of each network by its prefix, or all of them under ""."""
-    separator = code_base.separator
-    kept = {
-        name: value
-        for name, value in entries.items()
-        if not any(fnmatch.fnmatchcase(name, each) for each in code_base.ignored)
-    }
-    kept = _unwrapped(kept, separator)
     parts: dict[str, dict[str, Any]] = {}
-    for name, value in kept.items():
-        first, _, rest = name.partition(separator)
+    for name, value in _unwrapped(entries, code_base).items():
+        first, _, rest = name.partition(code_base.separator)
         part, inner = (first, rest) if first in _PARTS else ("", name)
         parts.setdefault(part, {})[inner] = value
-    if len(parts) > 1 and "" in parts:
-        raise UserError(f"expected entries of {', '.join(_PARTS)}, got others too: {listed(list(parts['']))}")
-    return {part: _unwrapped(state, separator) for part, state in parts.items()}
+    others = [name for name in parts.get("", ()) if not _is_ignored(name, code_base)]
+    if len(parts) > 1 and others:
+        raise UserError(f"expected entries of {', '.join(_PARTS)}, got others too: {listed(others)}")
+    return {part: _unwrapped(state, code_base) for part, state in parts.items()}
+
+
+def _unwrapped(entries: State, code_base: CodeBase) -> dict[str, Any]:
+    """Remove what all names begin with, such as DistributedDataParallel's "module."."""
+    separator = code_base.separator
+    names = [name for name in entries if not _is_ignored(name, code_base)]
+    firsts = {name.partition(separator)[0] for name in names}
+    if len(firsts) != 1 or firsts & {*names, *_PARTS}:
+        return dict(entries)
+    prefix = firsts.pop() + separator
+    return _unwrapped({name.removeprefix(prefix): value for name, value in entries.items()}, code_base)
+
+
+def _is_ignored(name: str, code_base: CodeBase) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in code_base.ignored)
 
 
 def _first(parts: Mapping[str, dict[str, Any]], *names: str) -> dict[str, Any]:
     return next((parts[name] for name in names if name in parts), {})
-
-
-def _unwrapped(entries: dict[str, Any], separator: str) -> dict[str, Any]:
-    """Remove what all names begin with, such as DistributedDataParallel's "module."."""
-    firsts = {name.partition(separator)[0] for name in entries if separator in name}
-    if len(firsts) == 1 and all(separator in name for name in entries) and not firsts & set(_PARTS):
-        first = firsts.pop() + separator
-        return _unwrapped({name.removeprefix(first): value for name, value in entries.items()}, separator)
-    return entries
 
 
 def _read_generator(
@@ -300,7 +300,7 @@ def _discriminator_fields(config: NetworkConfig, shapes: Mapping[str, list[int]]
     blocks = [f"blocks.{index}" for index in range(len(config.d_channels) - 1)] + ["last_block"]
     outputs = tuple(shapes[f"{block}.conv2.weight"][0] for block in blocks)
     hidden = tuple(shapes[f"{block}.conv1.weight"][0] for block in blocks)
-    if hidden == (outputs[0], *outputs[:-1]) == outputs:  # either
+    if len(set(outputs)) == 1:  # both widths of the hidden channels are the same
         return {"d_channels": outputs}
     return {"d_channels": outputs, "d_hidden_channels": "out" if hidden == outputs else "in"}
 

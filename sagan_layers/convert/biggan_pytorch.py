@@ -47,6 +47,7 @@ BIGGAN_PYTORCH = CodeBase(
         others=lambda blocks: {"head": ""},
     ),
     settings={
+        "d_relu_before_blocks": False,
         "sn_eps_mode": "clamp",
         "bn_momentum": 0.1,
         "last_bn_momentum": 0.1,

@@ -154,7 +154,8 @@ class CodeBase:
         prepare: makes of a state one with the entries that the rows name.
         generator: names of G's modules, if the trainer's network can express it.
         discriminator: names of D's modules.
-        settings: fields of the trainer's ``NetworkConfig`` that shapes do not tell.
+        settings: fields of the trainer's ``NetworkConfig`` that shapes do not tell; a mapping has a value for each
+            resolution.
 
     Example:
         >>> import torch

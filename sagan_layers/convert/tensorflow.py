@@ -73,4 +73,5 @@ TENSORFLOW = CodeBase(
         parts={"conv1": "sn_conv1", "conv2": "sn_conv2", "shortcut": "sn_conv3"},
         others=lambda blocks: {"head": ""},
     ),
+    settings={"d_relu_before_blocks": False, "d_hidden_channels": "out"},
 )
