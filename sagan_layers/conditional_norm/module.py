@@ -68,7 +68,8 @@ class ConditionalBatchNorm2d(nn.Module):
         normalises by the running ones. Statistics are computed in float32, also under autocast. The child ``norm``
         contains only the running statistics (``norm.running_mean`` and ``norm.running_var`` in the state dict). After
         :func:`synchronize_batch_norm`, or ``nn.SyncBatchNorm.convert_sync_batchnorm``, which replaces the child,
-        training takes statistics over the whole group's batch. Derivatives of every order.
+        training takes statistics over the whole group's batch. Derivatives of every order. Without a condition
+        ``load_state_dict`` also takes the keys of ``nn.BatchNorm2d``.
 
     Reference:
         Miyato and Koyama, cGANs with Projection Discriminator; Brock et al., Large Scale GAN Training for High
@@ -185,7 +186,7 @@ class ConditionalBatchNorm2d(nn.Module):
 
     @property
     def _table(self) -> Tensor:
-        """The parameter of gains, less the offset."""
+        """The parameter of gains, less the offset; without one ``weight``, which may be parametrized."""
         return cast("Tensor", self._parameters["weight"] if self.gain_offset else self.weight)
 
     @property

@@ -18,7 +18,7 @@ from sagan_layers.checks import (
     named_parts,
     shape_of,
 )
-from sagan_layers.gan.losses import Logits, hinge_discriminator_loss, hinge_generator_loss
+from sagan_layers.gan.losses import hinge_discriminator_loss, hinge_generator_loss
 
 
 class DiscriminatorResult(NamedTuple):
@@ -26,7 +26,7 @@ class DiscriminatorResult(NamedTuple):
 
     Attributes:
         loss: a scalar, to call ``backward`` on.
-        real_logits: the discriminator's output for the real images; a list if that is one.
+        real_logits: the discriminator's output for the real images; a list of tensors if it returned several.
         fake_logits: its output for the generated images.
 
     Example:
@@ -36,8 +36,8 @@ class DiscriminatorResult(NamedTuple):
     """
 
     loss: Tensor
-    real_logits: Logits
-    fake_logits: Logits
+    real_logits: Any
+    fake_logits: Any
 
 
 class GeneratorResult(NamedTuple):
@@ -53,7 +53,7 @@ class GeneratorResult(NamedTuple):
     """
 
     loss: Tensor
-    fake_logits: Logits
+    fake_logits: Any
 
 
 def call_with_constant_parameters(module: nn.Module, *inputs: Any) -> Any:
@@ -88,7 +88,8 @@ class DiscriminatorPass(nn.Module):
 
     Args:
         generator: called as ``generator(latents)``, or ``generator(latents, labels)`` when labels are given.
-        discriminator: called as ``discriminator(images)`` or ``discriminator(images, labels)``.
+        discriminator: called as ``discriminator(images)`` or ``discriminator(images, labels)``; returns logits, or a
+            list or tuple of them, one for each scale.
         loss: takes the keywords ``real_logits`` and ``fake_logits``.
 
     Shape:
@@ -150,8 +151,8 @@ class DiscriminatorPass(nn.Module):
             logits = self.discriminator(images)
         else:
             logits = self.discriminator(images, torch.cat([real_labels, fake_labels]))
-        real_parts, fake_parts = [], []
-        for name, part in named_parts("logits", logits).items():
+        parts = named_parts("logits", logits)
+        for name, part in parts.items():
             if not isinstance(part, Tensor) or not is_dense(part):
                 raise TypeError(
                     f"discriminator: expected a tensor of logits or a list of them, got {name} of type "
@@ -161,13 +162,13 @@ class DiscriminatorPass(nn.Module):
                 raise ValueError(
                     f"discriminator: expected {name} for {len(images)} images, got {shape_of(part)}"
                 )
-            real_part, fake_part = torch.split(part, [len(real), len(fake)])
-            real_parts.append(real_part)
-            fake_parts.append(fake_part)
-        split: tuple[Logits, Logits] = real_parts, fake_parts
+        halves = (torch.split(part, [len(real), len(fake)]) for part in parts.values())
+        real_logits, fake_logits = ([*half] for half in zip(*halves, strict=True))
         if isinstance(logits, Tensor):
-            split = real_parts[0], fake_parts[0]
-        return DiscriminatorResult(self._loss(real_logits=split[0], fake_logits=split[1]), *split)
+            (real_logits,), (fake_logits,) = real_logits, fake_logits
+        return DiscriminatorResult(
+            self._loss(real_logits=real_logits, fake_logits=fake_logits), real_logits, fake_logits
+        )
 
 
 class GeneratorPass(nn.Module):
