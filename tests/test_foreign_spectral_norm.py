@@ -159,10 +159,10 @@ def test_the_stateless_form_clamps_as_the_layer_does() -> None:
 
 @pytest.mark.parametrize("options", [{"eps": 0.9, "eps_mode": "clamp"}, {"iterate_from": "v"}, {"dim": 1}])
 def test_compiled_layers_compute_and_differentiate_as_eager_ones(options: dict[str, Any]) -> None:
-    layer = SNConvTranspose2d(4, 3, 2, **{"dim": 0, **options})
+    layer = SNConvTranspose2d(4, 3, 2, dtype=torch.float64, **{"dim": 0, **options})
     eager = copy.deepcopy(layer)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 4, 3, 3)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     for _ in range(2):
         outputs = compiled(x), eager(x)
         torch.testing.assert_close(*outputs)
