@@ -297,9 +297,8 @@ class SpectralNormLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load the entries of any of ``FOREIGN_KEYS``, and compute vectors that are not stored."""
-        if isinstance(
-            self._parameters.get("weight"), nn.Parameter
-        ):  # else pruning or a parametrization loads it
+        # Pruning and parametrizations store weights under names of their own.
+        if isinstance(self._parameters.get("weight"), nn.Parameter):
             try:
                 foreign.rename_entries(state_dict, prefix)
             except ValueError as error:
