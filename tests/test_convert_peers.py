@@ -109,9 +109,12 @@ def test_a_peers_block_loads_by_name_and_computes_the_same(case: Case) -> None:
         assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max()
 
 
-def test_statistics_of_a_truncation_outside_its_range_are_refused() -> None:
+def test_statistics_that_cannot_be_chosen_are_refused() -> None:
     with pytest.raises(ValueError, match=r"truncation: expected a number from 0 to 1, got 1\.5"):
         convert.huggingface_biggan_at(1.5)
+    state = {"running_means": torch.zeros(1, 4), "running_vars": torch.ones(1, 4)}
+    with pytest.raises(ValueError, match=r"missing: weight, .*left over: running_means, running_vars"):
+        convert.load(ConditionalBatchNorm2d(4), state, AT_040)
 
 
 class DeepBlock(nn.Module):

@@ -26,7 +26,7 @@ def _choose_statistics(state: dict[str, Any], truncation: float) -> dict[str, An
     """Replace the statistics of all truncations by those of one."""
     chosen = {}
     for name, value in state.items():
-        if name.endswith(("running_means", "running_vars")):
+        if name.endswith(("running_means", "running_vars")) and len(value) > 1:
             between, index = math.modf(truncation / (1.0 / (len(value) - 1)))
             value = value[int(index)]
             if between:
