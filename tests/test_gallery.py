@@ -82,6 +82,7 @@ def test_dcgan(before: bool) -> None:
     loss.backward()
     assert torch.isfinite(loss)
     assert any(isinstance(layer, nn.BatchNorm2d) for layer in dcgan.discriminator) == before
+    assert isinstance(dcgan.discriminator[0], SpectralNormLayer) != before
     for network in (dcgan.generator, dcgan.discriminator):
         assert any(isinstance(layer, SelfAttention2d) for layer in network) != before
         assert all(p.grad is not None for p in network.parameters())
@@ -212,6 +213,9 @@ def test_layers_with_a_weight_of_their_own_are_not_normalised() -> None:
 
 def test_with_attention_a_patch_is_the_whole_image() -> None:
     network = recipe("patchgan").NLayerDiscriminator(3, ndf=8)
+    assert all(
+        isinstance(layer, SpectralNormLayer) for layer in network.modules() if isinstance(layer, nn.Conv2d)
+    )
     assert pixels_that_matter(network, 128) == 70**2
     wake(network)
     assert pixels_that_matter(network, 128) == 128**2
@@ -285,9 +289,10 @@ class FakeAccelerator:
 
     device = torch.device("cpu")
 
-    def __init__(self, parts: int, watched: nn.Module) -> None:
+    def __init__(self, parts: int, watched: nn.Sequential) -> None:
         self.parts, self.part, self.watched = parts, 0, watched
         self.vectors: list[Tensor] = []
+        self.gradients: list[Tensor | None] = []
 
     @property
     def sync_gradients(self) -> bool:
@@ -311,6 +316,7 @@ class FakeAccelerator:
     def backward(self, loss: Tensor) -> None:
         self.vectors.append(torch.cat(vectors_of(self.watched)))
         (loss / self.parts).backward()
+        self.gradients.append(copy.deepcopy(self.watched[0].weight.grad))
 
 
 def networks() -> tuple[nn.Sequential, nn.Sequential]:
@@ -349,6 +355,8 @@ def test_accelerate_accumulates_parts_with_the_same_weights(before: bool) -> Non
     accelerator = FakeAccelerator(len(parts), discriminator)
     recipe("accelerate_loop", before=before).train(accelerator, generator, discriminator, parts)
     assert not discriminator[0].weight.equal(old[0].weight)
+    of_d, after_gs_loss, *_ = accelerator.gradients
+    assert torch.equal(after_gs_loss, of_d) != before
     first, *others, after_the_step = accelerator.vectors
     assert all(u.equal(first) for u in others) != before
     assert not after_the_step.equal(first)
