@@ -341,9 +341,9 @@ STATES: dict[str, dict[str, Tensor]] = {
 }
 
 
-def in_network(state: dict[str, Tensor], prefix: str = "body.1.") -> dict[str, Tensor]:
+def in_network(state: dict[str, Any], prefix: str = "body.1.") -> dict[str, Any]:
     return OrderedDict(
-        {prefix + name: tensor.clone() for name, tensor in (state | {"bias": torch.ones(6)}).items()}
+        {prefix + name: copy.deepcopy(entry) for name, entry in (state | {"bias": torch.ones(6)}).items()}
     )
 
 
@@ -436,10 +436,12 @@ def test_weights_that_are_zero_or_not_finite_load_without_vectors() -> None:
         (STATES["biggan"] | {"u0": torch.ones(1, 5)}, r"size mismatch for body\.1\.weight_u"),
         (STATES["hook"] | {"weight_orig": torch.ones(6, 5)}, r"size mismatch for body\.1\.weight"),
         ({"weight": torch.ones(6, 5)}, r"size mismatch for body\.1\.weight"),
+        (STATES["biggan"] | {"u0": [1.0] * 6}, r'named "body\.1\.weight_u", expected torch\.Tensor'),
+        (STATES["u alone"] | {"weight_u": [1.0] * 6}, r'named "body\.1\.weight_u", expected torch\.Tensor'),
     ],
 )
 def test_entries_of_several_code_bases_or_of_half_of_one_are_errors_that_name_them(
-    state: dict[str, Tensor], message: str, strict: bool
+    state: dict[str, Any], message: str, strict: bool
 ) -> None:
     with pytest.raises(RuntimeError, match=message):
         network().load_state_dict(in_network(state), strict=strict)
@@ -452,6 +454,8 @@ def test_other_entries_stay_unexpected_and_missing() -> None:
     assert result.missing_keys == ["body.1.weight", "body.1.bias", "body.1.weight_v"]
     with pytest.raises(RuntimeError, match=r"Missing key.*weight_u"):
         model.load_state_dict(in_network({"weight": WEIGHT, "weight_v": V}))
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_u"):
+        model.load_state_dict(in_network({"weight": WEIGHT.long()}))
 
 
 def test_a_pruned_layer_still_loads_its_own_entries() -> None:

@@ -56,7 +56,8 @@ def rename_entries(state: MutableMapping[str, Any], prefix: str) -> None:
         entries = [state.pop(prefix + name, None) for name in keys]
         for name, entry in zip(OWN_KEYS[:3], entries[:3], strict=True):
             if entry is not None:
-                state[prefix + name] = entry.reshape(-1) if name == OWN_KEYS.u else entry
+                is_u = name == OWN_KEYS.u and isinstance(entry, Tensor)
+                state[prefix + name] = entry.reshape(-1) if is_u else entry
         return
 
 

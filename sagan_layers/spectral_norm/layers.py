@@ -313,12 +313,14 @@ class SpectralNormLayer(nn.Module):
     def _add_vectors(self, state_dict: dict[str, Any], prefix: str, load: object) -> None:
         names = [prefix + name for name in foreign.OWN_KEYS[:3]]
         weight, u, v = (state_dict.get(name) for name in names)
-        if v is not None or not isinstance(weight, Tensor) or weight.shape != self.weight.shape:
+        if v is not None or not isinstance(weight, Tensor) or weight.dtype not in checks.FLOATING:
+            return
+        if weight.shape != self.weight.shape:
             return
         if u is None:
             state_dict[names[1]], state_dict[names[2]] = foreign.leading_vectors(weight, self.dim)
             foreign.warn_once_a_load(load, names[0])
-        elif u.shape == self.weight_u.shape:
+        elif isinstance(u, Tensor) and u.shape == self.weight_u.shape:
             state_dict[names[2]] = self._fitting_right_vector(weight, u).to(u.dtype)
 
     def check_own_weight(self, name: str = "") -> None:
