@@ -30,9 +30,12 @@ def load_network(
     """Load G's or D's weights of another code base; see :func:`sagan_layers.convert.load`.
 
     Raises:
-        UserError: if the code base has blocks only.
+        UserError: if the code base has no such network.
         ValueError: if entries are missing, left over or of the wrong shape; the network then does not change.
     """
+    table = source if isinstance(source, CodeBase) else convert.CODE_BASES.get(source)
+    if table is not None:
+        check_only(type(network), network.config, table)
     convert.load(network, state, source, prefix=prefix, **layout(network, source))
 
 
@@ -91,6 +94,16 @@ def names_of(kind: type[Network], code_base: CodeBase) -> NetworkNames:
     return names
 
 
+def check_only(kind: type[Network], config: NetworkConfig, code_base: CodeBase) -> None:
+    """Raise :class:`UserError` if a code base's network with these names and shapes is another one."""
+    for name, values in names_of(kind, code_base).only.items():
+        if (value := getattr(config, name)) not in values:
+            raise UserError(
+                f"the {kind.__name__.lower()} of {code_base.title} cannot be expressed: expected {name} "
+                f"{' or '.join(map(str, values))}, got {value}"
+            )
+
+
 def settings_of(code_base: CodeBase, resolution: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return a code base's settings, with others in place of some; a mapping has a value for each resolution."""
     settings = {}
@@ -116,6 +129,7 @@ def conditions_of(code_base: CodeBase) -> list[str]:
 def _check_expressible(network: Network, code_base: CodeBase) -> None:
     """Raise :class:`UserError` if a code base has no such network."""
     config, kind = network.config, type(network).__name__.lower()
+    check_only(type(network), config, code_base)
     settings = settings_of(code_base, config.resolution, {})
     is_generator = isinstance(network, Generator)
     known: dict[str, list[Any]] = {"mixer": ["attention"]}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sagan.convert import Network, conditions_of, layout, names_of, settings_of
+from sagan.convert import Network, check_only, conditions_of, layout, names_of, settings_of
 from sagan.errors import UserError, listed
 from sagan.networks import (
     RESOLUTIONS,
@@ -92,6 +92,8 @@ def read_networks(
     for kind, state in ((Generator, generator), (Discriminator, discriminator), (Generator, average)):
         if state and _misfit(comparison := _compared(kind, config, code_base, state)):
             raise UserError(_description(kind, code_base, comparison))
+        if state:
+            check_only(kind, config, code_base)
     return Converted(config, frozenset(told), code_base, generator, discriminator, average)
 
 

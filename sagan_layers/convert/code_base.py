@@ -99,6 +99,8 @@ class NetworkNames:
         others: the names of the other modules, by ours, for a number of blocks.
         channels_last_outputs: linear layers whose outputs are reshaped to [height, width, channels], with that
             height and width.
+        only: fields of the trainer's ``NetworkConfig`` with the values for which its network is the code base's:
+            where another network has the same names and shapes.
 
     Example:
         >>> names = NetworkNames(
@@ -116,6 +118,7 @@ class NetworkNames:
     parts: Mapping[str, str]
     others: Callable[[int], Mapping[str, str]]
     channels_last_outputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def of(self, blocks: Sequence[str], attention: Mapping[int, str], separator: str = ".") -> dict[str, str]:
         """Return the code base's names of all modules by ours.

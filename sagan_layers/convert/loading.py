@@ -208,7 +208,8 @@ def load(
 
     The module's blocks take their entries under the names and in the form of the code base; everything else takes
     those of its own names, as ``load_state_dict`` does. So a network of that code base in which our blocks stand
-    in the place of its own loads its checkpoints as they are. Where a code base stores no v, it is set to fit u.
+    in the place of its own loads its checkpoints as they are. Where a code base stores no v, it is set to fit u;
+    layers with ``iterate_when_frozen=False`` then iterate once, as the code base does whenever it evaluates.
 
     Args:
         module: a block, or a network.
@@ -248,8 +249,13 @@ def load(
         assert tensor is not None
         tensor.copy_(values)
     for link in comparison.absent:
-        if isinstance(link.layer, SpectralNormLayer):
-            link.layer.reset_right_vector()
+        layer = link.layer
+        if isinstance(layer, SpectralNormLayer) and link.tensor is layer.weight_v:
+            layer.reset_right_vector()
+            if not layer.iterate_when_frozen:
+                training = layer.training
+                layer.train().normalized_weight()
+                layer.train(training)
         elif link.tensor is not None:
             link.tensor.zero_()
 

@@ -1,4 +1,4 @@
-"""mimicry, whose SAGAN and projection networks share their names."""
+"""mimicry: SAGAN, and SNGAN and cGAN-PD, which have its names without attention."""
 
 from sagan_layers.convert.code_base import CodeBase, Entry, NetworkNames, statistics
 
@@ -8,7 +8,7 @@ MIMICRY = CodeBase(
     title="mimicry",
     url="https://github.com/kwotsin/mimicry",
     rows={
-        # torch's spectral norm; with default=False its own, which keeps no v.
+        # torch's spectral norm; the head of cGAN-PD at 32 pixels has its own, which keeps no v.
         "spectral_norm": {
             "weight": ("weight_orig", "weight"),
             "weight_u": ("weight_u", Entry("sn_u", leading=1)),
@@ -34,6 +34,8 @@ MIMICRY = CodeBase(
         attention=lambda place: "attn_block",
         parts=_PARTS,
         others=lambda blocks: {"head": "", "head.linear": f"l{blocks + 1}", "head.embedding": "l_y"},
+        # At 64 pixels the last block halves the resolution; WGAN-GP's D takes the mean over positions.
+        only={"resolution": (32, 128), "d_spectral_norm": (True,)},
     ),
     settings={
         "g_attention": {32: (16,), 128: (32,)},

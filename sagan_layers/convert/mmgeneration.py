@@ -18,8 +18,7 @@ MMGENERATION = CodeBase(
     title="mmgeneration",
     url="https://github.com/open-mmlab/mmgeneration",
     rows={
-        # torch's spectral norm. Attention after a later block of D has BigGAN-PyTorch's, which iterates in
-        # evaluation: set iterate_when_frozen there.
+        # torch's spectral norm; attention after a later block of D has BigGAN-PyTorch's.
         "spectral_norm": {
             "weight": ("weight_orig", "weight"),
             "weight_u": ("weight_u", Entry("u0", leading=1)),
@@ -53,6 +52,7 @@ MMGENERATION = CodeBase(
         attention=lambda place: f"conv_blocks.{place.number + place.attention}",
         parts=_PARTS,
         others=lambda blocks: {"head": ""},
+        only={"resolution": (32, 128)},  # at 64 pixels the last block halves the resolution
     ),
     settings={
         "condition": "one_hot",

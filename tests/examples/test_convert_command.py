@@ -20,12 +20,13 @@ from test_peer_networks import PEERS, TABLES, Peer
 from torch import Tensor
 from training_runs import assert_same
 
-from sagan.convert import load_network, save_network
+from sagan.convert import layout, load_network, save_network
 from sagan.errors import UserError
 from sagan.networks import Discriminator, Generator, NetworkConfig, discriminator_widths, generator_widths
 from sagan.recipes import config_from_dict
 from sagan.recognition import read_networks
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint
+from sagan_layers import convert
 from sagan_layers.convert import CODE_BASES
 
 State = dict[str, Tensor]
@@ -135,6 +136,18 @@ class TestRecognition:
         with pytest.raises(UserError, match=expected + r"\(4,\)"):
             recognised("tensorflow", *states, g_attention=(4,))
         assert recognised("tensorflow", *states, g_attention=(16,)).g_attention == (16,)
+
+    def test_networks_that_only_look_like_those_that_ours_can_express_are_refused(self) -> None:
+        networks = networks_of(NetworkConfig(resolution=64, base_width=2, num_classes=0))
+        states = [convert.save(network, "mimicry", **layout(network, "mimicry")) for network in networks]
+        expected = "the discriminator of mimicry cannot be expressed: expected resolution 32 or 128, got 64"
+        with pytest.raises(UserError, match=expected):
+            recognised("mimicry", *states)
+        with pytest.raises(UserError, match=expected):
+            load_network(networks[1], states[1], "mimicry")
+        with pytest.raises(UserError, match=expected):
+            save_network(networks[1], "mimicry")
+        assert recognised("mimicry", states[0]).resolution == 64
 
     def test_a_place_other_than_the_weights_tell_is_refused(self) -> None:
         with pytest.raises(

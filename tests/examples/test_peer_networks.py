@@ -13,7 +13,7 @@ from torch import Tensor
 from sagan.convert import load_network, save_network, settings_of
 from sagan.errors import UserError
 from sagan.networks import Discriminator, Generator, NetworkConfig
-from sagan_layers import SpectralNormLayer, convert
+from sagan_layers import convert
 
 
 class Peer(NamedTuple):
@@ -25,7 +25,6 @@ class Peer(NamedTuple):
         fields: besides the sizes in the file and the code base's settings.
         outputs_within: of evaluation, relative to the largest output.
         losses_within: of training, relative to those above 1; None where training differs.
-        d_attention_iterates: D's attention iterates in evaluation too, whatever the settings say.
     """
 
     code_base: str
@@ -33,7 +32,6 @@ class Peer(NamedTuple):
     fields: dict[str, Any]
     outputs_within: float = 2e-6
     losses_within: float | None = 3e-6
-    d_attention_iterates: bool = False
 
     def config(self) -> NetworkConfig:
         sizes = {key: size for key, size in peer_vectors.read(self.vectors).sizes.items() if key != "batch"}
@@ -103,14 +101,13 @@ PEERS = [
             "condition": "table",
         },
     ),
-    # There, no gradient passes through the sigma of such attention; with it the losses are ours.
+    # Such attention's spectral norm is BigGAN-PyTorch's, and no gradient passes through its sigma.
     Peer(
         "mmgeneration",
         "mmgeneration_128_later_attention",
         {"g_attention": (64,), "condition": "table", "bn_eps": 1e-5},
         outputs_within=1e-5,
         losses_within=None,
-        d_attention_iterates=True,
     ),
     Peer(
         "voletiv",
@@ -132,9 +129,6 @@ def loaded(peer: Peer) -> tuple[Generator, Discriminator]:
     generator, discriminator = Generator(config), Discriminator(config)
     load_network(generator, peer_vectors.draw_state(vectors.g_shapes), TABLES[peer.code_base])
     load_network(discriminator, peer_vectors.draw_state(vectors.d_shapes), TABLES[peer.code_base])
-    for layer in discriminator.mixers.modules():
-        if peer.d_attention_iterates and isinstance(layer, SpectralNormLayer):
-            layer.iterate_when_frozen = True
     return generator, discriminator
 
 
