@@ -245,24 +245,23 @@ def _nearest(
     overrides: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the fields of the probe whose names, then shapes fit best, with those that shapes tell."""
-    compared = [
-        (fields, _compared(kind, NetworkConfig(**{**common, **fields}), code_base, state))
-        for fields in probes
-    ]
-    least = min(map(_misnamed, (comparison for _, comparison in compared)))
-    candidates = [(fields, comparison) for fields, comparison in compared if _misnamed(comparison) == least]
-    fitting: list[tuple[int, dict[str, Any]]] = []
-    for fields, comparison in candidates:
-        config = NetworkConfig(**{**common, **fields})
-        try:
-            found = {**fields, **fields_of(config, comparison.our_shapes)}
-            exact = _compared(kind, NetworkConfig(**{**common, **found}), code_base, state)
-        except (KeyError, IndexError, UserError):  # an entry that tells is missing, or has too few axes
-            continue
-        fitting.append((_misfit(exact), found))
-    if not fitting:
-        raise UserError(_description(kind, code_base, candidates[0][1], shapes=False))
-    best = [found for cost, found in fitting if cost == min(fitting, key=lambda each: each[0])[0]]
+    configs = [NetworkConfig(**{**common, **fields}) for fields in probes]
+    comparisons = [_compared(kind, config, code_base, state) for config in configs]
+    least = min(map(_misnamed, comparisons))
+    costs: list[int] = []
+    founds: list[dict[str, Any]] = []
+    for fields, config, comparison in zip(probes, configs, comparisons, strict=True):
+        if _misnamed(comparison) == least:
+            try:
+                found = {**fields, **fields_of(config, comparison.our_shapes)}
+                exact = _compared(kind, NetworkConfig(**{**common, **found}), code_base, state)
+            except (KeyError, IndexError, UserError):  # an entry that tells is missing, or has too few axes
+                continue
+            costs.append(_misfit(exact))
+            founds.append(found)
+    if not founds:
+        raise UserError(_description(kind, code_base, min(comparisons, key=_misnamed), shapes=False))
+    best = [found for cost, found in zip(costs, founds, strict=True) if cost == min(costs)]
     attention = "g_attention" if kind is Generator else "d_attention"
     wanted = settings_of(code_base, {**common, **best[0]}["resolution"], overrides).get(attention)
     chosen = [found for found in best if wanted is not None and set(found[attention]) == set(wanted)]

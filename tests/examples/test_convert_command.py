@@ -356,16 +356,20 @@ class TestCommand:
         assert printed["bn_eps"] == "1e-05 (the default)"
         assert printed["No"] == "moving average: it is G itself."
 
-    def test_a_converted_run_can_be_sampled_by_class_names(self, converted: Path, tmp_path: Path) -> None:
-        grid = tmp_path / "grid.png"
+    def test_a_converted_run_can_be_sampled_drawn_and_evaluated(
+        self, converted: Path, image_folder: Path, tmp_path: Path
+    ) -> None:
+        source, cpu = ("--source", converted / "run"), ("--device", "cpu")
+        grid, maps = tmp_path / "grid.png", tmp_path / "maps.png"
         succeed(
-            *("sample", "--source", converted / "run", "--out", grid, "--classes", "bee", "cat"),
-            *("--count", 4, "--columns", 2, "--device", "cpu"),
+            "sample", *source, *cpu, "--out", grid, "--classes", "bee", "cat", "--count", 4, "--columns", 2
         )
+        succeed("attention-maps", *source, *cpu, "--out", maps, "--count", 1)
         assert grid.is_file()
-        succeed(
-            "attention-maps", "--source", converted / "run", "--out", grid, "--count", 1, "--device", "cpu"
-        )
+        assert maps.is_file()
+        figures = ("--metrics", "fid", "--proxy", "--count", 24, "--cache", tmp_path / "cache")
+        options = ("--data", image_folder, "--out", tmp_path / "figures", *figures)
+        assert "proxy-fid24" in succeed("evaluate", *source, *cpu, *options)
 
     def test_a_converted_run_trains_on_with_the_printed_command(
         self, converted: Path, image_folder: Path, tmp_path: Path

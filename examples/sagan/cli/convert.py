@@ -11,14 +11,13 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from sagan.convert import Network, load_network, save_network, settings_of
+from sagan.convert import load_network, save_network, settings_of
 from sagan.distributed import World
 from sagan.errors import UserError, check_is_new
 from sagan.io import atomic_write, open_regular
 from sagan.networks import Discriminator, Generator, discriminator_widths, generator_widths
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, config_from_dict, differences
 from sagan.recognition import Converted, read_networks
-from sagan.sampling import load_generator
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from sagan.train.health import CollapseAlarm
 from sagan.train.output import save_config
@@ -179,6 +178,8 @@ def _summary(code_base: CodeBase, networks: Converted, overrides: Mapping[str, A
     values = asdict(networks.config)
     for name, widths in (("g_channels", generator_widths), ("d_channels", discriminator_widths)):
         values[name] = values[name] or tuple(channels for _, channels in widths(networks.config))
+    if not networks.config.d_channels:
+        values["d_channels"] += values["d_channels"][-1:] * networks.config.d_last_blocks
     lines = [f"{code_base.title}'s networks. Their names and shapes tell:"]
     lines += [f"  {name:<26}{value}" for name, value in values.items() if name in networks.told]
     lines.append("They do not tell the following, which options set:")
@@ -214,23 +215,26 @@ def _training_command(config: RunConfig) -> list[str]:
 def _convert_to(command: Convert, code_base: CodeBase) -> int:
     if command.source is None:
         raise UserError("source: expected a run with --to, got none")
-    given = {"weights": command.weights, "d_weights": command.d_weights, "ema_weights": command.ema_weights}
+    given = {name: getattr(command, name) for name in ("weights", "d_weights", "ema_weights", "class_names")}
     wrong = [name for name, value in {**given, **asdict(command.settings)}.items() if value is not None]
     if wrong:
         raise UserError(f"{wrong[0]}: expected none with --to")
-    path = find_checkpoint(command.source)
-    state = load_checkpoint(path)
+    state = load_checkpoint(find_checkpoint(command.source))
     config = config_from_dict(state["config"]).network
-    networks: dict[str, Network] = {"G": Generator(config), "D": Discriminator(config)}
-    networks["G"].load_state_dict(state["generator"])
-    networks["D"].load_state_dict(state["discriminator"])
-    if state["average"] is not None:
-        networks["G_ema"] = load_generator(path, torch.device("cpu"), weights="ema").generator
-    written = {name: save_network(network, code_base) for name, network in networks.items()}
+    tensors = {"G": state["generator"], "D": state["discriminator"]}
+    if (average := state["average"]) is not None:
+        tensors["G_ema"] = {
+            name.removeprefix("module."): average[name] for name in average if name != "n_averaged"
+        }
+    written = {}
+    for name, each in tensors.items():
+        network = Discriminator(config) if name == "D" else Generator(config)
+        network.load_state_dict(each)
+        written[name] = save_network(network, code_base)
     command.out.mkdir(parents=True, exist_ok=True)
-    for name, tensors in written.items():
+    for name, entries in written.items():
         with atomic_write(command.out / f"{name}.pth") as file:
-            torch.save(tensors, file)
+            torch.save(entries, file)
     print(f"{', '.join(f'{name}.pth' for name in written)} written to {command.out}, for {code_base.title}")
     own = [
         f"{name} {value}"
