@@ -25,6 +25,7 @@ class Peer(NamedTuple):
         fields: besides the sizes in the file and the code base's settings.
         outputs_within: of evaluation, relative to the largest output.
         losses_within: of training, relative to those above 1; None where training differs.
+        maps_iterate_from: ``iterate_from`` of the maps of one-hot labels.
     """
 
     code_base: str
@@ -32,6 +33,7 @@ class Peer(NamedTuple):
     fields: dict[str, Any]
     outputs_within: float = 2e-6
     losses_within: float | None = 3e-6
+    maps_iterate_from: str = "u"
 
     def config(self) -> NetworkConfig:
         sizes = {key: size for key, size in peer_vectors.read(self.vectors).sizes.items() if key != "batch"}
@@ -76,19 +78,19 @@ PEERS = [
     ),
     Peer("mimicry", "mimicry_128", {}),
     Peer("mimicry", "mimicry_32", {**AT_32, "d_channels": (16,) * 4}),
-    # A table's vectors are iterated in the other order than its map's: training agrees once they have converged.
+    # A table's vectors are iterated in the other order than its map's, which the trainer has no option for.
     Peer(
         "mmgeneration",
         "mmgeneration_128",
         {"g_attention": (64,), "d_attention": (64,), "d_channels": (8, 16, 32, 64, 128, 128)},
         outputs_within=1e-5,
-        losses_within=None,
+        maps_iterate_from="v",
     ),
     Peer(
         "mmgeneration",
         "mmgeneration_32",
         {**AT_32, "d_attention": (16,), "d_channels": (16,) * 4},
-        losses_within=None,
+        maps_iterate_from="v",
     ),
     Peer(
         "mmgeneration",
@@ -129,6 +131,9 @@ def loaded(peer: Peer) -> tuple[Generator, Discriminator]:
     generator, discriminator = Generator(config), Discriminator(config)
     load_network(generator, peer_vectors.draw_state(vectors.g_shapes), TABLES[peer.code_base])
     load_network(discriminator, peer_vectors.draw_state(vectors.d_shapes), TABLES[peer.code_base])
+    for name, layer in generator.named_modules():
+        if name.endswith("_projection"):
+            layer.iterate_from = peer.maps_iterate_from
     return generator, discriminator
 
 
