@@ -316,7 +316,9 @@ class UpsamplingBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norms = nn.ModuleList([ConditionalBatchNorm2d(8, CLASSES, activation="relu") for _ in range(2)])
-        self.convs = nn.ModuleList([SNConv2d(8, 8, 3, padding=1, upsample=2), SNConv2d(8, 8, 3, padding=1)])
+        # Without a bias before the batch norm: its gradient would be 0, of which float32 leaves rounding noise.
+        first = SNConv2d(8, 8, 3, padding=1, bias=False, upsample=2)
+        self.convs = nn.ModuleList([first, SNConv2d(8, 8, 3, padding=1)])
         self.shortcut = SNConv2d(8, 8, 1, upsample=2)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -348,7 +350,8 @@ def test_compiled_by_inductor_at_changing_sizes_it_equals_eager(
     for height, width in [(16, 16), (24, 24), (32, 32), (40, 40), (24, 40)]:
         inputs = torch.randn(2, 8, height, width), *condition
         ours, expected = step(module, inputs, compiled), step(eager, inputs)
-        assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        for name, value in expected.items():  # sums over thousands of positions: beside the largest of them
+            assert (ours[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
