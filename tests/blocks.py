@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +207,19 @@ def draw_inputs(
     """Draw inputs; the floating-point ones in ``dtype``, requiring gradients if ``grad``."""
     drawn = block.inputs(batch, torch.Generator().manual_seed(seed))
     return tuple(x.to(dtype).requires_grad_(grad) if x.is_floating_point() else x for x in drawn)
+
+
+def dynamic_axes(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
+    """For torch.export: the batch of every input, and height and width of feature maps."""
+    auto = torch.export.Dim.AUTO
+    return tuple({0: auto, 2: auto, 3: auto} if x.dim() == 4 else {0: auto} for x in inputs)
+
+
+def at_another_size(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs of a batch of 2, feature maps with another height and width."""
+    return tuple(
+        torch.randn(2, x.size(1), x.size(2) + 5, x.size(3) + 4) if x.dim() == 4 else x[:2] for x in inputs
+    )
 
 
 def cotangent(y: Tensor) -> Tensor:

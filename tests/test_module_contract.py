@@ -15,10 +15,12 @@ from blocks import (
     Block,
     assert_close,
     assert_same,
+    at_another_size,
     build,
     check_derivatives,
     cotangent,
     draw_inputs,
+    dynamic_axes,
     hold_vectors,
     inside_larger,
     matrix_of,
@@ -357,16 +359,14 @@ def test_compiled_by_inductor_at_changing_sizes_it_equals_eager(
 @pytest.mark.usefixtures("_fresh_compiler")
 @every_block
 @both_modes
-def test_exported_with_a_dynamic_batch_it_equals_eager(block: Block, training: bool) -> None:
+def test_exported_at_any_size_it_needs_torch_alone_and_equals_eager(block: Block, training: bool) -> None:
     module = build(block).train(training)
     eager = copy.deepcopy(module)
     inputs = draw_inputs(block, batch=3)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(module, inputs, dynamic_shapes=({0: batch},) * len(inputs))
-    assert not any("sagan_layers" in str(node.target) for node in program.graph.nodes)  # it needs torch alone
+    program = torch.export.export(module, inputs, dynamic_shapes=dynamic_axes(inputs))
+    assert not any("sagan_layers" in str(node.target) for node in program.graph.nodes)
     exported = program.module()
-    for size in (3, 7, 2):
-        fresh = draw_inputs(block, batch=size, seed=size)
+    for fresh in (inputs, draw_inputs(block, batch=7, seed=7), at_another_size(inputs)):
         torch.testing.assert_close(exported(*fresh), eager(*fresh), rtol=1e-5, atol=1e-5)
     buffers = dict(eager.named_buffers())
     ours = dict(exported.named_buffers())

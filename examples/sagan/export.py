@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import json
 import logging
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -71,16 +71,6 @@ def _inputs(generator: Generator, count: int) -> tuple[Tensor, ...]:
     return (latents, labels) if generator.config.num_classes else (latents,)
 
 
-def _required(format: Format, *names: str) -> list[Any]:
-    try:
-        return [importlib.import_module(name) for name in names]
-    except ImportError as error:
-        raise UserError(
-            f"format: {format!r} needs {' and '.join(name.split('.')[0] for name in names)}, which are in the extra "
-            "export: pip install -c constraints.txt -e '.[export]'"
-        ) from error
-
-
 def _program(generator: Generator) -> torch.export.ExportedProgram:
     plain = remove_spectral_norm(copy.deepcopy(generator))
     plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -100,7 +90,14 @@ def _as_program(generator: Generator, metadata: dict[str, str]) -> tuple[bytes, 
 
 
 def _as_onnx(generator: Generator, metadata: dict[str, str]) -> tuple[bytes, _Run]:
-    runtime, *_ = _required("onnx", "onnxruntime", "onnxscript")
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx needs it)
+    except ImportError as error:
+        raise UserError(
+            "format: 'onnx' needs onnx, onnxscript and onnxruntime, which are in the extra export: "
+            "pip install -c constraints.txt -e '.[export]'"
+        ) from error
     if sum(tensor.nbytes for tensor in generator.state_dict().values()) >= _PROTOBUF_BYTES:
         raise UserError(
             "format: expected a network below 2 GiB for 'onnx', got a larger one; see torch-export"
@@ -118,7 +115,7 @@ def _as_onnx(generator: Generator, metadata: dict[str, str]) -> tuple[bytes, _Ru
     assert converted is not None
     converted.model.metadata_props.update(metadata)
     contents = converted.model_proto.SerializeToString()
-    session = runtime.InferenceSession(contents, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> Tensor:
         arrays = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
@@ -128,11 +125,10 @@ def _as_onnx(generator: Generator, metadata: dict[str, str]) -> tuple[bytes, _Ru
 
 
 def _as_safetensors(generator: Generator, metadata: dict[str, str]) -> tuple[bytes, _Run]:
-    (safetensors,) = _required("safetensors", "safetensors.torch")
     tensors = {name: tensor.contiguous() for name, tensor in generator.state_dict().items()}
-    contents = safetensors.save(tensors, metadata)
+    contents = safetensors.torch.save(tensors, metadata)
     loaded = Generator(generator.config)
-    loaded.load_state_dict(safetensors.load(contents))
+    loaded.load_state_dict(safetensors.torch.load(contents))
     return contents, loaded.eval()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import python, refused, succeed
+from safetensors import safe_open
 from torch import Tensor
 from training_runs import TINY_NETWORK, assert_same
 
@@ -28,10 +29,8 @@ def trained(trained_run: Path) -> TrainedGenerator:
     return load_generator(trained_run, CPU)
 
 
-def packages_of(format: str) -> None:
-    for package in {"onnx": ("onnx", "onnxruntime", "onnxscript"), "safetensors": ("safetensors",)}.get(
-        format, ()
-    ):
+def needs_onnx() -> None:
+    for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="in the extra 'export'")
 
 
@@ -44,7 +43,7 @@ def images_of(trained: TrainedGenerator, count: int) -> tuple[Tensor, Tensor, Te
 def test_an_onnx_file_has_names_a_dynamic_batch_and_metadata(
     trained_run: Path, trained: TrainedGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packages_of("onnx")
+    needs_onnx()
     import onnxruntime
 
     monkeypatch.chdir(tmp_path)
@@ -92,9 +91,6 @@ print(extra["metadata.json"])
 def test_safetensors_hold_the_state_dict_and_the_configuration(
     trained_run: Path, trained: TrainedGenerator, tmp_path: Path
 ) -> None:
-    packages_of("safetensors")
-    from safetensors import safe_open
-
     path = tmp_path / "new" / "generator.safetensors"
     printed = succeed(
         "export", "--source", trained_run, "--out", path, "--format", "safetensors", "--weights", "raw"
@@ -120,7 +116,8 @@ PLAIN = {"num_classes": 0, "g_spectral_norm": False, "mixer": "residual"}
 def test_networks_of_every_kind_are_exported_and_stay_as_they_are(
     tiny_config: RunConfig, format: export.Format, changes: dict[str, Any]
 ) -> None:
-    packages_of(format)
+    if format == "onnx":
+        needs_onnx()
     network = replace(TINY_NETWORK, **changes)
     config = replace(tiny_config, network=network)
     generator = Generator(network).eval()
@@ -135,13 +132,10 @@ class TestErrors:
     def test_a_missing_package_names_the_extra(
         self, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for format, package in (("onnx", "onnxruntime"), ("safetensors", "safetensors.torch")):
-            monkeypatch.setitem(sys.modules, package, None)
-            message = refused(
-                "export", "--source", trained_run, "--out", tmp_path / "file", "--format", format
-            )
-            assert f"format: '{format}' needs {package.split('.')[0]}" in message
-            assert "pip install -c constraints.txt -e '.[export]'" in message
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+        message = refused("export", "--source", trained_run, "--out", tmp_path / "file")
+        assert "format: 'onnx' needs onnx, onnxscript and onnxruntime" in message
+        assert "pip install -c constraints.txt -e '.[export]'" in message
         assert not any(tmp_path.iterdir())
 
     def test_a_file_that_computes_something_else_is_not_written(
@@ -163,7 +157,7 @@ class TestErrors:
         assert f"out: expected a file, got the folder {tmp_path}" in refused(
             "export", "--source", trained_run, "--out", tmp_path
         )
-        packages_of("onnx")
+        needs_onnx()
         monkeypatch.setattr(export, "_PROTOBUF_BYTES", 1000)
         assert "expected a network below 2 GiB for 'onnx'" in refused(
             "export", "--source", trained_run, "--out", tmp_path / "file"
