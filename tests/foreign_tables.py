@@ -14,7 +14,6 @@ _HALVES = {
     "bias": Entry("embed.weight", half=1),
     **statistics("bn."),
 }
-_TORCH_SPECTRAL_NORM = {"weight": "weight_orig"}
 _AVERAGES = {
     "norm.running_mean": "avg_mean",
     "norm.running_var": "avg_var",
