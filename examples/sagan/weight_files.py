@@ -51,7 +51,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, AttributeError, EOFError, OSError) as error:
+    except Exception as error:  # of many types
         raise UserError(
             f"{path} is not read ({first_line(error)}); expected arrays of numpy.savez"
         ) from error

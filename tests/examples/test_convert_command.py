@@ -303,6 +303,8 @@ class TestFiles:
             ("G.pth", 3, "expected tensors by name, got 3"),
             ("G.pth", {"a": torch.ones(1), "b": "text"}, r"expected tensors only, got others in \['b'\]"),
             ("G.npz", b"none", r"is not read .* expected arrays of numpy.savez"),
+            ("G.npz", b"PK\3\4 damaged", r"is not read .* expected arrays of numpy.savez"),
+            ("G.pth", {}, "expected tensors by name, got a dict of 0"),
             ("G.safetensors", b"none", r"is not read .* expected a file of safetensors"),
         ],
     )
