@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from sagan.errors import UserError, listed, shown
-from sagan.io import first_line, load_plain
+from sagan.io import first_line, load_plain, open_regular
 
 _CONTAINERS = ("state_dict", "model_state_dict")
 
@@ -49,8 +49,8 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # of many types
         raise UserError(
             f"{path} is not read ({first_line(error)}); expected arrays of numpy.savez"
