@@ -190,7 +190,7 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
     (
         apply_spectral_norm,
         {"model": nn.ReLU()},
-        joined(SPECTRAL_LAYER, {"module": "model", "collection": "exclude"}),
+        joined(SPECTRAL_LAYER, {"module": "model", "collection": "exclude", "flag": "only_normalized"}),
     ),
     (remove_spectral_norm, {}, {"module": "module"}),
     (entered(frozen_spectral_norm), {}, {"module": "module"}),

@@ -625,6 +625,29 @@ def test_the_report_names_what_was_converted_excluded_and_passed_over() -> None:
         apply_spectral_norm(model, report=1)  # type: ignore[arg-type]
 
 
-def test_converting_nothing_is_said() -> None:
-    with pytest.warns(UserWarning, match="the model has no layer that could be spectrally normalised"):
-        apply_spectral_norm(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(2)))
+@every_way
+def test_only_normalized_converts_no_layer_without_torchs_spectral_norm(way: str) -> None:
+    plain = [
+        nn.Embedding(7, 4),
+        nn.Conv1d(2, 2, 1),
+        EqualConv2d(),
+        parametrizations.weight_norm(nn.Linear(2, 2)),
+    ]
+    model = nn.ModuleList([FOREIGN[way]("linear"), *plain, nn.Linear(2, 2), FOREIGN[way]("conv")])
+    kinds, lines = [type(layer) for layer in model], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_spectral_norm(model, exclude=["6"], only_normalized=True, eps=0.5, report=lines.append)
+    assert [type(layer) for layer in model] == [SNLinear, *kinds[1:]]
+    assert model[0].eps == 1e-12  # its own
+    assert [line.split(": ")[1].split()[-1] for line in lines] == ["SNLinear", *["left"] * 5, "excluded"]
+
+
+@pytest.mark.parametrize(
+    ("only_normalized", "kinds"),
+    [(False, "that could be spectrally normalised"), (True, "with torch's spectral norm")],
+)
+def test_converting_nothing_is_said(only_normalized: bool, kinds: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2) if only_normalized else nn.ReLU(), nn.BatchNorm2d(2))
+    with pytest.warns(UserWarning, match=f"the model has no layer {kinds}"):
+        apply_spectral_norm(model, only_normalized=only_normalized)

@@ -66,6 +66,7 @@ def apply_spectral_norm(
     model: _ModuleT,
     *,
     exclude: Iterable[str | type[nn.Module] | nn.Module] = (),
+    only_normalized: bool = False,
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     iterate_when_frozen: bool = True,
@@ -89,14 +90,16 @@ def apply_spectral_norm(
         model: a layer or a network.
         exclude: what to leave unchanged, with everything inside it: qualified names or shell patterns of them
             ("head.*", "blocks.0.conv"), classes, or modules.
+        only_normalized: whether to convert only the layers whose weight torch's spectral norm computes. The model then
+            computes what it computed; all others are left as they are, without an error or a warning.
         n_power_iterations: see :class:`SpectralNormLayer`.
         eps: see there.
         iterate_when_frozen: see there.
         eps_mode: see there.
         dim: see there.
         iterate_from: see there.
-        report: called with one line for each layer that was converted, excluded or passed over, such as ``print`` or
-            a logger's ``info``.
+        report: called with one line for each layer that was converted, excluded, left or passed over, such as
+            ``print`` or a logger's ``info``.
 
     Returns:
         ``model`` itself.
@@ -120,6 +123,7 @@ def apply_spectral_norm(
         )
     """
     checks.check_module("model", model)
+    (only_normalized,) = checks.flags_of(only_normalized=only_normalized)
     options = n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from
     SpectralNormLayer._checked_options(*options)
     if not (report is None or callable(report)):
@@ -138,9 +142,9 @@ def apply_spectral_norm(
         if isinstance(layer, SpectralNormLayer):
             continue
         kind = parametrize.type_before_parametrizations(layer)
-        if layer in excluded:
+        if layer in excluded or (only_normalized and _foreign_norm(layer) is None):
             if isinstance(layer, _WEIGHT_LAYERS) or _is_unknown(layer):
-                lines[name] = f"{kind.__name__} excluded"
+                lines[name] = f"{kind.__name__} {'excluded' if layer in excluded else 'left'}"
         elif kind in _NORMALIZED_CLASSES:
             chosen[name] = conversion = _conversion_of(name, layer, _NORMALIZED_CLASSES[kind], options)
             lines[name] = f"{kind.__name__}{conversion.source} -> {conversion.normalized_class.__name__}"
@@ -159,7 +163,8 @@ def apply_spectral_norm(
             stacklevel=2,
         )
     if not chosen and not any(isinstance(layer, SpectralNormLayer) for layer in model.modules()):
-        warnings.warn("the model has no layer that could be spectrally normalised", stacklevel=2)
+        kinds = "with torch's spectral norm" if only_normalized else "that could be spectrally normalised"
+        warnings.warn(f"the model has no layer {kinds}", stacklevel=2)
     for name, conversion in chosen.items():
         conversion.convert(model.get_submodule(name))
     if report is not None:
