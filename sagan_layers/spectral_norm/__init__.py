@@ -7,7 +7,6 @@ from sagan_layers.spectral_norm.contexts import (
     replaying_spectral_norm,
 )
 from sagan_layers.spectral_norm.conversion import apply_spectral_norm, remove_spectral_norm
-from sagan_layers.spectral_norm.foreign import FOREIGN_KEYS
 from sagan_layers.spectral_norm.layers import (
     SNConv2d,
     SNConvTranspose2d,
@@ -18,7 +17,6 @@ from sagan_layers.spectral_norm.layers import (
 from sagan_layers.spectral_norm.shared import SharedSpectralNorm, shared_spectral_norm
 
 __all__ = [
-    "FOREIGN_KEYS",
     "SNConv2d",
     "SNConvTranspose2d",
     "SNEmbedding",

@@ -16,6 +16,7 @@ from sagan_layers import checks
 from sagan_layers.resampling import ResamplingConv2d
 from sagan_layers.spectral_norm.functional import normalize_weight
 from sagan_layers.spectral_norm.layers import (
+    LayerOptions,
     SNConv2d,
     SNConvTranspose2d,
     SNEmbedding,
@@ -124,8 +125,8 @@ def apply_spectral_norm(
     """
     checks.check_module("model", model)
     (only_normalized,) = checks.flags_of(only_normalized=only_normalized)
-    options = n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from
-    SpectralNormLayer._checked_options(*options)
+    options = LayerOptions(n_power_iterations, eps, iterate_when_frozen, eps_mode, iterate_from, dim)
+    options.checked(output_axis=0)
     if not (report is None or callable(report)):
         raise TypeError(f"report: expected a function of one string, got {checks.shown(report)}")
     if isinstance(exclude, str):
@@ -178,7 +179,7 @@ class _Conversion(NamedTuple):
 
     normalized_class: type[SpectralNormLayer]
     weight: nn.Parameter
-    options: tuple[object, ...]
+    options: LayerOptions
     vectors: tuple[Tensor, Tensor] | None = None
     source: str = ""
 
@@ -238,7 +239,7 @@ def _is_unknown(layer: nn.Module) -> bool:
 
 
 def _conversion_of(
-    name: str, layer: Any, normalized_class: type[SpectralNormLayer], options: tuple[object, ...]
+    name: str, layer: Any, normalized_class: type[SpectralNormLayer], options: LayerOptions
 ) -> _Conversion:
     """Return how to convert a layer of torch's; raise if that cannot be done."""
     if isinstance(layer, nn.Embedding):
@@ -247,11 +248,11 @@ def _conversion_of(
     weight, vectors, source = layer._parameters.get("weight"), None, ""
     if isinstance(norm, SpectralNorm):
         weight, vectors = layer.weight_orig, (layer.weight_u, layer.weight_v)
-        options = norm.n_power_iterations, norm.eps, False, "clamp", norm.dim, "u"
+        options = LayerOptions(norm.n_power_iterations, norm.eps, False, "clamp", "u", norm.dim)
         source = " with torch.nn.utils.spectral_norm"
     elif norm is not None:
         weight, vectors = layer.parametrizations.weight.original, (norm._u, norm._v)
-        options = norm.n_power_iterations, norm.eps, False, "clamp", norm.dim, "v"
+        options = LayerOptions(norm.n_power_iterations, norm.eps, False, "clamp", "v", norm.dim)
         source = " with torch.nn.utils.parametrizations.spectral_norm"
     if not isinstance(weight, nn.Parameter) or (norm is None and parametrize.is_parametrized(layer)):
         raise TypeError(
@@ -265,7 +266,7 @@ def _conversion_of(
             f"{list(weight.shape)}; put the layer's name into exclude to leave it as it is"
         )
     try:
-        normalized_class._checked_options(*options)
+        options.checked(normalized_class._output_axis)
     except ValueError as error:
         raise ValueError(f"{_shown(name)}{source}: {error}") from error
     return _Conversion(normalized_class, weight, options, vectors, source)

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from sagan_layers.torch_support import accumulation_dtype
 
-__all__ = ["FOREIGN_KEYS", "SpectralNormKeys"]
-
 
 class SpectralNormKeys(NamedTuple):
     """The names of a layer's entries in a state, after the layer's own name.

@@ -37,16 +37,8 @@ def unsupported_reasons(weight: Tensor, dim: int) -> list[str]:
 def _normalize(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, task in enumerate(tasks):
-        options = task.options
-        key = (
-            task.weight.device,
-            task.weight.dtype,
-            options.n_power_iterations,
-            options.eps,
-            options.eps_mode,
-            options.iterate_from,
-        )
-        groups.setdefault(key, []).append(index)
+        alike = task.options._replace(dim=0, dtype=task.weight.dtype, memory=None)
+        groups.setdefault((task.weight.device, alike), []).append(index)
     results: dict[int, SpectralNormResult] = {}
     for indices in groups.values():
         results.update(zip(indices, _normalize_group([tasks[index] for index in indices]), strict=True))

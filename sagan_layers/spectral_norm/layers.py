@@ -27,13 +27,6 @@ from sagan_layers.torch_support import accumulation_dtype, fusion_calls, is_prox
 
 __all__ = ["SNConv2d", "SNConvTranspose2d", "SNEmbedding", "SNLinear", "SpectralNormLayer"]
 
-DEFAULTS = {
-    "n_power_iterations": 1,
-    "eps": 1e-12,
-    "iterate_when_frozen": True,
-    "eps_mode": "add",
-    "iterate_from": "u",
-}
 # Set on a layer by contexts and earlier steps; copies and plain layers do not have them.
 TEMPORARY_ATTRIBUTES = ("_frozen", "_shared", "_memory", "_records", "_replayed")
 
@@ -42,6 +35,24 @@ _REMEDY = (
     "frozen_spectral_norm(model), or call model.eval(); in training a ConditionalBatchNorm2d in the model also needs "
     "frozen_running_statistics(model)"
 )
+
+
+class LayerOptions(NamedTuple):
+    """The options of a layer as its constructor takes them; see :class:`SpectralNormLayer`."""
+
+    n_power_iterations: int = 1
+    eps: float = 1e-12
+    iterate_when_frozen: bool = True
+    eps_mode: str = "add"
+    iterate_from: str = "u"
+    dim: int | None = None
+
+    def checked(self, output_axis: int) -> dict[str, Any]:
+        """Return the options by name, after all checks; ``dim`` is ``output_axis`` where it is None."""
+        options = checks.spectral_norm_options(*self[:4])
+        checks.check_choice("iterate_from", self.iterate_from, checks.VECTORS)
+        axis = output_axis if self.dim is None else checks.integer_of("dim", self.dim, least=0, most=1)
+        return options | {"iterate_from": self.iterate_from, "dim": axis}
 
 
 class Frozen(NamedTuple):
@@ -128,9 +139,9 @@ class SpectralNormLayer(nn.Module):
     _replayed: Iterator[UsedVectors | SharedWeight] | None = None
 
     def _init_spectral_norm(
-        self, options: tuple[object, ...], vectors: tuple[Tensor, Tensor] | None = None
+        self, options: LayerOptions, vectors: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        vars(self).update(self._checked_options(*options))
+        vars(self).update(options.checked(self._output_axis))
         outputs = self.weight.size(self.dim)
         sizes = outputs, self.weight.numel() // outputs
         with torch.no_grad():
@@ -139,21 +150,6 @@ class SpectralNormLayer(nn.Module):
         self.register_buffer("weight_v", v)
         if vectors is None:
             self.reset_spectral_norm()
-
-    @classmethod
-    def _checked_options(
-        cls,
-        n_power_iterations: object,
-        eps: object,
-        iterate_when_frozen: object,
-        eps_mode: object,
-        dim: object,
-        iterate_from: object,
-    ) -> dict[str, Any]:
-        options = checks.spectral_norm_options(n_power_iterations, eps, iterate_when_frozen, eps_mode)
-        checks.check_choice("iterate_from", iterate_from, checks.VECTORS)
-        axis = cls._output_axis if dim is None else checks.integer_of("dim", dim, least=0, most=1)
-        return options | {"dim": axis, "iterate_from": iterate_from}
 
     def reset_parameters(self) -> None:
         """Draw the weight and bias as the plain layer does, and new vectors."""
@@ -296,7 +292,7 @@ class SpectralNormLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load the entries of any of ``FOREIGN_KEYS``, and compute vectors that are not stored."""
+        """Load the entries of any code base of ``foreign``, and compute vectors that are not stored."""
         # Pruning and parametrizations store weights under names of their own.
         if isinstance(self._parameters.get("weight"), nn.Parameter):
             try:
@@ -335,7 +331,7 @@ class SpectralNormLayer(nn.Module):
         """Turn this object into its plain layer, with another weight."""
         resamples = isinstance(self, SNConv2d) and self.resamples
         del self.weight_u, self.weight_v
-        options = (*DEFAULTS, "dim", *(() if resamples else ("backend",)))
+        options = (*LayerOptions._fields, *(() if resamples else ("backend",)))
         for name in (*options, *TEMPORARY_ATTRIBUTES):
             self.__dict__.pop(name, None)
         self.__class__ = ResamplingConv2d if resamples else self._plain_class  # type: ignore[assignment]
@@ -344,7 +340,7 @@ class SpectralNormLayer(nn.Module):
     def extra_repr(self) -> str:
         """Return the plain layer's description, and the options that differ from the defaults."""
         text = super().extra_repr()
-        for name, default in {**DEFAULTS, "dim": self._output_axis}.items():
+        for name, default in LayerOptions(dim=self._output_axis)._asdict().items():
             if (value := getattr(self, name)) != default:
                 text += f", {name}={value!r}"
         return text
@@ -433,7 +429,8 @@ class SNConv2d(SpectralNormLayer, ResamplingConv2d):  # type: ignore[misc]
             downsample=downsample,
             backend=backend,
         )
-        self._init_spectral_norm((n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from))
+        options = LayerOptions(n_power_iterations, eps, iterate_when_frozen, eps_mode, iterate_from, dim)
+        self._init_spectral_norm(options)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input`` with the normalised weight."""
@@ -505,9 +502,10 @@ class SNConvTranspose2d(SpectralNormLayer, nn.ConvTranspose2d):  # type: ignore[
         (bias,) = checks.flags_of(bias=bias)
         checks.check_choice("padding_mode", padding_mode, ("zeros",))
         checks.check_parameter_options(device, dtype)
-        options: Any = (added, groups, bias, dilations, padding_mode, device, dtype)
-        nn.ConvTranspose2d.__init__(self, inputs, outputs, kernel, strides, padding, *options)
-        self._init_spectral_norm((n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from))
+        plain: Any = (added, groups, bias, dilations, padding_mode, device, dtype)
+        nn.ConvTranspose2d.__init__(self, inputs, outputs, kernel, strides, padding, *plain)
+        options = LayerOptions(n_power_iterations, eps, iterate_when_frozen, eps_mode, iterate_from, dim)
+        self._init_spectral_norm(options)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution of ``input`` with the normalised weight."""
@@ -574,7 +572,8 @@ class SNLinear(SpectralNormLayer, nn.Linear):  # type: ignore[misc]
         (bias,) = checks.flags_of(bias=bias)
         checks.check_parameter_options(device, dtype)
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self._init_spectral_norm((n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from))
+        options = LayerOptions(n_power_iterations, eps, iterate_when_frozen, eps_mode, iterate_from, dim)
+        self._init_spectral_norm(options)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the linear map of the last axis of ``input`` by the normalised weight."""
@@ -657,7 +656,8 @@ class SNEmbedding(SpectralNormLayer, nn.Embedding):  # type: ignore[misc]
                 raise ValueError(f"_weight: expected shape {expected}, got {checks.shape_of(_weight)}")
         plain = (num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         nn.Embedding.__init__(self, *plain, _weight, _freeze, device, dtype)
-        self._init_spectral_norm((n_power_iterations, eps, iterate_when_frozen, eps_mode, dim, iterate_from))
+        options = LayerOptions(n_power_iterations, eps, iterate_when_frozen, eps_mode, iterate_from, dim)
+        self._init_spectral_norm(options)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of the normalised matrix that ``input`` names."""
