@@ -17,7 +17,7 @@ _HALVES = {
 _AVERAGES = {
     "norm.running_mean": "avg_mean",
     "norm.running_var": "avg_var",
-    "norm.num_batches_tracked": (None,),
+    "norm.num_batches_tracked": None,
 }
 _CHAINER_PARTS = {"conv1": "c1", "conv2": "c2", "shortcut": "c_sc"}
 

@@ -1,12 +1,12 @@
 """BigGAN-PyTorch, whose attention and spectral norm many others took over."""
 
-from sagan_layers.convert.code_base import CodeBase, Entry, NetworkNames
+from sagan_layers.convert.code_base import CodeBase, Entry, NetworkNames, Row
 
-_STATISTICS = {
+_STATISTICS: Row = {
     # By default; with its own synchronised batch norm; with torch's form of it.
     "norm.running_mean": ("stored_mean", "bn.stored_mean", "bn.running_mean"),
     "norm.running_var": ("stored_var", "bn.stored_var", "bn.running_var"),
-    "norm.num_batches_tracked": (None,),
+    "norm.num_batches_tracked": None,
 }
 
 BIGGAN_PYTORCH = CodeBase(

@@ -38,13 +38,6 @@ __all__ = [
 _NAMED_AT_MOST = 12
 
 
-def _is_batch_norm(module: nn.Module, condition: str) -> bool:
-    if not isinstance(module, ConditionalBatchNorm2d):
-        return False
-    by_class, by_vector = module.num_classes is not None, module.condition_features is not None
-    return condition == ("class" if by_class else "vector" if by_vector else "none")
-
-
 _KINDS: dict[str, Callable[[nn.Module], bool]] = {
     "convolution": lambda module: isinstance(module, nn.Conv2d),
     "transposed_convolution": lambda module: isinstance(module, nn.ConvTranspose2d),
@@ -53,9 +46,15 @@ _KINDS: dict[str, Callable[[nn.Module], bool]] = {
     "spectral_norm": lambda module: isinstance(module, SpectralNormLayer),
     "attention": lambda module: isinstance(module, SelfAttention2d),
     "head": lambda module: isinstance(module, ProjectionDiscriminatorHead),
-    "batch_norm": lambda module: _is_batch_norm(module, "none"),
-    "class_batch_norm": lambda module: _is_batch_norm(module, "class"),
-    "vector_batch_norm": lambda module: _is_batch_norm(module, "vector"),
+    "batch_norm": lambda module: (
+        isinstance(module, ConditionalBatchNorm2d) and module.num_classes is module.condition_features is None
+    ),
+    "class_batch_norm": lambda module: (
+        isinstance(module, ConditionalBatchNorm2d) and module.num_classes is not None
+    ),
+    "vector_batch_norm": lambda module: (
+        isinstance(module, ConditionalBatchNorm2d) and module.condition_features is not None
+    ),
 }
 
 
@@ -364,42 +363,36 @@ def links(
                 f"channels_last_outputs: expected height and width of {outputs} outputs of {name!r}, got {size}"
             )
         sizes[name] = height, width
-    return _links(module, "", "", code_base, names or {}, sizes, {})
 
+    def below(
+        part: nn.Module, path: str, theirs: str, given: Mapping[str, tuple[Entry | None, ...]]
+    ) -> Iterator[Link]:
+        """``given`` are the places of tensors here that the rows of modules above name."""
+        row, own = _row(part, code_base), _own_tensors(part)
+        places = {name: _entries(theirs, row.get(name, (name,)), code_base) for name in {**row, **own}}
+        places |= given
+        if isinstance(part, ConditionalBatchNorm2d) and "weight" in places:
+            gains = places["weight"]
+            places["weight"] = tuple(
+                each and each._replace(offset=each.offset - part.gain_offset) for each in gains
+            )
+        properties = {name: None for name in row if isinstance(getattr(type(part), name, None), property)}
+        for name, tensor in {**properties, **own}.items():
+            channels_last = sizes.get(path) if name in ("weight", "bias", "weight_u") else None
+            yield Link(_dotted(path, name), tensor, places[name], channels_last, part)
+        for name, child in part._modules.items():
+            if child is not None:
+                child_path, place = _dotted(path, name), row.get(name, (name,))[0]
+                assert isinstance(place, str)
+                child_name = (names or {}).get(child_path, code_base.join(theirs, place))
+                inner = {
+                    each.removeprefix(f"{name}."): places[each]
+                    for each in places
+                    if each.startswith(f"{name}.")
+                }
+                yield from below(child, child_path, child_name, inner)
 
-def _links(
-    module: nn.Module,
-    path: str,
-    theirs: str,
-    code_base: CodeBase,
-    names: Mapping[str, str],
-    channels_last_outputs: Mapping[str, tuple[int, int]],
-    given: Mapping[str, tuple[Entry | None, ...]],
-) -> Iterator[Link]:
-    """As :func:`links`; ``given`` are the places of tensors here that the rows of modules above name."""
-    row = _row(module, code_base)
-    places = {
-        name: _below(theirs, row.get(name, (name,)), code_base) for name in {**row, **_own_tensors(module)}
-    }
-    places |= given
-    if isinstance(module, ConditionalBatchNorm2d) and "weight" in places:
-        offset = module.gain_offset
-        places["weight"] = tuple(
-            each and each._replace(offset=each.offset - offset) for each in places["weight"]
-        )
-    properties = {name: None for name in row if isinstance(getattr(type(module), name, None), property)}
-    for name, tensor in {**properties, **_own_tensors(module)}.items():
-        channels_last = channels_last_outputs.get(path) if name in ("weight", "bias", "weight_u") else None
-        yield Link(_dotted(path, name), tensor, places[name], channels_last, module)
-    for name, child in module._modules.items():
-        if child is not None:
-            child_path, place = _dotted(path, name), row.get(name, (name,))[0]
-            assert isinstance(place, str)
-            child_name = names.get(child_path, code_base.join(theirs, place))
-            inner = {
-                each[len(name) + 1 :]: place for each, place in places.items() if each.startswith(f"{name}.")
-            }
-            yield from _links(child, child_path, child_name, code_base, names, channels_last_outputs, inner)
+    return below(module, "", "", {})
 
 
 def _row(module: nn.Module, code_base: CodeBase) -> dict[str, tuple[Place, ...]]:
@@ -419,7 +412,7 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in own.items() if tensor is not None}
 
 
-def _below(theirs: str, places: tuple[Place, ...], code_base: CodeBase) -> tuple[Entry | None, ...]:
+def _entries(theirs: str, places: tuple[Place, ...], code_base: CodeBase) -> tuple[Entry | None, ...]:
     entries = (Entry(place) if isinstance(place, str) else place for place in places)
     return tuple(entry and entry._replace(name=code_base.join(theirs, entry.name)) for entry in entries)
 

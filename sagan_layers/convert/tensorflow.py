@@ -6,8 +6,6 @@ from typing import Any
 
 from sagan_layers.convert.code_base import CodeBase, Entry, NetworkNames
 
-_COUNTED = {"norm.num_batches_tracked": (None,)}
-
 
 def _without_output_numbers(variables: dict[str, Any]) -> dict[str, Any]:
     """TensorFlow writes a variable's name with or without ":0"."""
@@ -44,14 +42,14 @@ TENSORFLOW = CodeBase(
             "bias": "beta",
             "norm.running_mean": "moving_mean",
             "norm.running_var": "moving_variance",
-            **_COUNTED,
+            "norm.num_batches_tracked": None,
         },
         "class_batch_norm": {
             "weight": "gamma",
             "bias": "beta",
             "norm.running_mean": Entry("mean", leading=3),
             "norm.running_var": Entry("var", leading=3),
-            **_COUNTED,
+            "norm.num_batches_tracked": None,
         },
     },
     generator=NetworkNames(
