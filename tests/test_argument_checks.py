@@ -464,10 +464,6 @@ def test_maps_smaller_than_the_kernel_or_the_padding_are_refused_before_u_moves(
             r"real_images: expected \[N, \*\], got \[\]",
         ),
         (
-            lambda: apply_spectral_norm(nn.Sequential(nn.Conv2d(2, 2, 1, dtype=torch.complex64))),
-            "the weight of '0': expected a floating-point tensor, got torch.complex64",
-        ),
-        (
             lambda: SNEmbedding(4, 2).requires_grad_(False).to(torch.float8_e5m2)(torch.tensor([1])),
             "weight: expected a dense tensor of float32, bfloat16, float16, float64, got torch.float8_e5m2",
         ),

@@ -385,10 +385,11 @@ def test_a_model_without_normalised_layers_does_not_change(context: Context) -> 
 @every_layer
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("iterate_when_frozen", [True, False])
+@pytest.mark.parametrize("eps_mode", ["add", "clamp"])
 def test_a_zero_weight_gives_zeros_and_finite_gradients(
-    kind: str, training: bool, iterate_when_frozen: bool
+    kind: str, training: bool, iterate_when_frozen: bool, eps_mode: str
 ) -> None:
-    layer = LAYERS[kind](iterate_when_frozen=iterate_when_frozen).train(training)
+    layer = LAYERS[kind](iterate_when_frozen=iterate_when_frozen, eps_mode=eps_mode).train(training)
     nn.init.zeros_(layer.weight)
     x = input_of(layer)
     y = layer(x)
@@ -403,8 +404,9 @@ def test_a_zero_weight_gives_zeros_and_finite_gradients(
 
 
 @every_layer
-def test_a_zero_weight_recovers_when_it_becomes_non_zero(kind: str) -> None:
-    layer = LAYERS[kind](dtype=torch.float64)
+@pytest.mark.parametrize("eps_mode", ["add", "clamp"])
+def test_a_zero_weight_recovers_when_it_becomes_non_zero(kind: str, eps_mode: str) -> None:
+    layer = LAYERS[kind](dtype=torch.float64, eps_mode=eps_mode)
     weight = layer.weight.detach().clone()
     nn.init.zeros_(layer.weight)
     layer.reset_spectral_norm()  # v has nothing to fit
