@@ -3,64 +3,51 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, MutableMapping
-from typing import Any, NamedTuple
+from collections.abc import MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sagan_layers.torch_support import accumulation_dtype
 
-
-class SpectralNormKeys(NamedTuple):
-    """The names of a layer's entries in a state, after the layer's own name.
-
-    Attributes:
-        weight: of the weight before it is normalised, in the plain layer's shape.
-        u: of the vector with one entry for each output, also stored as [1, n].
-        v: of the other vector; "" where it is not stored.
-        unused: of what follows from the others.
-    """
-
-    weight: str
-    u: str
-    v: str = ""
-    unused: str = ""
-
-
-OWN_KEYS = SpectralNormKeys("weight", "weight_u", "weight_v")
-FOREIGN_KEYS = {
-    "torch.nn.utils.spectral_norm": SpectralNormKeys("weight_orig", "weight_u", "weight_v"),
-    "torch.nn.utils.parametrizations.spectral_norm": SpectralNormKeys(
-        "parametrizations.weight.original", "parametrizations.weight.0._u", "parametrizations.weight.0._v"
-    ),
-    "BigGAN-PyTorch": SpectralNormKeys("weight", "u0", unused="sv0"),
-    "mimicry": SpectralNormKeys("weight", "sn_u", unused="sn_sigma"),
+OWN_KEYS = ("weight", "weight_u", "weight_v")
+# Theirs: ours, first those of the weight and u, which are always stored. None: it follows from the others.
+FOREIGN_KEYS: dict[str, dict[str, str | None]] = {
+    "torch.nn.utils.spectral_norm": {
+        "weight_orig": "weight",
+        "weight_u": "weight_u",
+        "weight_v": "weight_v",
+    },
+    "torch.nn.utils.parametrizations.spectral_norm": {
+        "parametrizations.weight.original": "weight",
+        "parametrizations.weight.0._u": "weight_u",
+        "parametrizations.weight.0._v": "weight_v",
+    },
+    "BigGAN-PyTorch": {"weight": "weight", "u0": "weight_u", "sv0": None},
+    "mimicry": {"weight": "weight", "sn_u": "weight_u", "sn_sigma": None},
 }
 
 
 def rename_entries(state: MutableMapping[str, Any], prefix: str) -> None:
     """Give a layer's entries in a state our names; raise ``ValueError`` for entries of several kinds or half of one."""
-    names = {name for name in _all_names() if prefix + name in state}
+    known = {name for keys in FOREIGN_KEYS.values() for name in keys} | set(OWN_KEYS)
+    names = {name for name in known if prefix + name in state}
     for source, keys in FOREIGN_KEYS.items():
-        if not names & (set(keys) - set(OWN_KEYS) - {""}):
+        if not names & (keys.keys() - set(OWN_KEYS)):
             continue
-        if not {keys.weight, keys.u} <= names <= set(keys):
-            expected = ", ".join(name for name in keys if name)
+        weight, u, *_ = keys
+        if not {weight, u} <= names <= keys.keys():
             raise ValueError(
-                f"{prefix[:-1] or 'the layer'}: expected {expected} of {source} and no other form of them, got "
+                f"{prefix[:-1] or 'the layer'}: expected {', '.join(keys)} of {source} and no other form of them, got "
                 f"{', '.join(sorted(names))}"
             )
-        entries = [state.pop(prefix + name, None) for name in keys]
-        for name, entry in zip(OWN_KEYS[:3], entries[:3], strict=True):
-            if entry is not None:
-                is_u = name == OWN_KEYS.u and isinstance(entry, Tensor)
-                state[prefix + name] = entry.reshape(-1) if is_u else entry
+        entries = {ours: state.pop(prefix + theirs, None) for theirs, ours in keys.items()}
+        for ours, entry in entries.items():
+            if ours is not None and entry is not None:
+                is_u = ours == "weight_u" and isinstance(entry, Tensor)  # also stored as [1, n]
+                state[prefix + ours] = entry.reshape(-1) if is_u else entry
         return
-
-
-def _all_names() -> Collection[str]:
-    return {name for keys in (OWN_KEYS, *FOREIGN_KEYS.values()) for name in keys if name}
 
 
 @torch.no_grad()

@@ -307,7 +307,7 @@ class SpectralNormLayer(nn.Module):
 
     @torch.no_grad()
     def _add_vectors(self, state_dict: dict[str, Any], prefix: str, load: object) -> None:
-        names = [prefix + name for name in foreign.OWN_KEYS[:3]]
+        names = [prefix + name for name in foreign.OWN_KEYS]
         weight, u, v = (state_dict.get(name) for name in names)
         if v is not None or not isinstance(weight, Tensor) or weight.dtype not in checks.FLOATING:
             return
