@@ -79,12 +79,10 @@ class BlockPlace(NamedTuple):
 
     Attributes:
         number: of the block, from 0.
-        blocks: how many there are.
         attention: attention layers before it.
     """
 
     number: int
-    blocks: int
     attention: int
 
 
@@ -131,7 +129,7 @@ class NetworkNames:
         names = dict(self.others(len(blocks)))
         passed = 0
         for index, ours in enumerate(blocks):
-            place = BlockPlace(index, len(blocks), passed)
+            place = BlockPlace(index, passed)
             for part, theirs in self.parts.items():
                 names[f"{ours}.{part}"] = f"{self.block(place)}{separator}{theirs}"
             if index in attention:

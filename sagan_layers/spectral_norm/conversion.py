@@ -129,27 +129,21 @@ def apply_spectral_norm(
     options.checked(output_axis=0)
     if not (report is None or callable(report)):
         raise TypeError(f"report: expected a function of one string, got {checks.shown(report)}")
-    if isinstance(exclude, str):
-        raise TypeError(f"exclude: expected a collection, got the string {exclude!r}; write [{exclude!r}]")
-    try:
-        entries = tuple(exclude)
-    except TypeError as error:
-        raise TypeError(f"exclude: expected a collection, got {checks.shown(exclude)}") from error
-    excluded = _excluded_modules(model, entries)
+    excluded = _excluded_modules(model, exclude)
     chosen: dict[str, _Conversion] = {}
     lines: dict[str, str] = {}
     passed_over = []
     for name, layer in model.named_modules():
         if isinstance(layer, SpectralNormLayer):
             continue
-        kind = parametrize.type_before_parametrizations(layer)
-        if layer in excluded or (only_normalized and _foreign_norm(layer) is None):
+        kind, norm = parametrize.type_before_parametrizations(layer), _foreign_norm(layer)
+        if layer in excluded or (only_normalized and norm is None):
             if isinstance(layer, _WEIGHT_LAYERS) or _is_unknown(layer):
                 lines[name] = f"{kind.__name__} {'excluded' if layer in excluded else 'left'}"
         elif kind in _NORMALIZED_CLASSES:
-            chosen[name] = conversion = _conversion_of(name, layer, _NORMALIZED_CLASSES[kind], options)
+            chosen[name] = conversion = _conversion_of(name, layer, norm, _NORMALIZED_CLASSES[kind], options)
             lines[name] = f"{kind.__name__}{conversion.source} -> {conversion.normalized_class.__name__}"
-        elif isinstance(layer, _WEIGHT_LAYERS) or _foreign_norm(layer) is not None:
+        elif isinstance(layer, _WEIGHT_LAYERS) or norm is not None:
             raise TypeError(
                 f"no spectrally normalised form of {kind.__name__} at {_shown(name)}; "
                 "put its name or class into exclude to leave it as it is"
@@ -212,10 +206,16 @@ _WEIGHT_LAYERS = (
 
 
 def _excluded_modules(
-    model: nn.Module, exclude: tuple[str | type[nn.Module] | nn.Module, ...]
+    model: nn.Module, exclude: Iterable[str | type[nn.Module] | nn.Module]
 ) -> set[nn.Module]:
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude: expected a collection, got the string {exclude!r}; write [{exclude!r}]")
+    try:
+        entries = tuple(exclude)
+    except TypeError as error:
+        raise TypeError(f"exclude: expected a collection, got {checks.shown(exclude)}") from error
     excluded: set[nn.Module] = set()
-    for entry in exclude:
+    for entry in entries:
         if isinstance(entry, str):
             matches = [layer for name, layer in model.named_modules() if fnmatch.fnmatchcase(name, entry)]
         elif isinstance(entry, type):
@@ -239,12 +239,11 @@ def _is_unknown(layer: nn.Module) -> bool:
 
 
 def _conversion_of(
-    name: str, layer: Any, normalized_class: type[SpectralNormLayer], options: LayerOptions
+    name: str, layer: Any, norm: Any, normalized_class: type[SpectralNormLayer], options: LayerOptions
 ) -> _Conversion:
     """Return how to convert a layer of torch's; raise if that cannot be done."""
     if isinstance(layer, nn.Embedding):
         refuse_embedding_options(layer.max_norm, layer.sparse)
-    norm = _foreign_norm(layer)
     weight, vectors, source = layer._parameters.get("weight"), None, ""
     if isinstance(norm, SpectralNorm):
         weight, vectors = layer.weight_orig, (layer.weight_u, layer.weight_v)

@@ -51,10 +51,8 @@ def _normalize_group(tasks: list[SpectralNormTask]) -> list[SpectralNormResult]:
     layouts = [layout_of(task.weight, task.options.dim) for task in tasks]
     from_u = options.iterate_from == "u"
     matrices = [_matrix(task.weight.detach(), task.options.dim) for task in tasks]  # [firsts, seconds]
-    firsts, seconds = (
-        [task.u for task in tasks],
-        [layout.in_memory_order(task.v) for layout, task in zip(layouts, tasks, strict=True)],
-    )
+    firsts = [task.u for task in tasks]
+    seconds = [layout.in_memory_order(task.v) for layout, task in zip(layouts, tasks, strict=True)]
     if not from_u:
         matrices, firsts, seconds = [matrix.t() for matrix in matrices], seconds, firsts
     like = matrices[0]
