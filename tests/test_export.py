@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -70,8 +69,8 @@ def operations_of(program: torch.export.ExportedProgram) -> set[str]:
     return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
 
 
-def own_operations_of(module: nn.Module, *inputs: Tensor, **options: Any) -> set[str]:
-    program = torch.export.export(module, inputs, **options)
+def own_operations_of(module: nn.Module, *inputs: Tensor, strict: bool = False) -> set[str]:
+    program = torch.export.export(module, inputs, strict=strict)
     return {name for name in operations_of(program) if "sagan_layers" in name}
 
 
@@ -84,12 +83,16 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 )  # the others: tests/test_module_contract.py
 def test_exported_at_any_size_it_needs_torch_alone_and_equals_eager(block: Block) -> None:
     module, inputs = build(block).eval(), draw_inputs(block)
-    program = torch.export.export(module, inputs, dynamic_shapes=dynamic_axes(inputs))
+    program = torch.export.export(module, inputs, dynamic_shapes=dynamic_axes(inputs), strict=False)
     assert not any("sagan_layers" in name for name in operations_of(program))
     for fresh in (inputs, at_another_size(inputs)):
         assert relative_error(program.module()(*fresh), module(*fresh)) <= 1e-6
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"),
+    reason="torch 2.6 does not tell a strict export from torch.compile",
+)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_strict_export_needs_torch_alone_too(training: bool) -> None:
     network = Discriminator().train(training)
@@ -110,7 +113,9 @@ def test_a_backend_that_is_named_or_forced_keeps_its_operation() -> None:
 
 def test_a_saved_program_runs_in_a_process_without_this_library(tmp_path: Path) -> None:
     network, inputs = Discriminator().eval(), (torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 4]))
-    torch.export.save(torch.export.export(network, inputs), tmp_path / "network.pt2")
+    with torch.no_grad():  # torch 2.6 cannot load a program that switches gradients off
+        program = torch.export.export(network, inputs, strict=False)
+    torch.export.save(program, tmp_path / "network.pt2")
     torch.save(inputs, tmp_path / "inputs.pt")
     script = """
 import sys, torch

@@ -363,7 +363,7 @@ def test_exported_at_any_size_it_needs_torch_alone_and_equals_eager(block: Block
     module = build(block).train(training)
     eager = copy.deepcopy(module)
     inputs = draw_inputs(block, batch=3)
-    program = torch.export.export(module, inputs, dynamic_shapes=dynamic_axes(inputs))
+    program = torch.export.export(module, inputs, dynamic_shapes=dynamic_axes(inputs), strict=False)
     assert not any("sagan_layers" in str(node.target) for node in program.graph.nodes)
     exported = program.module()
     for fresh in (inputs, draw_inputs(block, batch=7, seed=7), at_another_size(inputs)):

@@ -52,7 +52,7 @@ def test_symbolic_trace_records_blocks_and_mixers_as_calls(kind: type[nn.Module]
 def test_the_exported_program_needs_torch_alone(kind: type[nn.Module]) -> None:
     network, inputs = made(kind), inputs_of(kind, 5)
     batch = {0: torch.export.Dim("batch", min=1)}
-    program = torch.export.export(network, inputs_of(kind, 2), dynamic_shapes=(batch, batch))
+    program = torch.export.export(network, inputs_of(kind, 2), dynamic_shapes=(batch, batch), strict=False)
     assert not any("sagan_layers" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(*inputs), network(*inputs))
 
