@@ -39,6 +39,8 @@ LAYERS: dict[str, tuple[type[nn.Module], type[SpectralNormLayer], tuple[Any, ...
     "embedding": (nn.Embedding, SNEmbedding, (7, 4)),
 }
 every_layer = pytest.mark.parametrize("kind", LAYERS)
+NORMALIZE = {row.name: row.implementation.normalize for row in SPECTRAL_NORM.backends}
+every_backend = pytest.mark.parametrize("backend", NORMALIZE)
 
 
 def input_of(kind: str) -> Tensor:
@@ -52,6 +54,12 @@ FOREIGN: dict[str, Any] = {
     "parametrization": parametrizations.spectral_norm,
 }
 every_way = pytest.mark.parametrize("way", FOREIGN)
+
+
+def options_of(way: str) -> dict[str, Any]:
+    """Torch's, as ours."""
+    order = "u" if way == "hook" else "v"
+    return {"eps_mode": "clamp", "iterate_when_frozen": False, "iterate_from": order}
 
 
 def original_of(layer: Any) -> nn.Parameter:
@@ -92,8 +100,7 @@ def test_with_torchs_options_it_computes_and_differentiates_as_torch(
 ) -> None:
     theirs = foreign(way, kind, magnitude, **options)
     _, normalised, sizes = LAYERS[kind]
-    options = {"iterate_from": "u" if way == "hook" else "v", **options}
-    ours = normalised(*sizes, dtype=torch.float64, eps_mode="clamp", iterate_when_frozen=False, **options)  # type: ignore[call-arg]
+    ours = normalised(*sizes, dtype=torch.float64, **options_of(way), **options)  # type: ignore[call-arg]
     ours.load_state_dict(theirs.state_dict())
     stored, x = copy.deepcopy(ours), input_of(kind)
     for training in (True, False):
@@ -110,31 +117,25 @@ def test_with_torchs_options_it_computes_and_differentiates_as_torch(
         torch.testing.assert_close(ours.state_dict(), stored.state_dict(), rtol=1e-9, atol=0)
 
 
-def clamped_by_hand(weight: Tensor, u: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    matrix = weight.double().flatten(1)
-    u = u.double()
-    for _ in range(iterations):
-        v = nn.functional.normalize(matrix.t() @ u, dim=0, eps=eps)
-        u = nn.functional.normalize(matrix @ v, dim=0, eps=eps)
-    return weight.double() / (u @ matrix @ v), u, v
-
-
-@pytest.mark.parametrize("backend", ["cpu", "grouped", "reference"])
+@every_backend
 @pytest.mark.parametrize("magnitude", [1.0, 1e-3, 1e-6, 1e-20])
 @pytest.mark.parametrize("eps", [1e-12, 1e-4])
-def test_every_backend_takes_eps_as_the_least_norm(backend: str, magnitude: float, eps: float) -> None:
-    weight, u, v = (
-        magnitude * torch.randn(6, 4, 3, 3),
-        nn.functional.normalize(torch.randn(6), dim=0),
-        torch.zeros(36),
-    )
+def test_every_backend_and_the_stateless_form_take_eps_as_the_least_norm(
+    backend: str, magnitude: float, eps: float
+) -> None:
+    weight, v = magnitude * torch.randn(6, 4, 3, 3), torch.zeros(36)
+    u = nn.functional.normalize(torch.randn(6), dim=0)
     options = SpectralNormOptions(0, 1, eps, torch.float32, eps_mode="clamp")
-    normalize = {row.name: row.implementation.normalize for row in SPECTRAL_NORM.backends}[backend]
-    (result,) = normalize([SpectralNormTask(weight, u, v, options)])
-    expected = clamped_by_hand(weight, u, 1, eps)
-    for got, wanted in zip((result.weight, result.u, result.v), expected, strict=True):
-        if wanted.abs().max() < 1e38:
-            torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=0)
+    results = NORMALIZE[backend]([SpectralNormTask(weight, u, v, options)])
+    results.append(functional.spectral_normalize(weight, u, v, eps=eps, eps_mode="clamp"))
+    matrix = weight.double().flatten(1)
+    right = nn.functional.normalize(matrix.t() @ u.double(), dim=0, eps=eps)
+    left = nn.functional.normalize(matrix @ right, dim=0, eps=eps)
+    expected = weight.double() / (left @ matrix @ right), left, right
+    for result in results:
+        for got, wanted in zip((result.weight, result.u, result.v), expected, strict=True):
+            if wanted.abs().max() < 1e38:
+                torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=0)
 
 
 def test_layers_of_all_options_share_one_call() -> None:
@@ -161,13 +162,6 @@ def test_a_sigma_too_small_for_its_reciprocal_gives_an_infinite_gradient_and_no_
     assert not y.isfinite().all()
     assert layer.weight.grad is not None
     assert not layer.weight.grad.isfinite().all()
-
-
-def test_the_stateless_form_clamps_as_the_layer_does() -> None:
-    weight, u = torch.randn(5, 4) * 1e-3, torch.randn(5)
-    result = functional.spectral_normalize(weight, u, torch.ones(4), eps=1e-2, eps_mode="clamp")
-    expected, *_ = clamped_by_hand(weight, u, 1, 1e-2)
-    torch.testing.assert_close(result.weight.double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("options", [{"eps": 0.9, "eps_mode": "clamp"}, {"iterate_from": "v"}, {"dim": 1}])
@@ -217,7 +211,7 @@ def test_blocks_pass_the_options_to_their_layers(block: nn.Module) -> None:
         assert {name: getattr(layer, name) for name in OPTIONS} == OPTIONS
 
 
-@pytest.mark.parametrize("backend", ["cpu", "grouped", "reference"])
+@every_backend
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_an_iteration_from_v_is_that_from_u_of_the_transposed_matrix(
@@ -226,7 +220,7 @@ def test_an_iteration_from_v_is_that_from_u_of_the_transposed_matrix(
     weight, u, v = torch.randn(5, 4), torch.randn(5), torch.randn(4)
     if dim == 1:
         u, v = v, u
-    normalize = {row.name: row.implementation.normalize for row in SPECTRAL_NORM.backends}[backend]
+    normalize = NORMALIZE[backend]
     options = SpectralNormOptions(dim, iterations, 1e-12, torch.float32, iterate_from="v")
     (from_v,) = normalize([SpectralNormTask(weight, u, v, options)])
     other = options._replace(iterate_from="u")
@@ -460,15 +454,7 @@ def test_a_running_optimizer_goes_on_with_the_converted_parameters(way: str) -> 
 @every_way
 def test_converted_layers_are_constructed_ones(way: str) -> None:
     converted = apply_spectral_norm(foreign(way, "conv"))
-    constructed = SNConv2d(
-        4,
-        6,
-        3,
-        dtype=torch.float64,
-        eps_mode="clamp",
-        iterate_when_frozen=False,
-        iterate_from="u" if way == "hook" else "v",
-    )
+    constructed = SNConv2d(4, 6, 3, dtype=torch.float64, **options_of(way))
     assert repr(converted) == repr(constructed)
     assert vars(converted).keys() == vars(constructed).keys()
     assert set(converted.state_dict()) == set(constructed.state_dict())
