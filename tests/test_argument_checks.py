@@ -167,7 +167,8 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
         {
             **{"size": "in_channels pool_size n_power_iterations", "eps": "eps", "number": "gamma_init"},
             **{"optional size": "key_channels value_channels", "name": "backend eps_mode", "dtype": "dtype"},
-            **{"flag": "output_projection bias spectral_norm iterate_when_frozen", "device": "device"},
+            **{"flag": "output_projection bias spectral_norm residual iterate_when_frozen"},
+            "device": "device",
         },
     ),
     (
@@ -176,7 +177,7 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
         {
             **{"size": "in_channels n_power_iterations", "optional size": "num_classes", "eps": "eps"},
             **{
-                "name": "pooling eps_mode",
+                "name": "pooling activation eps_mode",
                 "flag": "spectral_norm iterate_when_frozen",
                 "device": "device",
                 "dtype": "dtype",
@@ -210,7 +211,7 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
     ),
     (functional.attention, ATTENTION, {"number": "scale", "name": "backend"}),
     (functional.attention_weights, {name: ATTENTION[name] for name in ("query", "key")}, {"number": "scale"}),
-    (functional.self_attention_2d, BLOCK, {"size": "pool_size", "name": "backend"}),
+    (functional.self_attention_2d, BLOCK, {"size": "pool_size", "flag": "residual", "name": "backend"}),
     (
         functional.conditional_batch_norm,
         BATCH_NORM,

@@ -139,7 +139,7 @@ def apply_spectral_norm(
         kind, norm = parametrize.type_before_parametrizations(layer), _foreign_norm(layer)
         if layer in excluded or (only_normalized and norm is None):
             if isinstance(layer, _WEIGHT_LAYERS) or _is_unknown(layer):
-                lines[name] = f"{kind.__name__} {'excluded' if layer in excluded else 'left'}"
+                lines[name] = f"{kind.__name__} {'excluded' if layer in excluded else 'left as it is'}"
         elif kind in _NORMALIZED_CLASSES:
             chosen[name] = conversion = _conversion_of(name, layer, norm, _NORMALIZED_CLASSES[kind], options)
             lines[name] = f"{kind.__name__}{conversion.source} -> {conversion.normalized_class.__name__}"
