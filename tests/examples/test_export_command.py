@@ -133,7 +133,7 @@ class TestErrors:
         self, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "onnxscript", None)
-        message = refused("export", "--source", trained_run, "--out", tmp_path / "file")
+        message = refused("export", "--source", trained_run, "--out", tmp_path / "file.onnx")
         assert "format: 'onnx' needs onnx, onnxscript and onnxruntime" in message
         assert "pip install -c constraints.txt -e '.[export]'" in message
         assert not any(tmp_path.iterdir())
@@ -145,7 +145,15 @@ class TestErrors:
             return b"", lambda *inputs: generator(*inputs) + 0.01
 
         monkeypatch.setitem(export._WRITERS, "torch-export", changed)
-        arguments = "export", "--source", trained_run, "--out", tmp_path / "file", "--format", "torch-export"
+        arguments = (
+            "export",
+            "--source",
+            trained_run,
+            "--out",
+            tmp_path / "file.pt2",
+            "--format",
+            "torch-export",
+        )
         assert "expected images within 1e-04 of the network's, got differences of 1.0e-02" in refused(
             *arguments
         )
@@ -160,5 +168,18 @@ class TestErrors:
         needs_onnx()
         monkeypatch.setattr(export, "_PROTOBUF_BYTES", 1000)
         assert "expected a network below 2 GiB for 'onnx'" in refused(
-            "export", "--source", trained_run, "--out", tmp_path / "file"
+            "export", "--source", trained_run, "--out", tmp_path / "file.onnx"
         )
+
+    @pytest.mark.parametrize(
+        ("format", "suffix"),
+        [("onnx", ".onnx"), ("torch-export", ".pt2"), ("safetensors", ".safetensors")],
+    )
+    def test_a_name_of_another_kind_of_file_is_refused_and_a_checkpoint_stays(
+        self, trained_run: Path, format: str, suffix: str
+    ) -> None:
+        (checkpoint,) = (trained_run / "checkpoints").glob("*.pt")
+        before = checkpoint.read_bytes()
+        message = refused("export", "--source", checkpoint, "--out", checkpoint, "--format", format)
+        assert f"out: expected a name that ends in {suffix} for {format}, got {checkpoint}" in message
+        assert checkpoint.read_bytes() == before

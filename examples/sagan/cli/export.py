@@ -23,7 +23,7 @@ class Export:
 
     Attributes:
         source: folder of a run, or a checkpoint.
-        out: the file; generator.onnx, .pt2 or .safetensors by default.
+        out: the file, whose name ends as the format's default: generator.onnx, .pt2 or .safetensors.
         format: "onnx", "torch-export" (a .pt2 file) or "safetensors" (the weights alone).
         weights: moving average ("ema"), current weights ("raw"), or the average if there is one ("auto").
         title: kept in the file.
@@ -41,6 +41,10 @@ def run(command: Export) -> int:
     out = command.out or Path(f"generator{SUFFIXES[command.format]}")
     if out.is_dir():
         raise UserError(f"out: expected a file, got the folder {out}")
+    if out.suffix != SUFFIXES[command.format]:
+        raise UserError(
+            f"out: expected a name that ends in {SUFFIXES[command.format]} for {command.format}, got {out}"
+        )
     trained = load_generator(command.source, torch.device("cpu"), weights=command.weights)
     network = trained.config.network
     title = command.title or f"SAGAN generator of {network.resolution} pixels, iteration {trained.iteration}"
