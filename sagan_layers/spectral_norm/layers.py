@@ -226,15 +226,9 @@ class SpectralNormLayer(nn.Module):
         memory = self._memory if self.training else None
         if self.training and memory is None and not torch.compiler.is_compiling():
             memory = self._memory = LayerMemory()
-        n_power_iterations = self.n_power_iterations if iterate else 0
+        iterations = self.n_power_iterations if iterate else 0
         options = SpectralNormOptions(
-            self.dim,
-            n_power_iterations,
-            self.eps,
-            dtype or weight.dtype,
-            memory,
-            self.eps_mode,
-            self.iterate_from,
+            self.dim, iterations, self.eps, dtype or weight.dtype, memory, self.eps_mode, self.iterate_from
         )
         return SpectralNormTask(weight, u, v, options)
 

@@ -30,7 +30,7 @@ class SpectralNormInputs(NamedTuple):
     alone: bool
 
 
-def _opaque(
+def _eager_only(
     unsupported_reasons: Callable[[Tensor, int], list[str]],
 ) -> Callable[[SpectralNormInputs], list[str]]:
     """Return the reasons of a backend with kernels, which compilers and transforms cannot trace."""
@@ -47,11 +47,11 @@ SPECTRAL_NORM: Operation[SpectralNormInputs, SpectralNormKernels] = Operation(
     "spectral_norm",
     "spectral norm",
     (
-        Backend("cpu", cpu.KERNELS, _opaque(cpu.unsupported_reasons)),
+        Backend("cpu", cpu.KERNELS, _eager_only(cpu.unsupported_reasons)),
         Backend(
             "grouped",
             grouped.KERNELS,
-            _opaque(grouped.unsupported_reasons),
+            _eager_only(grouped.unsupported_reasons),
             lambda inputs: ["it needs more than one weight"] if inputs.alone else [],
         ),
         Backend("reference", SpectralNormKernels(reference.normalize)),
