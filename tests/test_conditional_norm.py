@@ -196,22 +196,13 @@ def test_other_code_bases_load_gains_into_tables_of_any_offset() -> None:
     torch.testing.assert_close(*states)
 
 
-class Network(nn.Module):
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 1), norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
-
-
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("options", [{}, {"assign": True}, {"strict": False}], ids=str)
 def test_without_a_condition_it_loads_torchs_batch_norm(options: dict[str, bool], nested: bool) -> None:
     theirs: nn.Module = nn.BatchNorm2d(4)
     ours: nn.Module = ConditionalBatchNorm2d(4)
     if nested:
-        theirs, ours = Network(theirs), Network(ours)
+        theirs, ours = (nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), norm)) for norm in (theirs, ours))
     for value in theirs.state_dict().values():
         value.copy_(torch.rand(value.shape) + 7)
     names, state = list(ours.state_dict()), theirs.state_dict()

@@ -675,21 +675,9 @@ def test_applying_finds_a_shared_layer_once() -> None:
     assert model(torch.randn(2, 3)).shape == (2, 3)
 
 
-def empty_linear() -> nn.Module:
+def linear_with(weight: Tensor) -> nn.Module:
     layer = nn.Linear(2, 2)
-    layer.weight = nn.Parameter(torch.empty(0, 2))
-    return layer
-
-
-def flat_linear() -> nn.Module:
-    layer = nn.Linear(2, 2)
-    layer.weight = nn.Parameter(torch.ones(4))
-    return layer
-
-
-def float8_linear() -> nn.Module:
-    layer = nn.Linear(2, 2)
-    layer.weight = nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn))
+    layer.weight = nn.Parameter(weight)
     return layer
 
 
@@ -720,14 +708,26 @@ class CustomLinear(nn.Linear):
         (lambda: nn.utils.spectral_norm(nn.Linear(2, 2), eps=0), ValueError, "'1' with torch.*eps: expected"),
         (lambda: nn.utils.spectral_norm(nn.Conv2d(2, 2, 1), dim=2), ValueError, "'1' with torch.*dim: exp"),
         (lambda: nn.Linear(2, 2, dtype=torch.complex64), TypeError, "the weight of '1': expected a floating"),
-        (float8_linear, TypeError, "the weight of '1': expected a dense tensor of float32"),
-        (flat_linear, ValueError, r"the weight of '1': expected at least two axes.*got shape \[4\]"),
+        (
+            lambda: linear_with(torch.ones(2, 2).to(torch.float8_e4m3fn)),
+            TypeError,
+            "the weight of '1': expected a dense tensor of float32",
+        ),
+        (
+            lambda: linear_with(torch.ones(4)),
+            ValueError,
+            r"the weight of '1': expected at least two axes.*got shape \[4\]",
+        ),
         (
             lambda: parametrizations.weight_norm(nn.Linear(2, 2), "bias"),
             TypeError,
             "or bias of '1' is computed",
         ),
-        (empty_linear, ValueError, r"the weight of '1': expected.*one element, got shape \[0, 2"),
+        (
+            lambda: linear_with(torch.empty(0, 2)),
+            ValueError,
+            r"the weight of '1': expected.*one element, got shape \[0, 2",
+        ),
         (lambda: nn.Embedding(3, 2, max_norm=1.0), ValueError, "max_norm: expected None"),
         (lambda: nn.Embedding(3, 2, sparse=True), ValueError, "sparse: expected False"),
     ],

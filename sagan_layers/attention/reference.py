@@ -135,7 +135,7 @@ class SelfAttentionInputs(NamedTuple):
 
 
 class NonResidualInputs(SelfAttentionInputs):
-    """The inputs of a block that does not add x to its result."""
+    """The inputs of a block that does not add x to its result. A class, because kernels unpack four fields."""
 
 
 def self_attention_2d(
