@@ -31,12 +31,12 @@ def load_network(
 
     Raises:
         UserError: if the code base has no such network.
-        ValueError: if entries are missing, left over or of the wrong shape; the network then does not change.
+        ValueError: if entries are missing, left over or of the wrong shape (the network then does not change), or
+            the code base is not known.
     """
-    table = source if isinstance(source, CodeBase) else convert.CODE_BASES.get(source)
-    if table is not None:
-        check_only(type(network), network.config, table)
-    convert.load(network, state, source, prefix=prefix, **layout(network, source))
+    code_base = convert.code_base_of(source)
+    check_only(type(network), network.config, code_base)
+    convert.load(network, state, code_base, prefix=prefix, **layout(network, code_base))
 
 
 def save_network(network: Network, target: str | CodeBase, prefix: str = "") -> dict[str, Tensor]:
@@ -44,11 +44,11 @@ def save_network(network: Network, target: str | CodeBase, prefix: str = "") -> 
 
     Raises:
         UserError: if the code base has no such network.
+        ValueError: if the code base is not known.
     """
-    table = target if isinstance(target, CodeBase) else convert.CODE_BASES.get(target)
-    if table is not None:
-        _check_expressible(network, table)
-    return convert.save(network, target, prefix=prefix, **layout(network, target))
+    code_base = convert.code_base_of(target)
+    _check_expressible(network, code_base)
+    return convert.save(network, code_base, prefix=prefix, **layout(network, code_base))
 
 
 def load_tensorflow_generator(
@@ -65,12 +65,9 @@ def load_tensorflow_discriminator(
     load_network(discriminator, variables, "tensorflow", scope)
 
 
-def layout(network: Network, code_base: str | CodeBase) -> dict[str, Any]:
+def layout(network: Network, code_base: CodeBase) -> dict[str, Any]:
     """Return how a code base names a network's modules, as arguments of ``convert.load``."""
-    table = code_base if isinstance(code_base, CodeBase) else convert.CODE_BASES.get(code_base)
-    if table is None:  # load and save say what they expect
-        return {}
-    there = names_of(type(network), table)
+    there = names_of(type(network), code_base)
     blocks = [f"blocks.{index}" for index in range(len(network.blocks))]
     if isinstance(network, Generator):
         sizes = [size for size, _ in generator_widths(network.config)[1:]]
@@ -79,7 +76,7 @@ def layout(network: Network, code_base: str | CodeBase) -> dict[str, Any]:
         blocks.append("last_block")
     attention = {sizes.index(int(size)): f"mixers.{size}" for size in network.mixers}
     return {
-        "names": there.of(blocks, attention, table.separator),
+        "names": there.of(blocks, attention, code_base.separator),
         "channels_last_outputs": there.channels_last_outputs,
     }
 
@@ -130,15 +127,12 @@ def _check_expressible(network: Network, code_base: CodeBase) -> None:
     """Raise :class:`UserError` if a code base has no such network."""
     config, kind = network.config, type(network).__name__.lower()
     check_only(type(network), config, code_base)
-    settings = settings_of(code_base, config.resolution, {})
-    is_generator = isinstance(network, Generator)
-    known: dict[str, list[Any]] = {"mixer": ["attention"]}
-    for name in ("attention_bias", "upsampling") if is_generator else ("attention_bias",):
-        known[name] = [settings.get(name, getattr(NetworkConfig, name))]
-    for name in () if is_generator else ("d_relu_before_blocks", "d_hidden_channels"):
-        if name in settings:
-            known[name] = [settings[name]]
-    if is_generator and config.num_classes:
+    usual = {"mixer": "attention", "attention_bias": False, "upsampling": "nearest"}
+    settings = {**usual, **settings_of(code_base, config.resolution, {})}
+    ours = ["mixer", "attention_bias"]
+    ours += ["upsampling"] if kind == "generator" else ["d_relu_before_blocks", "d_hidden_channels"]
+    known = {name: [settings[name]] for name in ours if name in settings}
+    if kind == "generator" and config.num_classes:
         known["condition"] = conditions_of(code_base)
     for name, values in known.items():
         if (value := getattr(config, name)) not in values:

@@ -130,9 +130,10 @@ class NetworkConfig:
             raise UserError(f"bn_momentum, last_bn_momentum: expected from 0 to 1, got {momenta}")
         self._check_channels()
         self._check_condition()
+        halving = discriminator_widths(self)[: -self.d_last_blocks]
         for name, chosen, allowed in (
             ("g_attention", self.g_attention, [r for r, _ in generator_widths(self)[1:]]),
-            ("d_attention", self.d_attention, [r for r, _ in discriminator_widths(self)]),
+            ("d_attention", self.d_attention, [r for r, _ in halving]),
         ):
             wrong = sorted(set(chosen) - set(allowed))
             if wrong or len(set(chosen)) != len(chosen):
@@ -177,9 +178,9 @@ class NetworkConfig:
         """The width of the vectors that G's batch norms take; None if they take labels or nothing."""
         if self.condition == "table":
             return None
-        width = self.embedding_dim if self.condition == "embedding" else self.head_classes
-        vector = width if self.head_classes else 0
-        return (vector or 0) + (self.linear_features if self.hierarchical_latents else 0) or None
+        classes = self.head_classes or 0
+        vector = self.embedding_dim if classes and self.condition == "embedding" else classes
+        return vector + (self.linear_features if self.hierarchical_latents else 0) or None
 
     @property
     def head_classes(self) -> int | None:
@@ -202,11 +203,12 @@ def generator_widths(config: NetworkConfig) -> list[tuple[int, int]]:
 
 
 def discriminator_widths(config: NetworkConfig) -> list[tuple[int, int]]:
-    """Return (resolution, channels) after D's halving blocks, from half the image's resolution on."""
-    half = config.resolution // 2
-    resolutions = _resolutions(config)[-2::-1]
-    by_rule = [config.base_width * min(16, half // r) for r in resolutions]
-    return list(zip(resolutions, config.d_channels[: -config.d_last_blocks] or by_rule, strict=False))
+    """Return (resolution, channels) after each of D's blocks; the last blocks keep the resolution."""
+    resolutions, last = _resolutions(config)[-2::-1], config.d_last_blocks
+    by_rule = [config.base_width * min(16, config.resolution // 2 // r) for r in resolutions]
+    channels = config.d_channels or [*by_rule, *by_rule[-1:] * last]
+    resolutions = resolutions[: len(channels) - last]
+    return list(zip(resolutions + resolutions[-1:] * last, channels, strict=True))
 
 
 class Generator(nn.Module):
@@ -314,19 +316,18 @@ class Discriminator(nn.Module):
         self.checkpoints_activations = False
         self.blocks = nn.ModuleList()
         self.mixers = nn.ModuleDict()
-        width = 3
-        for resolution, out_channels in discriminator_widths(config):
+        width, last = 3, config.d_last_blocks
+        widths = discriminator_widths(config)
+        for resolution, out_channels in widths[:-last]:
             self.blocks.append(DownBlock(width, out_channels, config, preactivation=len(self.blocks) > 0))
             if resolution in config.d_attention:
                 self.mixers[str(resolution)] = _mixer(out_channels, config.d_spectral_norm, config)
             width = out_channels
-        last = config.d_last_blocks
-        widths = (width, *(config.d_channels[-last:] or (width,) * last))
-        *others, self.last_block = starmap(partial(LastBlock, config=config), pairwise(widths))
+        channels = [channels for _, channels in widths[-last - 1 :]]
+        *others, self.last_block = starmap(partial(LastBlock, config=config), pairwise(channels))
         self.blocks.extend(others)
-        width = widths[-1]
         self.head = ProjectionDiscriminatorHead(
-            width, config.head_classes, spectral_norm=config.d_spectral_norm, **_sn_options(config)
+            channels[-1], config.head_classes, spectral_norm=config.d_spectral_norm, **_sn_options(config)
         )
         initialize(self, config.init)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, combinations, product
@@ -104,7 +103,7 @@ def _split(entries: State, code_base: CodeBase) -> dict[str, dict[str, Any]]:
         first, _, rest = name.partition(code_base.separator)
         part, inner = (first, rest) if first in _PARTS else ("", name)
         parts.setdefault(part, {})[inner] = value
-    others = [name for name in parts.get("", ()) if not _is_ignored(name, code_base)]
+    others = [name for name in parts.get("", ()) if not code_base.ignores(name)]
     if len(parts) > 1 and others:
         raise UserError(f"expected entries of {', '.join(_PARTS)}, got others too: {listed(others)}")
     return {part: _unwrapped(state, code_base) for part, state in parts.items()}
@@ -113,16 +112,12 @@ def _split(entries: State, code_base: CodeBase) -> dict[str, dict[str, Any]]:
 def _unwrapped(entries: State, code_base: CodeBase) -> dict[str, Any]:
     """Remove what all names begin with, such as DistributedDataParallel's "module."."""
     separator = code_base.separator
-    names = [name for name in entries if not _is_ignored(name, code_base)]
+    names = [name for name in entries if not code_base.ignores(name)]
     firsts = {name.partition(separator)[0] for name in names}
     if len(firsts) != 1 or firsts & {*names, *_PARTS}:
         return dict(entries)
     prefix = firsts.pop() + separator
     return _unwrapped({name.removeprefix(prefix): value for name, value in entries.items()}, code_base)
-
-
-def _is_ignored(name: str, code_base: CodeBase) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in code_base.ignored)
 
 
 def _first(parts: Mapping[str, dict[str, Any]], *names: str) -> dict[str, Any]:
@@ -260,7 +255,10 @@ def _nearest(
             costs.append(_misfit(exact))
             founds.append(found)
     if not founds:
-        raise UserError(_description(kind, code_base, min(comparisons, key=_misnamed), shapes=False))
+        nearest = min(comparisons, key=_misnamed)
+        raise UserError(
+            _description(kind, code_base, nearest._replace(found=[]))
+        )  # probes' shapes tell nothing
     best = [found for cost, found in zip(costs, founds, strict=True) if cost == min(costs)]
     attention = "g_attention" if kind is Generator else "d_attention"
     wanted = settings_of(code_base, {**common, **best[0]}["resolution"], overrides).get(attention)
@@ -322,16 +320,11 @@ def _begins(code_base: CodeBase, names: list[str]) -> bool:
 
 def _tidy(config: NetworkConfig) -> NetworkConfig:
     """Return the same networks with the rule of base_width in place of channels that follow it."""
-    width = generator_widths(config)[-1][1]
-    by_rule = replace(config, base_width=width, g_channels=())
+    by_rule = replace(config, base_width=config.g_channels[-1], g_channels=())
     if generator_widths(by_rule) == generator_widths(config):
         config = by_rule
-    last = config.d_last_blocks
-    halving, ends = config.d_channels[:-last], set(config.d_channels[-last - 1 :])
-    by_rule = replace(config, d_channels=(), d_attention=())
-    if len(ends) == 1 and halving == tuple(channels for _, channels in discriminator_widths(by_rule)):
-        config = replace(config, d_channels=())
-    return config
+    by_rule = replace(config, d_channels=())
+    return by_rule if discriminator_widths(by_rule) == discriminator_widths(config) else config
 
 
 def _misnamed(comparison: convert.Comparison) -> int:
@@ -342,19 +335,9 @@ def _misfit(comparison: convert.Comparison) -> int:
     return _misnamed(comparison) + len(comparison.misshapen)
 
 
-def _description(
-    kind: type[Network], code_base: CodeBase, comparison: convert.Comparison, *, shapes: bool = True
-) -> str:
+def _description(kind: type[Network], code_base: CodeBase, comparison: convert.Comparison) -> str:
     """Return a message that names what does not fit."""
-    problems = {"missing": comparison.missing, "left over": comparison.left_over}
-    if shapes:
-        problems["of the wrong shape"] = comparison.misshapen
-    texts = [
-        f"{problem}: {', '.join(names[:_NAMED])}"
-        + (f" and {len(names) - _NAMED} more" if names[_NAMED:] else "")
-        for problem, names in problems.items()
-        if names
-    ]
     return (
-        f"the entries are no {kind.__name__.lower()} of {code_base.title} that is known; {'; '.join(texts)}"
+        f"the entries are no {kind.__name__.lower()} of {code_base.title} that is known; "
+        f"{comparison.problems(_NAMED)}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -178,6 +179,10 @@ class CodeBase:
     generator: NetworkNames | None = None
     discriminator: NetworkNames | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def ignores(self, name: str) -> bool:
+        """Return whether an entry holds nothing to load."""
+        return any(fnmatchcase(name, pattern) for pattern in self.ignored)
 
     def join(self, *names: str) -> str:
         """Return the parts of a name as one."""

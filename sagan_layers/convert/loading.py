@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,14 +27,13 @@ __all__ = [
     "Comparison",
     "Entry",
     "NetworkNames",
+    "code_base_of",
     "compare",
     "huggingface_biggan_at",
     "load",
     "load_tensorflow",
     "save",
 ]
-
-_NAMED_AT_MOST = 12
 
 
 _KINDS: dict[str, Callable[[nn.Module], bool]] = {
@@ -125,6 +123,15 @@ class Comparison(NamedTuple):
             and (expected := entry.stored_shape(link.tensor.shape)) != list(value.shape)
         ]
 
+    def problems(self, most: int = 12) -> str:
+        """Return what does not fit, with at most so many names of each kind; "" if everything fits."""
+        kinds = {"missing": self.missing, "left over": self.left_over, "of the wrong shape": self.misshapen}
+        return "; ".join(
+            f"{kind}: {', '.join(names[:most])}" + (f" and {len(names) - most} more" if names[most:] else "")
+            for kind, names in kinds.items()
+            if names
+        )
+
 
 def compare(
     module: nn.Module,
@@ -185,11 +192,7 @@ def compare(
             absent.append(link)
         elif link.tensor is not None:
             missing += [below + place.name for place in link.places[:1] if place]
-    left_over = [
-        below + name
-        for name in remaining
-        if name not in taken and not any(fnmatch.fnmatchcase(name, each) for each in code_base.ignored)
-    ]
+    left_over = [below + name for name in remaining if name not in taken and not code_base.ignores(name)]
     return Comparison(found, absent, list(dict.fromkeys(missing)), left_over)
 
 
@@ -241,7 +244,8 @@ def load(
     comparison = compare(
         module, state, source, prefix=prefix, names=names, channels_last_outputs=channels_last_outputs
     )
-    check_fits(comparison, code_base_of(source).title)
+    if problems := comparison.problems():
+        raise ValueError(f"entries of {code_base_of(source).title} do not fit; {problems}")
     # All values first, so that nothing is loaded by halves.
     copies = [(link.tensor, link.to_ours(entry, value)) for link, entry, value in comparison.found]
     for tensor, values in copies:
@@ -280,22 +284,6 @@ def load_tensorflow(module: nn.Module, variables: Mapping[str, ArrayLike | Tenso
         [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
     """
     load(module, variables, "tensorflow", prefix=scope)
-
-
-def check_fits(comparison: Comparison, title: str) -> None:
-    """Raise ``ValueError`` that names what does not fit."""
-    problems = {
-        "missing": comparison.missing,
-        "left over": comparison.left_over,
-        "of the wrong shape": comparison.misshapen,
-    }
-    parts = []
-    for problem, names in problems.items():
-        if names:
-            more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
-            parts.append(f"{problem}: {', '.join(names[:_NAMED_AT_MOST])}{more}")
-    if parts:
-        raise ValueError(f"entries of {title} do not fit; {'; '.join(parts)}")
 
 
 @torch.no_grad()
@@ -432,7 +420,16 @@ def _values(name: str, value: ArrayLike | Tensor) -> Tensor:
 
 
 def code_base_of(source: str | CodeBase) -> CodeBase:
-    """Return the table of a code base by its name."""
+    """Return the table of a code base by its name; a table is returned as it is.
+
+    Raises:
+        ValueError: if the code base is not known, or cannot be expressed.
+        TypeError: if it is neither a name nor a table.
+
+    Example:
+        >>> code_base_of("mimicry").url
+        'https://github.com/kwotsin/mimicry'
+    """
     if isinstance(source, CodeBase):
         return source
     check_type("source", source, str, "the name of a code base or a CodeBase")

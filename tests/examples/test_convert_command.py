@@ -139,7 +139,9 @@ class TestRecognition:
 
     def test_networks_that_only_look_like_those_that_ours_can_express_are_refused(self) -> None:
         networks = networks_of(NetworkConfig(resolution=64, base_width=2, num_classes=0))
-        states = [convert.save(network, "mimicry", **layout(network, "mimicry")) for network in networks]
+        states = [
+            convert.save(network, "mimicry", **layout(network, CODE_BASES["mimicry"])) for network in networks
+        ]
         expected = "the discriminator of mimicry cannot be expressed: expected resolution 32 or 128, got 64"
         with pytest.raises(UserError, match=expected):
             recognised("mimicry", *states)

@@ -177,9 +177,7 @@ def _summary(code_base: CodeBase, networks: Converted, overrides: Mapping[str, A
     """Return a table of the networks: what the weights told, and what they did not."""
     values = asdict(networks.config)
     for name, widths in (("g_channels", generator_widths), ("d_channels", discriminator_widths)):
-        values[name] = values[name] or tuple(channels for _, channels in widths(networks.config))
-    if not networks.config.d_channels:
-        values["d_channels"] += values["d_channels"][-1:] * networks.config.d_last_blocks
+        values[name] = tuple(channels for _, channels in widths(networks.config))
     lines = [f"{code_base.title}'s networks. Their names and shapes tell:"]
     lines += [f"  {name:<26}{value}" for name, value in values.items() if name in networks.told]
     lines.append("They do not tell the following, which options set:")
