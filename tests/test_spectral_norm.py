@@ -748,6 +748,24 @@ def test_applying_refuses_what_it_cannot_normalise_and_changes_nothing(
     assert model[1] is odd
 
 
+def test_linear_layers_of_transformers_are_normalised_without_the_fast_path_alone() -> None:
+    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    with pytest.raises(TypeError, match=r"its 'linear1' before it is normalised; call torch\.backends\.mha"):
+        apply_spectral_norm(model, exclude=[nn.MultiheadAttention])
+    assert normalised_names(model) == set()
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        apply_spectral_norm(model, exclude=[nn.MultiheadAttention]).eval()
+        assert normalised_names(model) == {"linear1", "linear2"}
+        x = torch.randn(2, 3, 4)
+        with torch.no_grad():
+            found = model(x)
+        torch.testing.assert_close(found, model(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

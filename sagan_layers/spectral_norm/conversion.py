@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -84,8 +85,9 @@ def apply_spectral_norm(
     their ``weight_orig`` or ``parametrizations.weight.original`` is the new ``weight``, the same object.
 
     A weight layer without a normalised form (1-d and 3-d convolutions, recurrent layers, multi-head attention,
-    subclasses, other parametrizations) is an error that names it, unless excluded. Layers of other classes that have a
-    ``weight`` of two axes or more are passed over with a warning: what they do with it is not known.
+    subclasses, other parametrizations) is an error that names it, unless excluded. So are the linear layers of
+    ``nn.TransformerEncoderLayer`` while its fast path is enabled, which would not call them. Layers of other classes
+    that have a ``weight`` of two axes or more are passed over with a warning: what they do with it is not known.
 
     Args:
         model: a layer or a network.
@@ -151,6 +153,14 @@ def apply_spectral_norm(
         elif _is_unknown(layer):
             passed_over.append(f"{_shown(name)} ({kind.__name__})")
             lines[name] = f"{kind.__name__} passed over"
+    for name in chosen:
+        parent, _, child = name.rpartition(".")
+        if isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) and mha.get_fastpath_enabled():
+            raise TypeError(
+                f"without gradients the TransformerEncoderLayer at {_shown(parent)} reads the weight of its {child!r} "
+                f"before it is normalised; call torch.backends.mha.set_fastpath_enabled(False) first, or put {name!r} "
+                "into exclude"
+            )
     if passed_over:
         warnings.warn(
             f"not normalised, because what they do with their weight is not known: {', '.join(passed_over)}; put "
