@@ -1,16 +1,19 @@
-"""Networks of other code bases, recognised by the names and shapes of their entries."""
+"""Networks of other code bases, recognised by their entries.
+
+Names tell the blocks, the places of attention and the kinds of layers. Under our names, shapes then tell the sizes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, combinations, product
+from itertools import accumulate, chain, combinations
 from typing import Any
 
 import torch
 
 from sagan.convert import Network, check_only, conditions_of, layout, names_of, settings_of
-from sagan.errors import UserError, listed
+from sagan.errors import UserError
 from sagan.networks import (
     RESOLUTIONS,
     Discriminator,
@@ -19,14 +22,13 @@ from sagan.networks import (
     discriminator_widths,
     generator_widths,
 )
+from sagan.weight_files import State, split_networks
 from sagan_layers import convert
-from sagan_layers.convert import CodeBase, Entry
+from sagan_layers.convert import CodeBase, Comparison
 
-State = Mapping[str, Any]  # tensors or arrays by name
-_PARTS = ("generator", "discriminator", "generator_ema")
+Fields = dict[str, Any]  # of NetworkConfig
 _MOST_LAST_BLOCKS = 3
 _NAMED = 5
-_ATTENTION = ("query", "key", "value", "out", "gamma")
 
 
 @dataclass(frozen=True)
@@ -66,237 +68,220 @@ def read_networks(
         UserError: if the networks cannot be expressed, or entries are missing, left over or misshapen; some are
             named, for the nearest structure.
     """
-    parts, d_parts, ema_parts = (_split(each, code_base) for each in (weights, d_weights, ema_weights))
     generator, discriminator, average = (
-        code_base.prepare(dict(state))
-        for state in (
-            _first(parts, "generator", ""),
-            _first(d_parts, "discriminator", "") or _first(parts, "discriminator"),
-            _first(ema_parts, "generator_ema", "generator", "") or _first(parts, "generator_ema"),
-        )
+        code_base.prepare(state) for state in split_networks(weights, d_weights, ema_weights, code_base)
     )
     if not generator:
         raise UserError("weights: expected those of a generator, got none")
     code_base = replace(code_base, prepare=dict)
-    told, left_over = _read_generator(code_base, generator, overrides)
-    if left_over and not discriminator and _begins(code_base, left_over):  # one file holds both networks
-        discriminator = {name: generator.pop(name) for name in left_over}
+    g_entries = _Entries(Generator, code_base, generator)
+    told = _read_generator(g_entries, overrides)
+    if not discriminator:  # G's file may hold both networks, under names of their own
+        left_over = g_entries.compared(NetworkConfig(**{"d_attention": (), **told})).left_over
+        if _Entries(Discriminator, code_base, dict.fromkeys(left_over)).have("0.conv1"):
+            discriminator = {name: generator.pop(name) for name in left_over}
+    d_entries = _Entries(Discriminator, code_base, discriminator)
     settings = settings_of(code_base, told["resolution"], overrides)
     if discriminator:
-        told |= _read_discriminator(code_base, discriminator, told, overrides)
+        told |= _read_discriminator(d_entries, told, overrides)
     else:
         half = told["resolution"] // 2
         settings.setdefault("d_attention", tuple(size for size in told["g_attention"] if size <= half))
-    config = _tidy(NetworkConfig(**{**settings, **told}))
-    for kind, state in ((Generator, generator), (Discriminator, discriminator), (Generator, average)):
-        if state and _misfit(comparison := _compared(kind, config, code_base, state)):
-            raise UserError(_description(kind, code_base, comparison))
-        if state:
-            check_only(kind, config, code_base)
+    config = _by_rule(NetworkConfig(**{**settings, **told}))
+    for entries in (g_entries, d_entries, _Entries(Generator, code_base, average)):
+        if entries.state:
+            comparison = entries.compared(config)
+            if comparison.problems():
+                raise entries.unfitting(comparison)
+            check_only(entries.kind, config, code_base)
     return Converted(config, frozenset(told), code_base, generator, discriminator, average)
 
 
-def _split(entries: State, code_base: CodeBase) -> dict[str, dict[str, Any]]:
-    """Return the entries of each network by its prefix, or all of them under ""."""
-    parts: dict[str, dict[str, Any]] = {}
-    for name, value in _unwrapped(entries, code_base).items():
-        first, _, rest = name.partition(code_base.separator)
-        part, inner = (first, rest) if first in _PARTS else ("", name)
-        parts.setdefault(part, {})[inner] = value
-    others = [name for name in parts.get("", ()) if not code_base.ignores(name)]
-    if len(parts) > 1 and others:
-        raise UserError(f"expected entries of {', '.join(_PARTS)}, got others too: {listed(others)}")
-    return {part: _unwrapped(state, code_base) for part, state in parts.items()}
+@dataclass(frozen=True)
+class _Entries:
+    """The entries of one network, to be compared with networks of ours."""
 
+    kind: type[Network]
+    code_base: CodeBase
+    state: State
 
-def _unwrapped(entries: State, code_base: CodeBase) -> dict[str, Any]:
-    """Remove what all names begin with, such as DistributedDataParallel's "module."."""
-    separator = code_base.separator
-    names = [name for name in entries if not code_base.ignores(name)]
-    firsts = {name.partition(separator)[0] for name in names}
-    if len(firsts) != 1 or firsts & {*names, *_PARTS}:
-        return dict(entries)
-    prefix = firsts.pop() + separator
-    return _unwrapped({name.removeprefix(prefix): value for name, value in entries.items()}, code_base)
+    def compared(self, config: NetworkConfig) -> Comparison:
+        """Compare with our network of a configuration."""
+        with torch.device("meta"):
+            network = self.kind(config)
+        return convert.compare(network, self.state, self.code_base, **layout(network, self.code_base))
 
+    def unfitting(self, comparison: Comparison) -> UserError:
+        """Return an error that names what does not fit."""
+        return UserError(
+            f"the entries are no {self.kind.__name__.lower()} of {self.code_base.title} that is known; "
+            f"{comparison.problems(_NAMED)}"
+        )
 
-def _first(parts: Mapping[str, dict[str, Any]], *names: str) -> dict[str, Any]:
-    return next((parts[name] for name in names if name in parts), {})
+    def names(self, count: int, attended: Iterable[int]) -> dict[str, str]:
+        """Return the code base's names of the modules of blocks "0", "1", ...; "attention 0" follows block "0"."""
+        attention = {block: f"attention {block}" for block in attended}
+        there = names_of(self.kind, self.code_base)
+        return there.of([str(block) for block in range(count)], attention, self.code_base.separator)
 
+    def have(self, part: str, count: int = 1, attended: Iterable[int] = ()) -> bool:
+        """Return whether a part of a block, such as "0.conv1", is among them."""
+        start = self.names(count, attended)[part] + self.code_base.separator
+        return any(name.startswith(start) for name in self.state)
 
-def _read_generator(
-    code_base: CodeBase, state: State, overrides: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the fields of the configuration that G's entries tell, and the entries that G leaves over."""
-    counts = [(resolution // 4).bit_length() - 1 for resolution in RESOLUTIONS]
-    conditions = [("table", 0), *((condition, 2) for condition in conditions_of(code_base))]
-    probes = []
-    for count, places in _structures(Generator, code_base, state, {count: count for count in counts}):
-        attention = tuple(8 * 2**place for place in places)
-        biases = (False, True) if attention else (False,)
-        for (condition, classes), normalised, bias in product(conditions, (True, False), biases):
-            fields = {
-                "resolution": 4 * 2**count,
-                "g_attention": attention,
-                "condition": condition,
-                "num_classes": classes,
-                "g_spectral_norm": normalised,
-                **({"attention_bias": bias} if attention else {}),
-            }
-            probes.append(fields)
-    common = {"d_attention": (), "base_width": 8}
-    told = _nearest(Generator, code_base, state, probes, common, _generator_fields, overrides)
-    comparison = _compared(Generator, NetworkConfig(**{"d_attention": (), **told}), code_base, state)
-    return told, comparison.left_over
+    def structures(self, counts: Mapping[int, int]) -> list[tuple[int, tuple[int, ...]]]:
+        """Return the numbers of blocks, and the blocks before attention, whose names fit best.
 
+        These are several if names do not tell where attention is.
 
-def _read_discriminator(
-    code_base: CodeBase, state: State, told: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the fields of the configuration that D's entries tell."""
-    most = (told["resolution"] // 4).bit_length() - 1
-    counts = {count: min(count - 1, most) for count in range(2, most + _MOST_LAST_BLOCKS + 1)}
-    there, separator = names_of(Discriminator, code_base), code_base.separator
-    probes = []
-    for count, places in _structures(Discriminator, code_base, state, counts):
-        blocks = [str(index) for index in range(count)]
-        names = there.of(blocks, dict.fromkeys(places, ""), separator)
-        shortcuts = [
-            any(entry.startswith(names[f"{block}.shortcut"] + separator) for entry in state)
-            for block in blocks
+        Args:
+            counts: the possible numbers of blocks, each with the number of blocks that attention may follow.
+        """
+        separator = self.code_base.separator
+        query = str(self.code_base.rows.get("attention", {}).get("query", "query"))
+        modules = [
+            set(accumulate(name.split(separator), f"{{}}{separator}{{}}".format)) for name in self.state
         ]
+        present = {""}.union(*modules)
+        costs = {}
+        for count, most in counts.items():
+            for attended in chain.from_iterable(combinations(range(most), n) for n in range(most + 1)):
+                names = [
+                    self.code_base.join(theirs, query if ours.startswith("attention") else "")
+                    for ours, theirs in self.names(count, attended).items()
+                ]
+                absent = len(names) - len(present.intersection(names))  # of two with one name, one is absent
+                costs[count, attended] = absent + sum(each.isdisjoint(names) for each in modules)
+        return [structure for structure, cost in costs.items() if cost == min(costs.values())]
+
+
+def _read_generator(entries: _Entries, overrides: Fields) -> Fields:
+    """Return the fields of the configuration that G's entries tell."""
+    blocks = [(resolution // 8).bit_length() for resolution in RESOLUTIONS]
+    structures = [
+        {"resolution": 4 * 2**count, "g_attention": tuple(8 * 2**block for block in attended)}
+        for count, attended in entries.structures({count: count for count in blocks})
+    ]
+    conditions = [
+        {"condition": "table", "num_classes": 0},
+        *({"condition": condition, "num_classes": 2} for condition in conditions_of(entries.code_base)),
+    ]
+    found = _nearest(entries, structures, conditions, {"num_classes": 0, "d_attention": ()})
+    settings = settings_of(entries.code_base, found[0]["resolution"], overrides)
+    return _with_wanted_attention(found, "g_attention", settings, overrides)
+
+
+def _read_discriminator(entries: _Entries, told: Fields, overrides: Fields) -> Fields:
+    """Return the fields of the configuration that D's entries tell."""
+    resolution = told["resolution"]
+    most = (resolution // 8).bit_length()  # blocks that halve the resolution
+    counts = {count: min(count - 1, most) for count in range(2, most + _MOST_LAST_BLOCKS + 1)}
+    structures = []
+    for count, attended in entries.structures(counts):
         # The last blocks have a shortcut where they change the channels.
-        halving = min(
-            most, count - 1, max((index + 1 for index in range(count) if shortcuts[index]), default=1)
-        )
-        if any(place >= halving for place in places):
-            continue
-        widths = [8] * halving
-        for changes in shortcuts[halving:]:
-            widths.append(widths[-1] * (2 if changes else 1))
-        attention = tuple(told["resolution"] // 2 ** (place + 1) for place in places)
-        biases = (
-            (False, True) if attention and not told["g_attention"] else (told.get("attention_bias", False),)
-        )
-        for normalised, bias in product((True, False), biases):
+        shortcuts = [entries.have(f"{block}.shortcut", count, attended) for block in range(count)]
+        last_shortcut = max((block for block in range(count) if shortcuts[block]), default=0)
+        halving = min(most, count - 1, last_shortcut + 1)
+        if all(block < halving for block in attended):
             fields = {
-                "d_channels": tuple(widths),
+                "d_channels": tuple(8 * 2 ** sum(shortcuts[halving : block + 1]) for block in range(count)),
                 "d_last_blocks": count - halving,
-                "d_attention": attention,
-                "d_spectral_norm": normalised,
-                **({"attention_bias": bias} if attention else {}),
+                "d_attention": tuple(resolution // 2 ** (block + 1) for block in attended),
             }
-            probes.append(fields)
-    if not probes:
+            structures.append(fields)
+    if not structures:
         raise UserError(
-            f"the entries are no discriminator of {code_base.title} that is known at {told['resolution']} pixels: "
+            f"the entries are no discriminator of {entries.code_base.title} that is known at {resolution} pixels: "
             "expected attention after blocks that halve the resolution only"
         )
-    return _nearest(Discriminator, code_base, state, probes, told, _discriminator_fields, overrides)
-
-
-def _structures(
-    kind: type[Network], code_base: CodeBase, state: State, counts: Mapping[int, int]
-) -> list[tuple[int, tuple[int, ...]]]:
-    """Return the numbers of blocks and places of attention whose names fit best; several if names do not tell.
-
-    ``counts`` are the possible numbers of blocks, each with the number of blocks that attention may follow.
-    """
-    there, separator = names_of(kind, code_base), code_base.separator
-    row = code_base.rows.get("attention", {})
-    parts = [_first_name(row.get(part, part)) for part in _ATTENTION]
-    prefixes = [set(accumulate(name.split(separator), f"{{}}{separator}{{}}".format)) for name in state]
-    present = set().union(*prefixes)
-    costs = {}
-    for count, attended in counts.items():
-        blocks = [str(index) for index in range(count)]
-        for places in chain.from_iterable(combinations(range(attended), n) for n in range(attended + 1)):
-            ours = there.of(blocks, {place: f"attention {place}" for place in places}, separator)
-            found = [
-                code_base.join(theirs, part)
-                for name, theirs in ours.items()
-                for part in (parts if name.startswith("attention") else ("",))
-            ]
-            names = set(found) - {""}
-            absent = len(names - present) + len(found) - len(set(found))
-            costs[count, places] = absent + sum(names.isdisjoint(each) for each in prefixes)
-    return [structure for structure, cost in costs.items() if cost == min(costs.values())]
-
-
-def _first_name(place: Any) -> str:
-    """Return the usual name of a place in a table."""
-    if isinstance(place, tuple) and not isinstance(place, Entry):
-        place = place[0]
-    return place.name if isinstance(place, Entry) else str(place)
+    found = _nearest(entries, structures, [{}], told)
+    settings = settings_of(entries.code_base, resolution, overrides)
+    return _with_wanted_attention(found, "d_attention", settings, overrides)
 
 
 def _nearest(
-    kind: type[Network],
-    code_base: CodeBase,
-    state: State,
-    probes: list[dict[str, Any]],
-    common: Mapping[str, Any],
-    fields_of: Callable[[NetworkConfig, Mapping[str, list[int]]], dict[str, Any]],
-    overrides: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the fields of the probe whose names, then shapes fit best, with those that shapes tell."""
-    configs = [NetworkConfig(**{**common, **fields}) for fields in probes]
-    comparisons = [_compared(kind, config, code_base, state) for config in configs]
-    least = min(map(_misnamed, comparisons))
-    costs: list[int] = []
-    founds: list[dict[str, Any]] = []
-    for fields, config, comparison in zip(probes, configs, comparisons, strict=True):
-        if _misnamed(comparison) == least:
-            try:
-                found = {**fields, **fields_of(config, comparison.our_shapes)}
-                exact = _compared(kind, NetworkConfig(**{**common, **found}), code_base, state)
-            except (KeyError, IndexError, UserError):  # an entry that tells is missing, or has too few axes
-                continue
-            costs.append(_misfit(exact))
-            founds.append(found)
-    if not founds:
-        nearest = min(comparisons, key=_misnamed)
-        raise UserError(
-            _description(kind, code_base, nearest._replace(found=[]))
-        )  # probes' shapes tell nothing
-    best = [found for cost, found in zip(costs, founds, strict=True) if cost == min(costs)]
-    attention = "g_attention" if kind is Generator else "d_attention"
-    wanted = settings_of(code_base, {**common, **best[0]}["resolution"], overrides).get(attention)
-    chosen = [found for found in best if wanted is not None and set(found[attention]) == set(wanted)]
-    if not chosen and (len(best) > 1 or attention in overrides):
-        places = " or ".join(str(list(found[attention])) for found in best)
+    entries: _Entries, structures: list[Fields], conditions: list[Fields], known: Fields
+) -> list[Fields]:
+    """Return the fields that entries tell, for the structures whose names, then shapes fit best.
+
+    Args:
+        entries: of one network.
+        structures: fields of each.
+        conditions: fields of each kind of class condition.
+        known: other fields.
+    """
+    letter, sizes_of = ("g", _generator_sizes) if entries.kind is Generator else ("d", _discriminator_sizes)
+
+    def compared(fields: Fields) -> Comparison:
+        return entries.compared(NetworkConfig(**{**known, **fields}))
+
+    candidates = []
+    for fields in structures:
+        asks_for_bias = fields[f"{letter}_attention"] and "attention_bias" not in known
+        for alternatives in (
+            [{f"{letter}_spectral_norm": normalised} for normalised in (True, False)],
+            conditions,
+            [{"attention_bias": bias} for bias in (False, True)] if asks_for_bias else [{}],
+        ):
+            choices = [{**fields, **each} for each in alternatives]
+            fields = min(choices, key=lambda each: _misnamed(compared(each)))
+        candidates.append((fields, compared(fields)))
+    least = min(_misnamed(comparison) for _, comparison in candidates)
+    candidates = [each for each in candidates if _misnamed(each[1]) == least]
+    found, misfits = [], []
+    for fields, comparison in candidates:
+        try:
+            sized = {**fields, **sizes_of({**known, **fields}, comparison.our_shapes)}
+            exact = compared(sized)
+        except (KeyError, IndexError, UserError):  # an entry that tells is missing, or has too few axes
+            continue
+        found.append(sized)
+        misfits.append(_misnamed(exact) + len(exact.misshapen))
+    if not found:
+        raise entries.unfitting(candidates[0][1]._replace(found=[]))  # sizes are not known
+    return [fields for fields, misfit in zip(found, misfits, strict=True) if misfit == min(misfits)]
+
+
+def _with_wanted_attention(
+    found: list[Fields], attention: str, settings: Fields, overrides: Fields
+) -> Fields:
+    """Return the one with the wanted places of attention, if several fit or an option asks for places."""
+    wanted = settings.get(attention)
+    chosen = [fields for fields in found if wanted is not None and set(fields[attention]) == set(wanted)]
+    if not chosen and (len(found) > 1 or attention in overrides):
+        places = " or ".join(str(list(fields[attention])) for fields in found)
         raise UserError(f"{attention}: expected {places}, which fit the weights, got {wanted}")
-    return (chosen or best)[0]
+    return (chosen or found)[0]
 
 
-def _generator_fields(config: NetworkConfig, shapes: Mapping[str, list[int]]) -> dict[str, Any]:
-    """Return the fields that the shapes of G's tensors tell."""
-    count = len(generator_widths(config)) - 1
-    fields: dict[str, Any] = {
-        "g_channels": (
-            shapes["blocks.0.conv1.weight"][1],
-            *(shapes[f"blocks.{index}.conv2.weight"][0] for index in range(count)),
-        ),
+def _misnamed(comparison: Comparison) -> int:
+    return len(comparison.missing) + len(comparison.left_over)
+
+
+def _generator_sizes(fields: Fields, shapes: Mapping[str, list[int]]) -> Fields:
+    """Return the sizes that the shapes of G's tensors tell."""
+    count = (fields["resolution"] // 8).bit_length()
+    widths = (shapes[f"blocks.{block}.conv2.weight"][0] for block in range(count))
+    sizes: Fields = {
+        "g_channels": (shapes["blocks.0.conv1.weight"][1], *widths),
         "latent_dim": shapes["linear.weight"][1],
     }
-    if not config.num_classes:
-        return fields
-    if config.condition == "table":
-        return {**fields, "num_classes": shapes["blocks.0.norm1.weight"][0]}
+    if not fields["num_classes"]:
+        return sizes
+    if fields["condition"] == "table":
+        return {**sizes, "num_classes": shapes["blocks.0.norm1.weight"][0]}
     width = shapes["blocks.0.norm1.weight_projection.weight"][1]
-    if config.condition == "one_hot":
-        return {**fields, "num_classes": width}
-    classes, embedding_dim = shapes["embedding.weight"]
-    fields |= {"num_classes": classes, "embedding_dim": embedding_dim}
-    if width != embedding_dim:
-        latent_dim = fields["latent_dim"] * (count + 1)
-        fields |= {"hierarchical_latents": True, "latent_dim": latent_dim}
-    return fields
+    if fields["condition"] == "one_hot":
+        return {**sizes, "num_classes": width}
+    sizes["num_classes"], sizes["embedding_dim"] = shapes["embedding.weight"]
+    if width != sizes["embedding_dim"]:
+        sizes |= {"hierarchical_latents": True, "latent_dim": sizes["latent_dim"] * (count + 1)}
+    return sizes
 
 
-def _discriminator_fields(config: NetworkConfig, shapes: Mapping[str, list[int]]) -> dict[str, Any]:
-    """Return the fields that the shapes of D's tensors tell."""
-    blocks = [f"blocks.{index}" for index in range(len(config.d_channels) - 1)] + ["last_block"]
+def _discriminator_sizes(fields: Fields, shapes: Mapping[str, list[int]]) -> Fields:
+    """Return the sizes that the shapes of D's tensors tell."""
+    blocks = [f"blocks.{block}" for block in range(len(fields["d_channels"]) - 1)] + ["last_block"]
     outputs = tuple(shapes[f"{block}.conv2.weight"][0] for block in blocks)
     hidden = tuple(shapes[f"{block}.conv1.weight"][0] for block in blocks)
     if len(set(outputs)) == 1:  # both widths of the hidden channels are the same
@@ -304,40 +289,10 @@ def _discriminator_fields(config: NetworkConfig, shapes: Mapping[str, list[int]]
     return {"d_channels": outputs, "d_hidden_channels": "out" if hidden == outputs else "in"}
 
 
-def _compared(
-    kind: type[Network], config: NetworkConfig, code_base: CodeBase, state: State
-) -> convert.Comparison:
-    with torch.device("meta"):
-        network = kind(config)
-    return convert.compare(network, state, code_base, **layout(network, code_base))
-
-
-def _begins(code_base: CodeBase, names: list[str]) -> bool:
-    """Whether the first block of D is among entries."""
-    first = names_of(Discriminator, code_base).of(["0"], {}, code_base.separator)["0.conv1"]
-    return any(name.startswith(first + code_base.separator) for name in names)
-
-
-def _tidy(config: NetworkConfig) -> NetworkConfig:
+def _by_rule(config: NetworkConfig) -> NetworkConfig:
     """Return the same networks with the rule of base_width in place of channels that follow it."""
     by_rule = replace(config, base_width=config.g_channels[-1], g_channels=())
     if generator_widths(by_rule) == generator_widths(config):
         config = by_rule
     by_rule = replace(config, d_channels=())
     return by_rule if discriminator_widths(by_rule) == discriminator_widths(config) else config
-
-
-def _misnamed(comparison: convert.Comparison) -> int:
-    return len(comparison.missing) + len(comparison.left_over)
-
-
-def _misfit(comparison: convert.Comparison) -> int:
-    return _misnamed(comparison) + len(comparison.misshapen)
-
-
-def _description(kind: type[Network], code_base: CodeBase, comparison: convert.Comparison) -> str:
-    """Return a message that names what does not fit."""
-    return (
-        f"the entries are no {kind.__name__.lower()} of {code_base.title} that is known; "
-        f"{comparison.problems(_NAMED)}"
-    )

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from sagan.errors import UserError, listed, shown
 from sagan.io import first_line, load_plain, open_regular
+from sagan_layers.convert import CodeBase
 
+State = Mapping[str, Any]  # tensors or arrays by name
 _CONTAINERS = ("state_dict", "model_state_dict")
+_NETWORKS = ("generator", "discriminator", "generator_ema")
 
 
 def read_weights(path: Path) -> dict[str, Any]:
@@ -75,3 +78,48 @@ def _flat(contents: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def split_networks(
+    weights: State, d_weights: State, ema_weights: State, code_base: CodeBase
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the entries of G, D and the moving average of G.
+
+    Args:
+        weights: G's entries; with a prefix for each network also D's and the average's.
+        d_weights: D's entries, or nothing.
+        ema_weights: entries of the moving average of G, or nothing.
+        code_base: their code base.
+
+    Raises:
+        UserError: if other entries stand beside those with a network's prefix.
+    """
+    together, d_parts, ema_parts = (_parts(each, code_base) for each in (weights, d_weights, ema_weights))
+    generator = together.get("generator") or together.get("", {})
+    discriminator = d_parts.get("discriminator") or d_parts.get("") or together.get("discriminator", {})
+    average = ema_parts.get("generator_ema") or ema_parts.get("generator") or ema_parts.get("")
+    return generator, discriminator, average or together.get("generator_ema", {})
+
+
+def _parts(entries: State, code_base: CodeBase) -> dict[str, dict[str, Any]]:
+    """Return the entries of each network by its prefix, or all of them under ""."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in _unwrapped(entries, code_base).items():
+        first, _, rest = name.partition(code_base.separator)
+        part, inner = (first, rest) if first in _NETWORKS else ("", name)
+        parts.setdefault(part, {})[inner] = value
+    others = [name for name in parts.get("", ()) if not code_base.ignores(name)]
+    if len(parts) > 1 and others:
+        raise UserError(f"expected entries of {', '.join(_NETWORKS)}, got others too: {listed(others)}")
+    return {part: _unwrapped(state, code_base) for part, state in parts.items()}
+
+
+def _unwrapped(entries: State, code_base: CodeBase) -> dict[str, Any]:
+    """Remove what all names begin with, such as DistributedDataParallel's "module."."""
+    separator = code_base.separator
+    names = [name for name in entries if not code_base.ignores(name)]
+    firsts = {name.partition(separator)[0] for name in names}
+    if len(firsts) != 1 or firsts & {*names, *_NETWORKS}:
+        return dict(entries)
+    prefix = firsts.pop() + separator
+    return _unwrapped({name.removeprefix(prefix): value for name, value in entries.items()}, code_base)
