@@ -266,3 +266,51 @@ def test_long_lists_of_names_are_cut() -> None:
     state = {f"stranger{number}": torch.ones(1) for number in range(30)}
     with pytest.raises(ValueError, match=r"stranger11 and 18 more$"):
         convert.load(nn.Identity(), state, "biggan_pytorch")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(4, 3).int(),
+        torch.ones(4, 3) + 1j,
+        torch.ones(4, 3).to_sparse(),
+        torch.ones(4, 3).to(torch.float8_e4m3fn),
+        torch.ones(4, 3, device="meta"),
+        np.array([{}]),
+    ],
+    ids=["integers", "complex", "sparse", "float8", "meta", "objects"],
+)
+def test_weights_that_are_no_dense_floating_point_ones_are_refused_and_nothing_is_loaded(value: Any) -> None:
+    modules = nn.ModuleList([SNLinear(3, 4), SNLinear(3, 4)])
+    state = {**convert.save(modules, "biggan_pytorch"), "1.weight": value}
+    for entry in state.values():
+        if isinstance(entry, torch.Tensor) and entry.is_floating_point() and entry is not value:
+            entry.fill_(0.5)
+    before = state_of(modules)
+    with pytest.raises(TypeError, match=r"^1\.weight: expected "):
+        convert.load(modules, state, "biggan_pytorch")
+    assert_same(modules.state_dict(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_offset_is_added_with_the_digits_of_float32(dtype: torch.dtype) -> None:
+    norm = ConditionalBatchNorm2d(4, num_classes=3)
+    state = {name: value.to(dtype) for name, value in convert.save(norm, "biggan_pytorch").items()}
+    state["gain.weight"] = torch.full((3, 4), 0.0123).to(dtype)
+    convert.load(norm, state, "biggan_pytorch")
+    assert torch.equal(norm.weight, state["gain.weight"].float() + 1)
+
+
+def test_names_and_prefixes_are_checked() -> None:
+    layers = nn.ModuleDict({"a": SNLinear(2, 2), "b": SNLinear(2, 2)})
+    with pytest.raises(TypeError, match=r"names: expected a mapping from our names to theirs, got \['a'\]"):
+        convert.save(layers, "biggan_pytorch", names=["a"])
+    with pytest.raises(TypeError, match="names: expected strings, got 3"):
+        convert.save(layers, "biggan_pytorch", names={"a": 3})
+    with pytest.raises(TypeError, match="prefix: expected a string, got 3"):
+        convert.save(layers, "biggan_pytorch", prefix=3)
+    with pytest.raises(ValueError, match=r"names: expected a name of its own for b\.\w+, got b\.\w+ twice"):
+        convert.save(layers, "biggan_pytorch", names={"a": "b"})
+    assert convert.save(layers, "biggan_pytorch", prefix="G.").keys() == (
+        convert.save(layers, "biggan_pytorch", prefix="G").keys()
+    )

@@ -121,10 +121,10 @@ class NetworkConfig:
         check_choices(self)
         check_at_least(self, 0, "num_classes")
         check_at_least(self, 1, "base_width", "latent_dim", "d_last_blocks", "embedding_dim")
-        if not min(self.sn_eps, self.bn_eps) > 0:
-            raise UserError(f"sn_eps, bn_eps: expected above 0, got {self.sn_eps}, {self.bn_eps}")
-        if self.last_bn_eps is not None and not self.last_bn_eps > 0:
-            raise UserError(f"last_bn_eps: expected above 0, got {self.last_bn_eps}")
+        for name in ("sn_eps", "bn_eps", "last_bn_eps"):
+            eps = getattr(self, name)
+            if eps is not None and not 1e-37 <= eps <= 1:  # as the blocks take it
+                raise UserError(f"{name}: expected from 1e-37 to 1, got {eps}")
         momenta = (self.bn_momentum, self.last_bn_momentum)
         if not all(0 <= momentum <= 1 for momentum in momenta):
             raise UserError(f"bn_momentum, last_bn_momentum: expected from 0 to 1, got {momenta}")

@@ -92,7 +92,8 @@ def read_networks(
         if entries.state:
             comparison = entries.compared(config)
             if comparison.problems():
-                raise entries.unfitting(comparison)
+                of_average = "the moving average: " if entries.state is average else ""
+                raise UserError(f"{of_average}{entries.unfitting(comparison)}")
             check_only(entries.kind, config, code_base)
     return Converted(config, frozenset(told), code_base, generator, discriminator, average)
 
@@ -109,7 +110,10 @@ class _Entries:
         """Compare with our network of a configuration."""
         with torch.device("meta"):
             network = self.kind(config)
-        return convert.compare(network, self.state, self.code_base, **layout(network, self.code_base))
+        try:
+            return convert.compare(network, self.state, self.code_base, **layout(network, self.code_base))
+        except TypeError as error:  # an entry that is no array of numbers
+            raise UserError(str(error)) from error
 
     def unfitting(self, comparison: Comparison) -> UserError:
         """Return an error that names what does not fit."""
@@ -238,7 +242,13 @@ def _nearest(
         found.append(sized)
         misfits.append(_misnamed(exact) + len(exact.misshapen))
     if not found:
-        raise entries.unfitting(candidates[0][1]._replace(found=[]))  # sizes are not known
+        nearest = candidates[0][1]
+        misshapen = [  # sizes are not known, only how many axes there are
+            (link, entry, value)
+            for link, entry, value in nearest.found
+            if link.tensor is not None and len(entry.stored_shape(link.tensor.shape)) != value.dim()
+        ]
+        raise entries.unfitting(nearest._replace(found=misshapen))
     return [fields for fields, misfit in zip(found, misfits, strict=True) if misfit == min(misfits)]
 
 

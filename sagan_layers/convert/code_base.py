@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -58,6 +59,7 @@ class Entry(NamedTuple):
         values = stored.reshape(stored.shape[self.leading :])
         if self.axes:
             values = values.permute(*(self.axes.index(axis) for axis in range(values.dim())))
+        values = values.to(torch.promote_types(values.dtype, torch.float32))  # 1 + a gain needs the digits
         return values.reshape([*values.shape, *[1] * self.dropped]) + self.offset
 
     def to_stored(self, ours: Tensor) -> Tensor:

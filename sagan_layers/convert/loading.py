@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sagan_layers.attention import SelfAttention2d
-from sagan_layers.checks import check_module, check_type, pair_of, shown
+from sagan_layers.checks import check_floating, check_module, check_type, pair_of, shown
 from sagan_layers.conditional_norm import ConditionalBatchNorm2d
 from sagan_layers.convert.code_base import CodeBase, Entry, NetworkNames, Place
 from sagan_layers.convert.huggingface_biggan import huggingface_biggan_at
@@ -186,7 +186,7 @@ def compare(
         if entry is not None:
             taken.add(entry.name)
             if link.tensor is not None:
-                value = _values(below + entry.name, remaining[entry.name])
+                value = _values(below + entry.name, remaining[entry.name], link.tensor)
                 found.append((link, entry._replace(name=below + entry.name), value))
         elif None in link.places:
             absent.append(link)
@@ -311,7 +311,7 @@ def save(
         Copies of the tensors by name.
 
     Raises:
-        ValueError: if the code base is not known.
+        ValueError: if the code base is not known, or two modules have one name there.
         TypeError: if an argument is of the wrong type.
 
     Example:
@@ -320,6 +320,8 @@ def save(
         [('bias', [2]), ('sv0', [1]), ('u0', [1, 2]), ('weight', [2, 3])]
     """
     code_base = code_base_of(target)
+    check_type("prefix", prefix, str, "a string")
+    prefix = prefix.strip(code_base.separator)
     halves: dict[str, list[Tensor]] = {}
     for link in links(module, code_base, names=names, channels_last_outputs=channels_last_outputs):
         entry = link.places[0]
@@ -328,7 +330,10 @@ def save(
             if ours is None:
                 ours = getattr(link.layer, link.name.rpartition(".")[2])
             stored = link.to_stored(entry, ours.detach()).clone(memory_format=torch.contiguous_format)
-            halves.setdefault(code_base.join(prefix, entry.name), []).insert(entry.half or 0, stored)
+            name = code_base.join(prefix, entry.name)
+            if name in halves and entry.half is None:
+                raise ValueError(f"names: expected a name of its own for {link.name}, got {name} twice")
+            halves.setdefault(name, []).insert(entry.half or 0, stored)
     return {name: torch.cat(parts, -1) if len(parts) > 1 else parts[0] for name, parts in halves.items()}
 
 
@@ -341,6 +346,10 @@ def links(
 ) -> Iterator[Link]:
     """Return each tensor of a module with its places in a code base."""
     check_module("module", module)
+    names = names or {}
+    check_type("names", names, Mapping, "a mapping from our names to theirs")
+    for theirs in names.values():
+        check_type("names", theirs, str, "strings")
     layers = dict(module.named_modules(remove_duplicate=False))
     sizes = {}
     for name, size in (channels_last_outputs or {}).items():
@@ -372,7 +381,7 @@ def links(
             if child is not None:
                 child_path, place = _dotted(path, name), row.get(name, (name,))[0]
                 assert isinstance(place, str)
-                child_name = (names or {}).get(child_path, code_base.join(theirs, place))
+                child_name = names.get(child_path, code_base.join(theirs, place))
                 inner = {
                     each.removeprefix(f"{name}."): places[each]
                     for each in places
@@ -409,9 +418,13 @@ def _dotted(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def _values(name: str, value: ArrayLike | Tensor) -> Tensor:
-    """Return an entry's values."""
+def _values(name: str, value: ArrayLike | Tensor, ours: Tensor) -> Tensor:
+    """Return the values of an entry for one of our tensors."""
     if isinstance(value, Tensor):
+        if ours.is_floating_point():
+            check_floating(name, value)
+        if value.is_meta:
+            raise TypeError(f"{name}: expected values, got a tensor on the meta device")
         return value.detach()
     try:
         return torch.from_numpy(np.array(value).astype(np.float64, casting="same_kind"))

@@ -192,6 +192,20 @@ class TestUnfittingEntries:
         with pytest.raises(UserError, match="no generator of BigGAN-PyTorch"):
             recognised("biggan_pytorch", *states)
 
+    def test_entries_that_tell_the_structure_and_are_scalars_are_named(
+        self, states: tuple[State, State]
+    ) -> None:
+        states[0]["linear.weight"] = torch.tensor(1.0)
+        with pytest.raises(UserError, match=r"wrong shape: linear.weight \(expected \[.*\], got \[\]\)$"):
+            recognised("biggan_pytorch", *states)
+
+    def test_weights_that_are_no_floating_point_ones_are_named(self, states: tuple[State, State]) -> None:
+        states[1]["linear.weight"] = states[1]["linear.weight"].int()
+        with pytest.raises(
+            UserError, match=r"^linear.weight: expected a floating-point tensor, got torch.int32"
+        ):
+            recognised("biggan_pytorch", *states)
+
     def test_weights_of_another_code_base_are_refused(self, states: tuple[State, State]) -> None:
         with pytest.raises(UserError, match="no generator of PyTorch-StudioGAN that is known; missing: "):
             recognised("studiogan", *states)
@@ -216,7 +230,9 @@ class TestUnfittingEntries:
 
     def test_an_average_of_another_generator_is_refused(self, states: tuple[State, State]) -> None:
         other, _ = states_of("biggan_pytorch", replace(TINY, latent_dim=9))
-        with pytest.raises(UserError, match=r"linear.weight \(expected \[128, 8\], got \[128, 9\]\)"):
+        with pytest.raises(
+            UserError, match=r"^the moving average: .*linear.weight \(expected \[128, 8\], got \[128, 9\]\)"
+        ):
             recognised("biggan_pytorch", *states, other)
 
     def test_a_file_without_a_generator_is_refused(self, states: tuple[State, State]) -> None:
