@@ -31,6 +31,8 @@ from sagan_layers.convert import CODE_BASES
 
 State = dict[str, Tensor]
 UNTOLD = ("bn_eps", "sn_eps", "d_relu_before_blocks")  # fields of peers that names and shapes do not tell
+SAVED_UNTOLD = ("sn_eps_mode", "bn_momentum", "last_bn_momentum", "last_bn_eps", "biased_running_var")
+FROM = ("convert", "--from", "biggan_pytorch", "--weights")
 TINY = NetworkConfig(
     resolution=32,
     g_channels=(8, 8, 16, 8),
@@ -77,17 +79,20 @@ def recognised(code_base: str, *states: State, **overrides: Any) -> NetworkConfi
     return read_networks(TABLES[code_base], *states, **overrides).config
 
 
+def assert_build_the_same(found: NetworkConfig, expected: NetworkConfig) -> None:
+    assert generator_widths(found) == generator_widths(expected)
+    assert discriminator_widths(found) == discriminator_widths(expected)
+    widths = {name: getattr(found, name) for name in ("base_width", "g_channels", "d_channels")}
+    assert replace(expected, **widths) == found
+
+
 class TestRecognition:
     @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.vectors)
     def test_a_peers_networks_are_recognised_by_their_entries(self, peer: Peer) -> None:
-        vectors, expected = peer_vectors.read(peer.vectors), peer.config()
+        vectors = peer_vectors.read(peer.vectors)
         states = [peer_vectors.draw_state(shapes) for shapes in (vectors.g_shapes, vectors.d_shapes)]
         untold = {name: peer.fields[name] for name in UNTOLD if name in peer.fields}
-        found = recognised(peer.code_base, *states, **untold)
-        assert generator_widths(found) == generator_widths(expected)
-        assert discriminator_widths(found) == discriminator_widths(expected)
-        widths = {name: getattr(found, name) for name in ("base_width", "g_channels", "d_channels")}
-        assert replace(expected, **widths) == found
+        assert_build_the_same(recognised(peer.code_base, *states, **untold), peer.config())
 
     @pytest.mark.parametrize(
         ("code_base", "changes"),
@@ -114,13 +119,8 @@ class TestRecognition:
         self, code_base: str, changes: dict[str, Any]
     ) -> None:
         config = replace(TINY, **changes)
-        numbers = {name: getattr(config, name) for name in ("bn_momentum", "last_bn_momentum")}
-        untold = {"sn_eps_mode": "clamp", "last_bn_eps": 1e-5, "biased_running_var": False, **numbers}
-        found = recognised(code_base, *states_of(code_base, config), **untold)
-        channels = {"g_channels": config.g_channels, "d_channels": config.d_channels}
-        assert replace(found, base_width=64, **channels) == config
-        assert generator_widths(found) == generator_widths(config)
-        assert discriminator_widths(found) == discriminator_widths(config)
+        untold = {name: getattr(config, name) for name in SAVED_UNTOLD}
+        assert_build_the_same(recognised(code_base, *states_of(code_base, config), **untold), config)
 
     def test_channels_that_follow_the_rule_become_its_base_width(self) -> None:
         config = replace(TINY, base_width=2, g_channels=(), d_channels=(), d_last_blocks=1)
@@ -334,7 +334,7 @@ class TestFiles:
             path.write_bytes(contents)
         else:
             torch.save(contents, path)
-        error = refused("convert", "--from", "biggan_pytorch", "--weights", path, "--out", tmp_path / "run")
+        error = refused(*FROM, path, "--out", tmp_path / "run")
         assert str(path) in error
         assert re.search(message, error)
         assert not (tmp_path / "run").exists()
@@ -349,15 +349,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved(folder / "D.pth", discriminator)
     (folder / "classes.txt").write_text("ant\nbee\ncat\n")
     printed = succeed(
-        *(
-            "convert",
-            "--from",
-            "biggan_pytorch",
-            "--weights",
-            folder / "G.pth",
-            "--d-weights",
-            folder / "D.pth",
-        ),
+        *(*FROM, folder / "G.pth", "--d-weights", folder / "D.pth"),
         *("--class-names", folder / "classes.txt", "--sn-eps", "1e-8", "--out", folder / "run"),
     )
     (folder / "printed").write_text(printed)
@@ -456,13 +448,7 @@ class TestCommand:
     def test_settings_that_a_code_base_does_not_have_are_refused(
         self, kind: Any, changes: dict[str, Any], message: str
     ) -> None:
-        mimicry = replace(
-            TINY,
-            upsampling="bilinear",
-            d_relu_before_blocks=True,
-            d_hidden_channels="in",
-            d_channels=(8, 16, 16, 16),
-        )
+        mimicry = replace(TINY, upsampling="bilinear", d_relu_before_blocks=True, d_hidden_channels="in")
         config = replace(mimicry, **changes)
         with pytest.raises(
             UserError, match=f"mimicry cannot express this {kind.__name__.lower()}: {message}"
@@ -470,24 +456,14 @@ class TestCommand:
             save_network(kind(config), "mimicry")
 
     def test_without_a_discriminator_a_new_one_is_drawn(self, converted: Path, tmp_path: Path) -> None:
-        printed = succeed(
-            *(
-                "convert",
-                "--from",
-                "biggan_pytorch",
-                "--weights",
-                converted / "G.pth",
-                "--out",
-                tmp_path / "run",
-            )
-        )
+        printed = succeed(*FROM, converted / "G.pth", "--out", tmp_path / "run")
         assert "No weights of D: a new one is drawn." in printed
 
     def test_weights_that_are_not_finite_are_refused(self, converted: Path, tmp_path: Path) -> None:
         state = torch.load(converted / "G.pth")
         state["linear.bias"][0] = torch.nan
         path = saved(tmp_path / "G.pth", state)
-        message = refused("convert", "--from", "biggan_pytorch", "--weights", path, "--out", tmp_path / "run")
+        message = refused(*FROM, path, "--out", tmp_path / "run")
         assert "generator.linear.bias: expected finite values, got 1 of 128 NaN or infinite" in message
         assert not (tmp_path / "run").exists()
 
@@ -517,14 +493,9 @@ class TestCommand:
     def test_class_names_must_be_as_many_as_classes(self, converted: Path, tmp_path: Path) -> None:
         names = tmp_path / "names.txt"
         names.write_text("ant\nbee\n")
-        message = refused(
-            *("convert", "--from", "biggan_pytorch", "--weights", converted / "G.pth"),
-            *("--class-names", names, "--out", tmp_path / "run"),
-        )
+        message = refused(*FROM, converted / "G.pth", "--class-names", names, "--out", tmp_path / "run")
         assert f"class_names: expected 3 lines, got 2 in {names}" in message
 
     def test_a_folder_in_use_is_left_alone(self, converted: Path) -> None:
-        message = refused(
-            *("convert", "--from", "biggan_pytorch", "--weights", converted / "G.pth", "--out", converted)
-        )
+        message = refused(*FROM, converted / "G.pth", "--out", converted)
         assert "out: expected a new or empty folder" in message
