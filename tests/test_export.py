@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,6 +98,21 @@ def test_exported_at_any_size_it_needs_torch_alone_and_equals_eager(block: Block
 def test_a_strict_export_needs_torch_alone_too(training: bool) -> None:
     network = Discriminator().train(training)
     assert not own_operations_of(network, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), strict=True)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 cannot load what switches gradients off"
+)
+def test_a_saved_program_of_training_moves_u_and_v_as_the_module_does() -> None:
+    module, x = nn.Sequential(SNConv2d(3, 8, 3), SelfAttention2d(8, gamma_init=0.7)), torch.randn(2, 3, 8, 8)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(module, (x,)), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for _ in range(3):
+        assert relative_error(loaded(x), module(x)) <= 1e-6
+    buffers = dict(loaded.named_buffers())
+    assert all(torch.allclose(buffers[name], buffer, atol=1e-6) for name, buffer in module.named_buffers())
 
 
 def test_a_backend_that_is_named_or_forced_keeps_its_operation() -> None:

@@ -198,8 +198,7 @@ class SpectralNormLayer(nn.Module):
             used = UsedVectors(u, v)
             if self._updates_vectors:
                 # The graph has its own u and v, so an earlier forward's graph stays valid.
-                with torch.no_grad():
-                    update_state(lambda: (self.weight_u.copy_(u), self.weight_v.copy_(v)), _REMEDY)
+                update_state(lambda: (self.weight_u.copy_(u), self.weight_v.copy_(v)), _REMEDY)
         for record in self._records:
             record.append(used)
         return weight
