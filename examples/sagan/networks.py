@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, starmap
 from typing import Any, Literal
 
 import torch
@@ -316,18 +315,19 @@ class Discriminator(nn.Module):
         self.checkpoints_activations = False
         self.blocks = nn.ModuleList()
         self.mixers = nn.ModuleDict()
-        width, last = 3, config.d_last_blocks
-        widths = discriminator_widths(config)
-        for resolution, out_channels in widths[:-last]:
-            self.blocks.append(DownBlock(width, out_channels, config, preactivation=len(self.blocks) > 0))
-            if resolution in config.d_attention:
+        width, widths = 3, discriminator_widths(config)
+        halving = len(widths) - config.d_last_blocks
+        for number, (resolution, out_channels) in enumerate(widths):
+            downsample = 2 if number < halving else 1
+            self.blocks.append(
+                DownBlock(width, out_channels, config, preactivation=number > 0, downsample=downsample)
+            )
+            if number < halving and resolution in config.d_attention:
                 self.mixers[str(resolution)] = _mixer(out_channels, config.d_spectral_norm, config)
             width = out_channels
-        channels = [channels for _, channels in widths[-last - 1 :]]
-        *others, self.last_block = starmap(partial(LastBlock, config=config), pairwise(channels))
-        self.blocks.extend(others)
+        self.last_block = self.blocks.pop(-1)
         self.head = ProjectionDiscriminatorHead(
-            channels[-1], config.head_classes, spectral_norm=config.d_spectral_norm, **_sn_options(config)
+            width, config.head_classes, spectral_norm=config.d_spectral_norm, **_sn_options(config)
         )
         initialize(self, config.init)
 
@@ -337,17 +337,27 @@ class Discriminator(nn.Module):
         for number, block in enumerate(self.blocks):
             x = checkpointed(block, x) if self.checkpoints_activations else block(x)
             resolution = str(self.config.resolution // 2 ** (number + 1))
-            if isinstance(block, DownBlock) and resolution in self.mixers:
+            if resolution in self.mixers:
                 x = self.mixers[resolution](x)
         logits: Tensor = self.head(self.last_block(x), labels)
         return logits
 
 
 class DownBlock(nn.Module):
-    """Residual block of D that halves the resolution. The first has no ``preactivation``: its input is the image."""
+    """Residual block of D that halves the resolution.
+
+    The first has no ``preactivation``: its input is the image. The last have ``downsample=1`` and keep the resolution;
+    their shortcut is the identity if they keep the channels too.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, config: NetworkConfig, *, preactivation: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: NetworkConfig,
+        *,
+        preactivation: bool = True,
+        downsample: int = 2,
     ) -> None:
         super().__init__()
         self.preactivation = preactivation
@@ -355,32 +365,15 @@ class DownBlock(nn.Module):
         conv = _conv(config.d_spectral_norm, config)
         hidden = in_channels if preactivation and config.d_hidden_channels == "in" else out_channels
         self.conv1 = conv(in_channels, hidden, 3, padding=1)
-        self.conv2 = conv(hidden, out_channels, 3, padding=1, downsample=2)
-        self.shortcut = conv(in_channels, out_channels, 1, downsample=2)
+        self.conv2 = conv(hidden, out_channels, 3, padding=1, downsample=downsample)
+        if downsample == 1 and in_channels == out_channels:
+            self.shortcut: nn.Module = nn.Identity()
+        else:
+            self.shortcut = conv(in_channels, out_channels, 1, downsample=downsample)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, in, H, W] -> [N, out, H/2, W/2]."""
+        """[N, in, H, W] -> [N, out, H / downsample, W / downsample]."""
         activated = torch.relu(x) if self.preactivation else x
-        main = self.conv2(torch.relu(self.conv1(activated)))
-        y: Tensor = self.shortcut(activated if self.relu_reaches_shortcut else x) + main
-        return y
-
-
-class LastBlock(nn.Module):
-    """Residual block at D's end that keeps the resolution. Its shortcut is the identity if the channels stay too."""
-
-    def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig) -> None:
-        super().__init__()
-        self.relu_reaches_shortcut = config.d_relu_before_blocks
-        conv = _conv(config.d_spectral_norm, config)
-        hidden = in_channels if config.d_hidden_channels == "in" else out_channels
-        self.conv1 = conv(in_channels, hidden, 3, padding=1)
-        self.conv2 = conv(hidden, out_channels, 3, padding=1)
-        self.shortcut = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in, H, W] -> [N, out, H, W]."""
-        activated = torch.relu(x)
         main = self.conv2(torch.relu(self.conv1(activated)))
         y: Tensor = self.shortcut(activated if self.relu_reaches_shortcut else x) + main
         return y

@@ -19,7 +19,6 @@ from sagan.networks import (
     Discriminator,
     DownBlock,
     Generator,
-    LastBlock,
     NetworkConfig,
     ResidualMixer,
     UpBlock,
@@ -279,7 +278,7 @@ class Formulas:
         main = self.conv(block.conv2, self.conv(block.conv1, x.relu()).relu())
         return F.avg_pool2d(main + self.conv(block.shortcut, x), 2)
 
-    def last(self, block: LastBlock, x: Tensor) -> Tensor:
+    def last(self, block: DownBlock, x: Tensor) -> Tensor:
         main = self.conv(block.conv2, self.conv(block.conv1, x.relu()).relu())
         return main + (x if isinstance(block.shortcut, nn.Identity) else self.conv(block.shortcut, x))
 
@@ -370,7 +369,7 @@ class TestOtherCodeBases:
         assert tuple(block.conv2.out_channels for block in generator.blocks) == g_channels[1:]
         blocks: list[Any] = [*discriminator.blocks, discriminator.last_block]
         assert tuple(block.conv2.out_channels for block in blocks) == d_channels
-        assert [type(block) for block in blocks[-d_last_blocks:]] == [LastBlock] * d_last_blocks
+        assert [block.conv2.downsample for block in blocks[-d_last_blocks:]] == [1] * d_last_blocks
         seen: list[int] = []
         attention: Any = discriminator.mixers[str(last_map)]
         attention.register_forward_hook(lambda _, inputs, output: seen.append(output.size(2)))
@@ -391,7 +390,7 @@ class TestOtherCodeBases:
         formulas, x = Formulas(), torch.randn(2, 3, 16, 16)
         first, second, last = discriminator.blocks[0], discriminator.blocks[1], discriminator.last_block
         torch.testing.assert_close(first(x), formulas.first_down(first, x), rtol=1e-4, atol=1e-4)
-        wider = randomize(LastBlock(4, 6, config))
+        wider = randomize(DownBlock(4, 6, config, downsample=1))
         for block, formula in ((second, formulas.down), (last, formulas.last), (wider, formulas.last)):
             x = torch.randn(2, block.conv1.in_channels, 8, 8)
             expected = formula(block, x.relu() if reaches else x)
