@@ -93,7 +93,7 @@ def read_networks(
             comparison = entries.compared(config)
             if comparison.problems():
                 of_average = "the moving average: " if entries.state is average else ""
-                raise UserError(f"{of_average}{entries.unfitting(comparison)}")
+                raise UserError(of_average + entries.unfitting(comparison))
             check_only(entries.kind, config, code_base)
     return Converted(config, frozenset(told), code_base, generator, discriminator, average)
 
@@ -115,9 +115,9 @@ class _Entries:
         except TypeError as error:  # an entry that is no array of numbers
             raise UserError(str(error)) from error
 
-    def unfitting(self, comparison: Comparison) -> UserError:
-        """Return an error that names what does not fit."""
-        return UserError(
+    def unfitting(self, comparison: Comparison) -> str:
+        """Return a message that names what does not fit."""
+        return (
             f"the entries are no {self.kind.__name__.lower()} of {self.code_base.title} that is known; "
             f"{comparison.problems(_NAMED)}"
         )
@@ -248,7 +248,7 @@ def _nearest(
             for link, entry, value in nearest.found
             if link.tensor is not None and len(entry.stored_shape(link.tensor.shape)) != value.dim()
         ]
-        raise entries.unfitting(nearest._replace(found=misshapen))
+        raise UserError(entries.unfitting(nearest._replace(found=misshapen)))
     return [fields for fields, misfit in zip(found, misfits, strict=True) if misfit == min(misfits)]
 
 

@@ -314,7 +314,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "scaler": (replaced("scaler", by={"scale": 1.0}), "scaler: expected the values"),
     "config": (replaced("config", "seed", by="x"), "config.seed: expected an integer, got 'x'"),
     "range": (replaced("config", "network", "resolution", by=33), "config.network.resolution: expected one"),
-    "nan": (replaced("config", "network", "bn_eps", by=math.nan), "config.network.bn_eps: expected a finite"),
+    "nan": (replaced("config", "network", "bn_eps", by=math.nan), "config.network.bn_eps: expected from"),
     "long": (
         replaced("config", "network", "g_attention", by=[16] * 9999), r"g_attention: .*16, and 9,994 more\]$"
     ),
