@@ -82,7 +82,8 @@ def apply_spectral_norm(
     Each layer stays the same object with the same parameters, so optimizers, hooks and shared modules are not affected.
     Layers that are already normalised stay as they are. Those with ``torch.nn.utils.spectral_norm`` or
     ``torch.nn.utils.parametrizations.spectral_norm`` keep u, v and their own options, and compute what they computed;
-    their ``weight_orig`` or ``parametrizations.weight.original`` is the new ``weight``, the same object.
+    their ``weight_orig`` or ``parametrizations.weight.original`` is the new ``weight``, the same object. Code outside
+    the layer that reads its weight must read :meth:`SpectralNormLayer.normalized_weight` instead.
 
     A weight layer without a normalised form (1-d and 3-d convolutions, recurrent layers, multi-head attention,
     subclasses, other parametrizations) is an error that names it, unless excluded. So are the linear layers of
