@@ -42,7 +42,10 @@ def run_onnx(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Tensor]]:
     monkeypatch.setattr(logging.getLogger("torch.onnx"), "level", logging.ERROR)
 
     def run(
-        module: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: Any, batches: list[tuple[Tensor, ...]]
+        module: nn.Module | torch.export.ExportedProgram,
+        inputs: tuple[Tensor, ...],
+        dynamic_shapes: Any,
+        batches: list[tuple[Tensor, ...]],
     ) -> list[Tensor]:
         with warnings.catch_warnings():  # torch.onnx warns of torch's own deprecated calls, and of equal axes
             warnings.simplefilter("ignore")

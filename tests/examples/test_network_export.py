@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from training_runs import TINY_NETWORK
 
 from sagan.networks import Discriminator, Generator, NetworkConfig
 
+ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},) * 2
 KINDS = pytest.mark.parametrize("kind", [Generator, Discriminator])
 
 
@@ -28,6 +30,13 @@ def made(kind: type[nn.Module]) -> nn.Module:
 def inputs_of(kind: type[nn.Module], count: int) -> tuple[Tensor, Tensor]:
     shape = (TINY_NETWORK.latent_dim,) if kind is Generator else (3, 32, 32)
     return torch.randn(count, *shape), torch.randint(3, (count,))
+
+
+@functools.cache
+def exported(kind: type[nn.Module]) -> tuple[nn.Module, torch.export.ExportedProgram]:
+    """A network, and its program for batches of any size."""
+    network = made(kind)
+    return network, torch.export.export(network, inputs_of(kind, 2), dynamic_shapes=ANY_BATCH, strict=False)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
@@ -50,9 +59,7 @@ def test_symbolic_trace_records_blocks_and_mixers_as_calls(kind: type[nn.Module]
 
 @KINDS
 def test_the_exported_program_needs_torch_alone(kind: type[nn.Module]) -> None:
-    network, inputs = made(kind), inputs_of(kind, 5)
-    batch = {0: torch.export.Dim("batch", min=1)}
-    program = torch.export.export(network, inputs_of(kind, 2), dynamic_shapes=(batch, batch), strict=False)
+    (network, program), inputs = exported(kind), inputs_of(kind, 5)
     assert not any("sagan_layers" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(*inputs), network(*inputs))
 
@@ -61,11 +68,9 @@ def test_the_exported_program_needs_torch_alone(kind: type[nn.Module]) -> None:
 def test_onnx_computes_the_same_for_any_batch(
     kind: type[nn.Module], run_onnx: Callable[..., list[Tensor]]
 ) -> None:
-    network, batches = made(kind), [inputs_of(kind, 1), inputs_of(kind, 5)]
-    batch = {0: torch.export.Dim("batch", min=1)}
-    for found, inputs in zip(
-        run_onnx(network, inputs_of(kind, 2), (batch, batch), batches), batches, strict=True
-    ):
+    (network, program), batches = exported(kind), [inputs_of(kind, 1), inputs_of(kind, 5)]
+    results = run_onnx(program, inputs_of(kind, 2), ANY_BATCH, batches)
+    for found, inputs in zip(results, batches, strict=True):
         torch.testing.assert_close(found, network(*inputs).detach(), rtol=1e-5, atol=1e-5)
 
 
