@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,18 @@ def read_weights(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if the file is none of these, or holds something else.
     """
-    if path.suffix == ".npz":
+    kind = _kind(path)
+    if kind == ".npz":
         contents: Any = _read_npz(path)
-    elif path.suffix == ".safetensors":
+    elif kind == ".safetensors":
         contents = _read_safetensors(path)
     else:
         try:
             contents = load_plain(path, legacy=True)
         except UserError as error:
             raise UserError(
-                f"{path} is not read ({error}); expected a state dict of torch.save, .safetensors or .npz. A file "
-                "with other objects must be saved again where it was written: torch.save(model.state_dict(), file)"
+                f"{path} is not read ({error}); expected a state dict of torch.save, safetensors or NumPy. If it "
+                "holds other objects, save it again where it was written: torch.save(model.state_dict(), file)"
             ) from error
     for name in _CONTAINERS:
         if isinstance(contents, Mapping) and name in contents:
@@ -46,8 +48,25 @@ def read_weights(path: Path) -> dict[str, Any]:
     entries = dict(_flat(contents))
     wrong = [name for name, value in entries.items() if not isinstance(value, (Tensor, np.ndarray))]
     if wrong:
-        raise UserError(f"{path}: expected tensors only, got others in {listed(wrong)}")
+        raise UserError(
+            f"{path}: expected tensors only, got others in {listed(wrong)}; save the state dict of each network alone"
+        )
     return entries
+
+
+def _kind(path: Path) -> str:
+    """Return the usual suffix of a file with such contents; the file's own if they do not tell."""
+    with open_regular(path) as file:
+        start = file.read(9)
+        if start[8:] == b"{":
+            return ".safetensors"
+        if start.startswith(b"PK\3\4"):
+            try:
+                names = zipfile.ZipFile(file).namelist()
+            except zipfile.BadZipFile:
+                return path.suffix
+            return ".npz" if all(name.endswith(".npy") for name in names) else ".pth"
+    return path.suffix.lower()
 
 
 def _read_npz(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from sagan.networks import Discriminator, Generator, NetworkConfig, discriminato
 from sagan.recipes import config_from_dict
 from sagan.recognition import read_networks
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint
+from sagan.weight_files import read_weights
 from sagan_layers import convert
 from sagan_layers.convert import CODE_BASES
 
@@ -316,10 +317,14 @@ class TestFiles:
             (
                 "G.pth",
                 object,
-                r"is not read \(it holds more than tensors .* saved again where it was written",
+                r"is not read \(it holds more than tensors .* save it again where it was written",
             ),
             ("G.pth", 3, "expected tensors by name, got 3"),
-            ("G.pth", {"a": torch.ones(1), "b": "text"}, r"expected tensors only, got others in \['b'\]"),
+            (
+                "G.pth",
+                {"a": torch.ones(1), "b": "text"},
+                r"tensors only, got others in \['b'\]; save the state dict",
+            ),
             ("G.npz", b"none", r"is not read .* expected arrays of numpy.savez"),
             ("G.npz", b"PK\3\4 damaged", r"is not read .* expected arrays of numpy.savez"),
             ("G.pth", {}, "expected tensors by name, got a dict of 0"),
@@ -338,6 +343,16 @@ class TestFiles:
         assert str(path) in error
         assert re.search(message, error)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_file_is_read_as_what_it_is_whatever_it_is_called(tmp_path: Path) -> None:
+    arrays = {"a": np.ones(2, np.float32)}
+    np.savez(tmp_path / "arrays", **arrays)
+    save_file({"a": torch.ones(2)}, tmp_path / "tensors")
+    torch.save({"a": torch.ones(2)}, tmp_path / "state")
+    for name, given in (("arrays.npz", "G.pth"), ("tensors", "G.PTH"), ("state", "G.npz")):
+        path = (tmp_path / name).rename(tmp_path / given)
+        assert torch.equal(torch.as_tensor(read_weights(path)["a"]), torch.ones(2))
 
 
 @pytest.fixture(scope="module")
