@@ -221,11 +221,12 @@ def _nearest(
 
     candidates = []
     for fields in structures:
-        asks_for_bias = fields[f"{letter}_attention"] and "attention_bias" not in known
+        may_have_biases = fields[f"{letter}_attention"] and "attention_bias" not in known
+        # Each of these has names of its own, so that it is chosen by itself.
         for alternatives in (
             [{f"{letter}_spectral_norm": normalised} for normalised in (True, False)],
             conditions,
-            [{"attention_bias": bias} for bias in (False, True)] if asks_for_bias else [{}],
+            [{"attention_bias": bias} for bias in (False, True)] if may_have_biases else [{}],
         ):
             choices = [{**fields, **each} for each in alternatives]
             fields = min(choices, key=lambda each: _misnamed(compared(each)))

@@ -1,4 +1,4 @@
-"""Files of weights: tensors by name, read without running code from the file."""
+"""Files of weights: tensors by name, read without running code from the file, and the networks they belong to."""
 
 from __future__ import annotations
 
