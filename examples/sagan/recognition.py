@@ -90,10 +90,9 @@ def read_networks(
     config = _by_rule(NetworkConfig(**{**settings, **told}))
     for entries in (g_entries, d_entries, _Entries(Generator, code_base, average)):
         if entries.state:
-            comparison = entries.compared(config)
-            if comparison.problems():
+            if problems := entries.compared(config).problems(_NAMED):
                 of_average = "the moving average: " if entries.state is average else ""
-                raise UserError(of_average + entries.unfitting(comparison))
+                raise UserError(of_average + entries.unfitting(problems))
             check_only(entries.kind, config, code_base)
     return Converted(config, frozenset(told), code_base, generator, discriminator, average)
 
@@ -115,12 +114,10 @@ class _Entries:
         except TypeError as error:  # an entry that is no array of numbers
             raise UserError(str(error)) from error
 
-    def unfitting(self, comparison: Comparison) -> str:
+    def unfitting(self, problems: str) -> str:
         """Return a message that names what does not fit."""
-        return (
-            f"the entries are no {self.kind.__name__.lower()} of {self.code_base.title} that is known; "
-            f"{comparison.problems(_NAMED)}"
-        )
+        kind = self.kind.__name__.lower()
+        return f"the entries are no {kind} of {self.code_base.title} that is known; {problems}"
 
     def names(self, count: int, attended: Iterable[int]) -> dict[str, str]:
         """Return the code base's names of the modules of blocks "0", "1", ...; "attention 0" follows block "0"."""
@@ -233,23 +230,28 @@ def _nearest(
         candidates.append((fields, compared(fields)))
     least = min(_misnamed(comparison) for _, comparison in candidates)
     candidates = [each for each in candidates if _misnamed(each[1]) == least]
-    found, misfits = [], []
+    found, misfits, refusals = [], [], []
     for fields, comparison in candidates:
         try:
             sized = {**fields, **sizes_of({**known, **fields}, comparison.our_shapes)}
             exact = compared(sized)
-        except (KeyError, IndexError, UserError):  # an entry that tells is missing, or has too few axes
+        except (KeyError, IndexError):  # an entry that tells is missing, or has too few axes
+            continue
+        except UserError as error:  # sizes that no network has
+            refusals.append(str(error))
             continue
         found.append(sized)
         misfits.append(_misnamed(exact) + len(exact.misshapen))
     if not found:
         nearest = candidates[0][1]
-        misshapen = [  # sizes are not known, only how many axes there are
-            (link, entry, value)
-            for link, entry, value in nearest.found
-            if link.tensor is not None and len(entry.stored_shape(link.tensor.shape)) != value.dim()
-        ]
-        raise UserError(entries.unfitting(nearest._replace(found=misshapen)))
+        # Sizes are not known, only how many axes there are.
+        problems = [nearest._replace(found=[]).problems(_NAMED), *refusals[:1]]
+        for link, entry, value in nearest.found:
+            assert link.tensor is not None
+            axes = len(entry.stored_shape(link.tensor.shape))
+            if value.dim() != axes:
+                problems.append(f"{entry.name}: expected {axes} axes, got {list(value.shape)}")
+        raise UserError(entries.unfitting("; ".join(filter(None, problems[:_NAMED]))))
     return [fields for fields, misfit in zip(found, misfits, strict=True) if misfit == min(misfits)]
 
 
