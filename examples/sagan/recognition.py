@@ -75,12 +75,16 @@ def read_networks(
         raise UserError("weights: expected those of a generator, got none")
     code_base = replace(code_base, prepare=dict)
     g_entries = _Entries(Generator, code_base, generator)
+    if not g_entries.are_generator() and _Entries(Discriminator, code_base, generator).have("0.conv1"):
+        raise UserError("weights: expected those of a generator, got a discriminator's, which are d_weights")
     told = _read_generator(g_entries, overrides)
     if not discriminator:  # G's file may hold both networks, under names of their own
         left_over = g_entries.compared(NetworkConfig(**{"d_attention": (), **told})).left_over
         if _Entries(Discriminator, code_base, dict.fromkeys(left_over)).have("0.conv1"):
             discriminator = {name: generator.pop(name) for name in left_over}
     d_entries = _Entries(Discriminator, code_base, discriminator)
+    if d_entries.are_generator():
+        raise UserError("d_weights: expected those of a discriminator, got a generator's")
     settings = settings_of(code_base, told["resolution"], overrides)
     if discriminator:
         told |= _read_discriminator(d_entries, told, overrides)
@@ -129,6 +133,10 @@ class _Entries:
         """Return whether a part of a block, such as "0.conv1", is among them."""
         start = self.names(count, attended)[part] + self.code_base.separator
         return any(name.startswith(start) for name in self.state)
+
+    def are_generator(self) -> bool:
+        """Return whether a norm in the first block is among them, which no discriminator has."""
+        return _Entries(Generator, self.code_base, self.state).have("0.norm1")
 
     def structures(self, counts: Mapping[int, int]) -> list[tuple[int, tuple[int, ...]]]:
         """Return the numbers of blocks, and the blocks before attention, whose names fit best.

@@ -94,6 +94,10 @@ class TestRecognition:
         states = [peer_vectors.draw_state(shapes) for shapes in (vectors.g_shapes, vectors.d_shapes)]
         untold = {name: peer.fields[name] for name in UNTOLD if name in peer.fields}
         assert_build_the_same(recognised(peer.code_base, *states, **untold), peer.config())
+        with pytest.raises(UserError, match=r"^weights: .* got a discriminator's, which are d_weights$"):
+            recognised(peer.code_base, *reversed(states), **untold)
+        with pytest.raises(UserError, match=r"^d_weights: .* got a generator's$"):
+            recognised(peer.code_base, states[0], states[0], **untold)
 
     @pytest.mark.parametrize(
         ("code_base", "changes"),
@@ -490,7 +494,8 @@ class TestCommand:
         [
             ([], "from, to: expected one of them, got none"),
             (["--from", "studiogan", "--to", "studiogan"], "from, to: expected one of them, got both"),
-            (["--from", "heykeetae"], "from: expected one of .*biggan_pytorch.*; got 'heykeetae'"),
+            (["--from", "biggan"], "from: expected one of .*biggan_pytorch.*; got 'biggan'"),
+            (["--from", "heykeetae"], r"from: these networks .*; sagan_layers.convert.load takes its blocks"),
             (["--to", "torchgan"], "to: expected one of .*; got 'torchgan'"),
             (["--from", "studiogan"], "weights: expected a file with --from, got none"),
             (

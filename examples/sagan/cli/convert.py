@@ -105,6 +105,11 @@ def run(command: Convert) -> int:
 
 
 def _code_base(option: str, name: str) -> CodeBase:
+    if name in CODE_BASES and name not in _NETWORKS:
+        raise UserError(
+            f"{option}: these networks cannot express those of {CODE_BASES[name].title}; "
+            "sagan_layers.convert.load takes its blocks"
+        )
     if name not in _NETWORKS:
         raise UserError(f"{option}: expected one of {', '.join(_NETWORKS)}; got {name!r}")
     return CODE_BASES[name]
