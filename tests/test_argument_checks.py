@@ -448,6 +448,10 @@ def test_maps_smaller_than_the_kernel_or_the_padding_are_refused_before_u_moves(
             r"channels_last_outputs: expected height and width of 2 outputs of '', got \(3, 1\)",
         ),
         (
+            lambda: convert.load(LINEAR, {}, "tensorflow", channels_last_outputs={"frst": (1, 1)}),
+            "channels_last_outputs: expected names of modules, got 'frst'",
+        ),
+        (
             lambda: DiscriminatorPass(LINEAR, LINEAR)(torch.ones(2, 3), torch.ones(4, 2)),
             r"generator: expected images like the real ones, \[2, 3\], got \[4, 2\]",
         ),

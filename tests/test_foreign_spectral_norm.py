@@ -533,6 +533,16 @@ def test_the_report_names_what_was_converted_excluded_and_passed_over() -> None:
         apply_spectral_norm(model, report=1)  # type: ignore[arg-type]
 
 
+def test_a_report_that_raises_leaves_the_model_as_it_was() -> None:
+    def report(line: str) -> None:
+        raise OSError(line)
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(OSError, match="0: Linear -> SNLinear"):
+        apply_spectral_norm(model, report=report)
+    assert type(model[0]) is nn.Linear
+
+
 @every_way
 def test_only_normalized_converts_no_layer_without_torchs_spectral_norm(way: str) -> None:
     plain = [

@@ -354,7 +354,9 @@ def links(
     sizes = {}
     for name, size in (channels_last_outputs or {}).items():
         height, width = pair_of("channels_last_outputs", size, least=1)
-        outputs = getattr(layers.get(name), "out_features", 1)
+        if name not in layers:
+            raise ValueError(f"channels_last_outputs: expected names of modules, got {name!r}")
+        outputs = getattr(layers[name], "out_features", 1)
         if outputs % (height * width):
             raise ValueError(
                 f"channels_last_outputs: expected height and width of {outputs} outputs of {name!r}, got {size}"

@@ -171,11 +171,11 @@ def apply_spectral_norm(
     if not chosen and not any(isinstance(layer, SpectralNormLayer) for layer in model.modules()):
         kinds = "with torch's spectral norm" if only_normalized else "that could be spectrally normalised"
         warnings.warn(f"the model has no layer {kinds}", stacklevel=2)
-    for name, conversion in chosen.items():
-        conversion.convert(model.get_submodule(name))
-    if report is not None:
+    if report is not None:  # before anything changes, since it may raise
         for name, line in lines.items():
             report(f"{name or '(the model itself)'}: {line}")
+    for name, conversion in chosen.items():
+        conversion.convert(model.get_submodule(name))
     return model
 
 
