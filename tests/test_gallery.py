@@ -180,7 +180,8 @@ def test_with_its_own_rate_attention_moves_as_slowly_as_equalised_weights() -> N
     assert len(attention) == 4
     for name, change in moved.items():
         if not name.endswith("gamma"):
-            assert change < (0.002 if name in attention else 0.0021), name
+            # An entry moves by 0.002, and the norm of n standard normal ones is near the root of n.
+            assert change < (0.002 if name in attention else 0.0025), name
 
 
 def test_at_stylegan2s_rate_attention_moves_many_times_faster() -> None:
