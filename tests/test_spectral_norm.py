@@ -844,3 +844,10 @@ def test_checkpointing_with_a_frozen_recomputation_gives_the_plain_gradient() ->
     checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts).square().sum().backward()
     assert_close(gradients_of(block), gradients_of(plain), rtol=1e-12, atol=1e-14)
     assert_same(vectors(block), vectors(plain))
+
+
+def test_the_normalised_weight_has_the_weights_strides_also_where_an_axis_has_size_1() -> None:
+    conv = SNConv2d(2, 1, (3, 2), dtype=torch.float64).to(memory_format=torch.channels_last)
+    assert conv.normalized_weight().stride() == conv.weight.stride()
+    # Torch's float64 convolution refuses the gradient of others.
+    conv(torch.randn(1, 2, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)).sum().backward()

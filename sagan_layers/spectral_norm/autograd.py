@@ -66,7 +66,7 @@ class NormalizedWeight(torch.autograd.Function):
         ctx.weight = weight
         ctx.version = None if torch.compiler.is_compiling() else weight._version
         ctx.save_for_backward(normalized, sigma, u, v)
-        return normalized.view_as(normalized)
+        return normalized.detach()  # an alias with the same strides, those of axes of size 1 included
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
