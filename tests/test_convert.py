@@ -314,3 +314,17 @@ def test_names_and_prefixes_are_checked() -> None:
     assert convert.save(layers, "biggan_pytorch", prefix="G.").keys() == (
         convert.save(layers, "biggan_pytorch", prefix="G").keys()
     )
+
+
+def test_of_a_form_that_stores_v_it_must_be_there_and_of_one_that_does_not_it_is_made() -> None:
+    layer = SNLinear(3, 4, eps_mode="clamp", iterate_when_frozen=False)
+    hooked = convert.save(layer, "mimicry")
+    del hooked["weight_v"]
+    with pytest.raises(ValueError, match=r"do not fit; missing: weight_v$"):
+        convert.load(layer, hooked, "mimicry")
+    own = {"weight": hooked["weight_orig"], "bias": hooked["bias"], "sn_u": hooked["weight_u"].view(1, -1)}
+    convert.load(layer, own, "mimicry")
+    weight, u = own["weight"], hooked["weight_u"]
+    right = nn.functional.normalize(weight.t() @ u, dim=0)
+    sigma = (weight @ right).norm()
+    torch.testing.assert_close(layer.eval().normalized_weight(), weight / sigma)

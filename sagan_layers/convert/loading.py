@@ -181,14 +181,18 @@ def compare(
     absent: list[Link] = []
     missing: list[str] = []
     taken: set[str] = set()
+    # Layers whose tensors have several forms: whether the usual one is there, and so all of it must be.
+    usual: dict[nn.Module, bool] = {}
     for link in links(module, code_base, names=names, channels_last_outputs=channels_last_outputs):
         entry = next((place for place in link.places if place and place.name in remaining), None)
         if entry is not None:
             taken.add(entry.name)
+            if len(link.places) > 1:
+                usual[link.layer] = entry == link.places[0]
             if link.tensor is not None:
                 value = _values(below + entry.name, remaining[entry.name], link.tensor)
                 found.append((link, entry._replace(name=below + entry.name), value))
-        elif None in link.places:
+        elif None in link.places and not (link.places[0] and usual.get(link.layer)):
             absent.append(link)
         elif link.tensor is not None:
             missing += [below + place.name for place in link.places[:1] if place]

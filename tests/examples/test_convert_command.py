@@ -441,8 +441,16 @@ class TestCommand:
         printed = succeed(
             "convert", "--to", "biggan_pytorch", "--source", trained_run, "--out", tmp_path / "out"
         )
-        assert "others there: sn_eps_mode add, last_bn_momentum 0.0001, last_bn_eps None" in printed
+        assert "others there: sn_eps_mode add, last_bn_momentum 0.0001, biased_running_var True\n" in printed
         assert not torch.load(tmp_path / "out" / "G.pth")["linear.weight"].isnan().any()
+
+    def test_settings_are_named_also_where_the_code_base_has_our_default(
+        self, converted: Path, tmp_path: Path
+    ) -> None:
+        run, out = tmp_path / "run", tmp_path / "out"
+        succeed(*FROM, converted / "G.pth", "--bn-eps", "0.001", "--sn-eps", "0.002", "--out", run)
+        printed = succeed("convert", "--to", "biggan_pytorch", "--source", run, "--out", out)
+        assert "others there: sn_eps 0.002, bn_eps 0.001\n" in printed
 
     def test_runs_that_a_code_base_cannot_express_are_refused(
         self, trained_run: Path, tmp_path: Path

@@ -15,7 +15,7 @@ from sagan.convert import load_network, save_network, settings_of
 from sagan.distributed import World
 from sagan.errors import UserError, check_is_new
 from sagan.io import atomic_write, open_regular
-from sagan.networks import Discriminator, Generator, discriminator_widths, generator_widths
+from sagan.networks import Discriminator, Generator, NetworkConfig, discriminator_widths, generator_widths
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, config_from_dict, differences
 from sagan.recognition import Converted, read_networks
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -239,11 +239,18 @@ def _convert_to(command: Convert, code_base: CodeBase) -> int:
         with atomic_write(command.out / f"{name}.pth") as file:
             torch.save(entries, file)
     print(f"{', '.join(f'{name}.pth' for name in written)} written to {command.out}, for {code_base.title}")
-    own = [
-        f"{name} {value}"
-        for name, there in settings_of(code_base, config.resolution, {}).items()
-        if hasattr(Settings, name) and (value := getattr(config, name)) != there
-    ]
+    own = _settings_of_its_own(config, settings_of(code_base, config.resolution, {}))
     if own:
         print(f"State dicts do not hold these settings, which are others there: {', '.join(own)}")
     return 0
+
+
+def _settings_of_its_own(config: NetworkConfig, settings: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a configuration that are others in a code base with these."""
+    ours, theirs = asdict(config), {**asdict(NetworkConfig()), **settings}
+    for values in (ours, theirs):
+        if values["last_bn_eps"] is None:
+            values["last_bn_eps"] = values["bn_eps"]
+    names = [option.name for option in fields(Settings)]
+    told = {"g_attention", "d_attention"} - settings.keys()  # by the names of the entries
+    return [f"{name} {ours[name]}" for name in names if name not in told and ours[name] != theirs[name]]
