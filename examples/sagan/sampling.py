@@ -17,6 +17,7 @@ from sagan.networks import Generator, NetworkConfig
 from sagan.randomness import mixed_seed
 from sagan.recipes import RunConfig, config_from_dict
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint
+from sagan.train.state import average_of
 
 SAMPLES = "samples.json"
 Weights = Literal["auto", "ema", "raw"]
@@ -71,13 +72,12 @@ def load_generator(path: Path, device: torch.device, *, weights: Weights = "auto
     """
     state = load_checkpoint(find_checkpoint(path))
     config = config_from_dict(state["config"])
-    averaged = state["average"] is not None and weights != "raw"
+    average = None if weights == "raw" else average_of(state)
+    averaged = average is not None
     if weights == "ema" and not averaged:
         raise UserError(f"weights: expected a run with a moving average for 'ema', {path} has none")
     generator = Generator(config.network)
-    average = state["average"] or {}
-    tensors = {name.removeprefix("module."): average[name] for name in average if name != "n_averaged"}
-    generator.load_state_dict(tensors if averaged else state["generator"])
+    generator.load_state_dict(state["generator"] if average is None else average)
     if config.step.channels_last:  # the same bits as in training
         generator = generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return TrainedGenerator(

@@ -21,7 +21,7 @@ from sagan.recognition import Converted, read_networks
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from sagan.train.health import CollapseAlarm
 from sagan.train.output import save_config
-from sagan.train.state import check_values
+from sagan.train.state import average_of, check_values
 from sagan.train.update import Trainer
 from sagan.weight_files import read_weights
 from sagan_layers.convert import CODE_BASES, CodeBase
@@ -225,10 +225,8 @@ def _convert_to(command: Convert, code_base: CodeBase) -> int:
     state = load_checkpoint(find_checkpoint(command.source))
     config = config_from_dict(state["config"]).network
     tensors = {"G": state["generator"], "D": state["discriminator"]}
-    if (average := state["average"]) is not None:
-        tensors["G_ema"] = {
-            name.removeprefix("module."): average[name] for name in average if name != "n_averaged"
-        }
+    if (average := average_of(state)) is not None:
+        tensors["G_ema"] = average
     written = {}
     for name, each in tensors.items():
         network = Discriminator(config) if name == "D" else Generator(config)

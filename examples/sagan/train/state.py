@@ -92,6 +92,14 @@ def check_values(state: TrainerState) -> None:
                 raise UserError(f"{name}: expected at least 0, got {tensor.min().item():g}")
 
 
+def average_of(state: TrainerState) -> StateDict | None:
+    """Return the moving average of G as a state dict of G; None without one."""
+    average = state["average"]
+    if average is None:
+        return None
+    return {name.removeprefix("module."): average[name] for name in average if name != "n_averaged"}
+
+
 def expected_tensors(config: RunConfig) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of a state with this configuration by field and name, on the meta device: without memory."""
     try:
