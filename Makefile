@@ -44,8 +44,6 @@ doctest: .venv-test/installed ## the examples in the package's docstrings
 docs: .venv-test/installed ## the documentation, into docs/_build/html; a warning is an error
 	@echo "==> docs"
 	$(TEST)/sphinx-build --fresh-env -W --keep-going -b html docs docs/_build/html
-	@echo "==> examples in the documentation's pages"
-	$(TEST)/sphinx-build --fresh-env -W --keep-going -b doctest docs docs/_build/doctest
 
 package: .venv-test/installed ## build, check what is in the archives, use the wheel outside the checkout
 	@echo "==> build the sdist, and the wheel from it"

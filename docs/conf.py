@@ -1,10 +1,13 @@
 """Sphinx configuration. Build with `make docs`, or as contributing.md says; neither needs a network."""
 
 import re
+from pathlib import Path
 
 from docutils import nodes
+from sphinx import addnodes
 
 import sagan_layers
+from sagan_layers import convert, functional
 
 project = "sagan-layers"
 author = "sagan-layers contributors"
@@ -14,7 +17,6 @@ version = release = sagan_layers.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
@@ -34,7 +36,9 @@ pygments_style = "tango"
 pygments_dark_style = "monokai"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
-copybutton_selector = "div:not(.highlight-none) > div.highlight > pre"  # not on outputs
+copybutton_selector = (
+    "div:not(.highlight-text) > div.highlight > pre"  # not on what examples print
+)
 
 # MathJax is shipped in _static/mathjax, so the pages load nothing from elsewhere. Its menu would fetch parts that
 # are not shipped.
@@ -53,7 +57,9 @@ autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True  # attributes as a list in the class, not as entries of their own
+napoleon_use_ivar = (
+    True  # attributes as a list in the class, not as entries of their own
+)
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Shape", "Reference"]
 python_maximum_signature_line_length = 88
@@ -62,19 +68,123 @@ nitpicky = True
 # No inventory of another project is fetched while building, so names of other projects stay without a link.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|np|numpy|collections|contextlib)(\..+)?"),
-    ("py:.*", r"(Tensor|nn\..+|ProcessGroup|ArrayLike|NDArray|Mapping|Iterable|Iterator|Sequence)"),
-    ("py:.*", r"(_ModuleT|_size_2_t|.*\._ModuleT|(.*\.)?Link)"),  # private types in signatures
+    (
+        "py:.*",
+        r"(Tensor|nn\..+|ProcessGroup|ArrayLike|NDArray|Mapping|Iterable|Iterator|Sequence)",
+    ),
+    (
+        "py:.*",
+        r"(_ModuleT|_size_2_t|.*\._ModuleT|(.*\.)?Link)",
+    ),  # private types in signatures
 ]
 
 
-# Examples of docstrings and pages run in the names a reader has after these imports. Each page starts anew.
-doctest_global_setup = """
-import numpy as np
-import torch
-from torch import nn
-from sagan_layers import *
-torch.manual_seed(0)
-"""
+# The pages are plain Markdown, which a repository browser shows too. What only the built pages have is added here.
+SIDEBAR = {
+    "Start": ["installation", "quickstart"],
+    "Your GAN, your weights": [
+        "put_attention_into",
+        "coming_from",
+        "loading_weights",
+        "export",
+    ],
+    "Blocks": [
+        "blocks/self_attention",
+        "blocks/spectral_norm",
+        "blocks/resampling",
+        "blocks/conditional_batch_norm",
+        "blocks/projection_head",
+        "blocks/losses",
+    ],
+    "Guides": [
+        "training_step",
+        "attention",
+        "numerics",
+        "trainer",
+        "prepare",
+        "evaluation",
+        "reproduce",
+    ],
+    "Reference": [
+        "api/index",
+        "architecture",
+        "robustness",
+        "kernel_resources",
+        "contributing",
+        "changelog",
+    ],
+}
+WHOLE_FILES = {
+    "contributing": "CONTRIBUTING.md",
+    "changelog": "CHANGELOG.md",
+}  # of the repository's root
+
+PUBLIC_NAMES = {
+    **{name: f"sagan_layers.{name}" for name in sagan_layers.__all__},
+    **{
+        f"functional.{name}": f"sagan_layers.functional.{name}"
+        for name in functional.__all__
+    },
+    **{f"convert.{name}": f"sagan_layers.convert.{name}" for name in convert.__all__},
+}
+
+
+def complete_page(app, docname, source):
+    """Add the sidebar to the index, and the text to pages that stand for a file of the repository's root."""
+    if docname == "index":
+        for caption, pages in SIDEBAR.items():
+            source[0] += (
+                "\n```{toctree}\n:hidden:\n:caption: "
+                + "\n".join([caption, "", *pages])
+                + "\n```\n"
+            )
+    elif docname in WHOLE_FILES:
+        text = (Path(app.srcdir).parent / WHOLE_FILES[docname]).read_text(
+            encoding="utf-8"
+        )
+        source[0] = text.replace("](docs/", "](")
+
+
+def link_public_names(app, doctree):
+    """Link a public name in code font to its entry of the API, once in each section."""
+    docname = app.env.current_document.docname
+    for section in (
+        [] if docname.startswith("api/") else list(doctree.findall(nodes.section))
+    ):
+        linked = set()
+        for part in section.children:
+            if not isinstance(part, (nodes.section, nodes.title)):
+                for literal in list(part.findall(nodes.literal)):
+                    name = literal.astext().removesuffix("()")
+                    target = _full_name(name)
+                    if (
+                        target
+                        and name not in linked
+                        and not isinstance(literal.parent, nodes.reference)
+                    ):
+                        linked.add(name)
+                        options = {
+                            "refdomain": "py",
+                            "reftype": "obj",
+                            "reftarget": target,
+                            "refexplicit": True,
+                        }
+                        link = addnodes.pending_xref(
+                            "", refdoc=docname, refwarn=True, **options
+                        )
+                        literal.replace_self(link)
+                        link += literal
+
+
+def _full_name(name):
+    """Return the full name of what a page calls ``SelfAttention2d`` or ``SelfAttention2d.attention_weights``."""
+    if name in PUBLIC_NAMES:
+        return PUBLIC_NAMES[name]
+    owner, _, method = name.rpartition(".")
+    known = owner in PUBLIC_NAMES and hasattr(
+        getattr(sagan_layers, owner, None), method
+    )
+    return f"{PUBLIC_NAMES[owner]}.{method}" if known else None
 
 
 def tidy_docstring(app, what, name, obj, options, lines):
@@ -93,11 +203,20 @@ def mark_new_lines(app, doctree):
     """Highlight the lines of examples that are marked as new, or that stand for what was there before."""
     for block in doctree.findall(nodes.literal_block):
         lines = block.astext().splitlines()
-        new = [n for n, line in enumerate(lines, 1) if re.search(r"# (new|was)\b", line)]
+        new = [
+            n for n, line in enumerate(lines, 1) if re.search(r"# (new|was)\b", line)
+        ]
         if new:
-            block["highlight_args"] = {**block.get("highlight_args", {}), "hl_lines": new}
+            block["highlight_args"] = {
+                **block.get("highlight_args", {}),
+                "hl_lines": new,
+            }
 
 
 def setup(app):
+    app.connect("source-read", complete_page)
     app.connect("doctree-read", mark_new_lines)
-    app.connect("autodoc-process-docstring", tidy_docstring, priority=400)  # napoleon's is 500
+    app.connect("doctree-read", link_public_names)
+    app.connect(
+        "autodoc-process-docstring", tidy_docstring, priority=400
+    )  # napoleon's is 500
