@@ -178,7 +178,7 @@ class TestFiles:
             print("\x1b[2J")
             return 0
 
-        monkeypatch.setattr(files.imagenet_sagan, "main", prints)
+        monkeypatch.setattr(files.program, "main", prints)
         with pytest.raises(WrongError, match="printed"):
             files.command("sample")
 

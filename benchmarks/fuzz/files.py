@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import imagenet_sagan
 from benchmarks.fuzz.outcomes import Campaign, Outcome, WrongError, outcome_of
 from benchmarks.kill_and_resume import leaves, same_bits
+from sagan.cli import main as program
 from sagan.data import DataConfig, open_dataset
 from sagan.errors import UserError
 from sagan.io import file_sha256
@@ -67,12 +67,12 @@ class RefusedError(Exception):
 
 
 def command(*arguments: object) -> str:
-    """Run a command of the trainer in this process and return what it prints; raise RefusedError if it ends with 1."""
+    """Run a command of the trainer in this process and return what it prints; raise RefusedError if it fails."""
     with (
         contextlib.redirect_stdout(io.StringIO()) as out,
         contextlib.redirect_stderr(io.StringIO()) as errors,
     ):
-        status = imagenet_sagan.main([str(argument) for argument in arguments])
+        status = program.main([str(argument) for argument in arguments])
     text = out.getvalue() + errors.getvalue()
     if found := [character for character in _NOT_PRINTED if character in text]:
         raise WrongError(f"printed {found!r}")

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sagan.errors import NotFiniteError, UserError
+from sagan.errors import FailureError, NotFiniteError, UserError
 from sagan.io import tensor_bytes
 from sagan.rendezvous import START_S, LostProcessError, Rendezvous, environment_number, launched
 from sagan_layers import SpectralNormLayer
@@ -149,11 +149,11 @@ class World:
             dist.destroy_process_group(group)
 
 
-class ReportedElsewhereError(UserError):
+class ReportedElsewhereError(FailureError):
     """An error that another rank reports; this one stays silent."""
 
 
-class ProcessesDisagreeError(UserError):
+class ProcessesDisagreeError(FailureError):
     """The ranks should hold the same numbers, but do not."""
 
 

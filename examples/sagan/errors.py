@@ -21,6 +21,14 @@ class UserError(ValueError):
     The command line shows the message alone. Any other exception is a bug and keeps its traceback.
     """
 
+    exit_code = 2  # wrong options, files or folders
+
+
+class FailureError(UserError):
+    """A failure while running, whatever was given."""
+
+    exit_code = 1
+
 
 class NotFiniteError(UserError):
     """A value is NaN or infinite."""

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import html
 import re
+import shlex
+import sys
 import unicodedata
 from collections.abc import Iterable
+from pathlib import PurePath
 
 # What Windows forbids in a file's name, the separators of all systems among it.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*]')
+_ENTRY = "imagenet_sagan.py"  # the program in a checkout
 _LONGEST = 100  # bytes; file systems take 255
+
+
+def program_name() -> str:
+    """Return what a command line begins with, as this one did: ``sagan``, or ``python examples/imagenet_sagan.py``."""
+    path = PurePath(sys.argv[0])
+    if path.name == "__main__.py":
+        return "python -m sagan"
+    if path.stem == "sagan":
+        return "sagan"
+    return f"python {shlex.quote(str(path)) if path.name == _ENTRY else f'examples/{_ENTRY}'}"
+
+
+def program_file() -> str:
+    """Return the program's name without the folder, which messages begin with."""
+    return _ENTRY if _ENTRY in (name := program_name()) else name
 
 
 def printable(text: str, *, keep: str = "") -> str:

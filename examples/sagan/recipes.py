@@ -138,7 +138,7 @@ class RunConfig:
     """One training run.
 
     Attributes:
-        recipe: recipe that sets the other values; imagenet_sagan.py without arguments lists the recipes.
+        recipe: recipe that sets the other values; the program without arguments lists them.
         data: a prepared set, or the root of an image folder: DATA/train/<class>/*.JPEG or DATA/<class>/*.JPEG.
         out: folder to write the run to.
         iterations: number of updates of G.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sagan.errors import UserError
+from sagan.errors import FailureError, UserError
 from sagan.io import first_line
 from sagan.signals import no_interrupts
 
@@ -28,7 +28,7 @@ _HELP = (
 )
 
 
-class LostProcessError(UserError):
+class LostProcessError(FailureError):
     """Another process has ended."""
 
 
@@ -136,7 +136,7 @@ class Rendezvous:
         while what := missing():
             waited_s = time.monotonic() - start
             if waited_s > self._start_s:
-                raise UserError(f"{what} after {self._start_s:.0f} s; {_HELP}")
+                raise FailureError(f"{what} after {self._start_s:.0f} s; {_HELP}")
             if waited_s > say_s:
                 print(f"Process {self._rank} waits: {what}", file=sys.stderr, flush=True)
                 say_s += _SAY_EVERY_S

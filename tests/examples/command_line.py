@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import imagenet_sagan
+import sagan
+from sagan.cli import main as program
 
 # Options of ``train`` for networks of milliseconds.
 SMALL = (
@@ -26,7 +27,7 @@ SMALL = (
 
 def main(*arguments: object) -> int:
     """Run a command and return its exit code."""
-    return imagenet_sagan.main([str(argument) for argument in arguments])
+    return program.main([str(argument) for argument in arguments])
 
 
 def succeed(*arguments: object) -> str:
@@ -36,16 +37,16 @@ def succeed(*arguments: object) -> str:
     return printed.getvalue()
 
 
-def refused(*arguments: object) -> str:
-    """Run a command that fails with exit code 1 and return its message."""
+def refused(*arguments: object, code: int = 2) -> str:
+    """Run a command that fails with an exit code, 2 if its options or files are wrong, and return its message."""
     with contextlib.redirect_stderr(io.StringIO()) as printed:
-        assert main(*arguments) == 1
+        assert main(*arguments) == code
     return printed.getvalue()
 
 
 def python(program: str, *arguments: object, **environment: object) -> subprocess.Popen[str]:
     """Start a program that may import the trainer."""
-    path = os.pathsep.join([str(Path(imagenet_sagan.__file__).parent), *filter(None, sys.path)])
+    path = os.pathsep.join([str(Path(sagan.__file__).parents[1]), *filter(None, sys.path)])
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -23,21 +24,27 @@ from image_trees import WNIDS, count_files, write_image_tree, write_messy_tree
 from torch import Tensor
 from training_runs import assert_same_run, changed, metrics_of
 
-import imagenet_sagan
 from sagan.cli import demo, prepare, report, sample
+from sagan.cli import main as program
 from sagan.cli.parsing import INTERRUPTED, parse
 from sagan.cli.terminal import outlive_the_terminal
 from sagan.cli.train import Train, describe_config, from_recipe
 from sagan.data import folder as data_folder
+from sagan.data.workers import WorkerError
+from sagan.distributed import ReportedElsewhereError
+from sagan.errors import UserError
+from sagan.names import program_file, program_name
 from sagan.recipes import RECIPES, RunConfig, config_from_dict
+from sagan.rendezvous import LostProcessError
 from sagan.report import figures
 from sagan.report.figures import default_points
 from sagan.sampling import load_generator, numbered_samples
-from sagan.train.checkpoint import find_checkpoint, load_checkpoint
+from sagan.train.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from sagan.train.health import TrainingError
 from sagan.train.loop import TrainingResult
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = ROOT / "examples" / "imagenet_sagan.py"
+PROGRAM = Path("examples") / "imagenet_sagan.py"
 
 
 def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
@@ -48,6 +55,7 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=ROOT,
         start_new_session=True,  # a process group of its own, as a shell makes
         env={**os.environ, **settings, **environment},
     )
@@ -77,14 +85,14 @@ class TestEntry:
     def test_without_arguments_it_says_what_it_can_do_and_how_to_start(self) -> None:
         code, out, err = run()
         assert (code, err) == (0, "")
-        assert all(f"\n  {command} " in out for command in imagenet_sagan.COMMANDS)
+        assert all(f"\n  {command} " in out for command in program.COMMANDS)
         assert all(recipe in out for recipe in RECIPES)
         assert "python examples/imagenet_sagan.py demo" in out
         assert max(map(len, out.splitlines())) <= 110
 
     @pytest.mark.parametrize("argument", ["--help", "-h", "help"])
     def test_help_is_the_same_text(self, argument: str) -> None:
-        assert succeed(argument).rstrip("\n") == imagenet_sagan.OVERVIEW.rstrip("\n")
+        assert succeed(argument).rstrip("\n") == program.OVERVIEW.rstrip("\n")
 
     def test_a_reader_or_terminal_that_has_gone_is_no_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         reading, writing = os.pipe()
@@ -166,7 +174,7 @@ class TestEntry:
         def fails(command: object) -> int:
             raise exception
 
-        monkeypatch.setitem(imagenet_sagan.COMMANDS, "train", (Train, fails))
+        monkeypatch.setitem(program.COMMANDS, "train", (Train, fails))
         with pytest.raises(type(exception), match="a bug"):
             main("train", "--data", "x")
 
@@ -317,9 +325,9 @@ class TestTrain:
         assert load_checkpoint(find_checkpoint(parts))["batches_drawn"] == 4 * (reached + 2)
         assert [row["iteration"] for row in metrics_of(parts)] == list(range(1, reached + 3))
 
-    def test_wrong_data_ends_with_a_plain_message_and_exit_code_1(self, tmp_path: Path) -> None:
+    def test_wrong_data_ends_with_a_plain_message_and_exit_code_2(self, tmp_path: Path) -> None:
         code, out, err = run("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
-        assert (code, out) == (1, "")
+        assert (code, out) == (2, "")
         assert err.startswith("imagenet_sagan.py train: cannot use ")
         assert "the path does not exist" in err
         assert "Likely fix" in err
@@ -566,3 +574,45 @@ def test_options_reach_the_demo_and_interruption_the_exit_code(
     assert main("demo", "--out", tmp_path, "--iterations", 34, "--seed", 5) == code
     assert configs == [replace(RECIPES["digits"](), out=tmp_path, iterations=34, seed=5)]
     assert ("Stopped at iteration 12" in capsys.readouterr().out) == (verdict is None)
+
+
+@pytest.mark.parametrize(
+    ("started", "program", "file"),
+    [
+        ("examples/imagenet_sagan.py", "python examples/imagenet_sagan.py", "imagenet_sagan.py"),
+        ("/a b/imagenet_sagan.py", "python '/a b/imagenet_sagan.py'", "imagenet_sagan.py"),
+        ("/usr/bin/sagan", "sagan", "sagan"),
+        (r"Scripts\sagan.exe", "sagan", "sagan"),
+        ("/lib/sagan/__main__.py", "python -m sagan", "python -m sagan"),
+        ("/usr/bin/pytest", "python examples/imagenet_sagan.py", "imagenet_sagan.py"),
+    ],
+)
+def test_messages_name_the_program_as_it_was_started(
+    started: str, program: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started.replace("\\", os.sep)])
+    assert (program_name(), program_file()) == (program, file)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("seed: expected another"), 2),
+        (CheckpointError("no checkpoint"), 2),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x.pth"), 2),
+        (TrainingError("NaN"), 1),
+        (WorkerError("a worker has died"), 1),
+        (LostProcessError("process 1 has ended"), 1),
+        (ReportedElsewhereError("another process failed"), 1),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (OSError(errno.EIO, "Input/output error"), 1),
+    ],
+)
+def test_the_exit_code_tells_what_was_given_from_what_failed(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(command: object) -> int:
+        raise error
+
+    monkeypatch.setitem(program.COMMANDS, "plot", (report.Plot, fails))
+    assert main("plot", "--source", "x") == code

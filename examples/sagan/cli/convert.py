@@ -15,6 +15,7 @@ from sagan.convert import load_network, save_network, settings_of
 from sagan.distributed import World
 from sagan.errors import UserError, check_is_new
 from sagan.io import atomic_write, open_regular
+from sagan.names import program_name
 from sagan.networks import Discriminator, Generator, NetworkConfig, discriminator_widths, generator_widths
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, config_from_dict, differences
 from sagan.recognition import Converted, read_networks
@@ -201,7 +202,7 @@ def _summary(code_base: CodeBase, networks: Converted, overrides: Mapping[str, A
 
 def _training_command(config: RunConfig) -> list[str]:
     """Return the command that trains a run further; it names all settings of the networks."""
-    command = ["python", "examples/imagenet_sagan.py", "train", "--resume", "--accept-changes"]
+    command = [*shlex.split(program_name()), "train", "--resume", "--accept-changes"]
     command += ["--data", "DATA", "--out", str(config.out)]
     for name, (_, value) in differences(RECIPES[config.recipe](), config).items():
         if name in ("out", "device"):

@@ -10,15 +10,18 @@ from typing import Any, TypeVar, cast
 
 import tyro
 
+from sagan.names import program_file
+
 T = TypeVar("T")
-# Exit codes besides 0, 1 (an error with a message) and 2 (wrong arguments).
+FAILED = 1  # while running: a full disk, NaNs, a lost process
+BAD_USAGE = 2  # wrong options, files or folders
 INTERRUPTED = 75  # stopped by a signal; a checkpoint is saved
 COLLAPSED = 76  # stopped by a sign of collapse; a checkpoint is saved
 
 
 def parse(kind: type[T], name: str, arguments: Sequence[str], default: T | None = None) -> T:
     """Parse the options of a subcommand; an unknown option ends the program with a message."""
-    program = f"imagenet_sagan.py {name}"
+    program = f"{program_file()} {name}"
     if default is None:
         options = tyro.cli(kind, prog=program, args=list(arguments))
     else:

@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sagan.data.layout import DatasetError
+from sagan.errors import FailureError
 from sagan.signals import StopRequestedError, stop_requested
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ _DEATH_S = 1.0
 
 class WorkerError(DatasetError):
     """A data worker has died, or its batches have no room in shared memory."""
+
+    exit_code = FailureError.exit_code
 
 
 class WorkerBatches(Iterator[Batch]):

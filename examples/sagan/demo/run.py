@@ -15,6 +15,7 @@ from torch import Tensor
 from sagan.data import open_dataset
 from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
 from sagan.io import atomic_write_text
+from sagan.names import program_name
 from sagan.recipes import RunConfig
 from sagan.report.figures import Panel, class_labels, default_points, draw_attention, save_curves, save_grid
 from sagan.sampling import TrainedGenerator, generate, load_generator, sample_inputs
@@ -163,11 +164,11 @@ Written to {out}:
   checkpoints/        weights and everything else needed to resume
 
 Next:
-  python examples/imagenet_sagan.py sample --source {out} --out samples
-  python examples/imagenet_sagan.py attention-maps --source {out} --out maps.png
+  {program_name()} sample --source {out} --out samples
+  {program_name()} attention-maps --source {out} --out maps.png
 
 To train on ImageNet, or on any folder with a folder of images for each class:
-  python examples/imagenet_sagan.py train --data /path/to/imagenet --out runs/imagenet
+  {program_name()} train --data /path/to/imagenet --out runs/imagenet
 with images in /path/to/imagenet/train/n01440764/*.JPEG and so on. It checks all images first.
 """
 

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import TypeVar
 
-from sagan.errors import UserError
+from sagan.errors import FailureError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 def run_tasks(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Yield (task, function(task)) in the order of completion; raise UserError if a worker process was killed.
+    """Yield (task, function(task)) in the order of completion; raise FailureError if a worker process was killed.
 
     ``tasks`` are taken only when there is room for them. ``workers=1`` runs everything in this process.
     """
@@ -43,7 +43,7 @@ def run_tasks(
         while waiting:
             yield from _finished(waiting)
     except BrokenProcessPool as error:
-        raise UserError(
+        raise FailureError(
             "a worker process was killed, perhaps because memory ran out. Finished work is saved: run the same "
             "command again, with fewer --workers."
         ) from error

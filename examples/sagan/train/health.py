@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sagan.distributed import World
-from sagan.errors import UserError
+from sagan.errors import FailureError
 from sagan.recipes import HealthConfig
 
 _MAX_NAMED = 5
 
 
-class TrainingError(UserError):
+class TrainingError(FailureError):
     """Training cannot continue."""
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from sagan.errors import UserError, is_finite
+from sagan.errors import FailureError, UserError, is_finite
 from sagan.io import atomic_write_text, open_regular
 from sagan.names import printable
 from sagan.recipes import RunConfig
@@ -60,7 +60,7 @@ class RunLog:
         try:
             self._write(row)
         except OSError as error:
-            raise UserError(
+            raise FailureError(
                 f"{self._file.name}, or TensorBoard's file beside it, could not be written ({error}); checkpoints are "
                 "intact, and --resume continues from the latest"
             ) from error

@@ -1,0 +1,109 @@
+"""The table of subcommands, and how one of them runs."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sagan.cli import (
+    attention_maps,
+    convert,
+    demo,
+    evaluate,
+    export,
+    make_images,
+    prepare,
+    report,
+    sample,
+    train,
+)
+from sagan.cli.parsing import BAD_USAGE, FAILED, parse
+from sagan.cli.terminal import printable_output
+from sagan.distributed import ReportedElsewhereError
+from sagan.errors import UserError
+from sagan.names import printable, program_file, program_name
+from sagan.recipes import DEFAULT_RECIPE, RECIPES
+
+OVERVIEW = f"""\
+SAGAN on ImageNet with sagan-layers.
+
+  {program_name()} COMMAND [options]      (COMMAND --help lists its options)
+
+  demo             learn handwritten digits: minutes on a CPU, nothing to download. Start here.
+  prepare          pack ImageNet (archives, folder tree or parquet shards) into one array, once
+  train            train on a prepared set, or a folder of images: DATA/train/<class>/*.JPEG
+  sample           images from a trained run: a labelled grid, or a folder for each class
+  evaluate         FID, Inception Score, KID, intra-FID, precision and recall of a trained run
+  attention-maps   attention maps of chosen points of generated images
+  export           the generator as ONNX, a program of torch.export, or safetensors
+  plot             curves of a run, also while it trains
+  report           one HTML page about a run, with its pictures
+  compare          several runs: figures over the iterations, and a table of the best of each
+  convert          weights of other code bases to a run, and back
+  make-images      synthetic images in ImageNet's layouts, to try the other commands without ImageNet
+
+Start:
+  {program_name()} demo
+  {program_name()} prepare --source ILSVRC2012_img_train.tar --out data/imagenet128
+  {program_name()} train --data data/imagenet128 --out runs/imagenet
+  {program_name()} train --data /path/to/imagenet --recipe paper --dry-run
+
+Recipes for train (--recipe NAME, {DEFAULT_RECIPE} by default):
+  {", ".join(list(RECIPES)[:6])},
+  {", ".join(list(RECIPES)[6:10])},
+  {", ".join(list(RECIPES)[10:])}
+"""
+
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+    "demo": (demo.Demo, demo.run),
+    "prepare": (prepare.Prepare, prepare.run),
+    "train": (train.Train, train.run),
+    "sample": (sample.Sample, sample.run),
+    "evaluate": (evaluate.Evaluate, evaluate.run),
+    "attention-maps": (attention_maps.AttentionMaps, attention_maps.run),
+    "export": (export.Export, export.run),
+    "plot": (report.Plot, report.plot),
+    "report": (report.Report, report.report),
+    "compare": (report.Compare, report.compare),
+    "convert": (convert.Convert, convert.run),
+    "make-images": (make_images.MakeImages, make_images.run),
+}
+
+
+# What a path that was given can be wrong in; other errors of the system, such as a full disk, come while running.
+_OF_A_PATH = (
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG),
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command that the arguments name and return the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(OVERVIEW)
+        return 0
+    name, *options = arguments
+    if name not in COMMANDS:
+        print(f"Unknown command {name!r}.\n\n{OVERVIEW}", file=sys.stderr)
+        return BAD_USAGE
+    kind, run = COMMANDS[name]
+    try:
+        # The recipe gives the defaults of the other options.
+        default = train.from_recipe(options) if name == "train" else None
+        command = parse(kind, name, options, default)
+        with printable_output():
+            return run(command)
+    except ReportedElsewhereError as error:
+        return error.exit_code
+    except UserError as error:
+        text, code = str(error), error.exit_code
+    except OSError as error:
+        text, code = str(error), BAD_USAGE if error.errno in _OF_A_PATH else FAILED
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text += ". Free space there, or choose another --out"
+    except KeyboardInterrupt as error:  # outside the training loop, which saves a checkpoint
+        text, code = f"interrupted ({error})" if str(error) else "interrupted", getattr(error, "code", 130)
+    print(f"{program_file()} {name}: {printable(text, keep=chr(10))}", file=sys.stderr)
+    return code
