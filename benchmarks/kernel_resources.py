@@ -1,7 +1,7 @@
 """Compile every configuration of the Triton kernels without a GPU, and report what each needs of a chip.
 
-    python -m benchmarks.kernel_resources            # all, writes results/kernel_resources.json and the docs' page
-    python -m benchmarks.kernel_resources --docs     # only the page, from the JSON
+    python -m benchmarks.kernel_resources            # all, writes results/kernel_resources.json and .md
+    python -m benchmarks.kernel_resources --page     # only the .md, from the JSON
     python -m benchmarks.kernel_resources --check --arch 90 --only 'forward .*bf16'
 
 A kernel file is measured if ``KERNEL_MODULES`` names it and it has ``compile_jobs()``, which yields (kernel, signature,
@@ -29,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "kernel_resources.json"
-PAGE = ROOT / "docs" / "kernel_resources.md"
+PAGE = RESULTS.with_suffix(".md")
 COMMAND = "python -m benchmarks.kernel_resources"
 KERNEL_MODULES = (
     "sagan_layers.attention.triton_launch",
@@ -168,7 +168,7 @@ def _output_of(tool: str, option: str, cubin: Path) -> str:
 
 
 def page(record: dict[str, Any]) -> str:
-    """Return the docs' page on what was recorded."""
+    """Return the page on what was recorded."""
     found = configurations(record)
     chips = ", ".join(f"sm_{arch} ({chip.name})" for arch, chip in CHIPS.items())
     usages = [usage for each in found for usage in each.usage.values()]
@@ -265,10 +265,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail on spills and what does not fit"
     )
-    parser.add_argument("--docs", action="store_true", help="compile nothing; write the page from the JSON")
+    parser.add_argument("--page", action="store_true", help="compile nothing; write the page from the JSON")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     chosen = parser.parse_args(arguments)
-    if chosen.docs:
+    if chosen.page:
         PAGE.write_text(page(json.loads(RESULTS.read_text())))
         return 0
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):

@@ -1,5 +1,6 @@
 """Sphinx configuration. Build with `make docs`, or as contributing.md says; neither needs a network."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -55,11 +56,13 @@ add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
+autodoc_preserve_defaults = True  # as written: a function by its name
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = (
     True  # attributes as a list in the class, not as entries of their own
 )
+napoleon_use_param = False  # arguments that share a description stay together
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Shape", "Reference"]
 python_maximum_signature_line_length = 88
@@ -109,7 +112,6 @@ SIDEBAR = {
         "api/index",
         "architecture",
         "robustness",
-        "kernel_resources",
         "contributing",
         "changelog",
     ],
@@ -130,19 +132,30 @@ PUBLIC_NAMES = {
 
 
 def complete_page(app, docname, source):
-    """Add the sidebar to the index, and the text to pages that stand for a file of the repository's root."""
+    """Add the sidebar to the index, and the text of pages that are a file of the root.
+
+    A link to a file outside this folder becomes a download.
+    """
     if docname == "index":
         for caption, pages in SIDEBAR.items():
-            source[0] += (
-                "\n```{toctree}\n:hidden:\n:caption: "
-                + "\n".join([caption, "", *pages])
-                + "\n```\n"
-            )
+            lines = ["", "```{toctree}", ":hidden:", f":caption: {caption}", "", *pages]
+            source[0] += "\n".join([*lines, "```", ""])
     elif docname in WHOLE_FILES:
-        text = (Path(app.srcdir).parent / WHOLE_FILES[docname]).read_text(
-            encoding="utf-8"
-        )
-        source[0] = text.replace("](docs/", "](")
+        file = Path(app.srcdir).parent / WHOLE_FILES[docname]
+        source[0] = file.read_text(encoding="utf-8").replace("](docs/", "](")
+    up = "../" * (1 + docname.count("/"))
+    source[0] = source[0].replace(f"]({up}", f"](path:{up}")
+
+
+def plain_signature(app, what, name, obj, options, signature, returns):
+    """Write defaults of dataclasses so that the signature is Python: ``dict`` and ``{}``."""
+    if signature and "<" in signature:
+        signature = re.sub(r"<class '(\w+)'>", r"\1", signature)
+        for field in dataclasses.fields(obj):
+            if field.default_factory is not dataclasses.MISSING:
+                default = repr(field.default_factory())
+                signature = signature.replace("<factory>", default, 1)
+    return signature, returns
 
 
 def link_public_names(app, doctree):
@@ -214,6 +227,7 @@ def mark_new_lines(app, doctree):
 
 
 def setup(app):
+    app.connect("autodoc-process-signature", plain_signature)
     app.connect("source-read", complete_page)
     app.connect("doctree-read", mark_new_lines)
     app.connect("doctree-read", link_public_names)

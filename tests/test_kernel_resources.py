@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,10 +79,16 @@ def test_the_recorded_configurations_are_all_that_launchers_can_choose_and_fit_w
     assert [complaint for each in found for complaint in each.complaints()] == []
 
 
-def test_the_docs_page_is_made_from_the_record() -> None:
+def test_the_page_is_made_from_the_record() -> None:
     assert kernel_resources.PAGE.read_text() == kernel_resources.page(recorded()), (
-        f"run: {kernel_resources.COMMAND} --docs"
+        f"run: {kernel_resources.COMMAND} --page"
     )
+
+
+def test_the_guide_counts_the_configurations_that_were_recorded() -> None:
+    guide = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8").replace("\n> ", " ")
+    (count,) = re.findall(r"None of their (\d+) configurations spills registers", guide)
+    assert int(count) == len(kernel_resources.configurations(recorded()))
 
 
 @pytest.mark.parametrize(
