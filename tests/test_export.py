@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from blocks import BLOCKS, Block, Discriminator, at_another_size, build, draw_inputs, dynamic_axes
+from measured import relative_error
 from torch import Tensor, nn
 
 from sagan_layers import (
@@ -75,10 +76,6 @@ def own_operations_of(module: nn.Module, *inputs: Tensor, strict: bool = False) 
     return {name for name in operations_of(program) if "sagan_layers" in name}
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).detach().abs().max() / expected.detach().abs().max()).item()
-
-
 @pytest.mark.parametrize(
     "block", MORE, ids=lambda block: block.name
 )  # the others: tests/test_module_contract.py
@@ -87,7 +84,7 @@ def test_exported_at_any_size_it_needs_torch_alone_and_equals_eager(block: Block
     program = torch.export.export(module, inputs, dynamic_shapes=dynamic_axes(inputs), strict=False)
     assert not any("sagan_layers" in name for name in operations_of(program))
     for fresh in (inputs, at_another_size(inputs)):
-        assert relative_error(program.module()(*fresh), module(*fresh)) <= 1e-6
+        assert relative_error(program.module()(*fresh), module(*fresh), "torch.export") <= 1e-6
 
 
 @pytest.mark.skipif(
@@ -110,7 +107,7 @@ def test_a_saved_program_of_training_moves_u_and_v_as_the_module_does() -> None:
     file.seek(0)
     loaded = torch.export.load(file).module()
     for _ in range(3):
-        assert relative_error(loaded(x), module(x)) <= 1e-6
+        assert relative_error(loaded(x), module(x), "in training") <= 1e-6
     buffers = dict(loaded.named_buffers())
     assert all(torch.allclose(buffers[name], buffer, atol=1e-6) for name, buffer in module.named_buffers())
 
@@ -150,7 +147,7 @@ def test_onnx_at_any_size_equals_eager(block: Block, run_onnx: Callable[..., lis
     sizes = [inputs, at_another_size(inputs)]
     results = run_onnx(module, inputs, dynamic_axes(inputs), sizes)
     for found, fresh in zip(results, sizes, strict=True):
-        assert relative_error(found, module(*fresh)) <= 1e-5
+        assert relative_error(found, module(*fresh), "ONNX") <= 1e-5
 
 
 def test_safetensors_hold_a_state_dict_and_refuse_a_shared_layer(tmp_path: Path) -> None:

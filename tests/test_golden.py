@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from measured import relative_error
 from torch import Tensor, nn
 
 from sagan_layers import (
@@ -38,14 +39,8 @@ def nchw(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
 
 
-def relative_error(ours: Tensor, recorded: Tensor | np.ndarray) -> float:
-    recorded = torch.as_tensor(recorded)
-    assert ours.shape == recorded.shape
-    return ((ours.detach().double() - recorded.double()).abs().max() / recorded.double().abs().max()).item()
-
-
 def assert_agrees(ours: Tensor, recorded: Tensor | np.ndarray, tolerance: float, what: str) -> None:
-    error = relative_error(ours, recorded)
+    error = relative_error(ours, torch.as_tensor(recorded), what)
     assert error <= tolerance, f"{what}: relative error {error:.2e} above {tolerance:.0e}"
 
 
@@ -162,7 +157,8 @@ def test_spectral_norm_gradients_agree_except_for_the_path_through_the_iteration
     # the assignment): -c g_v u1^T. Here u and v are constants by definition, so that term is taken off, exactly.
     g_v = (torch.eye(len(v1), dtype=v1.dtype) - torch.outer(v1, v1)) @ (matrix.t() @ u1)
     through_iteration = -c * torch.outer(u1, g_v / torch.linalg.vector_norm(matrix.t() @ u0))
-    assert relative_error(recorded_gradient, with_constants) > 10 * GRADIENT_TOLERANCE  # it is not noise
+    through = relative_error(recorded_gradient, with_constants, "grad weight, through the iteration")
+    assert through > 10 * GRADIENT_TOLERANCE  # it is not noise
     assert_agrees(
         layer.weight.grad.flatten(1), recorded_gradient - through_iteration, GRADIENT_TOLERANCE, "grad weight"
     )
@@ -184,7 +180,7 @@ def test_conditional_batch_norm_agrees_in_evaluation_and_in_training() -> None:
         assert_agrees(ours, after, LAYER_TOLERANCE, name)
         # One update is small, so the difference is compared too, as far as float32 resolves it.
         step = torch.from_numpy(after) - torch.from_numpy(before)
-        assert relative_error(ours - torch.from_numpy(before), step) < 1e-3
+        assert relative_error(ours - torch.from_numpy(before), step, f"step of {name}") < 1e-3
     (y * nchw(arrays["cotangent"])).sum().backward()
     assert_agrees(x.grad, nchw(arrays["grad/x"]), GRADIENT_TOLERANCE, "grad x")
     assert_agrees(module.weight.grad, arrays["grad/cbn/gamma"], GRADIENT_TOLERANCE, "grad gain")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from measured import relative_error
 from torch import Tensor, nn
 
 from sagan.convert import load_tensorflow_discriminator, load_tensorflow_generator
@@ -38,9 +39,8 @@ def below(arrays: Arrays, prefix: str) -> Arrays:
 
 
 def assert_agrees(ours: Tensor, recorded: np.ndarray, what: str) -> None:
-    assert ours.shape == recorded.shape, what
-    atol = TOLERANCE * np.abs(recorded).max()
-    np.testing.assert_allclose(ours.detach(), recorded, rtol=0, atol=atol, err_msg=what)
+    error = relative_error(ours, torch.as_tensor(recorded), what)
+    assert error <= TOLERANCE, f"{what}: relative error {error:.2e} above {TOLERANCE:.0e}"
 
 
 def assert_all_agree(ours: Arrays, recorded: Arrays) -> None:
