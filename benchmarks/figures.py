@@ -269,21 +269,20 @@ def step_runs(case: str, contender: str, column: str) -> list[float]:
 def step_table() -> str:
     """Return time, rate and peak memory of the step."""
     in_one = {"float32": SAGAN_128, "bfloat16 autocast": f"{SAGAN_128}, bfloat16"}
-
-    def row(title: str, text: Callable[[str], str]) -> list[str]:
-        return [title, *(text(who) for who in STEP_CONTENDERS)]
-
     rows = [
-        row("float32, in separate processes", lambda who: f"{apart(who, 'time_ms') / 1000:.2f} s"),
-        row("images a second", lambda who: f"{apart(who, 'images_per_s'):.2f}"),
+        [
+            "float32, in separate processes",
+            *(f"{apart(who, 'time_ms') / 1000:.2f} s" for who in STEP_CONTENDERS),
+        ],
+        ["images a second", *(f"{apart(who, 'images_per_s'):.2f}" for who in STEP_CONTENDERS)],
     ]
     for dtype, case in in_one.items():
-        seconds = {who: [ms / 1000 for ms in step_runs(case, who, "time_ms")] for who in STEP_CONTENDERS}
-        rows.append(row(f"{dtype}, all in one process", lambda who, s=seconds: span(s[who], unit=" s")))
+        seconds = [[ms / 1000 for ms in step_runs(case, who, "time_ms")] for who in STEP_CONTENDERS]
+        rows.append([f"{dtype}, all in one process", *(span(each, ".2f", " s") for each in seconds)])
     for dtype, case in in_one.items():
-        peaks = {who: step_runs(case, who, "peak_mib") for who in STEP_CONTENDERS}
-        text = lambda who, peaks=peaks: span(peaks[who], ",.0f", " MiB")  # noqa: E731
-        rows.append(row(f"peak memory beyond weights and images, {dtype}", text))  # type: ignore[arg-type]
+        peaks = [step_runs(case, who, "peak_mib") for who in STEP_CONTENDERS]
+        title = f"peak memory beyond weights and images, {dtype}"
+        rows.append([title, *(span(each, ",.0f", " MiB") for each in peaks)])
     return table(["", "ours", "textbook", "BigGAN-PyTorch", "toggled"], rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_torchs_spectral_norm_moves_u_with_every_forward_of_a_step(normalized) -
     for _ in range(3):
         conv(X)
         seen.append(vectors(conv))
-    assert all(not torch.equal(one, other) for one, other in zip(seen, seen[1:], strict=False))
+    assert all(not torch.equal(one, other) for one, other in itertools.pairwise(seen))
 
 
 def test_our_u_moves_once_for_all_forwards_of_a_step_or_not_at_all() -> None:
