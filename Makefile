@@ -62,12 +62,12 @@ fuzz: .venv-test/installed ## hostile calls, files and kills, about 15 minutes; 
 clean: ## remove what these targets made, runs/ excepted
 	rm -rf .venv-demo .venv-test dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
-.venv-demo/installed: EXTRAS := examples
+.venv-demo/installed: EXTRAS := demo
 # Byte-compiling all of torch takes as long as the rest of the install, and the demo imports little of it.
 .venv-demo/installed: PIP_INSTALL += --no-compile
-.venv-test/installed: EXTRAS := dev,docs,examples,metrics
+.venv-test/installed: EXTRAS := dev
 .venv-demo/installed .venv-test/installed: pyproject.toml constraints.txt | check-python
-	@echo "==> $(@D): a virtual environment with the extras $(EXTRAS); the first time takes a minute or two"
+	@echo "==> $(@D): a virtual environment with the extra $(EXTRAS); the first time takes a minute or two"
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP_INSTALL) -e '.[$(EXTRAS)]'
 	@touch $@

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sagan.errors import UserError
+from sagan.extras import needs
 from sagan.networks import Generator
 from sagan.sampling import TrainedGenerator, sample_inputs
 from sagan_layers import remove_spectral_norm
@@ -90,14 +91,10 @@ def _as_program(generator: Generator, metadata: dict[str, str]) -> tuple[bytes, 
 
 
 def _as_onnx(generator: Generator, metadata: dict[str, str]) -> tuple[bytes, _Run]:
-    try:
+    with needs("format: 'onnx'", "onnx, onnxscript and onnxruntime", "export"):
+        import onnx  # noqa: F401  (torch.onnx needs it)
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx needs it)
-    except ImportError as error:
-        raise UserError(
-            "format: 'onnx' needs onnx, onnxscript and onnxruntime, which are in the extra export: "
-            "pip install -c constraints.txt -e '.[export]'"
-        ) from error
     if sum(tensor.nbytes for tensor in generator.state_dict().values()) >= _PROTOBUF_BYTES:
         raise UserError(
             "format: expected a network below 2 GiB for 'onnx', got a larger one; see torch-export"

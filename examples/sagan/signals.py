@@ -23,9 +23,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from sagan.names import program_file
 
 Handler = Callable[[int, FrameType | None], object]
 
@@ -195,4 +196,4 @@ def _say(text: str) -> None:
     """Write a line to the standard error output, from any place of the program."""
     start = "\n" if os.isatty(2) else ""
     with contextlib.suppress(OSError):
-        os.write(2, f"{start}{Path(sys.argv[0]).name}: {text}\n".encode())
+        os.write(2, f"{start}{program_file()}: {text}\n".encode())

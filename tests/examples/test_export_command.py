@@ -135,7 +135,7 @@ class TestErrors:
         monkeypatch.setitem(sys.modules, "onnxscript", None)
         message = refused("export", "--source", trained_run, "--out", tmp_path / "file.onnx")
         assert "format: 'onnx' needs onnx, onnxscript and onnxruntime" in message
-        assert "pip install -c constraints.txt -e '.[export]'" in message
+        assert "pip install 'sagan-layers[export]'" in message
         assert not any(tmp_path.iterdir())
 
     def test_a_file_that_computes_something_else_is_not_written(

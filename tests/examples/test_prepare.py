@@ -317,7 +317,7 @@ def test_without_pyarrow_the_message_names_the_extra(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DatasetError, match=r"needs pyarrow.*extra parquet"):
+    with pytest.raises(UserError, match=r"needs pyarrow.*pip install 'sagan-layers\[parquet\]'"):
         listed(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -19,6 +20,11 @@ def main() -> None:
     assert version == sagan_layers.__version__, (version, sagan_layers.__version__)
     missing = [name for name in sagan_layers.__all__ if not hasattr(sagan_layers, name)]
     assert not missing, f"names of __all__ that do not exist: {missing}"
+
+    assert "sagan" not in sys.modules, "importing the layers imports the trainer"
+    trainer = importlib.util.find_spec("sagan")
+    assert trainer is not None, "the trainer is missing"
+    assert Path(str(trainer.origin)).resolve().is_relative_to(Path(sys.prefix).resolve()), trainer.origin
 
     layer = sagan_layers.SelfAttention2d(16)
     images = torch.randn(2, 16, 8, 8, requires_grad=True)

@@ -11,16 +11,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from sagan.evaluation.fid import frechet_distance_of_features
+from sagan.extras import needs
 
 RESOLUTION = 32
 
 
 def write_digits(root: Path) -> Path:
     """Write the 1,797 digits, enlarged from 8 to 32 pixels, as PNGs in root/train/<digit>/; existing files stay."""
+    with needs("the demo", "scikit-learn", "demo"):
+        from sklearn.datasets import load_digits
     digits = load_digits()
     for number, (values, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = root / "train" / str(label) / f"{number:04d}.png"

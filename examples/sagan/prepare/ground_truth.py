@@ -267,8 +267,6 @@ def _meta_mat(data: bytes) -> tuple[list[str], dict[str, str]]:
     try:
         # In another process: some damage makes scipy's reader crash.
         ((_, (wnids, words)),) = run_tasks(_synsets, [data], 2)
-    except ImportError as error:
-        raise DatasetError("reading meta.mat needs scipy: pip install scipy") from error
     except UserError as error:
         raise DatasetError("cannot read the synsets in meta.mat: its damage ends the reader") from error
     except Exception as error:  # arbitrary bytes

@@ -13,6 +13,8 @@ import numpy as np
 
 from sagan.data import DatasetError, PathTable
 from sagan.data.layout import is_hidden
+from sagan.errors import UserError
+from sagan.extras import needs
 from sagan.io import first_line
 from sagan.names import file_names
 from sagan.prepare.listing import WNID, ImageFiles, Indices, Listing, sorted_by_class_and_name, will_need
@@ -23,13 +25,8 @@ _WNID_SUFFIX = re.compile(r"_(n\d{8})(\.\w+)$")
 
 
 def _parquet() -> Any:
-    try:
+    with needs("reading parquet files", "pyarrow", "parquet"):
         import pyarrow.parquet
-    except ImportError as error:
-        raise DatasetError(
-            "reading parquet files needs pyarrow, which is in the extra parquet: "
-            "pip install -c constraints.txt -e '.[parquet]'"
-        ) from error
     return pyarrow.parquet
 
 
@@ -40,8 +37,8 @@ def _open(path: Path, *, memory_map: bool = False) -> Any:
     return _parquet().ParquetFile(path, memory_map=memory_map, page_checksum_verification=True)
 
 
-def _unreadable(path: Path, error: Exception, part: str = "") -> DatasetError:
-    if isinstance(error, DatasetError):
+def _unreadable(path: Path, error: Exception, part: str = "") -> UserError:
+    if isinstance(error, UserError):
         return error
     return DatasetError(
         f"cannot read {part}the parquet file {path}: {type(error).__name__}: {first_line(error)}"

@@ -21,6 +21,7 @@ from PIL import Image
 
 from sagan.data.prefetch import usable_cpus
 from sagan.errors import UserError
+from sagan.extras import needs
 from sagan.io import naming
 from sagan.prepare.pool import run_tasks
 
@@ -229,6 +230,8 @@ def write_parquet(root: Path, images: SyntheticSet, *, shards: int = 3, row_grou
 
     The rows are in a mixed order and the file names carry the class, as in its imagenet-1k.
     """
+    with needs("writing parquet files", "pyarrow", "parquet"):
+        import pyarrow.parquet  # noqa: F401  (before anything is written)
     folder = root / "data"
     folder.mkdir(parents=True, exist_ok=True)
     for split, files in (("train", images.train()), ("validation", images.validation())):
