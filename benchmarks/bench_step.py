@@ -9,7 +9,6 @@ import argparse
 import copy
 import itertools
 import multiprocessing
-import statistics
 import tempfile
 import time
 import timeit
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import harness, report
+from benchmarks import harness
 from benchmarks.baselines import settle, textbook_network
 from benchmarks.biggan_pytorch import peer_networks
 from benchmarks.harness import Case, Outputs, Run, Settings
@@ -359,40 +358,6 @@ def make_cases(options: argparse.Namespace) -> list[StepCase]:
     return cases
 
 
-def plot_scaling(records: Sequence[Row], cases: Sequence[StepCase], path: Path) -> Path | None:
-    """Draw the time of an image's step against batch, width and resolution; None where there is nothing to draw."""
-    sizes = {case.name: case for case in cases}
-    timed = [
-        (sizes[record["case"]], name, row["time_ms"])
-        for record in records
-        if record["suite"] == SCALING
-        for name, row in record.get("contenders", {}).items()
-        if "time_ms" in row
-    ]
-    figure = report.new_figure(12, 3.6) if timed else None
-    if figure is None:
-        return None
-    keys = ("batch_size", "base_width", "resolution")
-    common = {key: statistics.mode(getattr(case, key) for case, _, _ in timed) for key in keys}
-    for panel, varied in zip(figure.subplots(1, 3), keys, strict=True):
-        fixed = {key: common[key] for key in keys if key != varied}
-        lines: dict[str, dict[int, float]] = {}
-        for case, contender, time_ms in timed:
-            if all(getattr(case, key) == size for key, size in fixed.items()):
-                lines.setdefault(contender, {})[getattr(case, varied)] = time_ms / case.batch_size
-        for contender, points in lines.items():
-            panel.loglog(*zip(*sorted(points.items()), strict=True), base=2, marker="o", label=contender)
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_major_formatter("{x:g}")
-        at = ", ".join(f"{key} {size}" for key, size in fixed.items())
-        panel.set_xlabel(f"{varied} ({at})".replace("_", " "))
-        panel.set_ylabel("ms an image")
-        panel.grid(alpha=0.4)
-        panel.legend()
-    figure.savefig(path, dpi=120)
-    return path
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return 1 if a result was wrong or ours failed, 2 if the device is not there."""
     options = harness.parse("step", __doc__, arguments, peer=True)
@@ -404,9 +369,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.add(measure_separately(case, steps=4, rounds=2))
     if harness.is_chosen(LOOP, options):
         results.add(measure_loop(options.device, iterations=12 if options.quick else 60))
-    scaling = plot_scaling(results.cases, cases, results.path.with_name(f"{results.path.stem}_scaling.png"))
-    if scaling is not None:
-        print(f"Wrote {scaling}")
     return results.finish()
 
 

@@ -13,15 +13,13 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import sagan_layers
+from benchmarks.plots import draw_suites
 from sagan.io import atomic_write_text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -129,7 +127,9 @@ class Results:
         """
         self.run["complete"] = True
         self._write()
-        plots = plot(self.run, self.path.with_suffix("")) if len(self.runs) == 1 else []
+        note = f"{hardware(self.run['environment'])}, torch {self.run['environment']['torch']}"
+        first = len(self.runs) == 1
+        plots = draw_suites(self.run, self.path.with_suffix(""), note) if first else []
         for path in (self.path, self.path.with_suffix(".md"), *plots):
             print(f"Wrote {path}")
         return int(any_failure(self.cases))
@@ -214,7 +214,8 @@ def _cell(row: Row, column: str) -> str:
     return text
 
 
-def _hardware(found: Row) -> str:
+def hardware(found: Row) -> str:
+    """Return the machine of an environment in words."""
     return found["gpu"] if found["device"] == "cuda" else f"{found['cpu']}, {found['cores_used']} cores"
 
 
@@ -222,7 +223,7 @@ def markdown(run: Row) -> str:
     """Return a run as Markdown tables, with what was not measured and why."""
     found = run["environment"]
     lines = [
-        f"{_hardware(found)}; torch {found['torch']}, Triton {found['triton']}, Python {found['python']}, "
+        f"{hardware(found)}; torch {found['torch']}, Triton {found['triton']}, Python {found['python']}, "
         f"sagan-layers {found['sagan_layers']}, commit {str(found['commit'])[:12]}"
         f"{' (dirty)' if found['dirty'] else ''}, {found['date']}: `{found['command']}`.",
         "",
@@ -260,60 +261,3 @@ def _table(cases: Sequence[Row], column: str, reasons: dict[str, str]) -> list[s
                 cells.append(_cell(row, column) if column in row else "")
         lines.append(f"| {case['case']} | {' | '.join(cells)} |")
     return lines
-
-
-def new_figure(width: float, height: float) -> Figure | None:
-    """Return an empty figure without a window; None, with a line that says so, where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("No plots: matplotlib is not installed (pip install matplotlib).")
-        return None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def plot(run: Row, stem: Path) -> list[Path]:
-    """Draw each suite as a PNG beside ``stem``: time against the baseline, and peak memory; return the files."""
-    files = []
-    for suite in dict.fromkeys(case["suite"] for case in run["cases"]):
-        cases = [case for case in run["cases"] if case["suite"] == suite and "contenders" in case]
-        rows = [
-            (case["case"], contender, row)
-            for case in cases
-            for contender, row in case["contenders"].items()
-            if row.get("time_ratio")
-        ]
-        figure = new_figure(13, 2.2 + 0.32 * len(cases)) if rows else None
-        if figure is None:
-            continue
-        columns = {"time_ratio": f"time / that of {cases[0]['baseline']} (below 1 is faster)"}
-        if any(row.get("peak_mib") for *_, row in rows):
-            columns["peak_mib"] = "peak memory, MiB"
-        names = list(dict.fromkeys(name for name, *_ in rows))
-        contenders = list(dict.fromkeys(contender for _, contender, _ in rows))
-        (panels,) = figure.subplots(1, len(columns), sharey=True, squeeze=False)
-        for panel, (column, label) in zip(panels, columns.items(), strict=True):
-            drawn = [(row[column], names.index(name), who) for name, who, row in rows if row.get(column)]
-            for index, contender in enumerate(contenders):
-                xs = [x for x, _, who in drawn if who == contender]
-                ys = [y for _, y, who in drawn if who == contender]
-                style = {"marker": "osD^vP*X<>"[index % 10], "color": f"C{index % 10}"}
-                panel.scatter(xs, ys, label=contender, s=34, alpha=0.85, zorder=3, **style)
-            panel.set_xscale("log", base=2)
-            panel.set_xlim(min(drawn)[0] / 1.5, max(drawn)[0] * 1.5)  # holds a power of two
-            panel.xaxis.set_major_formatter("{x:g}")
-            panel.set_xlabel(label)
-            panel.set_yticks(range(len(names)), names)
-            panel.grid(alpha=0.4)
-        panels[0].axvline(1.0, color="black", linewidth=1)
-        panels[0].invert_yaxis()
-        found = run["environment"]
-        figure.suptitle(f"{suite} ({_hardware(found)}, torch {found['torch']})")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(contenders), 6))
-        files.append(stem.with_name(f"{stem.name}_{re.sub(r'[^a-zA-Z0-9]', '_', suite)}.png"))
-        figure.savefig(files[-1], dpi=120)
-    return files

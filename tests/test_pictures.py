@@ -1,0 +1,137 @@
+"""The documentation's pictures: readable on a phone, on light and dark pages, and what the recorded results say."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from packaging.requirements import Requirement
+
+from benchmarks import docs_plots, plots, style
+
+ROOT = Path(__file__).resolve().parent.parent
+STATIC = ROOT / "docs" / "_static"
+SVGS = sorted(path for folder in ("plots", "diagrams") for path in (STATIC / folder).glob("*.svg"))
+every_svg = pytest.mark.parametrize("path", SVGS, ids=lambda path: path.stem)
+
+PHONE = 358  # pixels that a phone of 390 leaves a picture
+
+
+def luminance(color: str) -> float:
+    channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(color: str, other: str) -> float:
+    """As WCAG defines it: 4.5 for text, 3 for what is drawn."""
+    darker, lighter = sorted((luminance(color), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("paper", [style.PAPER, style.DARK_PAPER])
+def test_colours_show_on_both_papers(paper: str) -> None:
+    for color in (style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE, style.GREY):
+        assert contrast(color, paper) >= 3
+    assert contrast(style.INK, style.PAPER) >= 7
+    assert contrast(style.DARK_INK, style.DARK_PAPER) >= 7
+
+
+def test_ours_has_one_colour_and_nothing_else_has_it() -> None:
+    recorded = [docs_plots.Recorded(path.stem) for path in docs_plots.RESULTS.glob("*_cpu.json")]
+    names = {name for each in recorded for runs in each.cases.values() for rows in runs for name in rows}
+    assert len(names) > 20
+    for name in names:
+        assert (style.look(name)["color"] == style.OURS) is name.startswith("ours")
+
+
+class TestPlots:
+    def test_the_committed_ones_are_what_the_command_draws(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        matplotlib = pytest.importorskip("matplotlib")
+        pins = re.findall(r"^matplotlib==.*$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+        pin = next(pin for pin in map(Requirement, pins) if pin.marker is None or pin.marker.evaluate())
+        if matplotlib.__version__ not in pin.specifier or sys.version_info < (3, 11):
+            pytest.skip("drawn by the matplotlib that constraints.txt has for Python 3.11 and newer")
+        assert docs_plots.main(["--out", str(tmp_path)]) == 0
+        drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+        assert {path.name: path.read_text() for path in docs_plots.FOLDER.iterdir()} == drawn, (
+            "run python -m benchmarks.docs_plots"
+        )
+
+    def test_a_plot_shows_its_cases_contenders_and_units(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        dots = plots.Dots("seconds", {"small & <fast>": {"ours": 0.5, "textbook": 2.0}}, "Time", 1.0)
+        lines = plots.Lines("batch", "MiB", {"ours": {1: 4.0, 2: 8.0}})
+        path = plots.draw(tmp_path / "plot.svg", "Title & more", [dots, lines], "a machine")
+        assert path is not None
+        texts = {node.text for node in ElementTree.parse(path).iter() if node.tag.endswith(("text", "title"))}
+        assert texts >= {
+            "Title & more",
+            "small & <fast>",
+            "ours",
+            "textbook",
+            "seconds",
+            "batch",
+            "MiB",
+            "a machine",
+        }
+
+    def test_of_a_case_measured_twice_one_run_is_shown_the_latest_with_all_contenders(
+        self, tmp_path: Path
+    ) -> None:
+        times = [{"ours": 1.0, "theirs": 2.0}, {"ours": 3.0, "theirs": 4.0}, {"ours": 5.0}]
+        runs = [
+            {
+                "environment": {"device": "cpu", "cpu": "a machine", "cores_used": 2, "torch": "2.13.0+cpu"},
+                "cases": [
+                    {
+                        "suite": "step",
+                        "case": "small",
+                        "contenders": {name: {"status": "ok", "time_ms": ms} for name, ms in run.items()},
+                    },
+                    {"suite": "step", "case": "large", "status": "skipped", "reason": "too slow"},
+                ],
+            }
+            for run in times
+        ]
+        (tmp_path / "step.json").write_text(json.dumps({"runs": runs}))
+        recorded = docs_plots.Recorded("step", tmp_path)
+        assert recorded.note == "a machine, 2 cores, torch 2.13.0"
+        assert recorded.values("step", "small", "time_ms") == {"ours": 3.0, "theirs": 4.0}
+        assert recorded.values("step", "small", "time_ms", "^ours") == {"ours": 5.0}
+
+
+class TestSvg:
+    def test_there_are_some(self) -> None:
+        assert len(SVGS) > 5
+
+    @every_svg
+    def test_it_is_small_and_its_text_readable_on_a_phone(self, path: Path) -> None:
+        text = path.read_text()
+        assert len(text) < 60_000
+        root = ElementTree.fromstring(text)
+        scale = min(1.0, PHONE / float(root.attrib["viewBox"].split()[2]))
+        sizes = [float(size) for size in re.findall(r"font(?:-size)?: ?(?:bold )?([\d.]+)px", text)]
+        assert sizes
+        assert min(sizes) * scale > 9.5
+
+    @every_svg
+    def test_it_follows_the_readers_scheme_and_loads_nothing(self, path: Path) -> None:
+        text = path.read_text()
+        assert style.STYLE_SHEET in text
+        assert 'class="paper"' in text
+        assert "currentColor" in text
+        assert not re.search(r"""(?:href="|src="|url\()(?!#)""", text)
+        assert not re.search(r"<script|<foreignObject|@import", text)
+
+    @every_svg
+    def test_a_page_shows_it(self, path: Path) -> None:
+        pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+        name = path.relative_to(STATIC).as_posix()
+        assert any(f"_static/{name}" in page.read_text() for page in pages)
