@@ -23,7 +23,8 @@ def relative_error(found: Tensor, expected: Tensor, what: str) -> float:
     """Return the largest difference over the largest expected value, and keep it."""
     assert found.shape == expected.shape, what
     found, expected = found.detach().double(), expected.detach().double()
-    return measured(what, ((found - expected).abs().max() / expected.abs().max()).item())
+    difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
+    return measured(what, difference / largest if difference else 0.0)  # where both are 0 the ratio is NaN
 
 
 def losses_error(found: Sequence[float], expected: Sequence[float], what: str) -> float:
