@@ -17,7 +17,7 @@ from sagan.networks import Generator, NetworkConfig
 from sagan.randomness import mixed_seed
 from sagan.recipes import RunConfig, config_from_dict
 from sagan.train.checkpoint import find_checkpoint, load_checkpoint
-from sagan.train.state import average_of
+from sagan.train.state import RunState, average_of
 
 SAMPLES = "samples.json"
 Weights = Literal["auto", "ema", "raw"]
@@ -70,7 +70,13 @@ def load_generator(path: Path, device: torch.device, *, weights: Weights = "auto
 
     ``weights`` is "ema" for the moving average, "raw" for the current weights, "auto" for the average if there is one.
     """
-    state = load_checkpoint(find_checkpoint(path))
+    return generator_of(load_checkpoint(find_checkpoint(path)), path, device, weights=weights)
+
+
+def generator_of(
+    state: RunState, path: Path, device: torch.device, *, weights: Weights = "auto"
+) -> TrainedGenerator:
+    """Return the G of a checkpoint's contents, as :func:`load_generator` does; errors name ``path``."""
     config = config_from_dict(state["config"])
     average = None if weights == "raw" else average_of(state)
     averaged = average is not None

@@ -83,7 +83,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint at ``path``: itself, or the latest of the run in that folder."""
-    return _candidates(path)[-1]
+    return kept_checkpoints(path)[-1]
 
 
 def set_aside_later(path: Path) -> None:
@@ -100,7 +100,7 @@ def set_aside_later(path: Path) -> None:
 def load_latest(path: Path) -> tuple[Path, RunState]:
     """Return the latest readable checkpoint at ``path``, and its contents. Unreadable ones are logged."""
     problems: list[str] = []
-    for candidate in reversed(_candidates(path)):
+    for candidate in reversed(kept_checkpoints(path)):
         try:
             state = load_checkpoint(candidate)
         except CheckpointError as error:
@@ -157,7 +157,8 @@ def _saved_digest(path: Path) -> str | None:
     return words[0].decode()
 
 
-def _candidates(path: Path) -> list[Path]:
+def kept_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints at ``path``, oldest first: itself, or those of the run in that folder, at least one."""
     if path.is_file():
         return [path]
     for folder in (path / "checkpoints", path):

@@ -1,0 +1,1 @@
+"""An HTML page that shows the attention of any point of a run's samples."""
