@@ -133,7 +133,9 @@ class Browser:
         """Scroll an element into view and return its left, top, width and height in the window."""
         element = f"document.querySelector({json.dumps(selector)})"
         self.run(f"{element}.scrollIntoView({{block: 'nearest'}})")
-        box = self.run(f"(({{x, y, width, height}}) => [x, y, width, height])({element}.getBoundingClientRect())")
+        box = self.run(
+            f"(({{x, y, width, height}}) => [x, y, width, height])({element}.getBoundingClientRect())"
+        )
         return tuple(box)
 
     def screenshot(self) -> Tensor:
@@ -164,10 +166,17 @@ def open_browser(program: str, profile: Path) -> Iterator[Browser]:
     """Start Chromium with a folder for its profile; end it after the block."""
     for_child, commands = os.pipe()
     answers, from_child = os.pipe()
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--force-color-profile=srgb",
+    ]
+    options.append(f"--user-data-dir={profile}")
+    pipes = str(for_child), str(from_child)
     process = subprocess.Popen(
-        [sys.executable, "-c", _LAUNCH, str(for_child), str(from_child)]
-        + [program, *options, f"--user-data-dir={profile}", "--remote-debugging-pipe"],
+        [sys.executable, "-c", _LAUNCH, *pipes, program, *options, "--remote-debugging-pipe"],
         pass_fds=(for_child, from_child),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

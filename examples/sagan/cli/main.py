@@ -12,6 +12,7 @@ from sagan.cli import (
     convert,
     demo,
     evaluate,
+    explore,
     export,
     make_images,
     prepare,
@@ -37,6 +38,7 @@ SAGAN on ImageNet with sagan-layers.
   sample           images from a trained run: a labelled grid, or a folder for each class
   evaluate         FID, Inception Score, KID, intra-FID, precision and recall of a trained run
   attention-maps   attention maps of chosen points of generated images
+  explore          an HTML page: what attention looks at from any point of samples, for G and D
   export           the generator as ONNX, a program of torch.export, or safetensors
   plot             curves of a run, also while it trains
   report           one HTML page about a run, with its pictures
@@ -63,6 +65,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "sample": (sample.Sample, sample.run),
     "evaluate": (evaluate.Evaluate, evaluate.run),
     "attention-maps": (attention_maps.AttentionMaps, attention_maps.run),
+    "explore": (explore.Explore, explore.run),
     "export": (export.Export, export.run),
     "plot": (report.Plot, report.plot),
     "report": (report.Report, report.report),

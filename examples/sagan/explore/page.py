@@ -73,7 +73,12 @@ class Page:
 
 
 class _TooLargeError(Exception):
-    """The page would be larger than allowed; the argument is about how large, in bytes."""
+    """The page would be larger than allowed."""
+
+    def __init__(self, size: float, run: _Run) -> None:
+        super().__init__()
+        self.needed_mib = size / _MIB  # about
+        self.points = max(layer.points for layer in run.layers)
 
 
 def explorer_page(
@@ -90,8 +95,8 @@ def explorer_page(
         try:
             return _page(paths, source, device, options, points, progress)
         except _TooLargeError as error:
-            needed = error.args[0] / _MIB
-        if points == _FEWEST_POINTS:
+            needed, points = error.needed_mib, error.points
+        if points <= _FEWEST_POINTS:
             raise UserError(
                 f"max_mib: expected at least about {needed:.2g} for these samples, even with the maps of "
                 f"{points} x {points} points only, got {options.max_mib:g}; a smaller --count, fewer --classes or "
@@ -131,7 +136,7 @@ def _page(
 ) -> Page:
     run: _Run | None = None
     assets: dict[str, str] = {}
-    size = 0
+    size = done = 0
     with tqdm(desc="exploring", unit=" classes", disable=None if progress else True, leave=False) as bar:
         for number, path in enumerate(paths):
             networks = _load(path, device, options)
@@ -144,13 +149,14 @@ def _page(
                     assets[name.format(iteration=number, place=place)] = text
                     size += len(text) + _TAG_BYTES
                 bar.update()
+                done += 1
                 if size > options.max_mib * _MIB:
-                    raise _TooLargeError(size * bar.total / bar.n)
+                    raise _TooLargeError(size * len(paths) * len(run.labels) / done, run)
     assert run is not None
     text = _filled(run.facts, assets)
     size = len(text.encode())
     if size > options.max_mib * _MIB:
-        raise _TooLargeError(size)
+        raise _TooLargeError(size, run)
     return Page(text, f"{size / _MIB:.2g} MiB: {run.summary}")
 
 
