@@ -26,10 +26,12 @@ class Recorded:
     Args:
         name: of the file, without its ending.
         results: the folder of the results.
+        freed: what happened to memory that a process freed: "returned" to the system, glibc's default, or "kept".
     """
 
-    def __init__(self, name: str, results: Path = RESULTS) -> None:
+    def __init__(self, name: str, results: Path = RESULTS, *, freed: str = "returned") -> None:
         runs = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))["runs"]
+        runs = [run for run in runs if run["environment"].get("freed_memory") in (None, freed)]
         found = runs[0]["environment"]
         self.note = f"{hardware(found)}, torch {found['torch'].partition('+')[0]}"
         # By suite and case; a case may have been measured in several runs.
@@ -85,7 +87,7 @@ def attention_by_resolution(path: Path) -> None:
         Lines("", "MiB", lines("peak_mib"), "Peak memory of one image", ticks),
         Lines("feature map of 64 channels", "ms", lines("time_ms"), "Time of one image", ticks),
     ]
-    draw(path, "Attention, forward and backward", panels, f"{recorded.note}, float32")
+    draw(path, "Attention, forward and backward", panels, f"{recorded.note}, float32, default allocator")
 
 
 _SHAPES = {
@@ -103,15 +105,18 @@ def attention(path: Path) -> None:
     """Attention alone."""
     recorded, suite = Recorded("attention_cpu"), "core forward+backward"
     float32 = {row: f"{case} float32" for row, case in _SHAPES.items()}
-    float32 |= {
+    kept = Recorded("attention_cpu", freed="kept").rows(suite, float32, "time_ratio", _ATTENTION)
+    bfloat16 = {row: f"{case} bfloat16" for row, case in _SHAPES.items()}
+    unpooled = {
         "64×64, C 64, no pool": "N4 C64 64x64 unpooled float32",
         "128×128, no pool": "N1 C64 128x128 unpooled float32",
     }
-    bfloat16 = {row: f"{case} bfloat16" for row, case in _SHAPES.items()}
+    both = float32 | unpooled
     panels = [
-        Dots(FASTER, recorded.rows(suite, float32, "time_ratio", _ATTENTION), "Time, float32", 1.0),
+        Dots("", recorded.rows(suite, both, "time_ratio", _ATTENTION), "Time, float32", 1.0),
+        Dots("", kept, "Time, float32, freed memory kept", 1.0),
         Dots(FASTER, recorded.rows(suite, bfloat16, "time_ratio", _ATTENTION), "Time, bfloat16", 1.0),
-        Dots(MEMORY, recorded.rows(suite, float32, "peak_mib", _ATTENTION), "Memory, float32"),
+        Dots(MEMORY, recorded.rows(suite, both, "peak_mib", _ATTENTION), "Memory, float32"),
     ]
     draw(path, "Attention alone, forward and backward", panels, recorded.note)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 from docutils import nodes
@@ -9,6 +10,9 @@ from sphinx import addnodes
 
 import sagan_layers
 from sagan_layers import convert, functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import diagrams
 
 project = "sagan-layers"
 author = "sagan-layers contributors"
@@ -227,6 +231,7 @@ def mark_new_lines(app, doctree):
 
 
 def setup(app):
+    app.connect("builder-inited", lambda app: diagrams.write())
     app.connect("autodoc-process-signature", plain_signature)
     app.connect("source-read", complete_page)
     app.connect("doctree-read", mark_new_lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ STATIC = ROOT / "docs" / "_static"
 SVGS = sorted(path for folder in ("plots", "diagrams") for path in (STATIC / folder).glob("*.svg"))
 every_svg = pytest.mark.parametrize("path", SVGS, ids=lambda path: path.stem)
 
+PAGES = ("attention.md", "training_step.md")
 PHONE = 358  # pixels that a phone of 390 leaves a picture
 
 
@@ -105,6 +107,26 @@ class TestPlots:
         assert recorded.note == "a machine, 2 cores, torch 2.13.0"
         assert recorded.values("step", "small", "time_ms") == {"ours": 3.0, "theirs": 4.0}
         assert recorded.values("step", "small", "time_ms", "^ours") == {"ours": 5.0}
+
+
+class TestDiagrams:
+    def test_the_committed_ones_are_what_the_build_draws(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(ROOT / "docs")
+        diagrams = importlib.import_module("diagrams")
+        diagrams.write(tmp_path)
+        drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+        committed = {path.name: path.read_text() for path in diagrams.FOLDER.iterdir()}
+        assert committed == drawn, "run python docs/diagrams.py"
+
+    @pytest.mark.parametrize(
+        "page", [*sorted((ROOT / "docs" / "blocks").glob("*.md")), *map((ROOT / "docs").joinpath, PAGES)]
+    )
+    def test_a_page_of_a_block_has_one_and_a_formula(self, page: Path) -> None:
+        text = page.read_text()
+        assert re.search(r"^!\[.+\]\((\.\./)?_static/diagrams/\w+\.svg\)$", text, re.MULTILINE)
+        assert re.search(r"\$[^$]+\$", text)
 
 
 class TestSvg:
