@@ -85,9 +85,9 @@ def span(numbers: Iterable[float], form: str = ".2f", unit: str = "") -> str:
     return f"{least}{unit}" if least == greatest else f"{least} to {greatest}{unit}"
 
 
-def percents(ratios: Iterable[float]) -> str:
+def percents(ratios: Iterable[float], form: str = ".0f") -> str:
     """Return ratios of a time to a baseline as what is added to it."""
-    return span([100 * (ratio - 1) for ratio in ratios], ".0f", "%").replace("-", "−")
+    return span([100 * (ratio - 1) for ratio in ratios], form, "%").replace("-", "−")
 
 
 def fraction(parts: Iterable[float], wholes: Iterable[float]) -> str:
@@ -255,13 +255,13 @@ def apart(contender: str, column: str) -> float:
     return number
 
 
-def step_runs(case: str, contender: str, column: str) -> list[float]:
-    """Return a column of a contender over all runs of the step in one process."""
+def step_runs(case: str, contender: str, column: str, suite: str = STEP) -> list[float]:
+    """Return a column of a contender over all runs of the step in one process, or of another suite."""
     return [
         found["contenders"][contender][column]
         for run in record("step_cpu")["runs"]
         for found in run["cases"]
-        if (found["suite"], found["case"]) == (STEP, case)
+        if (found["suite"], found["case"]) == (suite, case)
         and found["contenders"].get(contender, {}).get(column) is not None
     ]
 
@@ -467,7 +467,7 @@ def half_table() -> str:
         [
             row["dtype"],
             f"{row['std']}",
-            f"{row['largest_logit']:.2g}",
+            f"{row['largest_logit']:.0f}",
             f"{row['logit_error']:.2g}",
             *(f"{100 * row[name]:.2g}%" for name in ("half_error", "our_error")),
         ]
@@ -515,12 +515,6 @@ TEXTS: dict[str, Callable[[], str]] = {
     "sn.torch": lambda: percents(of_torch_sn()),
     "sn.torch.batch8": lambda: percents(of_torch_sn("batch 8")),
     "sn.torch.batch2": lambda: percents(of_torch_sn("batch 2")),
-    "sn.ours.ms": lambda: (
-        f"{cases('spectral_norm', SN_CALL)['D 128x128 width 64 NCHW']['ours: shared']['time_ms']:.0f} ms"
-    ),
-    "sn.torch.ms": lambda: (
-        f"{cases('spectral_norm', SN_CALL)['D 128x128 width 64 NCHW'][TORCH_SN[1]]['time_ms']:.0f} ms"
-    ),
     "sn.table": sn_table,
     "norm.ours": lambda: span(norm_ratios("ours", NORM, NORM_RELU)),
     "norm.textbook": lambda: span(norm_ratios("textbook", NORM, NORM_RELU)),
@@ -539,18 +533,17 @@ TEXTS: dict[str, Callable[[], str]] = {
         f"{max(values('resampling', '3x3 convolution', '', 'ours: folded')):.1f}"
     ),
     "resampling.table": resampling_table,
-    "step.speed": lambda: f"{apart('BigGAN-PyTorch', 'time_ms') / apart('ours', 'time_ms'):.1f}",
     "step.speed.toggled": lambda: (
         f"{apart('BigGAN-PyTorch toggled', 'time_ms') / apart('ours', 'time_ms'):.1f}"
     ),
-    "step.memory": lambda: _step_memory("BigGAN-PyTorch"),
+    "step.seconds": lambda: f"{apart('ours', 'time_ms') / 1000:.1f} s",
+    "step.seconds.toggled": lambda: f"{apart('BigGAN-PyTorch toggled', 'time_ms') / 1000:.1f} s",
+    "step.years": lambda: f"{apart('ours', 'time_ms') / 1000 / 4 * 256 * 1e6 / (365.25 * 86400):.1f} years",
     "step.memory.toggled": lambda: _step_memory("BigGAN-PyTorch toggled"),
     "step.one_process": lambda: span(_one_process(), ".1f"),
     "step.small": lambda: by_size("batch 1, 64|batch 4, 32"),
     "step.batch16": lambda: by_size("batch 16, 64"),
-    "step.loop": lambda: (
-        f"{100 * (cases('step', LOOP)[DEMO]['the whole loop']['time_ratio'] - 1):.1f}%".replace("-", "−")
-    ),
+    "step.loop": lambda: percents(step_runs(DEMO, "the whole loop", "time_ratio", LOOP), ".1f"),
     "step.checkpointed.16": lambda: checkpointed("batch 16, 128 pixels, width 32"),
     "step.checkpointed.4": lambda: checkpointed(SAGAN_128),
     "step.compiled": lambda: f"{_compiled('ours compiled'):.2f} s",
@@ -570,18 +563,14 @@ TEXTS: dict[str, Callable[[], str]] = {
     "golden.layers": lambda: worst(
         "test_golden.*(attention_output|outputs_and_u|conditional)", "^(y|second y)"
     ),
-    "golden.layers.gradients": lambda: worst("test_golden.*(attention_output|conditional)", "^grad"),
     "golden.statistics": lambda: worst("test_golden.*conditional", "^(mean|var)$"),
     "golden.iteration": lambda: span(
         [100 * error for error in errors("test_golden", "through the iteration")], ".1f", "%"
     ),
     "golden.iteration.explained": lambda: worst("test_golden.*except_for", "^grad weight$"),
-    "golden.networks": lambda: worst(f"{CONVERTED}.*Test(Gen|Disc)", "logits|loss|y_eval"),
-    "golden.networks.training": lambda: worst(f"{CONVERTED}.*Test(Gen|Disc)", "y_train|model/.*(?<!/u)$"),
     "golden.table": golden_table,
     "golden.table.networks": released_table,
     "peers.table": peers_table,
-    "peers.outputs": lambda: worst("test_(peer_networks|convert_peers)", "images|logits"),
     "export.onnx": lambda: worst("test_export.*onnx", "ONNX"),
     "export.onnx.networks": lambda: worst("test_network_export", "ONNX"),
     "export.program": lambda: worst("test_(network_)?export", "torch.export"),

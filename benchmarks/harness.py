@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.benchmark import Measurement, TaskSpec
 
 from benchmarks.report import MIB, RESULTS, Results, Row
+from sagan.train.allocator import keep_freed_memory
 
 OUT_OF_MEMORY = "out of memory"
 _MEMORY_LIMIT_S = 300
@@ -467,6 +468,8 @@ def parse(
     parser.add_argument("--minutes", type=float, default=10.0, help="start no case after so long")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--graphs", action="store_true", help="on CUDA, time CUDA graphs too")
+    kept = "on a CPU, let malloc keep freed memory, as the trainer does; ratios differ (docs/attention.md)"
+    parser.add_argument("--keep-freed-memory", action="store_true", help=kept)
     if peer:
         # Other processes, which may have another working directory, import from it too.
         path = "a checkout of BigGAN-PyTorch"
@@ -486,7 +489,11 @@ def open_results(options: argparse.Namespace) -> Results:
         print("There is no CUDA device here.")
         raise SystemExit(2)
     out = options.out or RESULTS / f"{options.suite}_{options.device}.json"
-    return Results(out, options.device, append=options.append)
+    results = Results(out, options.device, append=options.append)
+    if options.device == "cpu" and "keep_freed_memory" in options:
+        keeps = options.keep_freed_memory and keep_freed_memory()
+        results.run["environment"]["freed_memory"] = "kept" if keeps else "returned"
+    return results
 
 
 def is_chosen(line: str, options: argparse.Namespace) -> bool:
