@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ],
         "sigma": [sigma_estimate(each) for each in channels],
     }
-    out: Path = options.out or RESULTS / "numerics_cpu.json"
+    out: Path = options.out or RESULTS / "numerics.json"
     atomic_write_text(out, json.dumps(record, indent=1) + "\n")
     print(f"Wrote {out}")
     return 0

@@ -419,7 +419,7 @@ def errors(test: str, what: str) -> list[float]:
     """Return the errors of all tests and comparisons that match two regular expressions."""
     return [
         error
-        for name, found in record("numerics_cpu")["parity"].items()
+        for name, found in record("numerics")["parity"].items()
         if re.search(test, name)
         for title, error in found.items()
         if re.search(what, title)
@@ -471,7 +471,7 @@ def half_table() -> str:
             f"{row['logit_error']:.2g}",
             *(f"{100 * row[name]:.2g}%" for name in ("half_error", "our_error")),
         ]
-        for row in record("numerics_cpu")["half_precision"]
+        for row in record("numerics")["half_precision"]
     ]
     errors = (
         "error of a logit, half throughout",
@@ -483,7 +483,7 @@ def half_table() -> str:
 
 def sigma_table() -> str:
     """Return how fast the estimate of sigma gets near."""
-    rows = record("numerics_cpu")["sigma"]
+    rows = record("numerics")["sigma"]
     cells = (
         [f"{row['channels']} to {row['channels']}, 3x3", *(f"{x:.3f}" for x in row["ratios"].values())]
         for row in rows
