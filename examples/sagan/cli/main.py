@@ -35,7 +35,7 @@ SAGAN on ImageNet with sagan-layers.
   demo             learn handwritten digits: minutes on a CPU, nothing to download. Start here.
   prepare          pack ImageNet (archives, folder tree or parquet shards) into one array, once
   train            train on a prepared set, or a folder of images: DATA/train/<class>/*.JPEG
-  sample           images from a trained run: a labelled grid, or a folder for each class
+  sample           images from a trained run: a labelled grid, interpolations, or a folder for each class
   evaluate         FID, Inception Score, KID, intra-FID, precision and recall of a trained run
   attention-maps   attention maps of chosen points of generated images
   explore          an HTML page: what attention looks at from any point of samples, for G and D
