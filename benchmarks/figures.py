@@ -78,6 +78,11 @@ def digits(number: float) -> str:
     return format(number, ",.0f" if number >= 100 else ".3g")
 
 
+def exponent(number: float) -> str:
+    """Return "2.1e-7", and "0" for none."""
+    return f"{number:.1e}".replace("e-0", "e-") if number else "0"
+
+
 def span(numbers: Iterable[float], form: str = ".2f", unit: str = "") -> str:
     """Return "least to greatest", one number where both read the same."""
     numbers = list(numbers)
@@ -107,7 +112,7 @@ def pair(name: str, suite: str, case: str, contender: str, column: str = "time_r
     numbers = [cases(name, suite, state).get(case, {}).get(contender, {}).get(column) for state in FREED]
     form = "{:.2f}".format if column == "time_ratio" else digits
     texts = ["–" if number is None else form(number) for number in numbers]
-    return "–" if texts == ["–", "–"] else " / ".join(texts)
+    return "–" if texts == ["–", "–"] else "\u00a0/\u00a0".join(texts)  # not broken in narrow columns
 
 
 # Attention
@@ -237,7 +242,9 @@ def resampling_table() -> str:
             elif kernel == "1x1" and channels[1:].replace("->", " to ") != layer[0]:
                 layer[0] += f" (1x1: {channels[1:].replace('->', ' to ')})"
             numbers = [cases("resampling", suite, state).get(case, {}).get("ours", {}) for state in FREED]
-            layer.append(" / ".join(f"{1 / row['time_ratio']:.1f}" if row else "–" for row in numbers))
+            layer.append(
+                "\u00a0/\u00a0".join(f"{1 / row['time_ratio']:.1f}" if row else "–" for row in numbers)
+            )
     heads = ["layer", "channels", *(f"{kernel}, {dtype}" for kernel, dtype in columns)]
     return table(heads, ([name, *cells] for name, cells in layers.items()), left=2)
 
@@ -335,7 +342,7 @@ def evaluation_table() -> str:
         for case, contenders in cases("evaluation", suite).items():
             for who, row in contenders.items():
                 if "difference" in row:
-                    rows.append([f"{suite}, {case}", who, f"{row['difference']:.1e}"])
+                    rows.append([f"{suite}, {case}", who, exponent(row["difference"])])
     return table(["figure", "against", "difference"], rows, left=2)
 
 
@@ -428,7 +435,7 @@ def errors(test: str, what: str) -> list[float]:
 
 def worst(test: str, what: str = "") -> str:
     """Return the largest error, empty where there is none."""
-    return f"{max(found):.1e}" if (found := errors(test, what)) else ""
+    return exponent(max(found)) if (found := errors(test, what)) else ""
 
 
 def golden_table() -> str:

@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Let malloc reuse freed memory for the rest of this process; return whether it can, as glibc's can.
 
     Every step frees and allocates the same large blocks. By default glibc returns each to the system, which clears its
-    pages when they are allocated again: a seventh of a step on two CPU cores (docs/training_step.md). The price: the
-    process keeps its peak of memory.
+    pages when they are allocated again, which takes time (docs/training_step.md). The price: the process keeps its peak
+    of memory.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
