@@ -36,6 +36,7 @@ class Lines:
     lines: Mapping[str, Mapping[float, float]]
     title: str = ""
     ticks: Mapping[float, str] | None = None  # of x, in place of powers of two
+    log: bool = True
 
 
 def draw(path: Path, title: str, panels: Sequence[Dots | Lines], note: str = "") -> Path | None:
@@ -47,7 +48,10 @@ def draw(path: Path, title: str, panels: Sequence[Dots | Lines], note: str = "")
         panels: what to draw; one legend serves them all.
         note: below the panels: where and how it was measured.
     """
-    heights = [72 + (26 * len(panel.rows) if isinstance(panel, Dots) else 190) for panel in panels]
+    heights = [
+        72 + (26 * len(panel.rows) if isinstance(panel, Dots) else 190 if panel.log else 100)
+        for panel in panels
+    ]
     names = list(dict.fromkeys(name for panel in panels for name in _contenders(panel)))
     labelled = not all(
         isinstance(panel, Dots) and panel.numbers and _is_named_by_rows(panel) for panel in panels
@@ -62,7 +66,7 @@ def draw(path: Path, title: str, panels: Sequence[Dots | Lines], note: str = "")
             if panel.title:
                 # From the figure's left edge: beside long names of rows the axes are narrow.
                 where = {"xycoords": ("figure fraction", "axes fraction"), "textcoords": "offset points"}
-                axis.annotate(panel.title, (0.013, 1), (0, 8), weight="bold", **where)
+                axis.annotate(panel.title, (0.013, 1), (0, 8), weight="bold", **where).set_in_layout(False)
                 axis.set_title(" ")  # keeps the room
             axis.grid()
             if isinstance(panel, Dots):
@@ -84,6 +88,12 @@ def draw(path: Path, title: str, panels: Sequence[Dots | Lines], note: str = "")
             figure.supxlabel(note, x=0.01, ha="left", size=style.SMALL)
         style.save(figure, path, title)
     return path
+
+
+def _height(panel: Dots | Lines) -> float:
+    if isinstance(panel, Dots):
+        return 26 * len(panel.rows)
+    return 190 if panel.log else 100
 
 
 def _contenders(panel: Dots | Lines) -> Iterable[str]:
@@ -120,15 +130,17 @@ def _draw_dots(axis: Axes, panel: Dots) -> None:
 
 def _draw_lines(axis: Axes, panel: Lines) -> None:
     for name, points in sorted(panel.lines.items(), key=lambda item: item[0].startswith("ours")):
-        axis.plot(list(points), list(points.values()), linewidth=2, **style.look(name))
-    values = [value for points in panel.lines.values() for value in points.values()]
-    axis.set_yscale("log", base=2)
-    _name_powers(axis.yaxis, min(values), max(values))
-    if panel.ticks is None:
+        markers = {} if len(points) < 20 else {"marker": ""}
+        axis.plot(list(points), list(points.values()), linewidth=2, **style.look(name) | markers)
+    if panel.log:
+        values = [value for points in panel.lines.values() for value in points.values()]
+        axis.set_yscale("log", base=2)
+        _name_powers(axis.yaxis, min(values), max(values))
+    if panel.ticks is not None:
+        axis.set_xticks(list(panel.ticks), list(panel.ticks.values()))
+    elif panel.log:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
-    else:
-        axis.set_xticks(list(panel.ticks), list(panel.ticks.values()))
     axis.set_xlabel(panel.x_label)
     axis.set_ylabel(panel.y_label)
 

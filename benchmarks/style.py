@@ -51,6 +51,8 @@ _LOOKS = {
     "FlexAttention": (GREEN, "v", True),
     "torch parametrizations.spectral_norm": (GREEN, "^", True),
     "torch nn.utils.spectral_norm": (GREEN, "^", False),
+    "G": (GREEN, "o", True),
+    "D": (VERMILLION, "s", True),
     "BigGAN-PyTorch": (PURPLE, "D", True),
     "BigGAN-PyTorch toggled": (PURPLE, "D", False),
 }

@@ -16,7 +16,7 @@ from benchmarks import docs_plots, plots, style
 
 ROOT = Path(__file__).resolve().parent.parent
 STATIC = ROOT / "docs" / "_static"
-SVGS = sorted(path for folder in ("plots", "diagrams") for path in (STATIC / folder).glob("*.svg"))
+SVGS = sorted(STATIC.rglob("*.svg"))
 every_svg = pytest.mark.parametrize("path", SVGS, ids=lambda path: path.stem)
 
 PAGES = ("attention.md", "training_step.md")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -92,6 +93,23 @@ class TestFinishedDemo:
             assert (finished.config.out / name).exists(), name
         there = {path.name for path in finished.config.out.iterdir()}
         assert there - set(names) == {"digits", "preflight.json", "quality.jsonl"}
+
+    def test_the_documentations_pictures_are_made_of_it(
+        self, finished: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(Path(__file__).parents[2] / "docs")
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert (
+                importlib.import_module("demo_pictures").main(
+                    [str(finished.config.out), "--out", str(tmp_path)]
+                )
+                == 0
+            )
+        committed = {path.name for path in (Path(__file__).parents[2] / "docs" / "_static").glob("demo_*")}
+        assert {path.name for path in tmp_path.iterdir()} == committed
+        for path in tmp_path.glob("*.png"):
+            assert read_png(path).size(2) == 720
+            assert read_png(path).float().std() > 20
 
     def test_pictures_are_readable(self, finished: Demo) -> None:
         for name in PICTURES:

@@ -1,0 +1,201 @@
+"""Make the pictures of README and docs out of a demo's folder: ``python docs/demo_pictures.py runs/demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import matplotlib  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks.plots import Lines, draw  # noqa: E402
+from sagan.io import atomic_write  # noqa: E402
+from sagan.report.figures import attention_at  # noqa: E402
+from sagan.sampling import TrainedGenerator, generate, load_generator, sample_inputs  # noqa: E402
+from sagan.train.logs import read_rows, series  # noqa: E402
+
+STATIC = ROOT / "docs" / "_static"
+# Dark on light pages too, as the digits are; of 24 pixels a phone leaves 12.
+WIDTH, TEXT = 720, 24
+PAPER, INK, POINT = "#131416", "#e6e8eb", "#39d98a"
+GAP = 6
+
+Row = tuple[Sequence[str], Sequence[Image.Image]]
+
+
+def sheet(rows: Sequence[Row], columns: int) -> Image.Image:
+    """Return rows of square pictures; the titles above a row share its width, and so do the pictures below them."""
+    parts = max(len(titles) for titles, _ in rows)
+    room = 3 * GAP * (parts - 1)  # between the parts
+    side = (WIDTH - GAP - room) // columns - GAP
+    font = ImageFont.truetype(
+        str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), TEXT
+    )
+    heights = [side + GAP + (TEXT + 14 if titles else 0) for titles, _ in rows]
+    picture = Image.new("RGB", (WIDTH, sum(heights) + GAP), PAPER)
+    pen = ImageDraw.Draw(picture)
+
+    def x_of(column: int) -> int:
+        return GAP + column * (side + GAP) + column * parts // columns * 3 * GAP
+
+    y = GAP
+    for (titles, images), height in zip(rows, heights, strict=True):
+        for part, title in enumerate(titles):
+            pen.text((x_of(part * columns // parts) + 2, y), title, fill=INK, font=font)
+        for number, image in enumerate(images):
+            enlarged = image.resize((side, side), Image.Resampling.BICUBIC)
+            picture.paste(enlarged, (x_of(number), y + height - side - GAP))
+        y += height
+    return picture
+
+
+def save(picture: Image.Image, path: Path, *, colours: int) -> None:
+    """Write a picture as a PNG of few colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, sync=False) as file:
+        picture.quantize(colours, dither=Image.Dither.NONE).save(
+            file, "PNG", optimize=True
+        )
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    """Return uint8 images [N, 3, H, W] as pictures."""
+    return [
+        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images
+    ]
+
+
+def real_digits(run: Path, digit: int, count: int) -> list[Image.Image]:
+    """Return the first real digits of a class, as the demo enlarged them."""
+    paths = sorted((run / "digits" / "train" / str(digit)).iterdir())[:count]
+    return [Image.open(path).convert("RGB") for path in paths]
+
+
+def samples(run: Path, trained: TrainedGenerator, path: Path) -> None:
+    """Real digits, then generated ones: the first of each class, not chosen."""
+    latents, labels = sample_inputs(
+        range(80), trained.config.network, trained.config.seed + 1
+    )
+    generated = generate(trained.generator, latents, labels, batch_size=80)
+    rows: list[Row] = []
+    for digit in range(10):
+        row = real_digits(run, digit, 5) + pictures(generated[labels == digit][:5])
+        titles = () if digit else ("real: 8×8, enlarged", "generated")
+        rows.append((titles, row))
+    save(sheet(rows, 10), path, colours=32)
+
+
+def attention(run: Path, trained: TrainedGenerator, path: Path) -> None:
+    """Real digits, generated ones with a point on the stroke of each, and where attention looks from it."""
+    digits = (0, 2, 3, 5, 6, 8)
+    latents, labels = sample_inputs(
+        range(10), trained.config.network, trained.config.seed + 1
+    )
+    chosen = torch.tensor([labels.tolist().index(digit) for digit in digits])
+    generated = generate(
+        trained.generator, latents[chosen], labels[chosen], batch_size=len(digits)
+    )
+    marked, seen = [], []
+    for number, at in enumerate(chosen):
+        point = _on_the_stroke(generated[number])
+        images, maps, _ = attention_at(
+            trained.generator, latents[at, None], labels[at, None], [point]
+        )
+        ((picture,), size) = pictures(images), images.size(2)
+        scale = 4  # a round point
+        large = picture.resize((size * scale, size * scale), Image.Resampling.BICUBIC)
+        heat = torch.nn.functional.interpolate(maps, large.size, mode="bicubic")[
+            0, 0
+        ].clamp(min=0)
+        colours = matplotlib.colormaps["inferno"]((heat / heat.max()).numpy())[..., :3]
+        overlay = Image.fromarray((colours * 255).round().astype("uint8"))
+        for target, picture in (
+            (marked, large),
+            (seen, Image.blend(large, overlay, 0.75)),
+        ):
+            middle = [(place + 0.5) * scale for place in reversed(point)]
+            box = [*(place - 6 for place in middle), *(place + 6 for place in middle)]
+            ImageDraw.Draw(picture).ellipse(box, fill=POINT, outline="white", width=2)
+            target.append(picture)
+    real = [real_digits(run, digit, 1)[0] for digit in digits]
+    rows: list[Row] = [
+        (["real digits, 8×8 pixels enlarged"], real),
+        (["generated, each with a point"], marked),
+        (["where attention looks from that point"], seen),
+    ]
+    save(sheet(rows, len(digits)), path, colours=256)
+
+
+def _on_the_stroke(image: Tensor) -> tuple[int, int]:
+    """Return row and column of the brightest pixel, the one nearest to the top where several are."""
+    row, column = divmod(int(image.float().mean(0).flatten().argmax()), image.size(2))
+    return row, column
+
+
+def curves(run: Path, path: Path) -> None:
+    """Losses, gamma and quality over the iterations."""
+    metrics, quality = (
+        read_rows(run / "metrics.jsonl"),
+        read_rows(run / "quality.jsonl"),
+    )
+
+    def line(rows: Sequence[dict[str, float]], key: str) -> dict[float, float]:
+        return dict(zip(*series(rows, key), strict=True))
+
+    gammas = {
+        name[6].upper(): line(metrics, name)
+        for name in metrics[0]
+        if name.startswith("gamma_")
+    }
+    losses = {"D": line(metrics, "d_loss"), "G": line(metrics, "g_loss")}
+    titles = {
+        "share": "Generated digits read as their label",
+        "diversity": "Distance within a class, as a share of the real digits'",
+        "frechet": "Fréchet distance to the real digits, in a classifier's features",
+    }
+    panels = [
+        Lines("", "", losses, "Loss", log=False),
+        Lines("", "", gammas, "Gamma of attention", log=False),
+    ]
+    panels += [
+        Lines("", "", {"G": line(quality, key)}, title, log=False)
+        for key, title in titles.items()
+        if key in quality[0]
+    ]
+    panels[-1] = Lines("iteration", "", panels[-1].lines, panels[-1].title, log=False)
+    draw(path, "The demo learns the digits", panels)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make every picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a finished demo")
+    parser.add_argument(
+        "--out", type=Path, default=STATIC, help="folder of the pictures"
+    )
+    options = parser.parse_args(arguments)
+    trained = load_generator(options.run, torch.device("cpu"))
+    samples(options.run, trained, options.out / "demo_samples.png")
+    attention(options.run, trained, options.out / "demo_attention.png")
+    curves(options.run, options.out / "demo_curves.svg")
+    with Image.open(options.run / "attention_maps.png") as maps:
+        size = (WIDTH, round(WIDTH * maps.height / maps.width))
+        save(
+            maps.convert("RGB").resize(size),
+            options.out / "demo_attention_maps.png",
+            colours=128,
+        )
+    for path in sorted(options.out.glob("demo_*")):
+        print(f"Wrote {path}: {path.stat().st_size / 1024:.0f} KiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
