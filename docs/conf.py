@@ -88,7 +88,7 @@ nitpick_ignore_regex = [
 
 # The pages are plain Markdown, which a repository browser shows too. What only the built pages have is added here.
 SIDEBAR = {
-    "Start": ["installation", "quickstart"],
+    "Start": ["installation", "quickstart", "help"],
     "Your GAN, your weights": [
         "put_attention_into",
         "coming_from",
