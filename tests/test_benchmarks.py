@@ -23,6 +23,7 @@ import torch
 from benchmarks import (
     bench_attention,
     bench_conditional_norm,
+    bench_numerics,
     bench_resampling,
     bench_spectral_norm,
     bench_step,
@@ -526,3 +527,53 @@ class TestGpuCommand:
         assert "| works | ok |" in written
         (late,) = gpu.run_steps([step("late", "print('ran')")], tmp_path, 1)
         assert (late.status, late.reason) == ("not run", "no time was left")
+
+
+@pytest.mark.parametrize(("options", "state"), [([], "returned"), (["--keep-freed-memory"], "kept")])
+def test_a_record_says_what_the_allocator_did_with_freed_memory(
+    options: list[str], state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(harness, "keep_freed_memory", lambda: not calls.append(True))
+    given = harness.parse("attention", "Attention.", ["--out", str(tmp_path / "record.json"), *options])
+    results = harness.run_suite(given, [], FAST)
+    assert results.run["environment"]["freed_memory"] == state
+    assert len(calls) == len(options)
+
+
+def test_all_suites_run_in_processes_of_their_own_and_the_worst_status_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, int("spectral" in command[2]))
+
+    main = importlib.import_module("benchmarks.__main__")
+    monkeypatch.setattr(main.subprocess, "run", run)
+    assert main.main(["--quick", "--out", str(tmp_path), "--peer", "peer"]) == 1
+    assert [command[2] for command in commands] == [f"benchmarks.bench_{suite}" for suite in main.SUITES]
+    assert [("--peer" in command) for command in commands] == [True] * 4 + [False] * 2
+
+
+class TestNumerics:
+    def test_half_precision_throughout_loses_where_logits_are_large_and_ours_does_not(self) -> None:
+        small, large = (bench_numerics.half_precision(torch.bfloat16, std) for std in (1, 100))
+        assert large["logit_error"] > 10 * small["logit_error"]
+        assert large["half_error"] > 20 * large["our_error"]
+        assert large["our_error"] < 2**-7  # the rounding of the output
+
+    def test_the_estimate_of_sigma_grows_to_the_truth(self) -> None:
+        ratios = list(bench_numerics.sigma_estimate(16)["ratios"].values())
+        assert ratios == sorted(ratios)
+        assert ratios[0] < 0.95
+        assert 0.99 < ratios[-1] < 1 + 1e-6
+
+    def test_a_failing_test_of_parity_records_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(bench_numerics.pytest, "main", lambda _: pytest.ExitCode.TESTS_FAILED)
+        with pytest.raises(SystemExit, match="no errors were recorded"):
+            bench_numerics.main(["--out", str(tmp_path / "record.json")])
+        assert not (tmp_path / "record.json").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import figures
+from benchmarks import figure_tables, figures, records
 
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "docs").is_dir():
@@ -115,7 +115,7 @@ def test_a_figure_follows_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
             "environment": {"freed_memory": state},
             "cases": [
                 {
-                    "suite": figures.SN,
+                    "suite": figure_tables.SN,
                     "case": "batch 8",
                     "contenders": {"ours: shared": {"status": "ok", "time_ratio": ratio}},
                 }
@@ -123,7 +123,7 @@ def test_a_figure_follows_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         for state, ratio in (("returned", 1.9), ("returned", 0.97), ("kept", 1.204))
     ]
-    monkeypatch.setattr(figures, "record", {"spectral_norm_cpu": {"runs": runs}}.__getitem__)
+    monkeypatch.setattr(records, "record", {"spectral_norm_cpu": {"runs": runs}}.__getitem__)
     text = figures.written("adds <!-- figure: sn.ours.batch8 -->2 to 5%<!-- /figure -->")
     assert text == "adds <!-- figure: sn.ours.batch8 -->−3 to 20%<!-- /figure -->"
 
