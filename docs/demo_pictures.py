@@ -16,9 +16,12 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.plots import Lines, draw  # noqa: E402
-from sagan.io import atomic_write  # noqa: E402
+from sagan.explore.page import PageOptions, explorer_page  # noqa: E402
+from sagan.io import atomic_write, atomic_write_text  # noqa: E402
 from sagan.report.figures import attention_at  # noqa: E402
 from sagan.sampling import TrainedGenerator, generate, load_generator, sample_inputs  # noqa: E402
+from sagan.sheets import Sheet, interpolation_sheet, truncation_sheet  # noqa: E402
+from sagan.train.checkpoint import checkpoints_in  # noqa: E402
 from sagan.train.logs import read_rows, series  # noqa: E402
 
 STATIC = ROOT / "docs" / "_static"
@@ -173,6 +176,39 @@ def curves(run: Path, path: Path) -> None:
     draw(path, "The demo learns the digits", panels)
 
 
+def sheets(trained: TrainedGenerator, out: Path) -> None:
+    """What `sample --layout interpolation` and `truncation` draw, with text for phones."""
+    options = {"columns": 8, "seed": trained.config.seed + 1, "batch_size": 80}
+    classes = torch.tensor([3, 8, 9])
+    path = interpolation_sheet(trained, classes, rows=1, class_steps=2, **options)
+    _save_sheet(path, out / "demo_interpolation.png")
+    sweep = truncation_sheet(trained, classes[:1], [0.25, 0.5, 1.0, None], **options)
+    _save_sheet(sweep, out / "demo_truncation.png")
+
+
+def _save_sheet(drawn: Sheet, path: Path) -> None:
+    names = drawn.row_names or []
+    images = pictures(drawn.images)
+    columns = len(images) // len(names)
+    rows: list[Row] = [
+        ((name,), images[columns * number : columns * (number + 1)])
+        for number, name in enumerate(names)
+    ]
+    save(sheet(rows, columns), path, colours=64)
+
+
+def explorer(run: Path, path: Path) -> None:
+    """The page that explores attention, at the first, the middle and the last iteration that the demo kept."""
+    kept = [
+        int(each.stem.rpartition("_")[2])
+        for each in checkpoints_in(run / "checkpoints")
+    ]
+    chosen = tuple(dict.fromkeys([kept[0], kept[len(kept) // 2], kept[-1]]))
+    options = PageOptions(count=1, real=1, iterations=chosen, max_mib=1.6)
+    page = explorer_page(run, torch.device("cpu"), options)
+    atomic_write_text(path, page.text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make every picture."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -192,7 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.out / "demo_attention_maps.png",
             colours=128,
         )
-    for path in sorted(options.out.glob("demo_*")):
+    sheets(trained, options.out)
+    explorer(options.run, options.out / "explore_demo.html")
+    for path in sorted([*options.out.glob("demo_*"), *options.out.glob("explore_*")]):
         print(f"Wrote {path}: {path.stat().st_size / 1024:.0f} KiB")
     return 0
 

@@ -103,7 +103,8 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", features=[theme])
         self.events.clear()
         self.send("Page.navigate", url=path.resolve().as_uri())
-        self.wait_for("document.readyState === 'complete'")
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._read())
 
     def move(self, x: float, y: float) -> None:
         """Move the mouse to a place of the window."""

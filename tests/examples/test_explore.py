@@ -268,7 +268,6 @@ class TestRuns:
         printed = succeed("explore", "--source", run, "--out", out, "--count", 1, "--device", "cpu")
         assert f"Written: {out}" in printed
         assert (
-            "1 samples of each of 3 classes; attention of G 8x8, G 16x16, D 8x8; iteration 200, 400"
-            in printed
+            "1 sample of each of 3 classes; attention of G 8x8, G 16x16, D 8x8; iteration 200, 400" in printed
         )
         assert out.read_text() == explorer_page(run, CPU, PageOptions(count=1)).text

@@ -217,7 +217,7 @@ class _Run:
     @property
     def summary(self) -> str:
         """What the page shows."""
-        counts = f"{self.options.count} samples" + (
+        counts = f"{self.options.count} sample{'s' * (self.options.count > 1)}" + (
             f" of each of {len(self.labels)} classes" if self.conditional else ""
         )
         real = sum(self.facts["real"])
