@@ -147,7 +147,7 @@ class TestAMissingLibrary:
     def test_the_program_without_the_extra_trainer_ends_with_one_line(self, module: str) -> None:
         program = f"import sys; sys.modules[{module!r}] = None; from sagan.__main__ import run; run()"
         ended = python(program)
-        out, error = ended.communicate(timeout=60)
+        out, error = ended.communicate(timeout=120)
         assert (ended.returncode, out) == (2, "")
         (line,) = error.splitlines()
         assert line.endswith(
