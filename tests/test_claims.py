@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils import parametrizations, spectral_norm
 
@@ -29,6 +30,14 @@ def test_torchs_fused_attention_has_no_second_derivative_and_ours_has() -> None:
     ):
         penalties[0].backward()
     penalties[1].backward()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says in warnings why
+def test_torchs_fused_attention_refuses_unequal_widths_and_ours_serves_them() -> None:
+    query, key, value = torch.randn(2, 1, 64, 8), torch.randn(2, 1, 32, 8), torch.randn(2, 1, 32, 32)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="No available kernel"):
+        scaled_dot_product_attention(query, key, value)
+    assert functional.attention(query[:, 0], key[:, 0], value[:, 0], backend="chunked").shape == (2, 64, 32)
 
 
 def vectors(conv: nn.Module) -> Tensor:
@@ -80,12 +89,17 @@ def test_evaluation_of_torchs_spectral_norm_uses_vectors_of_the_weight_before_th
 
 
 def test_an_initialiser_reaches_our_weight_and_is_lost_on_torchs() -> None:
-    hooked, ours = spectral_norm(nn.Conv2d(3, 8, 3)), SNConv2d(3, 8, 3)
-    for conv in (hooked, ours):
+    hooked, parametrized = (
+        spectral_norm(nn.Conv2d(3, 8, 3)),
+        parametrizations.spectral_norm(nn.Conv2d(3, 8, 3)),
+    )
+    ours = SNConv2d(3, 8, 3)
+    for conv in (hooked, parametrized, ours):
         conv(X)
         nn.init.constant_(conv.weight.data, 0.5)
         conv(X)
-    assert not torch.all(hooked.weight_orig == 0.5)
+    assert not torch.any(hooked.weight_orig == 0.5)
+    assert not torch.any(parametrized.parametrizations.weight.original == 0.5)
     assert torch.all(ours.weight == 0.5)
 
 
