@@ -44,6 +44,8 @@ doctest: .venv-test/installed ## the examples in the package's docstrings
 docs: .venv-test/installed ## the documentation, into docs/_build/html; a warning is an error
 	@echo "==> docs"
 	$(TEST)/sphinx-build --fresh-env -W --keep-going -b html docs docs/_build/html
+	@echo "==> every page as a phone and a desk show it, where there is Chromium"
+	$(TEST)/python docs/check_pages.py docs/_build/html || test $$? -eq 2
 
 package: .venv-test/installed ## build, check what is in the archives, use the wheel outside the checkout
 	@echo "==> build the sdist, and the wheel from it"

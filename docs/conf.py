@@ -36,6 +36,7 @@ html_title = f"sagan-layers {version}"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_copy_source = False
+html_domain_indices = False
 html_show_sourcelink = False
 pygments_style = "tango"
 pygments_dark_style = "monokai"

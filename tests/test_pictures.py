@@ -157,3 +157,33 @@ class TestSvg:
         pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
         name = path.relative_to(STATIC).as_posix()
         assert any(f"_static/{name}" in page.read_text() for page in pages)
+
+
+class TestPagesInABrowser:
+    def test_the_check_names_what_is_wrong(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.syspath_prepend(ROOT / "docs")
+        check = importlib.import_module("check_pages")
+        if check.chromium() is None:
+            pytest.skip("there is no Chromium here")
+        head = '<!doctype html><meta name="viewport" content="width=device-width"><title>a</title>'
+        scrolls = '<div style="overflow-x: auto"><pre style="width: 900px">code</pre></div>'
+        (tmp_path / "good.html").write_text(f"{head}<article><p>text</p>{scrolls}</article>")
+        assert check.main([str(tmp_path)]) == 0
+        (tmp_path / "bad.html").write_text(
+            f"""{head}<article><p style="font-size: 8px">small</p><pre style="width: 900px">code</pre>
+            <img src="none.png" alt="picture"><span class="math">x</span></article>"""
+        )
+        assert check.main([str(tmp_path)]) == 1
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bad.html")]
+        for width, problem in {
+            "390": "the page is 9",
+            "390 ": "PRE ends at",
+            "1280": "no picture",
+            "1280 ": "alt text",
+            "390  ": "formulas are not typeset",
+            "1280  ": "P 8px",
+        }.items():
+            assert any(width.strip() in line and problem in line for line in lines), problem
+        assert not any("1280" in line and "PRE" in line for line in lines)
