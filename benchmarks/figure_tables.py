@@ -423,15 +423,15 @@ def step_memory_saved(contender: str) -> str:
     return f"{100 * (1 - ours / theirs):.0f}%"
 
 
-def speed_ups_in_one_process() -> list[float]:
-    """Return how many times faster than BigGAN-PyTorch our step is, in every run that has both."""
+def speed_ups_in_one_process(contender: str) -> list[float]:
+    """Return how many times faster than another our step is, in every run that has both."""
     rows = [
         found["contenders"]
         for run in record("step_cpu")["runs"]
         for found in run["cases"]
-        if (found["suite"], found["case"]) == (STEP, SAGAN_128) and "BigGAN-PyTorch" in found["contenders"]
+        if (found["suite"], found["case"]) == (STEP, SAGAN_128) and contender in found["contenders"]
     ]
-    return [row["BigGAN-PyTorch"]["time_ms"] / row["ours"]["time_ms"] for row in rows]
+    return [row[contender]["time_ms"] / row["ours"]["time_ms"] for row in rows]
 
 
 def compiled_s(contender: str) -> float:

@@ -111,7 +111,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "step.seconds.toggled": lambda: f"{apart('BigGAN-PyTorch toggled', 'time_ms') / 1000:.1f} s",
     "step.years": lambda: f"{apart('ours', 'time_ms') / 1000 / 4 * 256 * 1e6 / (365.25 * 86400):.1f} years",
     "step.memory.toggled": lambda: step_memory_saved("BigGAN-PyTorch toggled"),
-    "step.one_process": lambda: span(speed_ups_in_one_process(), ".1f"),
+    "step.one_process": lambda: span(speed_ups_in_one_process("BigGAN-PyTorch toggled"), ".1f"),
     "step.small": lambda: by_size("batch 1, 64|batch 4, 32"),
     "step.batch16": lambda: by_size("batch 16, 64"),
     "step.loop": lambda: percents(step_runs(DEMO, "the whole loop", "time_ratio", LOOP), ".1f"),
