@@ -1,14 +1,15 @@
-"""Names read from files (classes, archive members, recipes), made safe for paths, pages and terminals."""
+"""Names read from files (classes, archive members, recipes), made safe for paths, pages, figures and terminals."""
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 # What Windows forbids in a file's name, the separators of all systems among it.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*]')
@@ -44,6 +45,33 @@ def printable(text: str, *, keep: str = "") -> str:
 def escaped(text: str) -> str:
     """Return text as the escapes of its characters in Python, except those of ASCII that are printable."""
     return text.encode("unicode_escape").decode("ascii")
+
+
+def figure_font() -> Path:
+    """Return the file of the font of all figures: DejaVu Sans, which Matplotlib brings."""
+    import matplotlib  # slow, and most commands draw nothing
+
+    return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+
+@functools.cache
+def _letters() -> frozenset[int]:
+    """Return the code points that the font of figures draws."""
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(str(figure_font())).get_charmap())
+
+
+def drawable(text: str, longest: int = 60) -> str:
+    r"""Return one line that figures can draw: escapes for letters that their font lacks, no middle if it is long.
+
+    Example:
+        >>> drawable("Größe 猫\n")
+        'Größe \\u732b\\n'
+    """
+    composed = unicodedata.normalize("NFC", text)
+    line = "".join(c if ord(c) in _letters() else escaped(c) for c in printable(composed))
+    return line if len(line) <= longest else f"{line[: longest // 2 - 2]}...{line[-(longest // 2 - 1) :]}"
 
 
 def in_markdown(text: str) -> str:

@@ -118,7 +118,8 @@ class OutputConfig:
         keep_checkpoints: number of latest checkpoints to keep, in addition to the best.
         grid_rows: classes in the grid.
         grid_columns: images of each class in the grid.
-        tensorboard: write TensorBoard files too, if TensorBoard is installed.
+        tensorboard: write TensorBoard's files too (extra tensorboard).
+        wandb: log to Weights & Biases too (extra wandb): project WANDB_PROJECT; WANDB_MODE=offline stays local.
     """
 
     log_every: int = 100
@@ -127,10 +128,13 @@ class OutputConfig:
     keep_checkpoints: int = 2
     grid_rows: int = 10
     grid_columns: int = 10
-    tensorboard: bool = True
+    tensorboard: bool = False
+    wandb: bool = False
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, *(each.name for each in fields(self) if each.name != "tensorboard"))
+        check_at_least(
+            self, 1, *(each.name for each in fields(self) if each.name not in ("tensorboard", "wandb"))
+        )
 
 
 @dataclass(frozen=True)
@@ -358,6 +362,8 @@ def config_from_dict(values: Any, where: str = "") -> RunConfig:
     if isinstance(values, dict) and isinstance(values.get("network"), dict):
         added = {name: getattr(NetworkConfig, name) for name in _ADDED_FIELDS}
         values = {**values, "network": {**added, **values["network"]}}
+    if isinstance(values, dict) and isinstance(values.get("output"), dict):
+        values = {**values, "output": {"wandb": False, **values["output"]}}  # it was added later
     config: RunConfig = conform(values, RunConfig, where)
     return config
 

@@ -19,8 +19,10 @@ from sagan.evaluation.feature_networks import load_feature_network
 from sagan.evaluation.periodic import periodic_evaluation
 from sagan.networks import Discriminator, Generator, count_parameters
 from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, differences
+from sagan.report.page import finish_run
 from sagan.train.allocator import keep_freed_memory
 from sagan.train.checkpoint import checkpoints_in
+from sagan.train.loggers import check_loggers
 from sagan.train.loop import train
 from sagan.train.output import save_config
 from sagan.train.resume import check_images, check_start, check_unused, has_started, run_lock
@@ -81,6 +83,7 @@ def _train(command: Train, world: World) -> int:
         dataset = open_dataset(config.data, config.network.resolution, config.images)
         config = _resolved(config, dataset)
     say(describe_config(config))
+    world.run_on_main(lambda: check_loggers(config.output))
     has_run = bool(checkpoints_in(config.out / "checkpoints"))
     if command.dry_run:
         if has_run or has_started(config.out):
@@ -112,6 +115,8 @@ def _train(command: Train, world: World) -> int:
     result = train(
         config, dataset, world=world, resume=resume, accept_changes=accept_changes, evaluate=evaluate
     )
+    if world.is_main and (line := finish_run(config.out)):
+        say(line)
     stopped = f"Stopped at iteration {result.iteration}"
     if result.collapsed:
         say(f"{stopped} by a sign of collapse (see above); saved {result.checkpoint}")

@@ -17,10 +17,11 @@ from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, wr
 from sagan.io import atomic_write_text
 from sagan.names import program_name
 from sagan.recipes import RunConfig
-from sagan.report.figures import Panel, class_labels, default_points, draw_attention, save_curves, save_grid
+from sagan.report.figures import class_labels, default_points, draw_attention, save_grid
+from sagan.report.page import finish_run
 from sagan.sampling import TrainedGenerator, generate, load_generator, sample_inputs
 from sagan.train.checkpoint import checkpoints_in
-from sagan.train.logs import read_metrics, read_rows, series
+from sagan.train.logs import read_rows
 from sagan.train.loop import TrainingResult, train
 from sagan.train.update import Trainer
 
@@ -74,7 +75,7 @@ def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResul
     atomic_write_text(out / "verdict.json", json.dumps(vars(verdict), indent=2) + "\n")
     save_grid(out / "samples.png", samples, columns=10, row_names=dataset.class_names)
     _draw_attention(trained, out / "attention_maps.png")
-    draw_curves(out)
+    finish_run(out)
     print(_indented(describe(verdict)))
     print(_indented(_what_was_written(out)))
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
@@ -93,20 +94,6 @@ def describe(verdict: Verdict) -> str:
         f"Frechet distance to the real digits in the judge's features: {verdict.frechet:.2f} "
         f"(a random half of the real digits: {verdict.frechet_real:.2f})."
     )
-
-
-def draw_curves(out: Path) -> None:
-    """Draw metrics.jsonl and quality.jsonl of a demo's folder into curves.png."""
-    metrics = read_metrics(out)
-    quality = _read_rows(out / "quality.jsonl")
-    gammas = [name for name in metrics[0] if name.startswith("gamma")]
-    panels = [
-        Panel("loss", {"D": series(metrics, "d_loss"), "G": series(metrics, "g_loss")}),
-        Panel("attention's gamma", {name[6:].replace("_", " at "): series(metrics, name) for name in gammas}),
-        Panel("share with right label", {"share": series(quality, "share")}),
-        Panel("Frechet distance", {"distance": series(quality, "frechet")}),
-    ]
-    save_curves(out / "curves.png", panels, title="SAGAN learns the digits")
 
 
 def quality_curve(judge: Judge, path: Path) -> Callable[[Trainer], None]:
@@ -158,7 +145,7 @@ Written to {out}:
   samples.png         ten generated digits of each class
   samples/            samples during training, always of the same latents;  attention/  their attention maps
   attention_maps.png  attention of chosen points
-  curves.png          losses, gamma, share with the right label, Frechet distance
+  curves.png          losses, gamma, share with the right label, Frechet distance;  report.html  all in one page
   verdict.json        the figures above
   metrics.jsonl       all logged numbers;  config.json  the whole configuration
   checkpoints/        weights and everything else needed to resume

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -59,7 +58,7 @@ def list_source(source: str, options: SourceOptions, *, workers: int = 1) -> Lis
     """
     path = Path(source).expanduser()
     if not path.exists():
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (any folder)
+        matches = _matching(path)
         if not matches:
             raise DatasetError(
                 f"source: nothing is at {source}; check the spelling, and that the disk is mounted"
@@ -80,6 +79,15 @@ def list_source(source: str, options: SourceOptions, *, workers: int = 1) -> Lis
     else:
         listing = list_class_folders(path, options.split)
     return _with_warnings(_with_words(listing, path, options))
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """Return the files that a pattern matches, sorted, without hidden ones; ``**`` follows no link, which may loop."""
+    try:
+        found = [*Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))]
+    except (ValueError, OSError) as error:
+        raise DatasetError(f"source: {pattern} is no pattern of files: {error}") from error
+    return sorted({match for match in found if not is_hidden(match.name)})
 
 
 def _archive_in(path: Path, options: SourceOptions) -> Path:

@@ -13,7 +13,7 @@ from sagan.evaluation.protocol import FIGURES, LOWER
 from sagan.io import atomic_write_text, read_json
 from sagan.names import in_markdown
 from sagan.recipes import PUBLISHED, RECIPES, RunConfig, differences, read_config
-from sagan.report.figures import Curve, Panel, save_comparison
+from sagan.report.figures import Curve, Panel, save_curves
 
 # Settings that do not change the quality of a run.
 _NOT_COMPARED = (
@@ -102,7 +102,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     table, plot = out / "comparison.md", out / "comparison.png"
     atomic_write_text(table, _markdown(runs, kinds))
-    save_comparison(plot, [_panel(kind, runs) for kind in kinds])
+    save_curves(plot, [_panel(kind, runs) for kind in kinds])
     return [table, plot]
 
 
@@ -125,7 +125,7 @@ def _panel(kind: Kind, runs: Sequence[MeasuredRun]) -> Panel:
             if (value := _published(run, kind)) is not None:
                 published[run.label] = value
     better = "less" if FIGURES[kind.metric][0] == LOWER else "more"
-    return Panel(f"{kind.name}\n(protocol {kind.protocol}, {better} is better)", curves, published)
+    return Panel(f"{kind.name} ({better} is better)\nprotocol {kind.protocol}", curves, published)
 
 
 def _published(run: MeasuredRun, kind: Kind) -> float | None:

@@ -2,102 +2,101 @@
 
 from __future__ import annotations
 
-import functools
 import textwrap
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy.typing as npt
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from sagan.errors import UserError, check_finite
 from sagan.io import atomic_write
-from sagan.names import escaped, printable
+from sagan.names import drawable, figure_font
 from sagan.sampling import generate
 from sagan_layers import SelfAttention2d
 
 # Iterations and values.
 Curve = tuple[Sequence[float], Sequence[float]]
-_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # of matplotlib's figures, too
-_LONGEST_LABEL, _LONGEST_LINE = 36, 60  # characters
+_LONGEST_LABEL, _LINE = 36, 18  # characters of a class's name, and of a line of it
+_SMALLEST = 96  # pixels; smaller images are enlarged in grids
+# Figures are narrow for their letters, which can then be read where a figure fills a phone's width.
+_WIDTH, _DPI = 5.5, 160  # inches, pixels per inch
+_STYLE: Any = {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "legend.fontsize": 8}
 _QUERY_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#00a5a5", "#c8a400", "#f032e6")
-
-
-@functools.cache
-def _letters() -> frozenset[int]:
-    """Return the code points that the font draws."""
-    return frozenset(FT2Font(str(_FONT)).get_charmap())
+# What belongs to one network, or to real images, has one colour in all figures.
+_COLOURS = {"D": "#0072b2", "G": "#d55e00", "generated": "#d55e00", "real": "#009e73"}
+_OTHER_COLOURS = ("#444444", "#cc79a7", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#8c564b")
+_LINES = ("-", "--", ":", "-.")
 
 
 def class_labels(class_names: Sequence[str], labels: Sequence[int]) -> list[str]:
-    """Return what to draw for classes: their names, shortened, or their numbers where the font lacks a letter."""
+    """Return what to draw for classes: their names, shortened, or their numbers if no letter of a name can be drawn."""
     drawn = []
     for label in labels:
-        text = printable(unicodedata.normalize("NFC", class_names[label]))
-        has_letters = bool(text.strip()) and _letters().issuperset(map(ord, text))
-        drawn.append(_shortened(text, _LONGEST_LABEL) if has_letters else f"class {label}")
+        name = class_names[label]
+        is_drawn = any(letter.isprintable() and drawable(letter) == letter for letter in name.strip())
+        drawn.append(drawable(name, _LONGEST_LABEL) if is_drawn else f"class {label}")
     return drawn
 
 
-def _drawable(line: str) -> str:
-    """Return text that the font can draw, with escapes for the rest, and without the middle of a long line."""
-    text = "".join(c if ord(c) in _letters() else escaped(c) for c in printable(line))
-    return _shortened(text, _LONGEST_LINE)
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most // 2 - 2]}...{text[-(most // 2 - 1) :]}"
+def _wrapped(name: str) -> str:
+    return textwrap.fill(drawable(name, _LONGEST_LABEL), _LINE)
 
 
 def save_image(path: Path, image: Tensor) -> None:
     """Write a uint8 image [3, H, W] as a PNG."""
-    _save_png(path, _picture(image))
+    save_picture(path, _picture(image))
 
 
 def save_grid(
     path: Path, images: Tensor, *, columns: int, row_names: Sequence[str] | None = None, gap: int = 2
 ) -> None:
-    """Write uint8 images [N, 3, H, W] as one PNG, row by row, with a name (of :func:`class_labels`) before each row."""
-    height, width = images.shape[2:]
-    rows = -(-len(images) // columns)
-    font = ImageFont.truetype(str(_FONT), size=max(11, min(16, height // 2)))
-    names = [_drawable(name) for name in row_names or ()]
-    margin = 2 * gap + 4 + max(round(font.getlength(name)) for name in names) if names else 0
-    sheet = Image.new("RGB", (margin + columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    """Write uint8 images [N, 3, H, W] as one PNG, row by row, with a name (of :func:`class_labels`) before each row.
+
+    Each pixel of an image below 96 pixels becomes a square of pixels.
+    """
+    factor = -(-_SMALLEST // min(images.shape[2:]))
+    height, width = (factor * side for side in images.shape[2:])
+    rows, row_width = -(-len(images) // columns), columns * (width + gap) + gap
+    font = ImageFont.truetype(str(figure_font()), size=max(16, min(row_width // 40, height // 4)))
+    names = [_wrapped(name) for name in row_names or ()]
+    margin = 0
+    if names:
+        margin = 2 * gap + 4 + max(round(font.getlength(line)) for name in names for line in name.split("\n"))
+    sheet = Image.new("RGB", (margin + row_width, rows * (height + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
         place = (margin + gap + column * (width + gap), gap + row * (height + gap))
-        sheet.paste(_picture(image), place)
+        sheet.paste(_picture(image).resize((width, height), Image.Resampling.NEAREST), place)
     for row, name in enumerate(names):
         middle = gap + row * (height + gap) + height / 2
-        draw.text((margin - gap - 2, middle), name, fill="black", font=font, anchor="rm")
-    _save_png(path, sheet)
+        draw.text((margin - gap - 2, middle), name, fill="black", font=font, anchor="rm", align="right")
+    save_picture(path, sheet)
 
 
 def _picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
-def _save_png(path: Path, picture: Image.Image | Figure) -> None:
+def save_picture(path: Path, picture: Image.Image | Figure) -> None:
+    """Write a picture or a figure as a PNG; texts of figures are drawn as they are, whatever they hold."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, sync=False) as file:
         if isinstance(picture, Figure):
             for text in picture.findobj(Text):
                 assert isinstance(text, Text)
                 text.set_parse_math(False)  # a $ is a $
-                text.set_text("\n".join(map(_drawable, text.get_text().split("\n"))))
-            picture.savefig(file, format="png", dpi=130)
+                text.set_text("\n".join(map(drawable, text.get_text().split("\n"))))
+            picture.savefig(file, format="png", dpi=_DPI)
         else:
             picture.save(file, format="PNG")
 
@@ -146,10 +145,11 @@ def draw_attention(
 ) -> None:
     """Generate images and write the attention of query points; see :func:`attention_at`."""
     images, maps, resolution = attention_at(generator, latents, labels, points)
-    title = f"Where the marked points look (G's attention at {resolution}x{resolution})"
+    title = f"Where the marked points look: G's attention at {resolution}x{resolution}"
     save_attention_figure(path, images, maps, points, names=names, title=title)
 
 
+@matplotlib.rc_context(_STYLE)
 def save_attention_figure(
     path: Path,
     images: Tensor,
@@ -161,86 +161,104 @@ def save_attention_figure(
 ) -> None:
     """Write figure 5 of the paper: each image with its query points, and next to it the map of each point.
 
+    All maps have one scale: how many times the average weight a place gets. It ends where 1% of the places exceed it.
+
     ``images``, ``maps`` and ``points`` are those of :func:`attention_at`; ``names``, of :func:`class_labels`, has
     one for each image.
     """
     count, resolution = len(images), images.size(2)
-    large = F.interpolate(maps.float().cpu(), (resolution, resolution), mode="bilinear")
-    figure = Figure(figsize=(1.5 * (len(points) + 1) + 0.6, 1.5 * count + 0.5), layout="constrained")
+    relative = maps.float().cpu() * (maps.size(2) * maps.size(3))
+    large = F.interpolate(relative, (resolution, resolution), mode="bilinear").numpy()
+    most, highest = float(np.quantile(large, 0.99)), float(large.max())
+    most = most if most > 0 else max(highest, 1.0)
+    cell = max(_WIDTH / (len(points) + 1), 0.8)
+    figure = Figure(figsize=(cell * (len(points) + 1) + 0.3, cell * count + 0.9), layout="constrained")
     axes = figure.subplots(count, len(points) + 1, squeeze=False)
     for row in range(count):
         picture = images[row].permute(1, 2, 0).numpy()
         axes[row, 0].imshow(picture)
         if names:
-            axes[row, 0].set_ylabel(textwrap.fill(names[row], 20), fontsize=9)
+            axes[row, 0].set_ylabel(_wrapped(names[row]), fontsize=8)
         for number, (y, x) in enumerate(points):
             axis = axes[row, number + 1]
             axis.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=255)
-            axis.imshow(large[row, number].numpy(), cmap="inferno", alpha=0.75)
+            shown = axis.imshow(large[row, number], cmap="inferno", alpha=0.75, vmin=0, vmax=most)
             colour = _QUERY_COLOURS[number % len(_QUERY_COLOURS)]
             for marked in (axes[row, 0], axis):
-                marked.plot(x, y, "o", color=colour, markeredgecolor="white", markersize=6)
+                marked.plot(x, y, "o", color=colour, markeredgecolor="white", markersize=5)
         for axis in axes[row]:
             axis.set_xticks([])
             axis.set_yticks([])
+    extend = "max" if highest > most else "neither"
+    bar = figure.colorbar(
+        shown, ax=axes, orientation="horizontal", extend=extend, fraction=0.3 / count, aspect=40, shrink=0.8
+    )
+    bar.ax.set_facecolor("gray")
+    bar.set_label("attention, in multiples of the map's average")
     if title:
-        figure.suptitle(title, fontsize=10)
-    _save_png(path, figure)
+        figure.suptitle(title, fontsize=9)
+    save_picture(path, figure)
 
 
 @dataclass(frozen=True)
 class Panel:
     """Curves over the iterations in one pair of axes."""
 
-    label: str  # of the vertical axis
+    label: str
     curves: Mapping[str, Curve]  # by name
-    published: Mapping[str, float] = field(
-        default_factory=dict
-    )  # values to compare with, by the name of a curve
+    # Values to compare with, dashed: by the name of a curve, or of their own.
+    references: Mapping[str, float] = field(default_factory=dict)
 
 
-def save_comparison(path: Path, panels: Sequence[Panel]) -> None:
-    """Write panels below each other, a run in the same colour in all of them. Dashed lines are published values."""
-    figure, axes = _stacked(len(panels), width=8.5, height=3.2)
-    names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
-    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
-    for axis, panel in zip(axes, panels, strict=True):
-        for name, (iterations, values) in panel.curves.items():
-            label = _in_legend(name)
-            axis.plot(iterations, values, label=label, color=colours[name], marker="o", markersize=3)
-        for name, value in panel.published.items():
-            label = _in_legend(f"{name}: published {value:g}")
-            axis.axhline(value, color=colours[name], linestyle="--", linewidth=1, label=label)
-        axis.set_ylabel(panel.label, fontsize=8)
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    _save_png(path, figure)
-
-
+@matplotlib.rc_context(_STYLE)
 def save_curves(path: Path, panels: Sequence[Panel], *, title: str = "") -> None:
-    """Write the panels of one run below each other, with a title above."""
-    figure, axes = _stacked(len(panels), width=7.5, height=2.3)
+    """Write panels below each other, a name in the same colour in all of them."""
+    height = 1.8
+    figure = Figure(figsize=(_WIDTH, height * len(panels) + 0.4), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    several = [name for panel in panels for name in panel.curves if len(panel.curves) > 1]
+    styles = _line_styles(several)
     for axis, panel in zip(axes, panels, strict=True):
+        drawn: dict[str, Any] = {}
         for name, (iterations, values) in panel.curves.items():
+            style = styles.get(name, {"color": _OTHER_COLOURS[0]})
             marker = "." if len(values) < 40 else None
-            axis.plot(iterations, values, label=_in_legend(name), linewidth=1.3, marker=marker)
-        axis.set_ylabel(panel.label)
-        if len(panel.curves) > 1:
-            axis.legend(fontsize=8, ncols=3)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    _save_png(path, figure)
-
-
-def _in_legend(name: str) -> str:
-    """Return a name that Matplotlib's legends do not leave out, as they do those that begin with an underscore."""
-    return f" {name}" if name.startswith("_") else name
-
-
-def _stacked(count: int, *, width: float, height: float) -> tuple[Figure, npt.NDArray[Any]]:
-    """Return a figure of ``count`` axes below each other, each ``height`` inches high."""
-    figure = Figure(figsize=(width, height * count + 0.4), layout="constrained")
-    axes: npt.NDArray[Any] = figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
-    axes[-1].set_xlabel("iteration")
-    for axis in axes:
+            (drawn[name],) = axis.plot(iterations, values, linewidth=1.2, marker=marker, **style)
+        for name, value in panel.references.items():
+            colour = drawn[name].get_color() if name in drawn else "#888888"
+            label = f"{name}: published" if name in drawn else name
+            drawn[f"{label} {value:.4g}"] = axis.axhline(
+                value, color=colour, linestyle=(0, (5, 3)), linewidth=1
+            )
+        axis.set_title(panel.label)
         axis.grid(alpha=0.3)
-    return figure, axes
+        if len(drawn) > 1:
+            # Given as lists: Matplotlib leaves out names that begin with an underscore.
+            few = len(drawn) <= 4
+            place = {"loc": "best"} if few else {"loc": "upper left", "bbox_to_anchor": (0, -0.15)}
+            axis.legend(
+                list(drawn.values()), list(drawn), ncols=2 if max(map(len, drawn)) < 20 else 1, **place
+            )
+    axes[-1].set_xlabel("iteration")
+    if title:
+        figure.suptitle(title, fontsize=9)
+    save_picture(path, figure)
+
+
+def _line_styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return the colour of each name, which is that of its first word if that has one, and a line of its own."""
+    styles: dict[str, dict[str, str]] = {}
+    others = 0
+    for name in dict.fromkeys(names):
+        colour = _COLOURS.get(name.split(" ")[0])
+        if colour is None:
+            colour, line = (
+                _OTHER_COLOURS[others % len(_OTHER_COLOURS)],
+                _LINES[others // len(_OTHER_COLOURS) % 4],
+            )
+            others += 1
+        else:
+            alike = sum(style["color"] == colour for other, style in styles.items() if " " in other)
+            line = _LINES[alike % len(_LINES)] if " " in name else "-"
+        styles[name] = {"color": colour, "linestyle": line}
+    return styles

@@ -1,24 +1,24 @@
-"""A run's metrics: in its folder, in TensorBoard and on the console; and how fast training goes."""
+"""A run's metrics: in its folder, in loggers and on the console; and how fast training goes."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from sagan.errors import FailureError, UserError, is_finite
+from sagan.errors import UserError, is_finite
 from sagan.io import atomic_write_text, open_regular
 from sagan.names import printable
 from sagan.recipes import RunConfig
 from sagan.schema import conform
+from sagan.train.loggers import Logger
 
 T = TypeVar("T")
 
@@ -28,14 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Appends rows of metrics to ``metrics.jsonl`` and, if it is installed, to TensorBoard's files.
+    """Appends rows of metrics to ``metrics.jsonl``, and sends them and pictures to loggers.
 
     Rows after ``iteration``, where the run resumes, are dropped, because it will write them again.
     """
 
-    def __init__(self, out: Path, iteration: int, *, tensorboard: bool, enabled: bool = True) -> None:
+    def __init__(
+        self, out: Path, iteration: int, loggers: Sequence[Logger] = (), *, enabled: bool = True
+    ) -> None:
         self._file: Any = None
-        self._board: Any = None
+        self._loggers = [*loggers]
         if not enabled:
             return
         out.mkdir(parents=True, exist_ok=True)
@@ -44,10 +46,6 @@ class RunLog:
             earlier = [json.dumps(row) + "\n" for row in read_rows(path) if row["iteration"] <= iteration]
             atomic_write_text(path, "".join(earlier))
         self._file = path.open("a")
-        if tensorboard and importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(out / "tensorboard", purge_step=iteration + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write a row; it must have an "iteration". NaN and infinities become null.
@@ -57,32 +55,43 @@ class RunLog:
         """
         if self._file is None:
             return
-        try:
-            self._write(row)
-        except OSError as error:
-            raise FailureError(
-                f"{self._file.name}, or TensorBoard's file beside it, could not be written ({error}); checkpoints are "
-                "intact, and --resume continues from the latest"
-            ) from error
-
-    def _write(self, row: Mapping[str, Any]) -> None:
         plain = {name: _jsonable(value) for name, value in row.items()}
-        self._file.write(json.dumps(plain) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in plain.items():
-                if name != "iteration" and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, row["iteration"])
-            self._board.flush()
+        try:
+            self._file.write(json.dumps(plain) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name} could not be written ({error}); checkpoints are intact, and --resume continues "
+                "from the latest"
+            ) from error
+        numbers = {
+            name: value
+            for name, value in plain.items()
+            if name != "iteration" and isinstance(value, (int, float))
+        }
+        if numbers:
+            self._tell(lambda each: each.log_row(row["iteration"], numbers))
+
+    def show(self, iteration: int, pictures: Mapping[str, Path]) -> None:
+        """Send pictures to the loggers."""
+        self._tell(lambda each: each.log_images(iteration, pictures))
+
+    def _tell(self, log: Callable[[Logger], None]) -> None:
+        for each in [*self._loggers]:
+            try:
+                log(each)
+            except Exception as error:  # of other people's code
+                self._loggers.remove(each)
+                logger.warning("%s failed and gets no more of this run: %r", type(each).__name__, error)
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for each in (self._file, self._board):
-            if each is not None:
-                with contextlib.suppress(OSError):  # every row was flushed, or the run ends with its error
-                    each.close()
+        self._tell(lambda each: each.close())
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # every row was flushed, or the run ends with its error
+                self._file.close()
 
 
 class Console:

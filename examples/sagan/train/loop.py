@@ -18,6 +18,7 @@ from sagan.errors import UserError
 from sagan.recipes import RunConfig
 from sagan.signals import StopRequestedError, stop_requests
 from sagan.train.health import CollapseAlarm, TrainingError
+from sagan.train.loggers import Logger, open_loggers
 from sagan.train.logs import Console, RunLog, Throughput
 from sagan.train.output import RunOutput, Score
 from sagan.train.resume import check_images, check_start, run_lock
@@ -100,12 +101,14 @@ def train(
         throughput = Throughput(config, trainer.iteration)
         batches = throughput.timed(_batches(dataset, trainer))
         console = stack.enter_context(Console(config, trainer.iteration, enabled=progress and world.is_main))
-        log = RunLog(config.out, trainer.iteration, tensorboard=settings.tensorboard, enabled=world.is_main)
+        loggers: list[Logger] = []
+        world.run_on_main(lambda: loggers.extend(open_loggers(config, trainer.iteration)))
+        log = RunLog(config.out, trainer.iteration, loggers, enabled=world.is_main)
         stack.enter_context(log)
         signals = stack.enter_context(stop_requests(lambda: f"all after {output.checkpoint or 'the start'}"))
 
         if trainer.iteration == 0 and world.is_main:
-            output.save_samples(observe)
+            output.save_samples(observe, log)
         stop, start = Stop.NO, trainer.iteration
         per_iteration = config.d_steps * config.accumulation
         while True:
@@ -146,7 +149,7 @@ def train(
                 console.show_row(row)
 
             samples_due = world.is_main and (last or iteration % settings.sample_every == 0)
-            if samples_due and (found := output.save_samples(observe)) is not None:
+            if samples_due and (found := output.save_samples(observe, log)) is not None:
                 signs.append(alarm.see_diversity(found))
 
             if evaluate is not None and (last or (evaluate_every and iteration % evaluate_every == 0)):

@@ -27,6 +27,7 @@ from sagan.train.checkpoint import (
     set_aside_later,
 )
 from sagan.train.health import CollapseAlarm, TrainingError, diversity
+from sagan.train.logs import RunLog
 from sagan.train.resume import Saved
 from sagan.train.state import RunState, check_values
 from sagan.train.update import Trainer
@@ -105,13 +106,13 @@ class RunOutput:
                 dropped.parent.mkdir(exist_ok=True)
                 path.replace(dropped)
 
-    def save_samples(self, observe: Callable[[Trainer], None] | None) -> float | None:
-        """Save a grid and attention maps; return how much samples differ, as a share of how much real images do.
+    def save_samples(self, observe: Callable[[Trainer], None] | None, log: RunLog) -> float | None:
+        """Save and log a grid and attention maps; return how much samples differ, as a share of real images.
 
         Samples with a NaN or an infinity are not saved: a warning is logged, and the result is None.
         """
         try:
-            return self._save_samples(observe)
+            return self._save_samples(observe, log)
         except NotFiniteError as error:
             logger.warning("iteration %d: no samples saved (%s)", self._trainer.iteration, error)
             return None
@@ -125,7 +126,7 @@ class RunOutput:
                 logger.warning("iteration %d: not evaluated (%s)", self._trainer.iteration, error)
             return None
 
-    def _save_samples(self, observe: Callable[[Trainer], None] | None) -> float:
+    def _save_samples(self, observe: Callable[[Trainer], None] | None, log: RunLog) -> float:
         config, trainer = self._config, self._trainer
         columns = config.output.grid_columns
         images = generate(
@@ -134,20 +135,21 @@ class RunOutput:
         conditional = bool(config.network.head_classes)
         names = class_labels(self._class_names, self._labels.tolist()) if conditional else None
         file = f"iteration_{trainer.iteration:09d}.png"
-        save_grid(
-            config.out / "samples" / file, images, columns=columns, row_names=names and names[::columns]
-        )
+        pictures = {"samples": config.out / "samples" / file}
+        save_grid(pictures["samples"], images, columns=columns, row_names=names and names[::columns])
         if any(isinstance(layer, SelfAttention2d) for layer in trainer.generator.modules()):
             count = len(self._labels)
             chosen = torch.linspace(0, count - 1, min(_ATTENTION_IMAGES, count)).long()
+            pictures["attention"] = config.out / "attention" / file
             draw_attention(
-                config.out / "attention" / file,
+                pictures["attention"],
                 trainer.sampling_generator,
                 self._latents[chosen],
                 self._labels[chosen],
                 default_points(config.network.resolution),
                 names=names and [names[int(index)] for index in chosen],
             )
+        log.show(trainer.iteration, pictures)
         if observe is not None:
             observe(trainer)
         return diversity(images, self._labels) / max(self._real_diversity, 1e-6)
