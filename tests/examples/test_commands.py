@@ -294,6 +294,8 @@ class TestTrain:
         assert state["labels_in_use"].tolist() == list(range(10))
         assert state["class_names"] == list(tree.class_names)
         written = {"config.json", "preflight.json", "metrics.jsonl", "samples", "attention", "checkpoints"}
+        written |= {"curves.png", "report.html"}
+        assert f"Report: {out / 'report.html'}, curves: {out / 'curves.png'}." in printed
         assert {path.name for path in out.iterdir()} == written
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -555,7 +557,7 @@ def test_attention_figure_has_the_chosen_images_and_points_or_the_default_ones(
     assert points == [(0, 0), (31, 5)]
     assert names == [WNIDS[1]] * 2
     assert "16x16" in title
-    assert read_png(out).size(1) == round((1.5 * 2 + 0.5) * 130)
+    assert read_png(out).size(1) == pytest.approx((5.5 / 3 * 2 + 0.9) * 160, abs=1)
     succeed(*options, "--count", 1)
     assert drawn[1][1] == default_points(32)
 

@@ -114,7 +114,7 @@ class TestFinishedDemo:
     def test_pictures_are_readable(self, finished: Demo) -> None:
         for name in PICTURES:
             assert min(read_png(finished.config.out / name).shape[1:]) > 300
-        assert read_png(finished.config.out / "samples.png").size(1) == 10 * 34 + 2
+        assert read_png(finished.config.out / "samples.png").size(1) == 10 * 98 + 2
         grids = sorted(path.name for path in (finished.config.out / "samples").iterdir())
         assert grids == [f"iteration_{number:09d}.png" for number in (0, 2, 4)]
 

@@ -48,7 +48,7 @@ def test_from_the_archives_to_a_comparison(resolution: int, archives: Path, tmp_
         *("--data", data, "--network.resolution", resolution, "--output.log-every", 1),
         *("--network.g-attention", resolution // 2, "--network.d-attention", resolution // 4),
         *("--evaluation.every", 2, "--evaluation.proxy", "--evaluation.count", 24),
-        *("--evaluation.cache", tmp_path / "cache", "--output.no-tensorboard"),
+        *("--evaluation.cache", tmp_path / "cache"),
     )
     succeed("train", *small, "--out", a, "--iterations", ITERATIONS - 2)
     succeed("train", *small, "--out", a, "--iterations", ITERATIONS, "--resume", "--accept-changes")

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import read_png
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from training_runs import assert_same
 
@@ -45,30 +47,42 @@ class TestImagesAndGrids:
             assert torch.equal(read_png(folder / "image.png"), image)
         assert [path.name for path in folder.iterdir()] == ["image.png"]
 
-    @pytest.mark.parametrize(("count", "columns"), [(6, 3), (5, 3), (1, 4)])
-    def test_a_grid_goes_row_by_row(self, tmp_path: Path, count: int, columns: int) -> None:
-        images = random_images(count, 20, 30)
+    @pytest.mark.parametrize(
+        ("count", "columns", "size", "factor"),
+        [
+            (6, 3, (20, 30), 5),
+            (5, 3, (32, 32), 3),
+            (1, 4, (64, 64), 2),
+            (2, 1, (96, 100), 1),
+            (2, 2, (128, 128), 1),
+        ],
+    )
+    def test_a_grid_goes_row_by_row_and_small_images_are_enlarged_by_whole_pixels(
+        self, tmp_path: Path, count: int, columns: int, size: tuple[int, int], factor: int
+    ) -> None:
+        images = random_images(count, *size)
         save_grid(tmp_path / "grid.png", images, columns=columns, gap=3)
         sheet = read_png(tmp_path / "grid.png")
-        rows = -(-count // columns)
-        assert sheet.shape == (3, rows * 23 + 3, columns * 33 + 3)
+        rows, (height, width) = -(-count // columns), (factor * side for side in size)
+        assert sheet.shape == (3, rows * (height + 3) + 3, columns * (width + 3) + 3)
         covered = torch.zeros(sheet.shape[1:], dtype=torch.bool)
         for number, image in enumerate(images):
-            y, x = 3 + number // columns * 23, 3 + number % columns * 33
-            assert torch.equal(sheet[:, y : y + 20, x : x + 30], image)
-            covered[y : y + 20, x : x + 30] = True
+            y, x = 3 + number // columns * (height + 3), 3 + number % columns * (width + 3)
+            enlarged = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+            assert torch.equal(sheet[:, y : y + height, x : x + width], enlarged)
+            covered[y : y + height, x : x + width] = True
         assert (sheet[:, ~covered] == 255).all()
 
     def test_row_names_stand_in_a_margin_before_their_rows(self, tmp_path: Path) -> None:
         images = random_images(4)
         save_grid(tmp_path / "grid.png", images, columns=2, row_names=["tench", "a much longer name"])
         sheet = read_png(tmp_path / "grid.png")
-        margin = sheet.size(2) - (2 * 34 + 2)
-        assert sheet.size(1) == 2 * 34 + 2
+        margin = sheet.size(2) - (2 * 98 + 2)
+        assert sheet.size(1) == 2 * 98 + 2
         for number, image in enumerate(images):
-            y, x = 2 + number // 2 * 34, margin + 2 + number % 2 * 34
-            assert torch.equal(sheet[:, y : y + 32, x : x + 32], image)
-        ink = [(sheet[:, 2 + row * 34 : 34 + row * 34, :margin] < 128).any(0) for row in range(2)]
+            y, x = 2 + number // 2 * 98, margin + 2 + number % 2 * 98
+            assert torch.equal(sheet[:, y : y + 96 : 3, x : x + 96 : 3], image)
+        ink = [(sheet[:, 2 + row * 98 : 98 + row * 98, :margin] < 128).any(0) for row in range(2)]
         columns = [part.any(0).nonzero() for part in ink]
         assert 0 < len(columns[0]) < len(columns[1])
         assert columns[1].min() >= 1  # nothing is cut off
@@ -134,8 +148,26 @@ class TestPlots:
             places = [(3 * n, 2 * n) for n in range(points)]
             save_attention_figure(path, random_images(count), maps, places, names=["a"] * count, title="t")
             height, width = read_png(path).shape[1:]
-            assert height == round((1.5 * count + 0.5) * 130)
-            assert abs(width - (1.5 * (points + 1) + 0.6) * 130) <= 1
+            cell = max(5.5 / (points + 1), 0.8)
+            assert abs(height - (cell * count + 0.9) * 160) <= 1
+            assert abs(width - (cell * (points + 1) + 0.3) * 160) <= 1
+
+    @pytest.mark.parametrize(("peak", "most"), [(1 / 64, 1.0), (5 / 64, 5.0)])
+    def test_a_colour_bar_shows_the_multiples_of_an_even_map(
+        self, tmp_path: Path, peak: float, most: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bars = []
+        draw = Figure.colorbar
+        monkeypatch.setattr(
+            Figure, "colorbar", lambda *args, **kw: bars.append(draw(*args, **kw)) or bars[-1]
+        )
+        maps = torch.full((2, 1, 8, 8), 1 / 64)
+        maps[1, 0, :4] = peak  # so much that the largest percent of places do not end the scale
+        save_attention_figure(tmp_path / "figure.png", random_images(2), maps, [(16, 16)])
+        [bar] = bars
+        assert (bar.vmin, bar.vmax) == (0, pytest.approx(most))
+        assert bar.ax.get_xlabel() == "attention, in multiples of the map's average"
+        assert len(bar.get_ticks()) >= 3
 
     def test_attention_figure_draws_the_map_of_each_point(self, tmp_path: Path) -> None:
         images = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
@@ -150,6 +182,10 @@ class TestPlots:
         assert len(columns) > 0
         assert columns.min() > drawn[0].size(2) / 2  # the map's panel alone, on the right
 
+    def test_a_figure_of_no_attention_at_all_is_drawn(self, tmp_path: Path) -> None:
+        save_attention_figure(tmp_path / "figure.png", random_images(1), torch.zeros(1, 1, 8, 8), [(16, 16)])
+        assert (tmp_path / "figure.png").exists()
+
     @pytest.mark.parametrize("panels", [1, 3])
     def test_curves_have_a_panel_for_each_group(self, tmp_path: Path, panels: int) -> None:
         curves = {"D": ([1, 2, 3], [0.5, 0.4, 0.3]), "G": ([1, 3], [1.0, 2.0]), "none": ([], [])}
@@ -157,8 +193,8 @@ class TestPlots:
         drawn = [Panel(f"panel {n}", curves) for n in range(panels - 1)] + [Panel("empty", {"D": ([], [])})]
         save_curves(path, drawn, title="t")
         height, width = read_png(path).shape[1:]
-        assert abs(height - (2.3 * panels + 0.4) * 130) <= 1
-        assert width == 975
+        assert abs(height - (1.8 * panels + 0.4) * 160) <= 1
+        assert width == 880
 
     def test_curves_of_other_values_give_another_picture(self, tmp_path: Path) -> None:
         pictures = []
@@ -166,3 +202,46 @@ class TestPlots:
             save_curves(tmp_path / "curves.png", [Panel("loss", {"D": ([1, 2, 3], values)})])
             pictures.append(read_png(tmp_path / "curves.png"))
         assert (pictures[0] != pictures[1]).sum() > 100
+
+    def test_one_thing_has_one_colour_and_curves_of_one_panel_differ(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn: dict[str, set[tuple[object, object]]] = {}
+        plot = Axes.plot
+
+        def recording(axis: Axes, *arguments: Any, **options: Any) -> Any:
+            lines = plot(axis, *arguments, **options)
+            drawn.setdefault(str(len(lines[0].get_xdata())), set()).add(
+                (lines[0].get_color(), lines[0].get_linestyle())
+            )
+            return lines
+
+        monkeypatch.setattr(Axes, "plot", recording)
+        names = [
+            "G",
+            "D",
+            "G at 16",
+            "G at 32",
+            "D at 8",
+            "real",
+            "generated",
+            *(f"run {n}" for n in range(12)),
+        ]
+        curves = {name: ([*range(n + 1)], [1.0] * (n + 1)) for n, name in enumerate(names)}  # told by length
+        groups = [names[:2], names[2:5], names[5:7], names[7:], names[::-1]]
+        panels = [Panel("a", {name: curves[name] for name in group}) for group in groups]
+        save_curves(tmp_path / "curves.png", panels)
+        styles = {name: drawn[str(n + 1)] for n, name in enumerate(names)}
+        assert all(len(style) == 1 for style in styles.values())  # the same in every panel
+        found = {name: next(iter(style)) for name, style in styles.items()}
+        for first, second in (("G", "generated"), ("G", "G at 16"), ("D", "D at 8")):
+            assert found[first][0] == found[second][0]
+        for group in groups[:4]:
+            assert len({found[name] for name in group}) == len(group)
+
+    def test_references_are_dashed_lines_with_their_values(self, tmp_path: Path) -> None:
+        pictures = []
+        for references in ({}, {"score": 2.0}, {"real": 2.5}):
+            save_curves(tmp_path / "curves.png", [Panel("a", {"score": ([1, 2], [1.0, 3.0])}, references)])
+            pictures.append(read_png(tmp_path / "curves.png"))
+        assert all((pictures[0] != each).sum() > 100 for each in pictures[1:])

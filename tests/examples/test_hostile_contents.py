@@ -22,7 +22,7 @@ from sagan.evaluation.config import TrainingEvaluationConfig
 from sagan.evaluation.feature_networks import proxy_network
 from sagan.evaluation.periodic import periodic_evaluation
 from sagan.recipes import RECIPES, RunConfig
-from sagan.report.figures import Panel, class_labels, save_attention_figure, save_comparison, save_grid
+from sagan.report.figures import Panel, class_labels, save_attention_figure, save_curves, save_grid
 from sagan.report.page import write_report
 from sagan.train.checkpoint import find_checkpoint
 from sagan.train.update import Trainer
@@ -32,7 +32,7 @@ NAMES = [
     *("x" * 150 + "y" * 150, "line\nbreak", "\0\x1b[31m", "", " "),
 ]
 LABELS = [
-    *("\\udcff", "class 1", "Größe", "кот", "class 4", "a$b$c", "$\\frac{"),
+    *("class 0", "class 1", "Größe", "кот", "class 4", "a$b$c", "$\\frac{"),
     *("x" * 16 + "..." + "y" * 17, "line\\nbreak", "\\x00\\x1b[31m", "class 10", "class 11"),
 ]
 
@@ -89,7 +89,7 @@ class TestPictures:
             pair = names[start : start + 2]
             save_attention_figure(tmp_path / "map.png", images[:2], maps, [(1, 1)], names=pair)
         panel = Panel("a$b\n猫", {name: ([1, 2], [1.0, 2.0]) for name in names}, {NAMES[5]: 1.5})
-        save_comparison(tmp_path / "curves.png", [panel])
+        save_curves(tmp_path / "curves.png", [panel])
         for path in tmp_path.iterdir():
             assert read_png(path).float().std() > 1
 
@@ -105,7 +105,7 @@ class TestPictures:
     def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(self, tmp_path: Path) -> None:
         drawn = []
         for name in ("_a", "_b"):
-            save_comparison(tmp_path / "curves.png", [Panel("FID", {name: ([1, 2], [1.0, 2.0])})])
+            save_curves(tmp_path / "curves.png", [Panel("FID", {name: ([1, 2], [1.0, 2.0])})])
             drawn.append(read_png(tmp_path / "curves.png"))
         assert not torch.equal(*drawn)
 

@@ -274,6 +274,15 @@ class TestParquet:
         with pytest.raises(DatasetError, match=message):
             listed(tmp_path, split=split)
 
+    def test_a_pattern_ends_in_a_tree_whose_links_loop(self, made: Made, tmp_path: Path) -> None:
+        shutil.copytree(made("parquet"), tmp_path / "a")
+        for number in range(30):  # a walk that followed them would go through 30**40 folders
+            (tmp_path / "a" / f"up{number}").symlink_to("..")
+        assert len(listed(tmp_path / "**" / "train-*.parquet")) == len(listed(tmp_path / "a"))
+        for pattern in ("**/*.none", "a**b"):
+            with pytest.raises(DatasetError, match="source: "):
+                listed(tmp_path / pattern)
+
     def test_a_label_beyond_the_files_classes_is_refused(self, tmp_path: Path) -> None:
         write_shard(tmp_path / "a.parquet", [("a.jpg", 2, b"")], ["cat", "dog"])
         with pytest.raises(DatasetError, match="labels below 2, the number of its classes, got 2"):

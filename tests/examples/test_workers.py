@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs si
 OPTIONS: dict[str, Any] = {"batch_size": 4, "seed": 0, "num_workers": 2, "multiprocessing_context": "fork"}
 # No maps to draw.
 WITH_WORKER = {
-    **{"images__workers": 1, "images__cache_mib": 0, "output__tensorboard": False, "iterations": 1000},
+    **{"images__workers": 1, "images__cache_mib": 0, "iterations": 1000},
     **{"network__g_attention": (), "network__d_attention": ()},
 }
 

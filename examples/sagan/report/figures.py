@@ -34,6 +34,7 @@ _QUERY_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#00a5a
 # What belongs to one network, or to real images, has one colour in all figures.
 _COLOURS = {"D": "#0072b2", "G": "#d55e00", "generated": "#d55e00", "real": "#009e73"}
 _OTHER_COLOURS = ("#444444", "#cc79a7", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#8c564b")
+_MOST_INSIDE = 4  # names in a legend inside its panel
 _LINES = ("-", "--", ":", "-.")
 
 
@@ -205,7 +206,7 @@ class Panel:
     """Curves over the iterations in one pair of axes."""
 
     label: str
-    curves: Mapping[str, Curve]  # by name
+    curves: Mapping[str, Curve]  # by name; "" is in no legend
     # Values to compare with, dashed: by the name of a curve, or of their own.
     references: Mapping[str, float] = field(default_factory=dict)
 
@@ -213,11 +214,10 @@ class Panel:
 @matplotlib.rc_context(_STYLE)
 def save_curves(path: Path, panels: Sequence[Panel], *, title: str = "") -> None:
     """Write panels below each other, a name in the same colour in all of them."""
-    height = 1.8
-    figure = Figure(figsize=(_WIDTH, height * len(panels) + 0.4), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-    several = [name for panel in panels for name in panel.curves if len(panel.curves) > 1]
-    styles = _line_styles(several)
+    styles = _line_styles([name for panel in panels for name in panel.curves if name])
+    legends: list[dict[str, Any]] = []
     for axis, panel in zip(axes, panels, strict=True):
         drawn: dict[str, Any] = {}
         for name, (iterations, values) in panel.curves.items():
@@ -226,22 +226,24 @@ def save_curves(path: Path, panels: Sequence[Panel], *, title: str = "") -> None
             (drawn[name],) = axis.plot(iterations, values, linewidth=1.2, marker=marker, **style)
         for name, value in panel.references.items():
             colour = drawn[name].get_color() if name in drawn else "#888888"
-            label = f"{name}: published" if name in drawn else name
-            drawn[f"{label} {value:.4g}"] = axis.axhline(
-                value, color=colour, linestyle=(0, (5, 3)), linewidth=1
-            )
+            label = f"{name}: published {value:.4g}" if name in drawn else f"{name} {value:.4g}"
+            drawn[label] = axis.axhline(value, color=colour, linestyle=(0, (5, 3)), linewidth=1)
         axis.set_title(panel.label)
         axis.grid(alpha=0.3)
-        if len(drawn) > 1:
-            # Given as lists: Matplotlib leaves out names that begin with an underscore.
-            few = len(drawn) <= 4
-            place = {"loc": "best"} if few else {"loc": "upper left", "bbox_to_anchor": (0, -0.15)}
-            axis.legend(
-                list(drawn.values()), list(drawn), ncols=2 if max(map(len, drawn)) < 20 else 1, **place
-            )
+        legends.append({name: line for name, line in drawn.items() if name})
+    together = {name: line for legend in legends for name, line in legend.items()}
+    below = any(len(legend) > _MOST_INSIDE for legend in legends)
+    # Given as lists: Matplotlib leaves out names that begin with an underscore.
+    if below:
+        figure.legend(list(together.values()), list(together), loc="outside lower left")
+    else:
+        for axis, legend in zip(axes, legends, strict=True):
+            if legend:
+                axis.legend(list(legend.values()), list(legend), ncols=2 if max(map(len, legend)) < 20 else 1)
     axes[-1].set_xlabel("iteration")
     if title:
         figure.suptitle(title, fontsize=9)
+    figure.set_size_inches(_WIDTH, 1.8 * len(panels) + 0.4 + 0.2 * len(together) * below)
     save_picture(path, figure)
 
 

@@ -82,18 +82,18 @@ def _panels(out: Path, rows: list[dict[str, Any]]) -> list[Panel]:
             f"{name[6].upper()}{name[7:].replace('_', ' at ')}": series(rows, name) for name in gammas
         },
         "largest sigma": {network.upper(): _largest_sigma(rows, network) for network in "dg"},
-        "images a second": {"speed": series(rows, "images_per_s")},
-        "share of time waiting for data": {"share": series(rows, "data_wait_share")},
+        "images a second": {"": series(rows, "images_per_s")},
+        "share of time waiting for data": {"": series(rows, "data_wait_share")},
     }
     panels = [Panel(label, found) for label, found in curves.items()]
     quality, verdict = _quality(out), _verdict(out)
     measured = list(dict.fromkeys(name for row in quality for name in row if name != "iteration"))
     panels[:0] = [
-        Panel(_QUALITY_LABELS.get(name, _words(name)), {name: series(quality, name)}, _of_real(verdict, name))
+        Panel(_QUALITY_LABELS.get(name, _words(name)), {"": series(quality, name)}, _of_real(verdict, name))
         for name in measured
     ]
     for name in _scores(rows):
-        panels.append(Panel(name.removeprefix("evaluation/"), {"score": series(rows, name)}))
+        panels.append(Panel(name.removeprefix("evaluation/"), {"": series(rows, name)}))
     return [
         Panel(panel.label, found, panel.references)
         for panel in panels
@@ -108,7 +108,10 @@ def _quality(out: Path) -> list[dict[str, Any]]:
 def _verdict(out: Path) -> dict[str, Any]:
     if not (out / VERDICT).is_file():
         return {}
-    values = read_json(out / VERDICT)
+    try:
+        values = read_json(out / VERDICT)
+    except UserError as error:
+        raise UserError(f"{out / VERDICT}: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{out / VERDICT}: expected names and values, got {type(values).__name__}")
     return values
@@ -188,10 +191,10 @@ def write_report(out: Path, path: Path | None = None) -> Path:
 
 def _in_words(panels: Sequence[Panel]) -> str:
     """Return what curves show: the last value of each."""
-    last = (
-        f"{panel.label}: {', '.join(f'{name} {_number(values[-1])}' for name, (_, values) in panel.curves.items())}"
-        for panel in panels
-    )
+    last = []
+    for panel in panels:
+        ends = (f"{name} {_number(values[-1])}".strip() for name, (_, values) in panel.curves.items())
+        last.append(f"{panel.label}: {', '.join(ends)}")
     return f"Curves over the iterations; at the end {'; '.join(last)}"
 
 
