@@ -453,14 +453,14 @@ class TestSample:
         printed = succeed("sample", "--source", trained_run, "--out", out, *options)
         assert "12 images written" in printed  # whole rows
         sheet = read_png(out)
-        assert sheet.size(1) == 3 * 34 + 2
+        assert sheet.size(1) == 3 * 98 + 2
         trained = load_generator(trained_run, torch.device("cpu"))
         blocks = numbered_samples(trained.generator, 12, seed=0, batch_size=5)
         images = torch.cat([images for _, images, _ in blocks])
         for row in range(3):
             for column in range(4):
-                x, y = sheet.size(2) - (4 - column) * 34, 2 + row * 34
-                assert torch.equal(sheet[:, y : y + 32, x : x + 32], images[3 * column + row])
+                x, y = sheet.size(2) - (4 - column) * 98, 2 + row * 98
+                assert torch.equal(sheet[:, y : y + 96 : 3, x : x + 96 : 3], images[3 * column + row])
 
     @pytest.mark.parametrize(
         ("classes", "count", "rows"),
@@ -530,9 +530,9 @@ def test_unconditional_images_have_no_names(
     assert list(files) == [f"images/{number:06d}.png" for number in range(3)]
     grid, maps = tmp_path / "grid.png", tmp_path / "maps.png"
     succeed("sample", "--source", source, "--out", grid, "--count", 6, "--columns", 3)
-    assert read_png(grid).shape == (3, 2 * 34 + 2, 3 * 34 + 2)
+    assert read_png(grid).shape == (3, 2 * 98 + 2, 3 * 98 + 2)
     succeed("attention-maps", "--source", source, "--out", maps, "--count", 1)
-    assert read_png(maps).size(1) == 260
+    assert read_png(maps).size(1) == pytest.approx((5.5 / 6 + 0.9) * 160, abs=1)
     message = refused("sample", "--source", source, "--out", tmp_path, "--classes", 0)
     assert "classes: expected none, the run is unconditional" in message
 
