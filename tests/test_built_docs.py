@@ -21,7 +21,7 @@ if not DOCS.is_dir():
 
 # What people type, and the heading that answers it.
 SEARCHES = {
-    "spectral norm eval": "Spectral norm in eval mode: other results than in training",
+    "spectral norm eval": "Spectral norm eval mode differs",
     "out of memory": "Out of memory",
     "onnx": "ONNX: how to export, and what fails",
     "loss nan": "Loss is NaN",
