@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 import sys
 from collections.abc import Collection
@@ -95,6 +96,22 @@ def is_in_use(out: Path, *, ignored_prefix: str | None = None) -> bool:
     if not out.is_dir():
         return out.exists()
     return any(ignored_prefix is None or not file.name.startswith(ignored_prefix) for file in out.iterdir())
+
+
+def check_out_folder(out: Path) -> None:
+    """Raise :class:`UserError` if a file is where a folder is to be made, or where one above it is."""
+    nearest = next(each for each in (out, *out.absolute().parents) if os.path.lexists(each))
+    if not nearest.is_dir():
+        raise UserError(
+            f"out: expected a folder{'' if nearest == out else f' for {out}'}, got the file {nearest}"
+        )
+
+
+def check_out_file(out: Path) -> None:
+    """Raise :class:`UserError` if a folder is where a file is to be written, or a file where its folder is."""
+    if out.is_dir():
+        raise UserError(f"out: expected a file, got the folder {out}")
+    check_out_folder(out.parent)
 
 
 def check_is_new(out: Path) -> None:

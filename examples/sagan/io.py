@@ -29,17 +29,18 @@ def atomic_write(path: Path, *, sync: bool = True, shared: bool = False) -> Iter
 
     A reader sees the old contents or the new ones, also after a crash. If the block raises, the old file stays.
     ``sync=False`` is faster, but a power failure may lose the file: for pictures. With ``shared``, several processes
-    may write the file at once. Errors of the disk name ``path``.
+    may write the file at once. Errors name ``path``, not the file that is written first.
     """
     number = f".{secrets.token_hex(4)}" if shared else ""
     temporary = path.with_name(f"{path.name}{number}.partial")
     try:
-        with naming(path), temporary.open("wb") as file:
+        with naming(path, temporary), temporary.open("wb") as file:
             yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
-        temporary.replace(path)
+        with naming(path, temporary):
+            temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -49,12 +50,12 @@ def atomic_write(path: Path, *, sync: bool = True, shared: bool = False) -> Iter
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name this path in an ``OSError`` of a ``with`` block that names none, as that of a full disk."""
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Name this path in an ``OSError`` of a ``with`` block that names none (a full disk's), or the temporary file."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno is None:
+        if error.errno is None or error.filename not in (None, temporary and str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 

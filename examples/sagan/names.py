@@ -20,7 +20,7 @@ _LONGEST = 100  # bytes; file systems take 255
 def program_name() -> str:
     """Return what a command line begins with, as this one did: ``sagan``, or ``python examples/imagenet_sagan.py``."""
     path = PurePath(sys.argv[0])
-    if path.name == "__main__.py":
+    if path.parts[-2:] == ("sagan", "__main__.py"):
         return "python -m sagan"
     if path.stem == "sagan":
         return "sagan"

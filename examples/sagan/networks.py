@@ -48,16 +48,16 @@ class NetworkConfig:
     Attributes:
         resolution: height and width of the images in pixels: 32, 64, 128 or 256.
         base_width: channels of the feature map with the highest resolution.
-        g_channels: channels of G's feature maps, from 4x4 to the image's; () for the rule of base_width. At 32, 64
+        g_channels: channels of G's feature maps, from 4x4 to the image's; by default the rule of base_width. At 32, 64
             and 256 pixels every code base has its own (BigGAN-PyTorch at 256: 16, 16, 8, 8, 4, 2, 1 times 96).
-        d_channels: channels after each block of D, the last blocks included; () for the rule of base_width. Fewer
+        d_channels: channels after each block of D, the last blocks included; by default the rule of base_width. Fewer
             halving blocks than the rule's are possible (BigGAN-PyTorch, StudioGAN, mimicry at 32: 2, to 8x8).
         d_last_blocks: blocks at D's end that keep the resolution (BigGAN-PyTorch, StudioGAN, mimicry at 32: 2). Their
             shortcut is the identity, or a convolution where the channels change (StudioGAN at 64).
         d_hidden_channels: channels between the convolutions of D's blocks, those of the output ("out") or of the input
             ("in", mimicry, sngan_projection); the first block's are always those of the output.
         d_relu_before_blocks: the ReLU before D's blocks reaches their shortcuts too (StudioGAN, mimicry, voletiv).
-        num_classes: number of classes; 0 for an unconditional GAN, None to take the data's.
+        num_classes: number of classes; 0 for an unconditional GAN; by default those of the data.
         latent_dim: size of z.
         g_attention: resolutions of the feature maps that G applies attention to.
         d_attention: resolutions of the feature maps that D applies attention to.
@@ -78,7 +78,7 @@ class NetworkConfig:
         sn_iterate_in_evaluation: iterate from the stored vectors in evaluation too; False uses them as they are
             (torch, StudioGAN, mimicry).
         bn_eps: epsilon of batch norm.
-        last_bn_eps: epsilon of G's last, unconditional batch norm; None for bn_eps (BigGAN-PyTorch: always 1e-5).
+        last_bn_eps: epsilon of G's last, unconditional batch norm; by default bn_eps (BigGAN-PyTorch: always 1e-5).
         bn_momentum: momentum of the conditional batch norms.
         last_bn_momentum: momentum of G's last, unconditional batch norm.
         biased_running_var: keep biased running variances, as TensorFlow does.

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from sagan.contents import found_at, holds_run
 from sagan.data import DataConfig
 from sagan.errors import UserError, check_at_least, check_choices, shown
 from sagan.evaluation.config import TrainingEvaluationConfig
@@ -22,6 +23,7 @@ from sagan.schema import conform
 from sagan.train.losses import LossName
 
 CONFIG = "config.json"
+_SMALLEST_ATTENTION = 8  # height of the smallest feature map that G applies attention to
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -333,6 +335,24 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 DEFAULT_RECIPE = "best_known"
 
 
+def at_resolution(config: RunConfig, resolution: int) -> RunConfig:
+    """Return a configuration for images of another resolution.
+
+    Attention stays at its feature maps if they exist there. Otherwise it moves to those of the same share of the image.
+    """
+    network, before = config.network, config.network.resolution
+
+    def moved(maps: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted({max(_SMALLEST_ATTENTION, each * resolution // before) for each in maps}))
+
+    try:
+        network = replace(network, resolution=resolution)
+    except UserError:  # raised again below if the resolution is the reason
+        g_attention, d_attention = moved(network.g_attention), moved(network.d_attention)
+        network = replace(network, resolution=resolution, g_attention=g_attention, d_attention=d_attention)
+    return replace(config, network=network)
+
+
 # By recipe and metric, on ImageNet at 128 pixels: Zhang et al., tables 1 and 2; best_known: mmgeneration's model page.
 PUBLISHED: dict[str, dict[str, float]] = {
     "best_known": {"fid": 12.83, "is": 69.5},
@@ -371,8 +391,10 @@ def config_from_dict(values: Any, where: str = "") -> RunConfig:
 def read_config(folder: Path) -> RunConfig:
     """Return the configuration of the run in a folder; :class:`UserError` names its file if it has none."""
     path = folder / CONFIG
+    if holds_run(folder) and not path.exists():
+        raise UserError(f"found no {CONFIG} in the run's folder {folder}")
     if not path.is_file():
-        raise UserError(f"expected the folder of a run, found no {CONFIG} in {folder}")
+        raise UserError(f"expected the folder of a run with {CONFIG}, got {found_at(folder)}")
     try:
         return config_from_dict(read_json(path), "configuration")
     except UserError as error:

@@ -164,9 +164,9 @@ class TestFinding:
 
     def test_errors_tell_a_missing_path_from_a_run_without_checkpoints(self, tmp_path: Path) -> None:
         assert checkpoints_in(tmp_path / "nowhere") == []
-        with pytest.raises(CheckpointError, match="found no file or folder"):
+        with pytest.raises(CheckpointError, match="nowhere, which does not exist"):
             find_checkpoint(tmp_path / "nowhere")
-        with pytest.raises(CheckpointError, match="found a run's folder without checkpoints"):
+        with pytest.raises(CheckpointError, match="which holds no run"):
             find_checkpoint(tmp_path)
 
 

@@ -132,7 +132,7 @@ class TestCommand:
         run = write_run(tmp_path / "run")
         for runs, message in (
             ([], "expected the folders of one or more"),
-            ([tmp_path], "found no config.json"),
+            ([tmp_path], "expected the folder of a run with config.json"),
             ([run, run / ".." / "run"], "one of them twice"),
             ([run], "none was evaluated"),
         ):

@@ -230,7 +230,6 @@ CAT_AND_DOG = ("cat/0.jpg", "cat/1.jpg", "dog/0.jpg", "dog/1.jpg")
          "the folders Train, val, which are parts of a data set", "/Train"),
         (("imagenet/train/cat/0.jpg", "imagenet/train/dog/0.jpg", "cifar/train/cat/0.jpg", "cifar/train/dog/0.jpg"),
          "", "one level too deep", "move the inner folders up"),
-        (("cat/0.jpg", "cat/1.jpg"), "", "only one class folder, cat, with 2 images", "needs two classes"),
         (("imagenet/train/cat/0.jpg", "imagenet/train/dog/0.jpg", "imagenet/val/"), "",
          "only one class folder, imagenet", "/imagenet as ROOT"),
         (("train/animals/cat/0.jpg", "train/animals/dog/0.jpg", "train/vehicles/bus/0.jpg", "train/vehicles/car/0.jpg"),
@@ -295,9 +294,9 @@ class TestPreflight:
 
     def test_text_names_defects_and_draws_a_bar_for_each_class(self, messy: MessyTree) -> None:
         report = preflight(scan_image_tree(messy.root), resolution=32)
-        text = report.format(saved_as=Path("all.json"))
+        text = report.format()
         defects = (*messy.unreadable, messy.empty_class, messy.lost_class, "CMYK 1", ".txt 2")
-        for expected in (*defects, "The full report is in all.json"):
+        for expected in defects:
             assert expected in text
         bars = {line.split()[0]: line.count("#") for line in text.splitlines() if line.startswith("  n0")}
         assert bars[WNIDS[1]] == 40  # 7 images, the most

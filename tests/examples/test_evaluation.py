@@ -218,7 +218,10 @@ class TestRefusals:
             ({"proxy": True, "inception_weights": "x"}, "expected one, got inception-weights and proxy"),
             ({"proxy": True, "metrics": ("is",)}, "proxy network has no classes"),
             ({"every": -1}, "every: expected at least 0, got -1"),
-            ({"every": 5}, "expected inception-weights .* or proxy; got none. Nothing is downloaded"),
+            (
+                {"every": 5},
+                "expected --evaluation.inception-weights FILE, --evaluation.proxy or .*, got none",
+            ),
             ({"proxy": True, "best_by": "is"}, "best_by: expected one of fid; got 'is'"),
             ({"metrics": ("pr",), "best_by": "pr"}, "best_by: expected one of precision, recall; got 'pr'"),
         ],

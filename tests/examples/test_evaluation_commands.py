@@ -87,9 +87,12 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ((), "feature network: expected inception-weights"),
-            (("--inception-weights", "absent.pth"), "publish it), found no file at absent.pth"),
-            (("--proxy", "--source", "absent"), "expected a checkpoint or the folder of a run"),
+            ((), "feature network: expected --inception-weights FILE"),
+            (
+                ("--inception-weights", "absent.pth"),
+                "found no file at absent.pth, expected pt_inception-2015-12-05-6726825d.pth",
+            ),
+            (("--proxy", "--source", "absent"), "expected the folder of a run, or a checkpoint"),
             (("--proxy", "--data", "absent"), "absent"),
         ],
     )

@@ -80,7 +80,10 @@ def test_a_configuration_that_is_none_is_named(text: str, trained_run: Path, tmp
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"expected the folder of a run with metrics\.jsonl, found none"):
+    with pytest.raises(
+        UserError,
+        match=r"expected the folder of a run with metrics\.jsonl, got the folder .*, which holds no run",
+    ):
         read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="expected metrics of a run"):

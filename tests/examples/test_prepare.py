@@ -1105,7 +1105,7 @@ class TestVerify:
         flip(sound / "images.npy", 128 + 5 * 3 * 8 * 8 + 17)
         assert main("prepare", "--verify", sound) == 1
         assert f"1 of 24 images are damaged in images.npy: 5 ({names[5]})\n" in capsys.readouterr().out
-        assert main("prepare", "--verify", sound.parent / "nowhere") == 1
+        assert main("prepare", "--verify", sound.parent / "nowhere") == 2
 
 
 class TestManifest:

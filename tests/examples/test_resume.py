@@ -264,7 +264,9 @@ class TestRefusals:
             train_tiny(data=data, resume=True)
 
     def test_nothing_to_resume_is_an_error(self, train_tiny: Train, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"expected a checkpoint .* found no file or folder"):
+        with pytest.raises(
+            CheckpointError, match=r"expected the folder of a run, or a checkpoint, got .* does not exist"
+        ):
             train_tiny(resume=True)
         assert not (tmp_path / "run").exists()
 

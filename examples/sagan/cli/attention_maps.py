@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sagan.distributed import pick_device
-from sagan.errors import UserError, check_at_least
+from sagan.errors import UserError, check_at_least, check_out_file
 from sagan.report.figures import class_labels, default_points, draw_attention
 from sagan.sampling import Weights, load_generator, sample_inputs
 
@@ -38,6 +38,7 @@ class AttentionMaps:
 
 def run(command: AttentionMaps) -> int:
     """Run ``attention-maps`` and return the exit code."""
+    check_out_file(command.out)
     check_at_least(command, 1, "count")
     trained = load_generator(command.source, pick_device(command.device), weights=command.weights)
     network = trained.config.network

@@ -6,14 +6,15 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
 
+from sagan.contents import found_at
 from sagan.convert import load_network, save_network, settings_of
 from sagan.distributed import World
-from sagan.errors import UserError, check_is_new
+from sagan.errors import UserError, check_is_new, check_out_folder
 from sagan.io import atomic_write, open_regular
 from sagan.names import program_name
 from sagan.networks import Discriminator, Generator, NetworkConfig, discriminator_widths, generator_widths
@@ -74,14 +75,21 @@ class Convert:
     Attributes:
         from_code_base: the code base of the weights.
         to_code_base: the code base to write weights for.
-        weights: file of G's weights, or of both networks': torch.save, .safetensors or .npz. With --from.
+        weights: file of G's weights, or of both networks': torch.save, .safetensors or .npz.
         d_weights: file of D's weights; without any, a new D is drawn.
         ema_weights: file of the moving average of G's weights; without any, it is G itself.
         class_names: text file with a class name in each line; numbers by default.
         settings: what shapes do not tell. With --from.
-        source: folder of a run, or a checkpoint. With --to.
+        source: folder of a run, or a checkpoint.
         out: folder to write to.
     """
+
+    required: ClassVar = {
+        "from": "this or --to is required",
+        "to": "this or --from is required",
+        "weights": "required with --from",
+        "source": "required with --to",
+    }
 
     out: Path
     from_code_base: Annotated[str | None, tyro.conf.arg(name="from", metavar="NAME")] = None
@@ -96,6 +104,7 @@ class Convert:
 
 def run(command: Convert) -> int:
     """Run ``convert`` and return the exit code."""
+    check_out_folder(command.out)
     if (command.from_code_base is None) == (command.to_code_base is None):
         raise UserError("from, to: expected one of them, got " + ("both" if command.to_code_base else "none"))
     check_is_new(command.out)
@@ -121,6 +130,10 @@ def _convert_from(command: Convert, code_base: CodeBase) -> int:
         raise UserError("weights: expected a file with --from, got none")
     if command.source is not None:
         raise UserError("source: expected none with --from")
+    for name in ("weights", "d_weights", "ema_weights"):
+        path = getattr(command, name)
+        if path is not None and not path.is_file():
+            raise UserError(f"{name}: expected a file, got {found_at(path)}")
     overrides = {name: value for name, value in asdict(command.settings).items() if value is not None}
     weights, d_weights, ema_weights = (
         {} if path is None else read_weights(path)

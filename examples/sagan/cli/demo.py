@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sagan.cli.parsing import INTERRUPTED
 from sagan.demo.run import run_demo
+from sagan.errors import check_out_folder
 from sagan.recipes import RECIPES
 from sagan.train.allocator import keep_freed_memory
 
@@ -28,6 +29,7 @@ class Demo:
 
 def run(command: Demo) -> int:
     """Run ``demo`` and return the exit code."""
+    check_out_folder(command.out)
     config = replace(RECIPES["digits"](), out=command.out, iterations=command.iterations, seed=command.seed)
     keep_freed_memory()
     result, verdict = run_demo(config)

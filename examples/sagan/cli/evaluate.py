@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
 from sagan.distributed import init_world
+from sagan.errors import check_out_folder
 from sagan.evaluation import results
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.evaluator import Evaluator
@@ -36,6 +37,24 @@ class Evaluate:
         device: "auto", "cpu", "cuda", ...
     """
 
+    required: ClassVar = {
+        "inception-weights": "this, --feature-network or --proxy is required",
+        "feature-network": "this, --inception-weights or --proxy is required",
+        "proxy": "this, --inception-weights or --feature-network is required",
+    }
+    # What --help shows, in this order; the rest is in --help-all.
+    common: ClassVar = (
+        *(
+            "--source",
+            "--inception-weights",
+            "--feature-network",
+            "--feature-network-sha256",
+            "--proxy",
+            "--metrics",
+        ),
+        *("--count", "--data", "--split", "--weights", "--out", "--device"),
+    )
+
     source: Path
     evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = field(default_factory=EvaluationConfig)
     weights: Weights = "auto"
@@ -45,6 +64,8 @@ class Evaluate:
 
 def run(command: Evaluate) -> int:
     """Run ``evaluate`` and return the exit code."""
+    if command.out is not None:
+        check_out_folder(command.out)
     with init_world(command.device, timeout_minutes=_TIMEOUT_MINUTES) as world:
         checkpoint = find_checkpoint(command.source)
         trained = load_generator(checkpoint, world.device, weights=command.weights)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sagan.distributed import pick_device
-from sagan.errors import UserError, check_at_least
+from sagan.errors import UserError, check_at_least, check_out_file
 from sagan.explore.page import PageOptions, explorer_page
 from sagan.io import atomic_write_text
 from sagan.sampling import Weights
@@ -52,7 +52,8 @@ def run(command: Explore) -> int:
     check_at_least(command, 0, "real")
     if not command.max_mib > 0:
         raise UserError(f"max_mib: expected more than 0, got {command.max_mib}")
-    if command.out.is_dir() or command.out.suffix.lower() not in (".html", ".htm"):
+    check_out_file(command.out)
+    if command.out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"out: expected a file that ends in .html, got {command.out}")
     options = PageOptions(
         classes=command.classes,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sagan.errors import UserError
+from sagan.errors import UserError, check_out_file
 from sagan.export import SUFFIXES, Format, exported_generator
 from sagan.io import atomic_write
 from sagan.sampling import Weights, load_generator
@@ -39,8 +39,7 @@ class Export:
 def run(command: Export) -> int:
     """Run ``export`` and return the exit code."""
     out = command.out or Path(f"generator{SUFFIXES[command.format]}")
-    if out.is_dir():
-        raise UserError(f"out: expected a file, got the folder {out}")
+    check_out_file(out)
     if out.suffix != SUFFIXES[command.format]:
         raise UserError(
             f"out: expected a name that ends in {SUFFIXES[command.format]} for {command.format}, got {out}"

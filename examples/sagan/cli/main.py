@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sagan_layers
 from sagan.cli import (
     attention_maps,
     convert,
@@ -20,7 +22,8 @@ from sagan.cli import (
     sample,
     train,
 )
-from sagan.cli.parsing import BAD_USAGE, FAILED, parse
+from sagan.cli.options import options_of
+from sagan.cli.parsing import BAD_USAGE, FAILED, in_options, parse
 from sagan.cli.terminal import printable_output
 from sagan.distributed import ReportedElsewhereError
 from sagan.errors import UserError
@@ -28,31 +31,37 @@ from sagan.names import printable, program_file, program_name
 from sagan.recipes import DEFAULT_RECIPE, RECIPES
 
 OVERVIEW = f"""\
-SAGAN on ImageNet with sagan-layers.
+Train Self-Attention GANs on ImageNet, or on any folder of images, with sagan-layers.
 
   {program_name()} COMMAND [options]      (COMMAND --help lists its options)
 
-  demo             learn handwritten digits: minutes on a CPU, nothing to download. Start here.
+Begin
+  demo             learn handwritten digits: minutes on a CPU, nothing to download
+  make-images      synthetic images in ImageNet's layouts, to try the other commands without ImageNet
+Images
   prepare          pack ImageNet (archives, folder tree or parquet shards) into one array, once
+Train
   train            train on a prepared set, or a folder of images: DATA/train/<class>/*.JPEG
-  sample           images from a trained run: a labelled grid, interpolations, or a folder for each class
-  evaluate         FID, Inception Score, KID, intra-FID, precision and recall of a trained run
+Look at a run
+  sample           images: a labelled grid, interpolations, or a folder for each class
   attention-maps   attention maps of chosen points of generated images
   explore          an HTML page: what attention looks at from any point of samples, for G and D
-  export           the generator as ONNX, a program of torch.export, or safetensors
-  plot             curves of a run, also while it trains
-  report           one HTML page about a run, with its pictures
+  plot             curves, also while it trains
+  report           one HTML page with its pictures
+Measure it
+  evaluate         FID, Inception Score, KID, intra-FID, precision and recall
   compare          several runs: figures over the iterations, and a table of the best of each
+Take it elsewhere
+  export           the generator as ONNX, a program of torch.export, or safetensors
   convert          weights of other code bases to a run, and back
-  make-images      synthetic images in ImageNet's layouts, to try the other commands without ImageNet
 
-Start:
+Examples
   {program_name()} demo
   {program_name()} prepare --source ILSVRC2012_img_train.tar --out data/imagenet128
   {program_name()} train --data data/imagenet128 --out runs/imagenet
   {program_name()} train --data /path/to/imagenet --recipe paper --dry-run
 
-Recipes for train (--recipe NAME, {DEFAULT_RECIPE} by default):
+Recipes of train (--recipe NAME, {DEFAULT_RECIPE} by default)
   {", ".join(list(RECIPES)[:6])},
   {", ".join(list(RECIPES)[6:10])},
   {", ".join(list(RECIPES)[10:])}
@@ -77,7 +86,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
 
 # What a path that was given can be wrong in; other errors of the system, such as a full disk, come while running.
 _OF_A_PATH = (
-    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EACCES, errno.EPERM),
     *(errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG),
 )
 
@@ -87,23 +96,31 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(OVERVIEW)
         return 0
+    if arguments[0] == "--version":
+        print(f"{program_file()} of sagan-layers {sagan_layers.__version__}")
+        return 0
     name, *options = arguments
     if name not in COMMANDS:
-        print(f"Unknown command {name!r}.\n\n{OVERVIEW}", file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        advice = f"did you mean {near[0]}? " if near else ""
+        print(
+            f"{program_file()}: unknown command {name!r}; {advice}Commands: {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         return BAD_USAGE
     kind, run = COMMANDS[name]
     try:
-        # The recipe gives the defaults of the other options.
-        default = train.from_recipe(options) if name == "train" else None
+        default = train.defaults(options) if name == "train" else None
         command = parse(kind, name, options, default)
         with printable_output():
             return run(command)
     except ReportedElsewhereError as error:
         return error.exit_code
     except UserError as error:
-        text, code = str(error), error.exit_code
+        text, code = in_options(str(error), options_of(kind)), error.exit_code
     except OSError as error:
-        text, code = str(error), BAD_USAGE if error.errno in _OF_A_PATH else FAILED
+        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        code = BAD_USAGE if error.errno in _OF_A_PATH else FAILED
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             text += ". Free space there, or choose another --out"
     except KeyboardInterrupt as error:  # outside the training loop, which saves a checkpoint

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from sagan.errors import check_is_new
+from sagan.errors import check_is_new, check_out_folder
 from sagan.prepare.synthetic import Layout, SyntheticSet, write_layout
 
 
@@ -30,6 +30,7 @@ class MakeImages:
 
 def run(command: MakeImages) -> int:
     """Run ``make-images`` and return the exit code."""
+    check_out_folder(command.out)
     check_is_new(command.out)
     write_layout(command.out, command.layout, command.images)
     made = command.images

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
 from sagan.cli.parsing import INTERRUPTED
+from sagan.contents import found_at, holds_prepared_set
 from sagan.data import read_manifest, verify
 from sagan.data.decoding import Resample
 from sagan.data.prefetch import usable_cpus
-from sagan.errors import UserError, check_at_least
+from sagan.errors import UserError, check_at_least, check_out_folder
 from sagan.prepare import SourceOptions, format_report, list_source, prepare
 
 
@@ -36,6 +37,8 @@ class Prepare:
         verify: check this finished set instead, and report what is wrong.
     """
 
+    required: ClassVar = dict.fromkeys(("source", "out"), "required, but for --verify")
+
     source: str | None = None
     out: Path | None = None
     resolution: int = 128
@@ -52,9 +55,10 @@ def run(command: Prepare) -> int:
         return _verify(command.verify)
     for name in ("source", "out"):
         if getattr(command, name) is None:
-            raise UserError(f"{name}: expected --{name}, got none (or --verify DIR)")
+            raise UserError(f"{name}: expected a path, got none; --verify SET needs none")
     assert command.source is not None
     assert command.out is not None
+    check_out_folder(command.out)
     check_at_least(command, 1, "resolution", "workers", "part_size")
     try:
         listing = list_source(command.source, command.options, workers=command.workers or usable_cpus())
@@ -86,6 +90,8 @@ def run(command: Prepare) -> int:
 
 
 def _verify(folder: Path) -> int:
+    if not holds_prepared_set(folder):
+        raise UserError(f"verify: expected a prepared set, got {found_at(folder)}")
     wrong = verify(folder, progress=True)
     if wrong:
         print(f"{folder} is damaged:")

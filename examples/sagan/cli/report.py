@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from sagan.errors import UserError
+from sagan.errors import UserError, check_out_file, check_out_folder
 from sagan.report.comparison import compare_runs
 from sagan.report.page import draw_run, write_report
 
@@ -56,18 +56,23 @@ class Compare:
 
 def plot(command: Plot) -> int:
     """Run ``plot`` and return the exit code."""
+    if command.out is not None:
+        check_out_file(command.out)
     print(f"Written: {draw_run(command.source, command.out or command.source / 'curves.png')}")
     return 0
 
 
 def report(command: Report) -> int:
     """Run ``report`` and return the exit code."""
+    if command.out is not None:
+        check_out_file(command.out)
     print(f"Written: {write_report(command.source, command.out)}")
     return 0
 
 
 def compare(command: Compare) -> int:
     """Run ``compare`` and return the exit code."""
+    check_out_folder(command.out)
     if not command.runs:
         raise UserError("runs: expected the folders of one or more runs, got none")
     written = compare_runs(command.runs, command.out)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sagan.distributed import pick_device
-from sagan.errors import UserError, check_at_least
+from sagan.errors import UserError, check_at_least, check_out_file, check_out_folder
 from sagan.names import file_names
 from sagan.rendezvous import launched
 from sagan.report.figures import class_labels, save_grid, save_image
@@ -77,6 +77,10 @@ def run(command: Sample) -> int:
     if command.layout != "folders" and count > 1:
         raise UserError(f"layout: expected 'folders' with several processes, got {command.layout!r}")
     truncations = _checked_sheet(command)
+    if command.layout == "folders" or command.out.suffix.lower() != ".png":
+        check_out_folder(command.out)
+    else:
+        check_out_file(command.out)
     trained = load_generator(command.source, pick_device(command.device), weights=command.weights)
     labels_in_use = trained.chosen_labels(command.classes)
     if command.layout == "grid":

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
 
-from sagan.cli.parsing import COLLAPSED, INTERRUPTED
-from sagan.data import ImageDataset, check_dataset, open_dataset
+from sagan.cli.options import flag_of, given_value
+from sagan.cli.parsing import COLLAPSED, HELP, INTERRUPTED
+from sagan.contents import holds_prepared_set
+from sagan.data import ImageDataset, Manifest, check_dataset, open_dataset, read_manifest
 from sagan.distributed import World, init_world
-from sagan.errors import UserError
+from sagan.errors import UserError, check_out_folder
 from sagan.evaluation.feature_networks import load_feature_network
 from sagan.evaluation.periodic import periodic_evaluation
-from sagan.networks import Discriminator, Generator, count_parameters
-from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, differences
+from sagan.names import program_name
+from sagan.networks import RESOLUTIONS, Discriminator, Generator, count_parameters
+from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, at_resolution, differences
 from sagan.report.page import finish_run
 from sagan.train.allocator import keep_freed_memory
 from sagan.train.checkpoint import checkpoints_in
@@ -27,13 +32,16 @@ from sagan.train.loop import train
 from sagan.train.output import save_config
 from sagan.train.resume import check_images, check_start, check_unused, has_started, run_lock
 
+_RESOLUTION = "--network.resolution"
+
 
 @dataclass(frozen=True)
 class Train:
     """Train on a prepared set, or on a folder of images: DATA/train/<class>/*.JPEG.
 
-    A recipe gives the defaults of all other options. All images are checked before the first iteration. Ctrl-C saves a
-    checkpoint, and --resume continues from it. With torchrun, all processes train one run.
+    A recipe gives the defaults of all other options, and a prepared set those of resolution and classes. All images are
+    checked before the first iteration. Ctrl-C saves a checkpoint, and --resume continues from it. With torchrun, all
+    processes train one run.
 
     Attributes:
         run: the run.
@@ -43,6 +51,21 @@ class Train:
         dry_run: print and save the resolved configuration, then stop.
     """
 
+    required: ClassVar = {"data": "required, but for --dry-run"}
+    # What --help shows, in this order; the rest is in --help-all.
+    common: ClassVar = (
+        *(
+            "--data",
+            "--out",
+            "--recipe",
+            "--network.resolution",
+            "--iterations",
+            "--batch-size",
+            "--accumulation",
+        ),
+        *("--precision", "--device", "--seed", "--resume", "--dry-run"),
+    )
+
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     resume: bool = False
     auto_resume: bool = False
@@ -50,24 +73,66 @@ class Train:
     dry_run: bool = False
 
 
-def from_recipe(arguments: Sequence[str]) -> Train:
-    """Return the defaults of ``train`` for the recipe in the arguments."""
-    name = DEFAULT_RECIPE
-    for number, argument in enumerate(arguments):
-        if argument == "--recipe" and number + 1 < len(arguments):
-            name = arguments[number + 1]
-        elif argument.startswith("--recipe="):
-            name = argument.removeprefix("--recipe=")
+def defaults(arguments: Sequence[str]) -> Train:
+    """Return the defaults of ``train`` for the recipe and the prepared set in the arguments.
+
+    Raises:
+        UserError: if the recipe is unknown, the networks do not make images of the set's resolution, or an option says
+            another one.
+    """
+    name = given_value(arguments, "--recipe") or DEFAULT_RECIPE
     if name not in RECIPES:
         raise UserError(f"recipe: expected one of {', '.join(RECIPES)}; got {name!r}")
-    return Train(run=RECIPES[name]())
+    config = RECIPES[name]()
+    resolution = given_value(arguments, _RESOLUTION) or ""
+    if resolution.isdecimal() and int(resolution) in RESOLUTIONS:
+        config = at_resolution(config, int(resolution))
+    given = given_value(arguments, "--data")
+    data = Path(os.path.expanduser(given or ""))  # noqa: PTH111  (Path.expanduser raises for unknown users)
+    if not given or any(each in HELP for each in arguments) or not holds_prepared_set(data):
+        return Train(run=config)
+    manifest = read_manifest(data)
+    if manifest.resolution not in RESOLUTIONS:
+        raise UserError(_unsupported(manifest))
+    if resolution and resolution != str(manifest.resolution):
+        raise UserError(
+            f"{_RESOLUTION}: expected {manifest.resolution}, as the images in {data} have, or no such option, got "
+            f"{resolution}. This works:\n  {_without(arguments, _RESOLUTION)}"
+        )
+    return Train(run=at_resolution(config, manifest.resolution))
+
+
+def _unsupported(manifest: Manifest) -> str:
+    """Return the message for a set of which the networks make no images."""
+    resolution = max((each for each in RESOLUTIONS if each <= manifest.resolution), default=RESOLUTIONS[0])
+    out = manifest.folder.with_name(f"{manifest.folder.name}_{resolution}")
+    options = ["--source", manifest.source["path"], "--out", str(out), "--resolution", str(resolution)]
+    return (
+        f"data: expected images of {', '.join(map(str, RESOLUTIONS[:-1]))} or {RESOLUTIONS[-1]} pixels, which the "
+        f"networks make; got {manifest.resolution} in {manifest.folder}. Prepare the images again:\n"
+        f"  {program_name()} prepare {shlex.join(options)}\n"
+        f"  {program_name()} train --data {shlex.quote(str(out))}"
+    )
+
+
+def _without(arguments: Sequence[str], flag: str) -> str:
+    """Return the command line without an option and its value."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if flag_of(word) != flag:
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return f"{program_name()} train {shlex.join(kept)}"
 
 
 def run(command: Train) -> int:
     """Run ``train`` and return the exit code."""
+    check_out_folder(command.run.out)
     config = command.run
     if config.data is None and not command.dry_run:
-        raise UserError("data: expected --data with a prepared set or a folder of images, got none")
+        raise UserError("data: expected a prepared set or a folder of images, got none")
     with init_world(config.device) as world, contextlib.ExitStack() as stack:
         if world.device.type == "cpu":
             keep_freed_memory()
@@ -82,14 +147,14 @@ def _train(command: Train, world: World) -> int:
     if config.data is not None:
         dataset = open_dataset(config.data, config.network.resolution, config.images)
         config = _resolved(config, dataset)
-    say(describe_config(config))
+    say(describe_config(config, dataset))
     world.run_on_main(lambda: check_loggers(config.output))
     has_run = bool(checkpoints_in(config.out / "checkpoints"))
     if command.dry_run:
         if has_run or has_started(config.out):
-            say(f"\nNot saved: {config.out} already holds a run. Dry run: stopping here.")
+            say(f"Not written: {config.out} already holds a run. Dry run: stopping here.")
         elif world.is_main:
-            say(f"\nSaved as {save_config(config)}. Dry run: stopping here.")
+            say(f"Written: {save_config(config)}, all values. Dry run: stopping here.")
         return 0
     assert dataset is not None
     say()
@@ -105,11 +170,11 @@ def _train(command: Train, world: World) -> int:
         network = load_feature_network(config.evaluation, world.device, resolution=config.network.resolution)
     config.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.step.tf32
-    check = check_dataset(dataset, config.images.check, world, report_folder=config.out)
+    check = check_dataset(dataset, config.images.check, world)
     dataset = dataset.without(check.unreadable)
     check_images(found, dataset.fingerprint(), accept_changes=accept_changes)
     if world.is_main:
-        check.save(config.out)
+        print(f"Written: {save_config(config)}, all values; {check.save(config.out)}, all about the images\n")
     dataset = dataset.in_memory(config.images.cache_mib, progress=world.is_main)
     evaluate = None if network is None else periodic_evaluation(config, dataset, world, network)
     result = train(
@@ -130,18 +195,49 @@ def _train(command: Train, world: World) -> int:
     return 0
 
 
-def describe_config(config: RunConfig) -> str:
-    """Return the resolved configuration, one value per line, with marks where it differs from the recipe."""
-    changed = differences(RECIPES[config.recipe](), config)
-    lines = [f"Recipe {config.recipe}; * marks what differs from it"]
-    for name, value in config.by_name().items():
-        if name != "recipe":
-            lines.append(f"{'*' if name in changed else ' '} {name:<32} {value}")
-    if config.network.num_classes is not None:
+def describe_config(config: RunConfig, dataset: ImageDataset | None) -> str:
+    """Return what differs from the recipe, what the images are, and how many parameters the networks have."""
+    recipe, network = RECIPES[config.recipe](), config.network
+    hidden = {"data", "out"}  # said elsewhere
+    if dataset is not None and network.num_classes == dataset.num_classes:
+        hidden.add("network.num_classes")
+    changed = {name: both for name, both in differences(config, recipe).items() if name not in hidden}
+    lines = [f"Recipe {config.recipe}" + (", but for:" if changed else "")]
+    width = max(map(len, changed), default=0)
+    lines += [
+        f"  {name:<{width}}  {_shown(now)} (recipe: {_shown(was)})" for name, (now, was) in changed.items()
+    ]
+    moved = at_resolution(recipe, network.resolution).network
+    if moved.g_attention == network.g_attention != recipe.network.g_attention:
+        before, after = _maps(recipe.network.g_attention), _maps(network.g_attention)
+        lines.append(
+            f"Attention moved to {after}: as much of {network.resolution} pixels as the recipe's {before} of "
+            f"{recipe.network.resolution}"
+        )
+    if dataset is not None:
+        classes = f"in {dataset.num_classes:,} classes" if network.num_classes else "without classes"
+        lines.append(
+            f"Images: {len(dataset):,} {classes}, {network.resolution}x{network.resolution}, from {config.data}"
+        )
+    if network.num_classes is not None:
         with torch.device("meta"):
-            counts = [count_parameters(kind(config.network)) for kind in (Generator, Discriminator)]
-        lines.append(f"  parameters: G {counts[0]:,}, D {counts[1]:,}")
+            counts = [count_parameters(kind(network)) for kind in (Generator, Discriminator)]
+        lines.append(f"Parameters: G {counts[0]:,}, D {counts[1]:,}")
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return (
+        "none"
+        if value in (None, [])
+        else " ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )
+
+
+def _maps(resolutions: Sequence[int]) -> str:
+    return ", ".join(f"{each}x{each}" for each in resolutions)
 
 
 def _resolved(config: RunConfig, dataset: ImageDataset) -> RunConfig:
@@ -149,10 +245,12 @@ def _resolved(config: RunConfig, dataset: ImageDataset) -> RunConfig:
     classes, found = config.network.num_classes, dataset.num_classes
     if classes not in (None, 0, found):
         raise UserError(
-            f"network.num_classes: the data has {found} classes, got {classes} (0 is unconditional)"
+            f"network.num_classes: expected {found}, the classes of {config.data}, or 0 to train without, got {classes}"
         )
+    if classes is None:
+        classes = found if found > 1 else 0  # one class tells the networks nothing
     return replace(
         config,
-        network=replace(config.network, num_classes=found if classes is None else classes),
+        network=replace(config.network, num_classes=classes),
         images=replace(config.images, resample=dataset.resample, draft=dataset.draft),
     )

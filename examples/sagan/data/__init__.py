@@ -13,7 +13,7 @@ from sagan.data.layout import IMAGE_EXTENSIONS, DatasetError
 from sagan.data.loading import ResumableBatchSampler, horizontal_flips, make_loader
 from sagan.data.opening import DataConfig, check_dataset, open_dataset
 from sagan.data.packed import PackedDataset
-from sagan.data.packed_format import PackedError, read_manifest, verify
+from sagan.data.packed_format import Manifest, PackedError, read_manifest, verify
 from sagan.data.prefetch import prefetch_to_device
 from sagan.data.tree import ImageTree, PathTable, scan_image_tree
 
@@ -25,6 +25,7 @@ __all__ = [
     "ImageFolderDataset",
     "ImageReadError",
     "ImageTree",
+    "Manifest",
     "PackedDataset",
     "PackedError",
     "PathTable",

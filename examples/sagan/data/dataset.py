@@ -23,9 +23,11 @@ class DatasetCheck:
     report_name: str
     report: str
 
-    def save(self, folder: Path) -> None:
-        """Write the report into a run's folder."""
-        atomic_write_text(folder / self.report_name, self.report)
+    def save(self, folder: Path) -> Path:
+        """Write the report into a run's folder and return its path."""
+        path = folder / self.report_name
+        atomic_write_text(path, self.report)
+        return path
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
@@ -68,12 +70,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
         return self.fingerprint()
 
     @abc.abstractmethod
-    def check(
-        self, mode: CheckMode, *, report_folder: Path | None = None, progress: bool = False
-    ) -> DatasetCheck:
+    def check(self, mode: CheckMode, *, progress: bool = False) -> DatasetCheck:
         """Look at the images before they are used, as closely as `mode` says; see `preflight`.
-
-        The text names `report_folder`, where the caller will save the report.
 
         Raises:
             DatasetError: the set cannot be used at all.

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,14 +121,12 @@ class ImageFolderDataset(ImageDataset):
             digest.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
-    def check(
-        self, mode: CheckMode, *, report_folder: Path | None = None, progress: bool = False
-    ) -> DatasetCheck:
+    def check(self, mode: CheckMode, *, progress: bool = False) -> DatasetCheck:
         report = preflight(
             self.tree, resolution=self.resolution, mode=mode, resample=self.resample, progress=progress
         )
         return DatasetCheck(
-            text=report.format(saved_as=report_folder and report_folder / _REPORT),
+            text=report.format(),
             unreadable=[file.path for file in report.unreadable],
             report_name=_REPORT,
             report=report.to_json(),

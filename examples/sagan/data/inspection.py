@@ -88,8 +88,8 @@ class PreflightReport:
         self.exif_rotated += facts.is_rotated
         self.below_resolution += min(facts.width, facts.height) < self.resolution
 
-    def format(self, *, max_listed: int = 20, saved_as: Path | None = None) -> str:
-        """Return the report as text for people, which names ``saved_as`` as the file of the full report."""
+    def format(self, *, max_listed: int = 20) -> str:
+        """Return the report as text for people."""
         counts = list(self.images_per_class.values())
         num_skipped = sum(self.skipped.values())
         readable = "images" if self.mode == "off" else "readable images"
@@ -128,10 +128,7 @@ class PreflightReport:
             lines += [f"  {printable(f.path)}: {printable(f.reason)}" for f in self.unreadable[:max_listed]]
             left = len(self.unreadable) - max_listed
             if left > 0:
-                where = f", all in {saved_as}" if saved_as else ""
-                lines.append(f"  and {left:,} more{where}")
-        if saved_as:
-            lines += ["", f"The full report is in {saved_as}"]
+                lines.append(f"  and {left:,} more")
         return "\n".join(lines)
 
     def to_json(self) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sagan.errors import UserError
+from sagan.names import program_name
 
 # Pillow's names of the formats that are read, and what their files' names end in.
 # EPS is missing because it runs a program.
@@ -41,7 +43,7 @@ _CLASS_ARCHIVE = re.compile(r"n\d{8}\.tar")
 _EXPECTED = """\
     ROOT/
       train/                     (this level may be left out)
-        n01440764/               one folder for each class, two classes or more
+        n01440764/               one folder for each class
           n01440764_10026.JPEG   that class's images
           ...
         n01443537/
@@ -133,7 +135,7 @@ def find_base(root: Path, split: str) -> Path:
         found = f"nothing: the path does not exist. The nearest folder above it is {above}."
         raise _layout_error(root, found, "check the spelling, and that the disk or volume is mounted.")
     if not is_dir and _is_archive(root.name):
-        raise _layout_error(root, "an archive file, not a folder.", _UNPACK_TRAIN)
+        raise _layout_error(root, "an archive file, not a folder.", _pack_or_unpack(root))
     if not is_dir:
         raise _layout_error(root, "a file, not a folder.", "give the folder of class folders.")
     folders, _ = _split_contents(root)
@@ -141,6 +143,11 @@ def find_base(root: Path, split: str) -> Path:
     base = root / split if has_split else root
     _check_direct_contents(base, split)
     return base
+
+
+def _pack_or_unpack(path: Path) -> str:
+    command = f"{program_name()} prepare --source {shlex.quote(str(path))} --out SET"
+    return f"pack the images as they are, with `{command}`, and train on SET. Or {_UNPACK_TRAIN}"
 
 
 def _is_class_among_classes(root: Path, split: str, folders: Sequence[str]) -> bool:
@@ -155,7 +162,7 @@ def _check_direct_contents(base: Path, split: str) -> None:
     archives = [name for name in files if _is_archive(name)]
     if not folders and archives:
         found = f"{_count(archives, 'archive')} ({_some(archives)}) and no class folders."
-        raise _layout_error(base, found, _UNPACK_TRAIN)
+        raise _layout_error(base, found, _pack_or_unpack(base))
     missing = [n for n in archives if is_class_archive(n) and n.removesuffix(".tar") not in folders]
     if folders and missing:
         raise _layout_error(
@@ -182,7 +189,7 @@ def _check_direct_contents(base: Path, split: str) -> None:
 def _flat_error(base: Path, images: Sequence[str]) -> DatasetError:
     found = f"{_count(images, 'image')} directly in the folder ({_some(images)}) and no class folders."
     above = base.absolute().parent
-    fix = "move each image into a folder named after its class."
+    fix = "move each image into a folder named after its class, or all into one folder to train without classes."
     if base.name.lower() in ("val", "valid", "validation", "test") or images[0].startswith("ILSVRC2012_val"):
         fix += (
             " ImageNet's validation images come flat; their classes are listed in "
@@ -196,7 +203,7 @@ def _flat_error(base: Path, images: Sequence[str]) -> DatasetError:
 def check_classes(
     base: Path, class_names: Sequence[str], images: Sequence[str], skipped: Mapping[str, int]
 ) -> None:
-    """Raise DatasetError if a scan found no images, one class only, or class folders one level deeper.
+    """Raise DatasetError if a scan found no images, or class folders somewhere deeper.
 
     `images` are paths below `base`; `skipped` counts the other files.
     """
@@ -204,7 +211,7 @@ def check_classes(
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items()) or "no files at all"
         found = f"{_count(class_names, 'folder')} ({_some(class_names)}) without any image; files: {kinds}."
         fix = f"images must end in one of {', '.join(IMAGE_EXTENSIONS)} (any case)."
-        raise _layout_error(base, found, _UNPACK_TRAIN if any(map(_is_archive, skipped)) else fix)
+        raise _layout_error(base, found, _pack_or_unpack(base) if any(map(_is_archive, skipped)) else fix)
     nested = _nested_classes(images)
     if nested is not None and len(nested) > 1:
         example = next(iter(nested))
@@ -217,10 +224,9 @@ def check_classes(
             f"move the inner folders up into {base}, or give one of {_some(list(nested))} as ROOT. "
             "If the inner folders only sort the images of one class, move the images up instead.",
         )
-    if len(class_names) == 1:
+    if len(class_names) == 1 and (better := _classes_below(base)):
         found = f"only one class folder, {class_names[0]}, with {_count(images, 'image')}."
-        enough = "a class-conditional model needs two classes or more; add some."
-        raise _layout_error(base, found, _suggest(base, otherwise=enough))
+        raise _layout_error(base, found, f"give {better} as ROOT.")
 
 
 def _nested_classes(images: Sequence[str]) -> dict[str, list[str]] | None:
@@ -243,8 +249,8 @@ def _nested_classes(images: Sequence[str]) -> dict[str, list[str]] | None:
     return {first: sorted(seconds) for first, seconds in inner.items()}
 
 
-def _suggest(base: Path, *, otherwise: str) -> str:
-    """Return advice that names a folder below `base` which does hold class folders, if one is near."""
+def _classes_below(base: Path) -> Path | None:
+    """Return a folder below `base` which does hold class folders, if one is near."""
     level = [base]
     for _ in range(4):
         # At most 50 folders of a level: a wrong ROOT may be a whole disk.
@@ -252,8 +258,8 @@ def _suggest(base: Path, *, otherwise: str) -> str:
         for folder in level:
             if _looks_like_base(folder):
                 inside_split = folder.name == "train" and folder.parent != base
-                return f"give {folder.parent if inside_split else folder} as ROOT."
-    return otherwise
+                return folder.parent if inside_split else folder
+    return None
 
 
 def _looks_like_base(folder: Path) -> bool:

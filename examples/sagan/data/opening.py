@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sagan.contents import found_at, holds_prepared_set, holds_run
 from sagan.data.dataset import DatasetCheck, ImageDataset
 from sagan.data.decoding import RESAMPLE_FILTERS
 from sagan.data.folder import ImageFolderDataset
 from sagan.data.inspection import CheckMode
+from sagan.data.layout import DatasetError
 from sagan.data.packed import PackedDataset
-from sagan.data.packed_format import is_prepared
 from sagan.data.tree import scan_image_tree
 from sagan.distributed import World
 from sagan.errors import UserError, check_at_least, check_choices
@@ -59,19 +60,19 @@ def open_dataset(path: Path, resolution: int, config: DataConfig) -> ImageDatase
     Raises:
         DatasetError: the data set cannot be used; the message says what was found and the likely fix.
     """
-    if is_prepared(path):
+    if holds_prepared_set(path):
         return PackedDataset(path, resolution)
+    if holds_run(path):  # its folders of pictures look like classes
+        raise DatasetError(f"data: expected a prepared set or a folder of images, got {found_at(path)}")
     tree = scan_image_tree(path, split=config.split)
     return ImageFolderDataset(tree, resolution, resample=config.resample, draft=config.draft, cache_mib=0)
 
 
-def check_dataset(
-    dataset: ImageDataset, mode: CheckMode, world: World, *, report_folder: Path | None = None
-) -> DatasetCheck:
+def check_dataset(dataset: ImageDataset, mode: CheckMode, world: World) -> DatasetCheck:
     """Run `ImageDataset.check` on rank 0, print the result there, and return it on all ranks (call it on all)."""
 
     def look() -> dict[str, Any]:
-        check = dataset.check(mode, report_folder=report_folder, progress=True)
+        check = dataset.check(mode, progress=True)
         print(check.text + "\n")
         return asdict(check)
 

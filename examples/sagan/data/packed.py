@@ -82,9 +82,7 @@ class PackedDataset(ImageDataset):
         """Return the set's checksum, which covers all pixels."""
         return self.manifest.checksum
 
-    def check(
-        self, mode: CheckMode, *, report_folder: Path | None = None, progress: bool = False
-    ) -> DatasetCheck:
+    def check(self, mode: CheckMode, *, progress: bool = False) -> DatasetCheck:
         """In mode "full" compare all images with their digests; the report is the set's manifest.
 
         Raises:

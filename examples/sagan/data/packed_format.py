@@ -143,11 +143,6 @@ def _json_digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def is_prepared(folder: Path) -> bool:
-    """Return whether a folder holds a prepared set, or the remains of one."""
-    return any((folder / name).is_file() for name in (MANIFEST, IMAGES))
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Read manifest.json; raise PackedError if it is missing, damaged, or of another version."""
     path = folder / MANIFEST

@@ -51,7 +51,7 @@ def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResul
     out = config.out
     print(f"1/4  Writing scikit-learn's handwritten digits to {out / 'digits'} as a folder of images")
     dataset = open_dataset(write_digits(out / "digits"), config.network.resolution, config.images)
-    check = dataset.check(config.images.check, report_folder=out)
+    check = dataset.check(config.images.check)
     check.save(out)
     print(_indented(check.text))
     dataset = dataset.without(check.unreadable).in_memory(config.images.cache_mib)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from sagan.errors import UserError, check_at_least
 from sagan.evaluation.inception_score import SPLITS
@@ -13,9 +13,12 @@ Metric = Literal["fid", "is", "kid", "intra-fid", "pr"]
 BatchNormStatistics = Literal["running", "batch", "standing"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 NUM_SAMPLES, NUM_SAMPLES_PROXY = 50_000, 5000
-NO_NETWORK = (
-    "feature network: expected inception-weights (the file pt_inception-2015-12-05-6726825d.pth, which pytorch-fid and "
-    "torch-fidelity publish), feature-network (an exported program) or proxy; got none. Nothing is downloaded"
+WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+WHERE_TO_GET_IT = (
+    f"{WEIGHTS_FILE} (95,628,359 bytes, SHA-256 {WEIGHTS_SHA256}). pytorch-fid publishes it at "
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_FILE}; "
+    "nothing is downloaded unasked"
 )
 
 
@@ -26,13 +29,13 @@ class EvaluationConfig:
     Attributes:
         metrics: fid, is (Inception Score), kid, intra-fid (mean over classes of the FID of each), pr (precision and
             recall); by default fid and is, with --proxy fid.
-        count: images to generate; None for 50,000, or 5,000 with --proxy.
+        count: images to generate; by default 50,000, or 5,000 with --proxy.
         sample_seed: seed of the generated images; image i depends on the seed and i only.
         block_size: images at a time in each process.
         bn_statistics: batch-norm statistics of G: "running" averages from training, those of each block of images
             ("batch"), or "standing" ones gathered over --standing-batches blocks.
         standing_batches: blocks for standing statistics.
-        truncation: redraw coordinates of latents beyond this; None for plain normal latents.
+        truncation: redraw coordinates of latents beyond this; by default none is.
         inception_weights: the file pt_inception-2015-12-05-6726825d.pth.
         feature_network: a program saved by torch.export.save (.pt2), in place of Inception.
         feature_network_sha256: SHA-256 of that file, which says that you trust it.
@@ -41,6 +44,8 @@ class EvaluationConfig:
         data: prepared set or folder with the real images; by default the run's.
         split: subfolder with the real images, or for a prepared set its name in figures; by default the run's.
     """
+
+    prefix: ClassVar = "--"  # of these options on the command line
 
     metrics: tuple[Metric, ...] = ()
     count: int | None = None
@@ -76,6 +81,16 @@ class EvaluationConfig:
             raise UserError("metrics: the proxy network has no classes, so there is no 'is' with --proxy")
 
     @property
+    def no_network(self) -> str:
+        """The message if no option names a feature network."""
+        return (
+            f"feature network: expected {self.prefix}inception-weights FILE, {self.prefix}proxy or "
+            f"{self.prefix}feature-network PROGRAM, got none.\n"
+            f"FID and IS take the file {WHERE_TO_GET_IT}.\n"
+            f"{self.prefix}proxy takes no file: a small random network, for small machines; its figures are not FIDs"
+        )
+
+    @property
     def network_options(self) -> list[str]:
         """The options given that name a feature network; at most one."""
         options = {
@@ -108,6 +123,8 @@ class TrainingEvaluationConfig(EvaluationConfig):
             first of the metrics.
     """
 
+    prefix: ClassVar = "--evaluation."
+
     every: int = 0
     best_by: str | None = None
 
@@ -122,4 +139,4 @@ class TrainingEvaluationConfig(EvaluationConfig):
         if self.best_by is not None and self.best_by not in figures:
             raise UserError(f"best_by: expected one of {', '.join(figures)}; got {self.best_by!r}")
         if self.every and not self.network_options:
-            raise UserError(NO_NETWORK)
+            raise UserError(self.no_network)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sagan.errors import UserError, check_finite
-from sagan.evaluation.config import NO_NETWORK, EvaluationConfig
-from sagan.evaluation.inception import WEIGHTS_SHA256_START, load_inception
+from sagan.evaluation.config import WEIGHTS_SHA256, EvaluationConfig
+from sagan.evaluation.inception import load_inception
 from sagan.io import file_sha256, first_line, module_digest
 
 # Images at a time on a CPU. Twice as fast as whole blocks, whose feature maps do not fit its caches.
@@ -100,14 +100,14 @@ def load_feature_network(
         )
     if config.inception_weights is not None:
         return tensorflow_inception(config.inception_weights, device, resolution=resolution)
-    raise UserError(NO_NETWORK)
+    raise UserError(config.no_network)
 
 
 def tensorflow_inception(path: Path, device: torch.device, *, resolution: int) -> FeatureNetwork:
     """Return TensorFlow's Inception-v3 of 2015-12-05 with the weights of a file; see `load_inception`."""
     network = load_inception(path)
     digest = file_sha256(path)
-    official = digest.startswith(WEIGHTS_SHA256_START)
+    official = digest == WEIGHTS_SHA256
     return FeatureNetwork(
         network,
         name="tfinception" if official else f"inception-{digest[:8]}",

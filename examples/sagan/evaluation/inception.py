@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sagan.errors import UserError
+from sagan.evaluation.config import WEIGHTS_FILE, WHERE_TO_GET_IT
 from sagan.io import load_plain
 
-WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
-WEIGHTS_SHA256_START = "6726825d"
 NUM_FEATURES = 2048
 NUM_LOGITS = 1008
 INPUT_SIZE = 299
@@ -233,10 +232,7 @@ def load_inception(path: Path) -> InceptionV3:
         UserError: if there is no such file, it holds more than tensors, or the tensors are another network's.
     """
     if not path.is_file():
-        raise UserError(
-            f"inception weights: expected the file {WEIGHTS_FILE} (its SHA-256 starts with {WEIGHTS_SHA256_START}; "
-            f"pytorch-fid and torch-fidelity publish it), found no file at {path}"
-        )
+        raise UserError(f"inception weights: found no file at {path}, expected {WHERE_TO_GET_IT}")
     try:
         tensors = load_plain(path, legacy=True)
     except UserError as error:

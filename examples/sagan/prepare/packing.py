@@ -19,6 +19,7 @@ from PIL import features
 from tqdm import tqdm
 
 import sagan_layers
+from sagan.contents import holds_prepared_set
 from sagan.data.decoding import check_decode_options
 from sagan.data.packed_format import (
     DIGEST_BYTES,
@@ -36,7 +37,6 @@ from sagan.data.packed_format import (
     content_checksum,
     damaged_images,
     file_entry,
-    is_prepared,
     read_manifest,
     verify,
 )
@@ -98,7 +98,7 @@ def prepare(
     part_size = part_size or min(max(len(listing) // 64, 16), 1024)
     plan = _plan(listing, resolution, resample, part_size)
     staging = Staging(out)
-    if is_prepared(out):
+    if holds_prepared_set(out):
         manifest = read_manifest(out)
         _refuse_differences(manifest.source["plan"], plan, f"the prepared set in {out}", out)
         if wrong := verify(out, images=False):

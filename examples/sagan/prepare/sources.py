@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from sagan.contents import found_at, holds_prepared_set, holds_run
 from sagan.data import DatasetError, PathTable
 from sagan.data.layout import (
     UNREAD_IMAGE_EXTENSIONS,
@@ -66,6 +67,8 @@ def list_source(source: str, options: SourceOptions, *, workers: int = 1) -> Lis
         if options.kind not in ("auto", "parquet") or any(match.suffix != ".parquet" for match in matches):
             raise DatasetError(f"source: expected a pattern to match parquet files only, got {matches[0]}")
         return _with_warnings(_with_words(list_parquet(matches, source), path, options))
+    if holds_prepared_set(path) or holds_run(path):
+        raise DatasetError(f"source: expected images to pack, got {found_at(path)}")
     path = _archive_in(path, options)
     kind = _recognise(path, options.split) if options.kind == "auto" else options.kind
     if kind == "class-tars":

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from sagan.errors import UserError, shown
+from sagan.contents import found_at, is_archive_or_weights
+from sagan.errors import FailureError, UserError, shown
 from sagan.io import atomic_write, atomic_write_text, file_sha256, first_line, load_plain, open_regular
 from sagan.train.state import RunState, check_state
 
@@ -35,11 +36,17 @@ class CheckpointError(UserError):
     """A checkpoint cannot be used."""
 
 
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint cannot be written."""
+
+    exit_code = FailureError.exit_code
+
+
 def save_checkpoint(folder: Path, state: RunState, *, keep: int) -> Path:
     """Write a checkpoint and its SHA-256 digest, delete all but it and the ``keep - 1`` before it, and return its path.
 
     Raises:
-        CheckpointError: if it cannot be written, for example because the disk is full.
+        CheckpointWriteError: if it cannot be written, for example because the disk is full.
     """
     path = folder / f"iteration_{state['iteration']:09d}.pt"
     _write(path, state)
@@ -68,7 +75,7 @@ def _write(path: Path, state: RunState) -> None:
         atomic_write_text(digest, file_sha256(path) + "\n")
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         free = shutil.disk_usage(path.parent).free
-        raise CheckpointError(
+        raise CheckpointWriteError(
             f"{path} could not be written ({first_line(error)}; {free / 1e6:,.1f} MB are free there); "
             "earlier checkpoints are intact"
         ) from error
@@ -100,7 +107,7 @@ def set_aside_later(path: Path) -> None:
 def load_latest(path: Path) -> tuple[Path, RunState]:
     """Return the latest readable checkpoint at ``path``, and its contents. Unreadable ones are logged."""
     problems: list[str] = []
-    for candidate in reversed(kept_checkpoints(path)):
+    for candidate in reversed(kept_checkpoints(path, option="out")):
         try:
             state = load_checkpoint(candidate)
         except CheckpointError as error:
@@ -157,15 +164,17 @@ def _saved_digest(path: Path) -> str | None:
     return words[0].decode()
 
 
-def kept_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoints at ``path``, oldest first: itself, or those of the run in that folder, at least one."""
-    if path.is_file():
+def kept_checkpoints(path: Path, *, option: str = "source") -> list[Path]:
+    """Return the checkpoints at ``path``, oldest first: itself, or those of the run in that folder, at least one.
+
+    An error names the option that the path came from.
+    """
+    if path.is_file() and not is_archive_or_weights(path):
         return [path]
     for folder in (path / "checkpoints", path):
         if found := checkpoints_in(folder):
             return found
-    what = "a run's folder without checkpoints" if path.is_dir() else "no file or folder"
-    raise CheckpointError(f"expected a checkpoint or the folder of a run at {path}, found {what}")
+    raise CheckpointError(f"{option}: expected the folder of a run, or a checkpoint, got {found_at(path)}")
 
 
 def _digest_path(path: Path) -> Path:

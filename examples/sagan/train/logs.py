@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from sagan.errors import UserError, is_finite
+from sagan.contents import found_at
+from sagan.errors import FailureError, UserError, is_finite
 from sagan.io import atomic_write_text, open_regular
 from sagan.names import printable
 from sagan.recipes import RunConfig
@@ -51,7 +52,7 @@ class RunLog:
         """Write a row; it must have an "iteration". NaN and infinities become null.
 
         Raises:
-            UserError: if the disk is full, for example.
+            FailureError: if the disk is full, for example.
         """
         if self._file is None:
             return
@@ -60,7 +61,7 @@ class RunLog:
             self._file.write(json.dumps(plain) + "\n")
             self._file.flush()
         except OSError as error:
-            raise UserError(
+            raise FailureError(
                 f"{self._file.name} could not be written ({error}); checkpoints are intact, and --resume continues "
                 "from the latest"
             ) from error
@@ -179,7 +180,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     """Return the rows of a run, as :func:`read_rows`."""
     path = out / METRICS
     if not path.is_file():
-        raise UserError(f"expected the folder of a run with {METRICS}, found none at {path}")
+        raise UserError(f"source: expected the folder of a run with {METRICS}, got {found_at(out)}")
     return read_rows(path)
 
 
