@@ -187,3 +187,21 @@ class TestPagesInABrowser:
         }.items():
             assert any(width.strip() in line and problem in line for line in lines), problem
         assert not any("1280" in line and "PRE" in line for line in lines)
+
+    @pytest.mark.parametrize(("theme", "paper"), [("dark", style.DARK_PAPER), ("light", style.PAPER)])
+    def test_pictures_follow_the_theme_that_the_reader_chose(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theme: str, paper: str
+    ) -> None:
+        monkeypatch.syspath_prepend(ROOT / "tests" / "examples")
+        browser = importlib.import_module("browser")
+        if (program := browser.chromium()) is None:
+            pytest.skip("there is no Chromium here")
+        page = tmp_path / "page.html"
+        page.write_text(
+            f'<link rel="stylesheet" href="{(STATIC / "custom.css").as_uri()}">'
+            f'<body data-theme="{theme}" style="margin: 0"><img src="{SVGS[0].as_uri()}">'
+        )
+        with browser.open_browser(program, tmp_path / "profile") as opened:
+            opened.open(page, width=480, height=100, dark=theme == "light")  # the system has the other one
+            seen = opened.screenshot()[:, 2, 2].tolist()
+        assert seen == [int(paper[at : at + 2], 16) for at in (1, 3, 5)]
