@@ -296,12 +296,12 @@ def digits() -> RunConfig:
     """The demo: scikit-learn's 1,797 handwritten digits at 32 pixels, minutes on two CPU cores.
 
     The paper's losses, layers and TTUR with a small width and batch. For the short run: higher learning rates, faster
-    running averages, and an EMA for the samples.
+    running averages, and an EMA for the samples. BigGAN's hierarchical latents keep the samples of a class apart.
     """
     return RunConfig(
         recipe="digits",
         out=Path("runs/demo"),
-        iterations=1200,
+        iterations=2000,
         batch_size=32,
         ema_decay=0.99,
         ema_start=200,
@@ -309,6 +309,9 @@ def digits() -> RunConfig:
             resolution=32,
             base_width=16,
             latent_dim=64,
+            condition="embedding",
+            embedding_dim=32,
+            hierarchical_latents=True,
             g_attention=(16,),
             d_attention=(16,),
             bn_momentum=0.1,
@@ -317,7 +320,7 @@ def digits() -> RunConfig:
             sn_eps=1e-8,
         ),
         optimizer=OptimizerConfig(g_lr=4e-4, d_lr=1.6e-3, beta2=0.99),
-        output=OutputConfig(log_every=25, sample_every=250, checkpoint_every=500),
+        output=OutputConfig(log_every=25, sample_every=250, checkpoint_every=500, keep_checkpoints=4),
     )
 
 

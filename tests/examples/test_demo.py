@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import math
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -122,11 +123,16 @@ class TestFinishedDemo:
         verdict = finished.verdict
         assert verdict is not None
         written = json.loads((finished.config.out / "verdict.json").read_text())
-        assert written == {**vars(verdict), "share_by_class": list(verdict.share_by_class)}
-        assert len(verdict.share_by_class) == 10
+        assert written == json.loads(json.dumps(vars(verdict)))
+        assert len(verdict.share_by_class) == len(verdict.diversity_by_class) == 10
         assert 0 <= verdict.share <= 1
         # 130 samples: 13 of each digit, so the share is the plain mean.
         assert verdict.share == pytest.approx(sum(verdict.share_by_class) / 10)
+        assert verdict.diversity == pytest.approx(sum(verdict.diversity_by_class) / 10)
+        assert 0 < verdict.diversity < 0.5  # G has hardly begun
+        assert 0 <= verdict.recall < 0.5 < verdict.recall_real <= 1
+        assert 0 <= verdict.precision <= 1
+        assert 0.5 < verdict.precision_real <= 1
         assert 0 < verdict.frechet_real < verdict.frechet
         assert 0.3 < verdict.judge_accuracy <= 1
 
@@ -134,6 +140,7 @@ class TestFinishedDemo:
         rows = rows_of(finished.config.out / "quality.jsonl")
         assert [row["iteration"] for row in rows] == [0, 2, 4]
         assert all(0 <= row["share"] <= 1 and 0 < row["frechet"] < math.inf for row in rows)
+        assert all(0 < row["diversity"] < 0.5 for row in rows)
 
     def test_quality_measured_anew_after_a_crash_takes_the_place_of_what_was_there(
         self, finished: Demo, judges: list[Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -207,8 +214,27 @@ def test_an_interrupted_demo_has_no_verdict_and_resumes(
 
 @pytest.mark.parametrize(("share", "word"), [(0.9, "goal 90%: reached"), (0.899, "goal 90%: NOT reached")])
 def test_verdict_in_words_says_whether_the_goal_is_reached(share: float, word: str) -> None:
-    text = describe(Verdict(share, tuple(n / 10 for n in range(10)), 1.234, 0.056, 0.98))
+    tenths = tuple(n / 10 for n in range(10))
+    verdict = Verdict(
+        share=share,
+        share_by_class=tenths,
+        diversity=0.87,
+        diversity_by_class=tenths[::-1],
+        precision=0.81,
+        recall=0.52,
+        precision_real=0.93,
+        recall_real=0.94,
+        frechet=1.234,
+        frechet_real=0.056,
+        judge_accuracy=0.98,
+    )
+    text = describe(verdict)
     assert word in text
     assert f"{share:.1%} of {demo.VERDICT_SAMPLES} generated digits" in text
-    assert "3: 30%" in text
+    right, diversity = re.findall("By digit: (.*)", text)
+    assert "3: 30%" in right
+    assert "3: 60%" in diversity
+    assert "between two images of a digit: 87% of the real digits'" in text
+    assert "Precision 0.81 and recall 0.52" in text
+    assert "against the rest: 0.93 and 0.94" in text
     assert "features: 1.23 (a random half of the real digits: 0.06)" in text

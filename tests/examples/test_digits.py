@@ -13,7 +13,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from sagan.data import ImageFolderDataset, scan_image_tree
-from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
+from sagan.demo.digits import (
+    Judge,
+    agreement,
+    frechet_to_real,
+    spread_by_class,
+    train_judge,
+    write_digits,
+)
 
 Examples = tuple[Tensor, Tensor]  # images and labels
 
@@ -102,3 +109,13 @@ class TestJudge:
         noise = torch.randint(256, (500, 3, 32, 32), dtype=torch.uint8)
         assert frechet_to_real(judge, images) < 1e-6
         assert 1e-3 < half < 0.1 * frechet_to_real(judge, noise)
+
+    def test_spread_is_the_mean_distance_of_two_different_images_of_a_class(self, judge: Judge) -> None:
+        labels = torch.arange(10).repeat(3)
+        images = torch.zeros(30, 3, 32, 32, dtype=torch.uint8)
+        images[3] = 255  # one of the three threes is white: two of three pairs are 32 grey levels of 1 apart
+        expected = torch.zeros(10, dtype=torch.float64)
+        expected[3] = 2 / 3 * 32
+        torch.testing.assert_close(spread_by_class(images, labels), expected)
+        assert judge.real_spread.shape == (10,)
+        assert (judge.real_spread > 1).all()

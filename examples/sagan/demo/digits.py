@@ -68,11 +68,12 @@ class DigitClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained classifier in evaluation mode, and the features of the real digits."""
+    """A trained classifier in evaluation mode, and what it measures of the real digits."""
 
     classifier: DigitClassifier
     accuracy: float  # on the real digits that were not used for training
     real_features: Tensor  # of all real digits, [N, 64]
+    real_spread: Tensor  # of all real digits by class, float64 [10]; see spread_by_class
 
 
 def train_judge(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 12) -> Judge:
@@ -99,7 +100,7 @@ def train_judge(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 
     classifier.eval()
     with torch.no_grad():
         accuracy = (classifier(images[test]).argmax(1) == labels[test]).double().mean().item()
-        return Judge(classifier, accuracy, classifier.features(images))
+        return Judge(classifier, accuracy, classifier.features(images), spread_by_class(images, labels))
 
 
 @torch.no_grad()
@@ -112,6 +113,20 @@ def agreement(judge: Judge, images: Tensor, labels: Tensor) -> Tensor:
 def frechet_to_real(judge: Judge, images: Tensor) -> float:
     """Return the Frechet distance between the judge's features of these images and of all real digits."""
     return frechet_distance_of_features(judge.classifier.features(images), judge.real_features)
+
+
+def spread_by_class(images: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean Euclidean distance between two images of a class, float64 [10]; grey values from 0 to 1.
+
+    Each class has at least two of the images.
+    """
+    grey = images.double().mean(1).flatten(1) / 255
+    distances = []
+    for digit in range(10):
+        of_class = grey[labels == digit]
+        pairs = len(of_class) * (len(of_class) - 1)
+        distances.append(torch.cdist(of_class, of_class).sum() / pairs)
+    return torch.stack(distances)
 
 
 def _shifted(images: Tensor) -> Tensor:

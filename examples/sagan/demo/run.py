@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sagan.data import open_dataset
-from sagan.demo.digits import Judge, agreement, frechet_to_real, train_judge, write_digits
+from sagan.demo.digits import Judge, agreement, frechet_to_real, spread_by_class, train_judge, write_digits
+from sagan.evaluation.precision_recall import precision_and_recall
 from sagan.io import atomic_write_text
 from sagan.names import program_name
 from sagan.recipes import RunConfig
@@ -36,6 +37,12 @@ class Verdict:
 
     share: float  # of generated digits that the judge reads as their label
     share_by_class: tuple[float, ...]
+    diversity: float  # mean distance between two images of a class, as a share of that of the real digits
+    diversity_by_class: tuple[float, ...]
+    precision: float  # of the generated digits, in the judge's features
+    recall: float
+    precision_real: float  # of a random half of the real digits against the other half: what a perfect G would reach
+    recall_real: float
     frechet: float  # distance between the features of generated and of all real digits
     frechet_real: float  # between a random half of the real digits and all: what a perfect G would reach
     judge_accuracy: float  # on real digits that the judge was not trained on
@@ -86,11 +93,18 @@ def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResul
 def describe(verdict: Verdict) -> str:
     """Return the verdict in plain words."""
     passed = "reached" if verdict.share >= TARGET_SHARE else "NOT reached"
-    classes = "  ".join(f"{digit}: {share:.0%}" for digit, share in enumerate(verdict.share_by_class))
+    right, diversity = (
+        "  ".join(f"{digit}: {share:.0%}" for digit, share in enumerate(shares))
+        for shares in (verdict.share_by_class, verdict.diversity_by_class)
+    )
     return (
         f"VERDICT: the judge reads {verdict.share:.1%} of {VERDICT_SAMPLES} generated digits as their label "
         f"(goal {TARGET_SHARE:.0%}: {passed}).\n"
-        f"By digit: {classes}\n"
+        f"By digit: {right}\n"
+        f"Diversity, the distance between two images of a digit: {verdict.diversity:.0%} of the real digits'.\n"
+        f"By digit: {diversity}\n"
+        f"Precision {verdict.precision:.2f} and recall {verdict.recall:.2f} in the judge's features "
+        f"(half of the real digits against the rest: {verdict.precision_real:.2f} and {verdict.recall_real:.2f}).\n"
         f"Frechet distance to the real digits in the judge's features: {verdict.frechet:.2f} "
         f"(a random half of the real digits: {verdict.frechet_real:.2f})."
     )
@@ -106,6 +120,7 @@ def quality_curve(judge: Judge, path: Path) -> Callable[[Trainer], None]:
             "iteration": trainer.iteration,
             "share": agreement(judge, images, labels).double().mean().item(),
             "frechet": frechet_to_real(judge, images),
+            "diversity": (spread_by_class(images, labels) / judge.real_spread).mean().item(),
         }
         # A resumed run repeats the iterations since its checkpoint.
         earlier = [old for old in _read_rows(path) if old["iteration"] < trainer.iteration]
@@ -120,10 +135,21 @@ def _judge_samples(trained: TrainedGenerator, judge: Judge, real: Tensor) -> tup
     latents, labels = sample_inputs(range(VERDICT_SAMPLES), trained.config.network, seed, classes)
     images = generate(trained.generator, latents, labels, batch_size=100)
     right = agreement(judge, images, labels).double()
-    half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: len(real) // 2]
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    half, rest = order[: len(real) // 2], order[len(real) // 2 :]
+    diversity = (spread_by_class(images, labels) / judge.real_spread).tolist()
+    with torch.no_grad():
+        precision, recall = precision_and_recall(judge.real_features, judge.classifier.features(images))
+    of_real = precision_and_recall(judge.real_features[rest], judge.real_features[half])
     verdict = Verdict(
         share=right.mean().item(),
         share_by_class=tuple(right[labels == digit].mean().item() for digit in range(10)),
+        diversity=sum(diversity) / 10,
+        diversity_by_class=tuple(diversity),
+        precision=precision,
+        recall=recall,
+        precision_real=of_real[0],
+        recall_real=of_real[1],
         frechet=frechet_to_real(judge, images),
         frechet_real=frechet_to_real(judge, real[half]),
         judge_accuracy=judge.accuracy,
