@@ -301,7 +301,7 @@ def digits() -> RunConfig:
     return RunConfig(
         recipe="digits",
         out=Path("runs/demo"),
-        iterations=2000,
+        iterations=1500,
         batch_size=32,
         ema_decay=0.99,
         ema_start=200,
@@ -320,7 +320,7 @@ def digits() -> RunConfig:
             sn_eps=1e-8,
         ),
         optimizer=OptimizerConfig(g_lr=4e-4, d_lr=1.6e-3, beta2=0.99),
-        output=OutputConfig(log_every=25, sample_every=250, checkpoint_every=500, keep_checkpoints=4),
+        output=OutputConfig(log_every=25, sample_every=250, checkpoint_every=500, keep_checkpoints=3),
     )
 
 

@@ -106,7 +106,8 @@ class TestFinishedDemo:
                 )
                 == 0
             )
-        committed = {path.name for path in (Path(__file__).parents[2] / "docs" / "_static").glob("demo_*")}
+        static = Path(__file__).parents[2] / "docs" / "_static"
+        committed = {path.name for path in static.iterdir() if "demo" in path.name}
         assert {path.name for path in tmp_path.iterdir()} == committed
         for path in tmp_path.glob("*.png"):
             assert read_png(path).size(2) == 720
@@ -115,7 +116,9 @@ class TestFinishedDemo:
     def test_pictures_are_readable(self, finished: Demo) -> None:
         for name in PICTURES:
             assert min(read_png(finished.config.out / name).shape[1:]) > 300
-        assert read_png(finished.config.out / "samples.png").size(1) == 10 * 98 + 2
+        rows, columns = read_png(finished.config.out / "samples.png").shape[1:]
+        assert rows > 10 * 100 + 4  # a heading above ten rows
+        assert columns > 20 * 100 + 4
         grids = sorted(path.name for path in (finished.config.out / "samples").iterdir())
         assert grids == [f"iteration_{number:09d}.png" for number in (0, 2, 4)]
 

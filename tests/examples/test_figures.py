@@ -100,6 +100,18 @@ def generator() -> Generator:
 
 
 class TestAttentionMaps:
+    def test_headings_stand_above_their_share_of_the_columns(self, tmp_path: Path) -> None:
+        images = torch.full((4, 3, 96, 96), 7, dtype=torch.uint8)
+        for name, headings in (("bare", ()), ("left", ("one", "")), ("both", ("one", "two"))):
+            save_grid(tmp_path / f"{name}.png", images, columns=4, headings=headings)
+        bare, left, both = (read_png(tmp_path / f"{name}.png") for name in ("bare", "left", "both"))
+        top = both.size(1) - bare.size(1)
+        assert torch.equal(both[:, top:], bare)
+        middle = both.size(2) // 2
+        assert torch.equal(left[:, :top, :middle], both[:, :top, :middle])
+        assert left[:, :top, :middle].min() < 100 < left[:, :top, middle:].min()
+        assert both[:, :top, middle:].min() < 100
+
     def test_maps_are_the_weights_of_the_attention_nearest_to_the_image(self, generator: Generator) -> None:
         latents, labels = torch.randn(3, 6), torch.tensor([0, 1, 2])
         before = copy.deepcopy(generator.state_dict())

@@ -41,7 +41,9 @@ class Verdict:
     diversity_by_class: tuple[float, ...]
     precision: float  # of the generated digits, in the judge's features
     recall: float
-    precision_real: float  # of a random half of the real digits against the other half: what a perfect G would reach
+    precision_real: (
+        float  # of a random half of the real digits against the other half: what a perfect G would reach
+    )
     recall_real: float
     frechet: float  # distance between the features of generated and of all real digits
     frechet_real: float  # between a random half of the real digits and all: what a perfect G would reach
@@ -79,8 +81,13 @@ def run_demo(config: RunConfig, *, progress: bool = True) -> tuple[TrainingResul
     print("4/4  Judging the result")
     trained = load_generator(result.checkpoint, torch.device("cpu"))
     verdict, samples = _judge_samples(trained, judge, images)
+    real = [images[labels == digit][:10] for digit in range(10)]
+    beside = torch.cat([each for pair in zip(samples, real, strict=True) for each in pair])
     atomic_write_text(out / "verdict.json", json.dumps(vars(verdict), indent=2) + "\n")
-    save_grid(out / "samples.png", samples, columns=10, row_names=dataset.class_names)
+    headings = ("generated", "real: 8x8 pixels, enlarged to 32")
+    save_grid(
+        out / "samples.png", beside, columns=20, row_names=dataset.class_names, headings=headings, gap=4
+    )
     _draw_attention(trained, out / "attention_maps.png")
     finish_run(out)
     print(_indented(describe(verdict)))
@@ -129,8 +136,8 @@ def quality_curve(judge: Judge, path: Path) -> Callable[[Trainer], None]:
     return observe
 
 
-def _judge_samples(trained: TrainedGenerator, judge: Judge, real: Tensor) -> tuple[Verdict, Tensor]:
-    """Return the verdict on new samples, and ten of each digit."""
+def _judge_samples(trained: TrainedGenerator, judge: Judge, real: Tensor) -> tuple[Verdict, list[Tensor]]:
+    """Return the verdict on new samples, and the first ten of each digit."""
     seed, classes = trained.config.seed + 1, trained.labels_in_use
     latents, labels = sample_inputs(range(VERDICT_SAMPLES), trained.config.network, seed, classes)
     images = generate(trained.generator, latents, labels, batch_size=100)
@@ -154,8 +161,7 @@ def _judge_samples(trained: TrainedGenerator, judge: Judge, real: Tensor) -> tup
         frechet_real=frechet_to_real(judge, real[half]),
         judge_accuracy=judge.accuracy,
     )
-    by_class = torch.cat([images[labels == digit][:10] for digit in range(10)])
-    return verdict, by_class
+    return verdict, [images[labels == digit][:10] for digit in range(10)]
 
 
 def _draw_attention(trained: TrainedGenerator, path: Path) -> None:
@@ -168,17 +174,17 @@ def _draw_attention(trained: TrainedGenerator, path: Path) -> None:
 def _what_was_written(out: Path) -> str:
     return f"""
 Written to {out}:
-  samples.png         ten generated digits of each class
+  samples.png         ten generated digits of each class beside ten real ones, which have 8x8 pixels
   samples/            samples during training, always of the same latents;  attention/  their attention maps
   attention_maps.png  attention of chosen points
-  curves.png          losses, gamma, share with the right label, Frechet distance;  report.html  all in one page
+  curves.png          losses, gamma, share with the right label, distance, diversity;  report.html  all in one page
   verdict.json        the figures above
   metrics.jsonl       all logged numbers;  config.json  the whole configuration
   checkpoints/        weights and everything else needed to resume
 
 Next:
   {program_name()} sample --source {out} --out samples
-  {program_name()} attention-maps --source {out} --out maps.png
+  {program_name()} explore --source {out} --out explore.html
 
 To train on ImageNet, or on any folder with a folder of images for each class:
   {program_name()} train --data /path/to/imagenet --out runs/imagenet

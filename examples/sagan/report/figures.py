@@ -58,11 +58,18 @@ def save_image(path: Path, image: Tensor) -> None:
 
 
 def save_grid(
-    path: Path, images: Tensor, *, columns: int, row_names: Sequence[str] | None = None, gap: int = 2
+    path: Path,
+    images: Tensor,
+    *,
+    columns: int,
+    row_names: Sequence[str] | None = None,
+    headings: Sequence[str] = (),
+    gap: int = 2,
 ) -> None:
     """Write uint8 images [N, 3, H, W] as one PNG, row by row, with a name (of :func:`class_labels`) before each row.
 
-    Each pixel of an image below 96 pixels becomes a square of pixels.
+    Headings share the width between them, such as one above the left half and one above the right. Each pixel of an
+    image below 96 pixels becomes a square of pixels.
     """
     factor = -(-_SMALLEST // min(images.shape[2:]))
     height, width = (factor * side for side in images.shape[2:])
@@ -72,14 +79,18 @@ def save_grid(
     margin = 0
     if names:
         margin = 2 * gap + 4 + max(round(font.getlength(line)) for name in names for line in name.split("\n"))
-    sheet = Image.new("RGB", (margin + row_width, rows * (height + gap) + gap), "white")
+    top = round(1.5 * font.size) if headings else 0
+    sheet = Image.new("RGB", (margin + row_width, top + rows * (height + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
+    for number, heading in enumerate(headings):
+        left = margin + gap + number * columns // len(headings) * (width + gap)
+        draw.text((left, top / 2), drawable(heading, _LONGEST_LABEL), fill="black", font=font, anchor="lm")
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
-        place = (margin + gap + column * (width + gap), gap + row * (height + gap))
+        place = (margin + gap + column * (width + gap), top + gap + row * (height + gap))
         sheet.paste(_picture(image).resize((width, height), Image.Resampling.NEAREST), place)
     for row, name in enumerate(names):
-        middle = gap + row * (height + gap) + height / 2
+        middle = top + gap + row * (height + gap) + height / 2
         draw.text((margin - gap - 2, middle), name, fill="black", font=font, anchor="rm", align="right")
     save_picture(path, sheet)
 
