@@ -500,8 +500,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ([], "from, to: expected one of them, got none"),
-            (["--from", "studiogan", "--to", "studiogan"], "from, to: expected one of them, got both"),
+            ([], "--from, --to: expected one of them, got none"),
+            (["--from", "studiogan", "--to", "studiogan"], "--from, --to: expected one of them, got both"),
             (["--from", "biggan"], "from: expected one of .*biggan_pytorch.*; got 'biggan'"),
             (["--from", "heykeetae"], r"from: these networks .*; sagan_layers.convert.load takes its blocks"),
             (["--to", "torchgan"], "to: expected one of .*; got 'torchgan'"),
@@ -512,7 +512,7 @@ class TestCommand:
             ),
             (["--to", "studiogan"], "source: expected a run with --to, got none"),
             (["--to", "studiogan", "--source", "run", "--weights", "G"], "weights: expected none with --to"),
-            (["--to", "studiogan", "--source", "run", "--sn-eps", "1"], "sn_eps: expected none with --to"),
+            (["--to", "studiogan", "--source", "run", "--sn-eps", "1"], "--sn-eps: expected none with --to"),
             (["--from", "studiogan", "--weights", "absent.pth"], "absent.pth"),
         ],
     )
@@ -525,7 +525,7 @@ class TestCommand:
         names = tmp_path / "names.txt"
         names.write_text("ant\nbee\n")
         message = refused(*FROM, converted / "G.pth", "--class-names", names, "--out", tmp_path / "run")
-        assert f"class_names: expected 3 lines, got 2 in {names}" in message
+        assert f"--class-names: expected 3 lines, got 2 in {names}" in message
 
     def test_a_folder_in_use_is_left_alone(self, converted: Path) -> None:
         message = refused(*FROM, converted / "G.pth", "--out", converted)

@@ -947,7 +947,7 @@ class TestSpaceAndPlaces:
         monkeypatch.setattr(module, "write_all", full)
         monkeypatch.setattr(packing, "MARK_EVERY_S", 0)
         arguments = ["prepare", "--source", messy.root, "--out", out, "--resolution", 8, "--part-size", 5]
-        message = refused(*arguments, "--workers", 1)
+        message = refused(*arguments, "--workers", 1, code=1)
         assert "No space left on device" in message
         assert str(out.with_name("set.partial") / "set" / "images.npy") in message
         finished = place == "staging" or writes > 0
@@ -966,8 +966,8 @@ class TestSpaceAndPlaces:
         monkeypatch.setattr(Path, "write_bytes", full)
         monkeypatch.setattr(tarfile.TarFile, "addfile", full)
         options = ("--out", tmp_path / "made", "--layout", layout, "--classes", 2, "--images", 1)
-        message = refused("make-images", *options)
-        assert f"No space left on device: '{tmp_path / 'made'}'. Free space there, or choose ano" in message
+        message = refused("make-images", *options, code=1)
+        assert f"{tmp_path / 'made'}: No space left on device. Free space there, or choose ano" in message
 
     def test_out_may_be_the_folder_one_is_in(self, source: Path, tmp_path: Path, monkeypatch: Patch) -> None:
         (tmp_path / "here").mkdir()
@@ -1232,8 +1232,7 @@ class TestCommand:
     def test_training_refuses_unfit_sets(self, source: Path, tmp_path: Path) -> None:
         pack(source, tmp_path / "set", resolution=32, resample="box")
         train = ["train", *SMALL, "--data", tmp_path / "set", "--out", tmp_path / "run"]
-        message = r"expected images of 64x64 pixels, the set in .* has 32x32.*--resolution 64"
-        assert re.search(message, refused(*train, "--network.resolution", 64))
+        assert "--network.resolution: expected 32" in refused(*train, "--network.resolution", 64)
         succeed(*train, "--dry-run")
         config = json.loads((tmp_path / "run" / "config.json").read_text())
         assert config["images"]["resample"] == "box"  # as the set was made
@@ -1245,12 +1244,12 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--out", "x"], "source: expected --source"),
-            (["--source", "x"], "out: expected --out"),
+            (["--out", "x"], "--source: expected a path"),
+            (["--source", "x"], "--out: expected a path"),
             (["--source", "nowhere", "--out", "x"], "nothing is at nowhere"),
             (["--source", "x", "--out", "x", "--resolution", 0], "resolution: expected at least 1"),
             (["--source", "x", "--out", "x", "--workers", -1], "workers: expected at least 1, got -1"),
-            (["--source", "x", "--out", "x", "--part-size", -1], "part_size: expected at least 1, got -1"),
+            (["--source", "x", "--out", "x", "--part-size", -1], "--part-size: expected at least 1, got -1"),
         ],
     )
     def test_wrong_options_are_refused(self, arguments: list[object], message: str) -> None:
