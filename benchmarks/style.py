@@ -128,6 +128,9 @@ def save(figure: Figure, path: Path, title: str) -> None:
     text = text.replace(f'style="fill: {PAPER}"', f'class="paper" fill="{PAPER}"').replace(
         INK, "currentColor"
     )
+    # Matplotlib's names of clips are digests of floats whose last bits may differ from process to process.
+    for number, name in enumerate(dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', text))):
+        text = text.replace(name, f"clip{number}")
     head = f"<title>{escape(title)}</title>\n{STYLE_SHEET}"
     text = re.sub(r"<svg ([^>]*)>", rf'<svg role="img" \1>\n{head}', text, count=1)
     atomic_write_text(path, text)
