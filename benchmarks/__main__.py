@@ -19,6 +19,7 @@ SUITES = {
     "conditional_norm": ("--minutes", "2.5"),
     "resampling": ("--minutes", "3"),
     "data": (),
+    "memory": (),
 }
 
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = time.monotonic()
         given = ["--out", str(options.out / f"{suite}_{device}.json"), *suite_options]
         given += ["--quick"] if options.quick else []
-        if options.peer and suite not in ("resampling", "data"):
+        if options.peer and suite not in ("resampling", "data", "memory"):
             given += ["--peer", str(options.peer.resolve())]
         # A process each: what one suite tells the allocator does not reach the next.
         command = [sys.executable, "-m", f"benchmarks.bench_{suite}", *given]

@@ -18,6 +18,7 @@ from benchmarks.records import (
     table,
     values,
 )
+from benchmarks.report import Row
 
 # Attention
 
@@ -249,6 +250,30 @@ def evaluation_table() -> str:
                 if "difference" in row:
                     rows.append([f"{suite}, {case}", who, exponent(row["difference"])])
     return table(["figure", "against", "difference"], rows, left=2)
+
+
+def memory_runs() -> dict[str, dict[str, Row]]:
+    """Return the measured and the estimated memory of each run."""
+    return cases("memory", "memory of a run")
+
+
+def memory_ratios() -> list[float]:
+    """Return the estimates as shares of what was measured."""
+    return [rows["ours: estimate"]["process_ratio"] for rows in memory_runs().values()]
+
+
+def memory_table() -> str:
+    """Return estimate and measurement of each run."""
+    rows = [
+        [
+            case,
+            f"{rows['ours: estimate']['process_mib']:,.0f} MiB",
+            f"{rows['measured']['process_mib']:,.0f} MiB",
+            f"{rows['ours: estimate']['process_ratio']:.2f}",
+        ]
+        for case, rows in memory_runs().items()
+    ]
+    return table(["run", "estimate", "measured peak", "ratio"], rows)
 
 
 def intra_fid_table() -> str:

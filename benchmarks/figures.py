@@ -40,6 +40,8 @@ from benchmarks.figure_tables import (
     golden_table,
     half_table,
     intra_fid_table,
+    memory_ratios,
+    memory_table,
     norm_memory,
     norm_ratios,
     norm_table,
@@ -130,6 +132,8 @@ TEXTS: dict[str, Callable[[], str]] = {
     "data.map.cold": lambda: data_rate("random batches, cold", "numpy memory map"),
     "evaluation.table": evaluation_table,
     "evaluation.intra_fid": intra_fid_table,
+    "memory.table": memory_table,
+    "memory.ratios": lambda: span(memory_ratios(), ".2f"),
     "fuzz.table": campaigns_table,
     "golden.layers": lambda: worst(
         "test_golden.*(attention_output|outputs_and_u|conditional)", "^(y|second y)"

@@ -32,6 +32,7 @@ LIMIT_S = 300.0
 SMALL = (
     *("--network.base-width", "8", "--network.g-attention", "16", "--network.d-attention", "16"),
     *("--batch-size", "16", "--device", "cpu", "--output.log-every", "5", "--output.no-tensorboard"),
+    "--ignore-memory",
     *("--output.checkpoint-every", "3", "--output.sample-every", "1000000"),
 )
 

@@ -194,8 +194,17 @@ _COLUMNS = {
     "difference": "Relative difference to ours",
     "class_s": "Seconds a class",
     "all_classes_s": "Seconds for all classes",
+    "process_mib": "Peak memory of the process beyond the started program, MiB",
+    "process_ratio": "The same, as a share of {baseline}",
+    "estimate_s": "Seconds to estimate it",
 }
-_FORMATS = {"peak_mib": ".0f", "multiplications_share": ".2f", "value": ".6g", "difference": ".1e"}
+_FORMATS = {
+    "peak_mib": ".0f",
+    "multiplications_share": ".2f",
+    "value": ".6g",
+    "difference": ".1e",
+    "process_mib": ",.0f",
+}
 
 
 def _cell(row: Row, column: str) -> str:

@@ -21,7 +21,7 @@ from sagan.cli import main as program
 SMALL = (
     *("--device", "cpu", "--batch-size", 4, "--network.resolution", 32, "--network.base-width", 1),
     *("--network.latent-dim", 4, "--network.g-attention", 16, "--network.d-attention", 8),
-    *("--output.grid-columns", 2),
+    *("--output.grid-columns", 2, "--ignore-memory"),
 )
 
 

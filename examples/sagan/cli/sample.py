@@ -83,6 +83,8 @@ def run(command: Sample) -> int:
         check_out_file(command.out)
     trained = load_generator(command.source, pick_device(command.device), weights=command.weights)
     labels_in_use = trained.chosen_labels(command.classes)
+    if command.layout != "folders":
+        _check_picture_size(command, trained.config.network.resolution)
     if command.layout == "grid":
         return _sample_grid(command, trained, labels_in_use)
     if command.layout != "folders":
@@ -106,6 +108,17 @@ def run(command: Sample) -> int:
             written += 1
     print(f"{written} images written to {command.out} ({trained.description}, seed {command.seed})")
     return 0
+
+
+def _check_picture_size(command: Sample, resolution: int) -> None:
+    """Refuse a picture that takes much memory to make, and that other programs refuse to open."""
+    most = (Image.MAX_IMAGE_PIXELS or 2**27) // resolution**2
+    count = max(command.count, len(command.classes) * command.columns)
+    if count > most:
+        raise UserError(
+            f"layout: expected 'folders' for more than {most:,} images of {resolution} pixels, got "
+            f"{command.layout!r} for {count:,}"
+        )
 
 
 def _checked_sheet(command: Sample) -> list[float | None]:

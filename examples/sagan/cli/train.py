@@ -23,14 +23,15 @@ from sagan.evaluation.feature_networks import load_feature_network
 from sagan.evaluation.periodic import periodic_evaluation
 from sagan.names import program_name
 from sagan.networks import RESOLUTIONS, Discriminator, Generator, count_parameters
-from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, at_resolution, differences
+from sagan.recipes import DEFAULT_RECIPE, RECIPES, RunConfig, at_resolution, differences, read_config
 from sagan.report.page import finish_run
 from sagan.train.allocator import keep_freed_memory
 from sagan.train.checkpoint import checkpoints_in
 from sagan.train.loggers import check_loggers
 from sagan.train.loop import train
+from sagan.train.memory import as_begun, check_memory
 from sagan.train.output import save_config
-from sagan.train.resume import check_images, check_start, check_unused, has_started, run_lock
+from sagan.train.resume import check_images, check_start, check_unused, has_started, images_of, run_lock
 
 _RESOLUTION = "--network.resolution"
 
@@ -49,6 +50,8 @@ class Train:
         auto_resume: resume the run in --out if there is one, else start it, as restarts by torchrun do.
         accept_changes: resume even if the configuration or the images have changed.
         dry_run: print and save the resolved configuration, then stop.
+        fit_memory: if a step needs more memory than there is, split the batch into parts or checkpoint activations.
+        ignore_memory: train although a step may need more memory than there is; it is not measured.
     """
 
     required: ClassVar = {"data": "required, but for --dry-run"}
@@ -71,6 +74,12 @@ class Train:
     auto_resume: bool = False
     accept_changes: bool = False
     dry_run: bool = False
+    fit_memory: bool = False
+    ignore_memory: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fit_memory and self.ignore_memory:
+            raise UserError("fit_memory, ignore_memory: expected one at most, got both")
 
 
 def defaults(arguments: Sequence[str]) -> Train:
@@ -147,10 +156,16 @@ def _train(command: Train, world: World) -> int:
     if config.data is not None:
         dataset = open_dataset(config.data, config.network.resolution, config.images)
         config = _resolved(config, dataset)
+    has_run = bool(checkpoints_in(config.out / "checkpoints"))
+    # torchrun restarts the same command after a failure: the run has begun, even without --resume.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resume = command.resume or (has_run and (command.auto_resume or restarted))
+    if command.fit_memory and resume and has_run:
+        config = as_begun(config, read_config(config.out))
     say(describe_config(config, dataset))
     world.run_on_main(lambda: check_loggers(config.output))
-    has_run = bool(checkpoints_in(config.out / "checkpoints"))
     if command.dry_run:
+        config = _fitting(command, config, dataset, world, resumes=resume)
         if has_run or has_started(config.out):
             say(f"Not written: {config.out} already holds a run. Dry run: stopping here.")
         elif world.is_main:
@@ -158,13 +173,11 @@ def _train(command: Train, world: World) -> int:
         return 0
     assert dataset is not None
     say()
-    # torchrun restarts the same command after a failure: the run has begun, even without --resume.
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    resume = command.resume or (has_run and (command.auto_resume or restarted))
     accept_changes = command.accept_changes
-    found = check_start(config, resume=resume, accept_changes=accept_changes)
+    begun = images_of(check_start(config, resume=resume, accept_changes=accept_changes))
     if not (resume or command.auto_resume or restarted):
         check_unused(config.out)
+    config = _fitting(command, config, dataset, world, resumes=resume)
     network = None  # loaded early: a missing or wrong file fails before the images are read
     if config.evaluation.every:
         network = load_feature_network(config.evaluation, world.device, resolution=config.network.resolution)
@@ -172,7 +185,7 @@ def _train(command: Train, world: World) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.step.tf32
     check = check_dataset(dataset, config.images.check, world)
     dataset = dataset.without(check.unreadable)
-    check_images(found, dataset.fingerprint(), accept_changes=accept_changes)
+    check_images(begun, dataset.fingerprint(), accept_changes=accept_changes)
     if world.is_main:
         print(f"Written: {save_config(config)}, all values; {check.save(config.out)}, all about the images\n")
     dataset = dataset.in_memory(config.images.cache_mib, progress=world.is_main)
@@ -193,6 +206,17 @@ def _train(command: Train, world: World) -> int:
         f"Done: {result.iteration} iterations. Checkpoint {result.checkpoint}, grids in {config.out / 'samples'}."
     )
     return 0
+
+
+def _fitting(
+    command: Train, config: RunConfig, dataset: ImageDataset | None, world: World, *, resumes: bool
+) -> RunConfig:
+    """Return the configuration, with ``--fit-memory`` one whose step fits into memory."""
+    if command.ignore_memory:
+        return config
+    return check_memory(
+        config, dataset, world, fit=command.fit_memory, refuse=not command.dry_run, resumes=resumes
+    )
 
 
 def describe_config(config: RunConfig, dataset: ImageDataset | None) -> str:

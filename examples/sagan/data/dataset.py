@@ -86,6 +86,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]], abc.ABC):
         """Return this set with its images decoded in memory, if that saves work and they fit into `cache_mib`."""
         return self
 
+    def cache_bytes(self, cache_mib: float) -> int:
+        """Return how many bytes `in_memory` takes for the images."""
+        return 0
+
     def for_evaluation(self) -> ImageDataset:
         """Return this set with its images decoded in full and not cached: an evaluation reads each image once."""
         return self

@@ -89,7 +89,7 @@ class ImageFolderDataset(ImageDataset):
         self._drawn = 0
         self._replaced: set[int] = set()  # among those drawn
         self._cache: Tensor | None = None
-        if len(self) * 3 * resolution**2 <= cache_mib * 2**20:
+        if self.cache_bytes(cache_mib):
             self._fill_cache(progress)
 
     @property
@@ -137,6 +137,10 @@ class ImageFolderDataset(ImageDataset):
 
     def in_memory(self, cache_mib: float, *, progress: bool = False) -> ImageFolderDataset:
         return self._changed(cache_mib=cache_mib, progress=progress)
+
+    def cache_bytes(self, cache_mib: float) -> int:
+        all_images = len(self) * 3 * self.resolution**2
+        return all_images if all_images <= cache_mib * 2**20 else 0
 
     def for_evaluation(self) -> ImageFolderDataset:
         return self._changed(draft=False)

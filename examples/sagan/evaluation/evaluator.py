@@ -6,6 +6,8 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,7 @@ from sagan.errors import UserError
 from sagan.evaluation import results
 from sagan.evaluation.config import EvaluationConfig
 from sagan.evaluation.extraction import FeatureBlock, extract_features
+from sagan.evaluation.feature_file import FeatureFile
 from sagan.evaluation.feature_networks import FeatureNetwork, deterministic_float32, load_feature_network
 from sagan.evaluation.fid import Moments, frechet_distance_of_features, frechet_distance_of_moments
 from sagan.evaluation.inception_score import SPLITS, InceptionScore, splits_in_order
@@ -99,7 +102,7 @@ class Evaluator:
                 f"real images: expected images of {resolution} pixels as the generator's, got {found}"
             )
         classes, skipped_classes = self._intra_fid_classes(generator, labels_in_use)
-        generated = _GeneratedFeatures(self._config, self._network)
+        generated = _GeneratedFeatures(self._config, self._network, self._cache)
         with deterministic_float32():
             extract_features(
                 generated_blocks(generator, self._config, self._world, labels_in_use),
@@ -164,7 +167,7 @@ class Evaluator:
                 assert generated.inception_score is not None
                 figures.append(("is", *generated.inception_score.result()))
             elif metric == "kid":
-                kid = kernel_inception_distance(real.sample.to(device), generated.features.to(device))
+                kid = kernel_inception_distance(real.sample, generated.features, device=device)
                 figures.append(("kid", *kid))
             elif metric == "intra-fid":
                 places = {label: place for place, label in enumerate(labels_in_use.tolist())}
@@ -177,8 +180,8 @@ class Evaluator:
                 ]
                 figures.append(("intra-fid", sum(by_class) / len(by_class), None))
             else:
-                real_sample = real.sample[: len(generated.features)]
-                both = precision_and_recall(real_sample.to(device), generated.features.to(device))
+                real_sample = real.sample.head(len(generated.features))
+                both = precision_and_recall(real_sample, generated.features, device=device)
                 figures += [("precision", both[0], None), ("recall", both[1], None)]
         return {"figures": figures, "by_class": by_class, "checksum": generated.checksum.hexdigest()}
 
@@ -210,22 +213,27 @@ class Evaluator:
 
 
 class _GeneratedFeatures:
-    """What the metrics need of the generated images."""
+    """What the metrics need of the generated images; their features are in a file in ``folder``."""
 
-    def __init__(self, config: EvaluationConfig, network: FeatureNetwork) -> None:
+    def __init__(self, config: EvaluationConfig, network: FeatureNetwork, folder: Path) -> None:
         metrics, self._count = config.chosen_metrics, config.num_samples
         device = network.float64_device
         self.moments = Moments.empty(network.num_features, device) if "fid" in metrics else None
         self.inception_score = InceptionScore(network.num_logits, device=device) if "is" in metrics else None
-        needs_features = bool({"kid", "intra-fid", "pr"} & set(metrics))
-        self.features = torch.empty(self._count if needs_features else 0, network.num_features)
+        self._needs_features = bool({"kid", "intra-fid", "pr"} & set(metrics))
+        self._num_features, self._folder = network.num_features, folder
         self.checksum = hashlib.sha256()
+
+    @cached_property
+    def features(self) -> FeatureFile:
+        """The features of all images, on rank 0."""
+        return FeatureFile.temporary(self._count, self._num_features, self._folder)
 
     def add(self, block: FeatureBlock) -> None:
         if self.moments is not None:
             self.moments.add(block.features)
         if self.inception_score is not None:
             self.inception_score.add(block.logits, splits_in_order(block.start, block.stop, self._count))
-        if len(self.features):
-            self.features[block.start : block.stop] = block.features
+        if self._needs_features:
+            self.features.write(block.start, block.features)
         self.checksum.update(block.digests)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sagan.errors import check_finite
+from sagan.evaluation.feature_file import Features, check_finite_features
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
 
 
 def kernel_inception_distance(
-    features_a: Tensor,
-    features_b: Tensor,
+    features_a: Features,
+    features_b: Features,
     *,
     subsets: int = SUBSETS,
     subset_size: int = SUBSET_SIZE,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> tuple[float, float]:
     r"""Return mean and standard deviation over random subsets of the squared MMD with kernel :math:`(x^T y/d + 1)^3`.
 
@@ -28,6 +29,7 @@ def kernel_inception_distance(
         subsets: number of pairs of subsets.
         subset_size: samples in a subset, drawn without replacement; fewer if a set is smaller.
         seed: seed of the subsets.
+        device: where to compute; by default where the features are.
 
     Raises:
         ValueError: if there are fewer than two samples in a set, or a value is NaN or infinite.
@@ -38,18 +40,22 @@ def kernel_inception_distance(
     size = min(subset_size, len(features_a), len(features_b))
     if size < 2:
         raise ValueError(f"kernel inception distance: expected at least 2 samples in each set, got {size}")
-    check_finite("features_a", features_a)
-    check_finite("features_b", features_b)
+    check_finite_features("features_a", features_a)
+    check_finite_features("features_b", features_b)
     draws = torch.Generator().manual_seed(seed)  # on the CPU: the same subsets on every device
     distances = []
     for _ in range(subsets):
         a, b = (
-            features[torch.randperm(len(features), generator=draws)[:size].to(features.device)].double()
+            _to(device, features[torch.randperm(len(features), generator=draws)[:size]]).double()
             for features in (features_a, features_b)
         )
         distances.append(_squared_mmd(a, b))
     values = torch.stack(distances)
     return float(values.mean()), float(values.std(correction=0))
+
+
+def _to(device: torch.device | None, features: Tensor) -> Tensor:
+    return features if device is None else features.to(device)
 
 
 def _squared_mmd(a: Tensor, b: Tensor) -> Tensor:

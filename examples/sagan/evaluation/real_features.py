@@ -10,6 +10,7 @@ import os
 import shutil
 import zipfile
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from sagan.data import ImageDataset
 from sagan.distributed import World
-from sagan.errors import UserError, check_finite
+from sagan.errors import UserError
 from sagan.evaluation.extraction import FeatureBlock, dataset_blocks, extract_features
+from sagan.evaluation.feature_file import FeatureFile, check_finite_features
 from sagan.evaluation.feature_networks import FeatureNetwork
 from sagan.evaluation.fid import Moments, frechet_distance_of_moments
 from sagan.evaluation.inception_score import SPLITS, InceptionScore
@@ -64,7 +66,7 @@ class RealFeatures:
     """Features of the real images, on rank 0."""
 
     moments: Moments  # of all features
-    sample: Tensor  # features of up to 50,000 images in random order, [M, d], float32
+    sample: FeatureFile  # features of up to 50,000 images in random order, [M, d]
     labels: Tensor  # of all images, int64 [N]
     features: (
         npt.NDArray[np.float32] | None
@@ -167,9 +169,8 @@ def _read(folder: Path, facts: RealFacts, labels: Tensor, all_features: bool) ->
     try:
         with np.load(folder / _STATISTICS, allow_pickle=False) as arrays:
             # Cloned for torch's alignment in memory, on which BLAS's last bits depend.
-            mean, products, sample = (
-                torch.from_numpy(arrays[name]).clone() for name in ("mean", "products", "sample")
-            )
+            mean, products = (torch.from_numpy(arrays[name]).clone() for name in ("mean", "products"))
+        sample = FeatureFile.in_archive(folder / _STATISTICS, "sample")
         width = len(mean)
         for name, values, shape in (
             ("mean", mean, (width,)),
@@ -178,7 +179,7 @@ def _read(folder: Path, facts: RealFacts, labels: Tensor, all_features: bool) ->
         ):
             if values.shape != shape:
                 raise ValueError(f"{name}: expected {list(shape)}, got {list(values.shape)}")
-            check_finite(name, values)
+            check_finite_features(name, values)
         features = np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False) if all_features else None
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise RealFeaturesError(
@@ -197,7 +198,7 @@ class _Accumulator:
         self._places = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         device = network.float64_device
         self._halves = [Moments.empty(network.num_features, device) for _ in range(2)]
-        self._sample = torch.empty(min(count, SAMPLE_SIZE), network.num_features)
+        self._num_features = network.num_features
         self._score = InceptionScore(network.num_logits, device=device) if network.num_logits else None
         self._checksum = hashlib.sha256()
         self._features = partial / _FEATURES if all_features else None
@@ -207,12 +208,18 @@ class _Accumulator:
             with naming(self._features), self._features.open("wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
 
+    @cached_property
+    def _sample(self) -> FeatureFile:
+        """Features in the random order, in a file on rank 0."""
+        return FeatureFile.temporary(min(self._count, SAMPLE_SIZE), self._num_features, self._partial.parent)
+
     def add(self, block: FeatureBlock) -> None:
         places = self._places[block.start : block.stop]
         for number, half in enumerate(self._halves):
             half.add(block.features[places % 2 == number])
-        in_sample = places < len(self._sample)
-        self._sample[places[in_sample]] = block.features[in_sample]
+        for place, features in zip(places.tolist(), block.features, strict=True):
+            if place < len(self._sample):
+                self._sample.write(place, features)
         if self._score is not None:
             self._score.add(block.logits, places * SPLITS // self._count)
         if self._features is not None:
@@ -242,8 +249,8 @@ class _Accumulator:
                 self._partial / _STATISTICS,
                 mean=one.mean.numpy(force=True),
                 products=one.products.numpy(force=True),
-                sample=self._sample.numpy(),
             )
+            self._sample.append_to(self._partial / _STATISTICS, "sample")
         files = [_STATISTICS]
         if self._features is not None:
             files.append(_FEATURES)

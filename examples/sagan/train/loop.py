@@ -21,7 +21,7 @@ from sagan.train.health import CollapseAlarm, TrainingError
 from sagan.train.loggers import Logger, open_loggers
 from sagan.train.logs import Console, RunLog, Throughput
 from sagan.train.output import RunOutput, Score
-from sagan.train.resume import check_images, check_start, run_lock
+from sagan.train.resume import check_images, check_start, images_of, run_lock
 from sagan.train.update import Trainer
 
 Evaluate = Callable[[Trainer], Score]
@@ -88,13 +88,14 @@ def train(
     with contextlib.ExitStack() as stack:
         world.run_on_main(lambda: stack.enter_context(run_lock(config.out, resume=resume)))
         saved = check_start(config, resume=resume, accept_changes=accept_changes)
-        check_images(saved, dataset.fingerprint(), accept_changes=accept_changes)
+        check_images(images_of(saved), dataset.fingerprint(), accept_changes=accept_changes)
 
         trainer = Trainer(config, torch.unique(dataset.labels), world)
         alarm = CollapseAlarm(config.health)
         output = RunOutput(trainer, alarm, dataset)
         if saved is not None:
             output.restore(saved)
+        del saved  # its weights: the trainer has copies
         if world.is_main:
             output.begin()
 

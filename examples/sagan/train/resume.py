@@ -72,10 +72,15 @@ def check_start(config: RunConfig, *, resume: bool, accept_changes: bool = False
     return path, state
 
 
-def check_images(saved: Saved | None, fingerprint: str, *, accept_changes: bool = False) -> None:
+def images_of(saved: Saved | None) -> tuple[Path, str] | None:
+    """Return a checkpoint's path and the fingerprint of its images, without its weights."""
+    return None if saved is None else (saved[0], saved[1]["fingerprint"])
+
+
+def check_images(begun: tuple[Path, str] | None, fingerprint: str, *, accept_changes: bool = False) -> None:
     """Raise :class:`CheckpointError` if the run to resume was made with other images, unless that is accepted."""
-    if saved is not None and saved[1]["fingerprint"] != fingerprint and not accept_changes:
-        raise CheckpointError(f"the run of {saved[0]} was made with other images than those found now")
+    if begun is not None and begun[1] != fingerprint and not accept_changes:
+        raise CheckpointError(f"the run of {begun[0]} was made with other images than those found now")
 
 
 def has_started(out: Path) -> bool:
