@@ -270,6 +270,7 @@ class TestFitMemory:
     ) -> None:
         machine(500)
         data = ("train", "--data", image_folder, *CHECKED, "--batch-size", 16, "--images.cache-mib", 0)
+        data += ("--images.workers", 0, "--output.log-every", 1, "--output.sample-every", 1)
         printed = succeed(*data, "--out", tmp_path / "fit", "--iterations", 1, "--fit-memory")
         assert "Chosen to fit: --accumulation 4, with which a step takes" in printed
         assert read_config(tmp_path / "fit").accumulation == 4
