@@ -1,4 +1,4 @@
-"""The memory of evaluate and prepare does not grow with the images, or only by a small record of each."""
+"""What commands keep of each image: features in a file, a small record in memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import python, refused
 from image_trees import jpeg_bytes
+
+from sagan.evaluation.feature_file import FeatureFile
+from sagan.evaluation.kid import kernel_inception_distance
+from sagan.evaluation.precision_recall import precision_and_recall
 
 PEAK = """
 import re, sys
@@ -18,46 +23,6 @@ torch.set_num_threads(1)
 
 def peak_kib():
     return int(re.search(r"^VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text(), re.M)[1])
-"""
-
-# Features of 2 KiB an image, whose float64 copies would be 4 KiB more.
-EVALUATE = """
-from torch import nn
-from sagan.data import ImageDataset
-from sagan.distributed import World
-from sagan.evaluation.config import EvaluationConfig
-from sagan.evaluation.evaluator import Evaluator
-from sagan.evaluation.feature_networks import FeatureNetwork
-from sagan.evaluation.real_images import RealImages
-from sagan.networks import Generator, NetworkConfig
-
-class Pixels(nn.Module):
-    def forward(self, images):
-        return images.flatten(1)[:, :512].float()
-
-class Drawn(ImageDataset):
-    class_names, resolution, cached = ("a",), 32, True
-    def __init__(self, count):
-        self.labels, self.failures = torch.zeros(count, dtype=torch.int64), []
-    def fetch(self, indices):
-        draws = torch.Generator().manual_seed(indices[0])
-        shape = (len(indices), 3, 32, 32)
-        return torch.randint(256, shape, dtype=torch.uint8, generator=draws), self.labels[list(indices)]
-    def fingerprint(self):
-        return str(len(self))
-    def check(self, *_, **__):
-        raise NotImplementedError
-
-cpu = torch.device("cpu")
-network = FeatureNetwork(Pixels(), "pixels", digest="5" * 64, resize="none", device=cpu, resolution=32)
-generator = Generator(
-    NetworkConfig(32, base_width=1, num_classes=0, latent_dim=4, g_attention=(), d_attention=())
-).eval()
-for count in map(int, sys.argv[2:]):
-    config = EvaluationConfig(metrics=("kid", "pr"), count=count, cache=Path(sys.argv[1]))
-    evaluator = Evaluator(config, RealImages(Drawn(count), "train"), World(0, 1, cpu), network=network)
-    evaluator.evaluate(generator, torch.tensor([0]), weights="raw")
-    print(peak_kib())
 """
 
 PREPARE = """
@@ -82,8 +47,20 @@ def growth_kib(program: str, *arguments: object) -> int:
     return second - first
 
 
-def test_evaluate_keeps_no_features_in_memory(tmp_path: Path) -> None:
-    assert growth_kib(EVALUATE, tmp_path, 1100, 3300) < 8 * 1024  # one set of features alone has 4.4 MiB more
+def test_features_in_a_file_give_the_figures_of_those_in_memory(tmp_path: Path) -> None:
+    draws = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(count, 24, generator=draws).abs() for count in (1500, 1300)]
+    files = []
+    for tensor in tensors:
+        files.append(FeatureFile.temporary(*tensor.shape, tmp_path))
+        for start in range(0, len(tensor), 50):
+            files[-1].write(start, tensor[start : start + 50])
+    assert torch.equal(files[0][5::7], tensors[0][5::7])
+    assert kernel_inception_distance(*files, subsets=5) == kernel_inception_distance(*tensors, subsets=5)
+    assert precision_and_recall(*files) == precision_and_recall(*tensors)
+    assert precision_and_recall(files[0].head(700), files[1]) == precision_and_recall(
+        tensors[0][:700], tensors[1]
+    )
 
 
 def test_prepare_keeps_a_small_record_of_each_image(tmp_path: Path) -> None:
