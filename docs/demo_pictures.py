@@ -95,6 +95,22 @@ def samples(run: Path, trained: TrainedGenerator, path: Path) -> None:
     save(sheet(rows, 10), path, colours=32)
 
 
+def strip(run: Path, trained: TrainedGenerator, path: Path) -> None:
+    """One row: the first real image of every second digit, and the first generated one."""
+    digits = range(0, 10, 2)
+    latents, labels = sample_inputs(
+        range(80), trained.config.network, trained.config.seed + 1
+    )
+    generated = generate(trained.generator, latents, labels, batch_size=80)
+    first = [labels.tolist().index(digit) for digit in digits]
+    real = [real_digits(run, digit, 1)[0] for digit in digits]
+    row: Row = (
+        ("real: 8×8, enlarged", "generated"),
+        real + pictures(generated[first]),
+    )
+    save(sheet([row], 10), path, colours=32)
+
+
 def attention(run: Path, trained: TrainedGenerator, path: Path) -> None:
     """Real digits, generated ones with a point on the stroke of each, and where attention looks from it."""
     digits = (0, 2, 3, 5, 6, 8)
@@ -219,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     trained = load_generator(options.run, torch.device("cpu"))
     samples(options.run, trained, options.out / "demo_samples.png")
+    strip(options.run, trained, options.out / "demo_strip.png")
     attention(options.run, trained, options.out / "demo_attention.png")
     curves(options.run, options.out / "demo_curves.svg")
     with Image.open(options.run / "attention_maps.png") as maps:
