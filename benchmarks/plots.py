@@ -48,10 +48,7 @@ def draw(path: Path, title: str, panels: Sequence[Dots | Lines], note: str = "")
         panels: what to draw; one legend serves them all.
         note: below the panels: where and how it was measured.
     """
-    heights = [
-        72 + (26 * len(panel.rows) if isinstance(panel, Dots) else 190 if panel.log else 100)
-        for panel in panels
-    ]
+    heights = [72 + _height(panel) for panel in panels]
     names = list(dict.fromkeys(name for panel in panels for name in _contenders(panel)))
     labelled = not all(
         isinstance(panel, Dots) and panel.numbers and _is_named_by_rows(panel) for panel in panels

@@ -11,8 +11,8 @@ from sphinx import addnodes
 import sagan_layers
 from sagan_layers import convert, functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import diagrams
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import diagrams
 
 project = "sagan-layers"
 author = "sagan-layers contributors"

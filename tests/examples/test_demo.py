@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import math
@@ -19,6 +18,7 @@ from command_line import read_png
 from torch import Tensor
 from training_runs import changed
 
+from benchmarks import demo_pictures
 from sagan.demo import run as demo
 from sagan.demo.digits import Judge, train_judge
 from sagan.demo.run import Verdict, describe, run_demo
@@ -95,17 +95,9 @@ class TestFinishedDemo:
         there = {path.name for path in finished.config.out.iterdir()}
         assert there - set(names) == {"digits", "preflight.json", "quality.jsonl"}
 
-    def test_the_documentations_pictures_are_made_of_it(
-        self, finished: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.syspath_prepend(Path(__file__).parents[2] / "docs")
+    def test_the_documentations_pictures_are_made_of_it(self, finished: Demo, tmp_path: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            assert (
-                importlib.import_module("demo_pictures").main(
-                    [str(finished.config.out), "--out", str(tmp_path)]
-                )
-                == 0
-            )
+            assert demo_pictures.main([str(finished.config.out), "--out", str(tmp_path)]) == 0
         static = Path(__file__).parents[2] / "docs" / "_static"
         committed = {path.name for path in static.iterdir() if "demo" in path.name}
         assert {path.name for path in tmp_path.iterdir()} == committed

@@ -254,8 +254,8 @@ class TestRuns:
         [
             (["--count", 0], "count: expected at least 1, got 0"),
             (["--real", -1], "real: expected at least 0, got -1"),
-            (["--max-mib", 0], "max_mib: expected more than 0, got 0"),
-            (["--max-mib", "nan"], "max_mib: expected more than 0, got nan"),
+            (["--max-mib", 0], "max-mib: expected more than 0, got 0"),
+            (["--max-mib", "nan"], "max-mib: expected more than 0, got nan"),
             (["--out", "page.png"], "out: expected a file that ends in .html, got page.png"),
             (["--classes", "tench"], "classes: expected a class's name or a label from 0 to 2, got 'tench'"),
         ],

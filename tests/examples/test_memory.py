@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -303,6 +304,20 @@ def test_the_check_changes_no_result(
         assert main(*command) == 0
         assert ("Memory: a step needs" in capsys.readouterr().out) == (out == "with")
     assert_same_run(tmp_path / "with", tmp_path / "without")
+
+
+@pytest.mark.parametrize(("device", "fits"), [("cpu", False), ("cuda", True)])
+def test_images_in_the_machines_memory_take_none_of_the_gpus(
+    device: str,
+    fits: bool,
+    tiny_config: RunConfig,
+    machine: Callable[[int | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(8000)
+    monkeypatch.setattr(memory, "image_bytes", lambda *_: 9000 * MIB)
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="a step needs 9"):
+        check_memory(tiny_config, None, World(0, 1, torch.device(device)))
 
 
 def fit_on_two(world: World) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sagan.data import open_dataset
-from sagan.errors import UserError, listed
+from sagan.errors import UserError, check_at_least, listed
 from sagan.explore.attention import AttentionLayer, attention_layers, attention_maps, gamma_of, quantized
 from sagan.io import tensor_bytes
 from sagan.names import in_html, printable
@@ -44,14 +44,14 @@ class PageOptions:
     """What a page shows.
 
     Attributes:
-        classes: names or labels; by default all, or 20 of them.
-        count: generated samples of each class.
-        real: real images of each class, which D looks at.
-        iterations: those of checkpoints; by default all, or 5 of them.
-        seed: seed of the samples.
-        weights: of G, as for :func:`sagan.sampling.load_generator`.
-        max_mib: the most that the page may take; maps are of as many points as fit.
-        compress: whether maps are compressed.
+        classes: labels (numbers from 0) or names of the classes; by default all, or 20 of them.
+        count: samples of each class.
+        real: real images of each class, of those that the run was trained on; D looks at them.
+        iterations: iterations whose checkpoints to show; by default all that the run kept, or 5 of them.
+        seed: seed of the set of samples.
+        weights: G's moving average ("ema"), current weights ("raw"), or the average if there is one ("auto").
+        max_mib: the most that the page may take; there are maps of as many points as fit.
+        compress: compress the maps, for browsers since 2023; without, the page is larger.
     """
 
     classes: tuple[str, ...] = ()
@@ -62,6 +62,12 @@ class PageOptions:
     weights: Weights = "auto"
     max_mib: float = 20.0
     compress: bool = True
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "count")
+        check_at_least(self, 0, "real")
+        if not self.max_mib > 0:
+            raise UserError(f"max_mib: expected more than 0, got {self.max_mib}")
 
 
 @dataclass(frozen=True)

@@ -322,7 +322,9 @@ def check_memory(
     # Of the process that can take the least; what is not known does not count.
     found = available_bytes(world.device)
     least = -world.max_over_ranks(-(_UNKNOWN if found is None else found))
-    images = -world.max_over_ranks(-image_bytes(config, dataset, world.world_size))
+    # Images wait in the machine's memory, not in a GPU's.
+    held = image_bytes(config, dataset, world.world_size) if world.device.type == "cpu" else 0
+    images = world.max_over_ranks(held)
     counted = config
     if config.network.num_classes is None:
         counted = replace(config, network=replace(config.network, num_classes=_ASSUMED_CLASSES))

@@ -1,30 +1,15 @@
-"""The diagrams of the pages, as SVG. Building the documentation draws them; ``python docs/diagrams.py`` does, too."""
+"""The diagrams of the pages, as SVG: ``python -m benchmarks.diagrams``. Building the documentation draws them, too."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from benchmarks.style import (  # noqa: E402
-    GREEN,
-    GREY,
-    OURS,
-    PAPER,
-    PURPLE,
-    SMALL,
-    STYLE_SHEET,
-    TEXT,
-    VERMILLION,
-    WIDTH,
-)
+from benchmarks.report import ROOT
+from benchmarks.style import GREEN, GREY, OURS, PAPER, PURPLE, SMALL, STYLE_SHEET, TEXT, VERMILLION, WIDTH
 
 FOLDER = ROOT / "docs" / "_static" / "diagrams"
 LINE = 19  # pixels from one line of text to the next
@@ -128,64 +113,29 @@ class Drawing:
             )
         return Box(x, y, width, height)
 
-    def arrow(
-        self, *points: Point, dashed: bool = False, color: str = "currentColor"
-    ) -> None:
+    def arrow(self, *points: Point, dashed: bool = False) -> None:
         """Draw an arrow along points."""
-        path = " ".join(
-            f"{'L' if number else 'M'}{x:g} {y:g}"
-            for number, (x, y) in enumerate(points)
-        )
+        path = " ".join(f"{'L' if number else 'M'}{x:g} {y:g}" for number, (x, y) in enumerate(points))
         dashes = ' stroke-dasharray="5 4"' if dashed else ""
         self._parts.append(
-            f'<path d="{path}" fill="none" stroke="{color}" stroke-width="1.4"{dashes} marker-end="url(#tip)"/>'
+            f'<path d="{path}" fill="none" stroke="currentColor" stroke-width="1.4"{dashes} marker-end="url(#tip)"/>'
         )
 
     def line(
-        self,
-        points: Iterable[Point],
-        *,
-        color: str = "currentColor",
-        width: float = 1.4,
-        dashes: str = "",
+        self, points: Iterable[Point], *, color: str = "currentColor", width: float = 1.4, dashes: str = ""
     ) -> None:
         """Draw a line along points."""
-        path = " ".join(
-            f"{'L' if number else 'M'}{x:.1f} {y:.1f}"
-            for number, (x, y) in enumerate(points)
-        )
+        path = " ".join(f"{'L' if number else 'M'}{x:.1f} {y:.1f}" for number, (x, y) in enumerate(points))
         dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
         self._parts.append(
             f'<path d="{path}" fill="none" stroke="{color}" stroke-width="{width:g}"{dashed}/>'
         )
 
-    def area(
-        self,
-        x: float,
-        y: float,
-        width: float,
-        height: float,
-        color: str,
-        opacity: float = 0.35,
-    ) -> None:
+    def area(self, x: float, y: float, width: float, height: float, color: str) -> None:
         """Fill a rectangle."""
         self._parts.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{color}" '
-            f'fill-opacity="{opacity:g}"/>'
+            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{color}" fill-opacity="0.35"/>'
         )
-
-    def grid(self, x: float, y: float, columns: int, rows: int, cell: float) -> Box:
-        """Draw squares."""
-        for column in range(columns + 1):
-            self.line(
-                [(x + column * cell, y), (x + column * cell, y + rows * cell)],
-                width=0.8,
-            )
-        for row in range(rows + 1):
-            self.line(
-                [(x, y + row * cell), (x + columns * cell, y + row * cell)], width=0.8
-            )
-        return Box(x, y, columns * cell, rows * cell)
 
     def __str__(self) -> str:
         return "\n".join([*self._parts, "</svg>"]) + "\n"
@@ -194,8 +144,7 @@ class Drawing:
 def self_attention() -> Drawing:
     """The block, with shapes."""
     d = Drawing(
-        622,
-        "SelfAttention2d: three 1x1 convolutions of x; keys and values are pooled; y = x + gamma out",
+        622, "SelfAttention2d: three 1x1 convolutions of x; keys and values are pooled; y = x + gamma out"
     )
     x = d.box(125, 8, 220, "x", "[N, C, H, W]")
     query = d.box(4, 104, 144, "query", "1×1 conv", "C → C/8")
@@ -207,23 +156,15 @@ def self_attention() -> Drawing:
     value_pool = d.box(322, 200, 144, "max-pool 2×2")
     d.arrow(key.bottom, key_pool.top)
     d.arrow(value.bottom, value_pool.top)
-    for pool, text in (
-        (query, "[N, L, C/8]"),
-        (key_pool, "[N, S, C/8]"),
-        (value_pool, "[N, S, C/2]"),
-    ):
+    for pool, text in ((query, "[N, L, C/8]"), (key_pool, "[N, S, C/8]"), (value_pool, "[N, S, C/2]")):
         d.text(pool.bottom[0] + 8, 262, text, anchor="start", size=SMALL)
-    weights = d.box(
-        4, 288, 303, "softmax(query · keyᵀ)", "over the S keys, no 1/√d", color=OURS
-    )
+    weights = d.box(4, 288, 303, "softmax(query · keyᵀ)", "over the S keys, no 1/√d", color=OURS)
     d.arrow(query.bottom, (query.bottom[0], weights.y))
     d.arrow(key_pool.bottom, (key_pool.bottom[0], weights.y))
     product = d.box(84, 384, 304, "weights · value", "[N, L, C/2]", color=OURS)
     d.arrow(weights.bottom, (weights.bottom[0], product.y))
     d.text(164, 362, "[N, L, S]", anchor="start", size=SMALL)
-    d.arrow(
-        value_pool.bottom, (value_pool.bottom[0], 362), (350, 362), (350, product.y)
-    )
+    d.arrow(value_pool.bottom, (value_pool.bottom[0], 362), (350, 362), (350, product.y))
     out = d.box(125, 464, 220, "out", "1×1 conv, C/2 → C")
     d.arrow(product.bottom, out.top)
     result = d.box(125, 552, 220, "y = x + γ · out", "[N, C, H, W]")
@@ -236,10 +177,7 @@ def self_attention() -> Drawing:
 
 def attention_blocks() -> Drawing:
     """One block of queries at a time."""
-    d = Drawing(
-        392,
-        "Attention by blocks of queries: only the weights of one block are in memory",
-    )
+    d = Drawing(392, "Attention by blocks of queries: only the weights of one block are in memory")
     d.text(8, 18, "One block of queries at a time", anchor="start", bold=True)
     left, top, width, height, rows = 120, 92, 150, 220, 44
     y = top + 88
@@ -263,11 +201,7 @@ def attention_blocks() -> Drawing:
     d.arrow((left + width, y + 22), (306, y + 22))
     d.arrow((356, y + 22), (408, y + 22))
     d.text(
-        8,
-        372,
-        "Backward computes a block's weights again, unless they are few.",
-        anchor="start",
-        size=SMALL,
+        8, 372, "Backward computes a block's weights again, unless they are few.", anchor="start", size=SMALL
     )
     return d
 
@@ -275,8 +209,7 @@ def attention_blocks() -> Drawing:
 def spectral_norm() -> Drawing:
     """The power iteration, and when u and v are stored."""
     d = Drawing(
-        512,
-        "A power iteration from the stored u gives v, u and sigma; the weight is divided by sigma",
+        512, "A power iteration from the stored u gives v, u and sigma; the weight is divided by sigma"
     )
     stored = d.box(8, 16, 130, "u", "stored")
     v = d.box(186, 16, 130, "v", "Wᵀu / ‖Wᵀu‖", color=OURS)
@@ -306,39 +239,23 @@ def spectral_norm() -> Drawing:
         d.line([(8, y - 17), (472, y - 17)], width=0.6)
         d.text(8, y, name, anchor="start")
         for x, answer in ((292, iterates), (418, stores)):
-            d.text(
-                x,
-                y,
-                answer,
-                bold=answer == "yes",
-                color=GREEN if answer == "yes" else "currentColor",
-            )
+            d.text(x, y, answer, bold=answer == "yes", color=GREEN if answer == "yes" else "currentColor")
     d.text(8, 442, "iterate_when_frozen=False", anchor="start")
-    d.text(
-        8,
-        484,
-        "Autograd takes u and v as constants: ∂σ/∂W = u vᵀ.",
-        anchor="start",
-        size=SMALL,
-    )
+    d.text(8, 484, "Autograd takes u and v as constants: ∂σ/∂W = u vᵀ.", anchor="start", size=SMALL)
     return d
 
 
 def resampling() -> Drawing:
     """Composed and as one operation."""
     d = Drawing(
-        500,
-        "Upsampling and convolution, convolution and pooling: two operations, or one with fewer products",
+        500, "Upsampling and convolution, convolution and pooling: two operations, or one with fewer products"
     )
     for top, title, steps, fused, note in (
         (
             0,
             "upsample=2",
             (("x", "h × w"), ("nearest ×2", "2h × 2w"), ("3×3 conv", "2h × 2w")),
-            (
-                "one transposed convolution, stride 2",
-                "folded: 4/9 of the products; filtered: 1/4",
-            ),
+            ("one transposed convolution, stride 2", "folded: 4/9 of the products; filtered: 1/4"),
             "every pixel four times, then 9 products for each",
         ),
         (
@@ -350,10 +267,7 @@ def resampling() -> Drawing:
         ),
     ):
         d.text(8, top + 18, title, anchor="start", bold=True)
-        boxes = [
-            d.box(8 + 166 * number, top + 40, 132, *lines)
-            for number, lines in enumerate(steps)
-        ]
+        boxes = [d.box(8 + 166 * number, top + 40, 132, *lines) for number, lines in enumerate(steps)]
         d.arrow(boxes[0].right, boxes[1].left)
         d.arrow(boxes[1].right, boxes[2].left)
         d.text(88, top + 116, note, anchor="start", size=SMALL)
@@ -367,24 +281,12 @@ def resampling() -> Drawing:
 
 def conditional_batch_norm() -> Drawing:
     """Statistics of the batch, gain and bias of the class."""
-    d = Drawing(
-        440,
-        "Conditional batch norm: statistics of the batch, gain and bias of each image's class",
-    )
+    d = Drawing(440, "Conditional batch norm: statistics of the batch, gain and bias of each image's class")
     x = d.box(8, 16, 150, "x", "[N, C, H, W]")
     labels = d.box(322, 16, 150, "labels", "[N]")
-    statistics = d.box(
-        8,
-        116,
-        206,
-        "mean μ, variance σ²",
-        "[C], over N, H and W",
-        "of all classes together",
-    )
+    statistics = d.box(8, 116, 206, "mean μ, variance σ²", "[C], over N, H and W", "of all classes together")
     d.arrow(x.bottom, (x.bottom[0], statistics.y))
-    tables = d.box(
-        266, 116, 206, "tables", "gain and bias", "[classes, C] each", color=OURS
-    )
+    tables = d.box(266, 116, 206, "tables", "gain and bias", "[classes, C] each", color=OURS)
     d.arrow(labels.bottom, (labels.bottom[0], tables.y))
     normal = d.box(8, 234, 206, "(x − μ) / √(σ² + ε)")
     d.arrow(statistics.bottom, normal.top)
@@ -400,17 +302,12 @@ def conditional_batch_norm() -> Drawing:
 
 def projection_head() -> Drawing:
     """Features and class embedding make a logit."""
-    d = Drawing(
-        396,
-        "Projection head: ReLU, sum, a linear layer, plus the product with the class embedding",
-    )
+    d = Drawing(396, "Projection head: ReLU, sum, a linear layer, plus the product with the class embedding")
     x = d.box(8, 16, 206, "features", "[N, C, H, W]")
     pooled = d.box(8, 116, 206, "h = Σ ReLU(features)", "[N, C], sum over H and W")
     d.arrow(x.bottom, pooled.top)
     labels = d.box(266, 16, 206, "labels", "[N]")
-    embedding = d.box(
-        266, 116, 206, "e = embedding[label]", "SNEmbedding, [N, C]", color=OURS
-    )
+    embedding = d.box(266, 116, 206, "e = embedding[label]", "SNEmbedding, [N, C]", color=OURS)
     d.arrow(labels.bottom, embedding.top)
     linear = d.box(8, 222, 206, "w · h + b", "SNLinear, [N, 1]", color=OURS)
     d.arrow(pooled.bottom, linear.top)
@@ -426,8 +323,7 @@ def projection_head() -> Drawing:
 def losses() -> Drawing:
     """Hinge and softplus against the logit."""
     d = Drawing(
-        424,
-        "D's hinge and softplus losses of real and generated images, and G's loss, against the logit",
+        424, "D's hinge and softplus losses of real and generated images, and G's loss, against the logit"
     )
     x0, y0, unit = 240, 262, 62
 
@@ -437,29 +333,12 @@ def losses() -> Drawing:
         d.line(shown, color=color, width=2.4, dashes=dashes)
 
     for tick in range(-3, 4):
-        d.line(
-            [(x0 + tick * unit, y0 - 3.2 * unit), (x0 + tick * unit, y0 + 1.55 * unit)],
-            width=0.25,
-        )
-        d.text(
-            x0 + tick * unit + (12 if tick == 0 else 0),
-            y0 + 14,
-            f"{tick}".replace("-", "−"),
-            size=SMALL,
-        )
+        d.line([(x0 + tick * unit, y0 - 3.2 * unit), (x0 + tick * unit, y0 + 1.55 * unit)], width=0.25)
+        d.text(x0 + tick * unit + (12 if tick == 0 else 0), y0 + 14, f"{tick}".replace("-", "−"), size=SMALL)
     for tick in range(-1, 4):
-        d.line(
-            [(x0 - 3 * unit, y0 - tick * unit), (x0 + 3 * unit, y0 - tick * unit)],
-            width=0.25,
-        )
+        d.line([(x0 - 3 * unit, y0 - tick * unit), (x0 + 3 * unit, y0 - tick * unit)], width=0.25)
         if tick:
-            d.text(
-                x0 - 3 * unit - 8,
-                y0 - tick * unit,
-                f"{tick}".replace("-", "−"),
-                size=SMALL,
-                anchor="end",
-            )
+            d.text(x0 - 3 * unit - 8, y0 - tick * unit, f"{tick}".replace("-", "−"), size=SMALL, anchor="end")
     d.line([(x0 - 3 * unit, y0), (x0 + 3 * unit, y0)])
     d.line([(x0, y0 - 3.2 * unit), (x0, y0 + 1.55 * unit)])
     curve(lambda t: max(0.0, 1 - t), OURS)
@@ -487,16 +366,9 @@ def losses() -> Drawing:
 def training_step() -> Drawing:
     """The passes of D's and G's update."""
     d = Drawing(
-        640,
-        "A training step: D's update on generated and real images at once, G's update, G's average",
+        640, "A training step: D's update on generated and real images at once, G's update, G's average"
     )
-    d.text(
-        4,
-        16,
-        "shared_spectral_norm(G) around both: its u and v move once",
-        anchor="start",
-        size=SMALL,
-    )
+    d.text(4, 16, "shared_spectral_norm(G) around both: its u and v move once", anchor="start", size=SMALL)
     d.box(4, 34, 472, height=272, dashed=True)
     d.text(16, 54, "DiscriminatorPass", anchor="start", bold=True)
     latents = d.box(16, 86, 120, "latents")
@@ -504,9 +376,7 @@ def training_step() -> Drawing:
     fake = d.box(344, 86, 120, "fake")
     d.arrow(latents.right, g.left)
     d.arrow(g.right, fake.left)
-    network = d.box(
-        180, 156, 284, "D, once on both", "its u and v move once", color=OURS
-    )
+    network = d.box(180, 156, 284, "D, once on both", "its u and v move once", color=OURS)
     real = d.box(16, 163, 120, "real")
     d.arrow(real.right, network.left)
     d.arrow(fake.bottom, (fake.bottom[0], network.y))
@@ -522,14 +392,7 @@ def training_step() -> Drawing:
     d.arrow(latents.right, g.left)
     d.arrow(g.right, network.left)
     d.text(396, 446, "frozen: its u and v stay", anchor="end", size=SMALL)
-    loss = d.box(
-        180,
-        470,
-        284,
-        "−mean(logits)",
-        "backward through D:",
-        "gradients of G's weights only",
-    )
+    loss = d.box(180, 470, 284, "−mean(logits)", "backward through D:", "gradients of G's weights only")
     d.arrow(network.bottom, (network.bottom[0], loss.y))
     step = d.box(16, 490, 120, "G's Adam", color=OURS)
     d.arrow(loss.left, step.right)
@@ -540,24 +403,12 @@ def training_step() -> Drawing:
 
 def one_call() -> Drawing:
     """A call through the files of an operation."""
-    d = Drawing(
-        520, "One call of SelfAttention2d through the files of sagan_layers/attention"
-    )
+    d = Drawing(520, "One call of SelfAttention2d through the files of sagan_layers/attention")
     d.box(4, 4, 472, height=402, dashed=True)
     d.text(16, 24, "sagan_layers/attention/", anchor="start", bold=True)
-    module = d.box(
-        16, 44, 448, "module.py", "SelfAttention2d: parameters, and a short forward"
-    )
-    functional = d.box(
-        16,
-        118,
-        448,
-        "functional.py",
-        "self_attention_2d, attention: checks, plain tensors",
-    )
-    table = d.box(
-        16, 192, 448, "table.py", 'the backends; "auto" takes the first that can serve'
-    )
+    module = d.box(16, 44, 448, "module.py", "SelfAttention2d: parameters, and a short forward")
+    functional = d.box(16, 118, 448, "functional.py", "self_attention_2d, attention: checks, plain tensors")
+    table = d.box(16, 192, 448, "table.py", 'the backends; "auto" takes the first that can serve')
     d.arrow(module.bottom, functional.top)
     d.arrow(functional.bottom, table.top)
     names = (
@@ -568,9 +419,7 @@ def one_call() -> Drawing:
         ("reference", "defines"),
     )
     for number, lines in enumerate(names):
-        box = d.box(
-            12 + 92 * number, 282, 88, *lines, color=OURS if number < 4 else GREY
-        )
+        box = d.box(12 + 92 * number, 282, 88, *lines, color=OURS if number < 4 else GREY)
         d.arrow((box.top[0], table.y + table.height), box.top)
     d.text(240, 354, "autograd.py", bold=True)
     d.text(240, 376, "makes kernels differentiable, twice", size=SMALL)

@@ -1,4 +1,4 @@
-"""Make the pictures of README and docs out of a demo's folder: ``python docs/demo_pictures.py runs/demo``."""
+"""Make the pictures of README and docs out of a demo's folder: ``python -m benchmarks.demo_pictures runs/demo``."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-import matplotlib  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from benchmarks.plots import Lines, draw  # noqa: E402
-from sagan.explore.page import PageOptions, explorer_page  # noqa: E402
-from sagan.io import atomic_write, atomic_write_text  # noqa: E402
-from sagan.report.figures import attention_at  # noqa: E402
-from sagan.sampling import TrainedGenerator, generate, load_generator, sample_inputs  # noqa: E402
-from sagan.sheets import Sheet, interpolation_sheet, truncation_sheet  # noqa: E402
-from sagan.train.checkpoint import checkpoints_in  # noqa: E402
-from sagan.train.logs import read_rows, series  # noqa: E402
+from benchmarks.plots import Lines, draw
+from benchmarks.report import ROOT
+from sagan.explore.page import PageOptions, explorer_page
+from sagan.io import atomic_write, atomic_write_text
+from sagan.names import figure_font
+from sagan.report.figures import attention_at
+from sagan.sampling import TrainedGenerator, generate, load_generator, sample_inputs
+from sagan.sheets import Sheet, interpolation_sheet, truncation_sheet
+from sagan.train.checkpoint import checkpoints_in
+from sagan.train.logs import read_rows, series
 
 STATIC = ROOT / "docs" / "_static"
 # Dark on light pages too, as the digits are; of 24 pixels a phone leaves 12.
@@ -38,9 +38,7 @@ def sheet(rows: Sequence[Row], columns: int) -> Image.Image:
     parts = max(len(titles) for titles, _ in rows)
     room = 3 * GAP * (parts - 1)  # between the parts
     side = (WIDTH - GAP - room) // columns - GAP
-    font = ImageFont.truetype(
-        str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), TEXT
-    )
+    font = ImageFont.truetype(str(figure_font()), TEXT)
     heights = [side + GAP + (TEXT + 14 if titles else 0) for titles, _ in rows]
     picture = Image.new("RGB", (WIDTH, sum(heights) + GAP), PAPER)
     pen = ImageDraw.Draw(picture)
@@ -63,16 +61,12 @@ def save(picture: Image.Image, path: Path, *, colours: int) -> None:
     """Write a picture as a PNG of few colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, sync=False) as file:
-        picture.quantize(colours, dither=Image.Dither.NONE).save(
-            file, "PNG", optimize=True
-        )
+        picture.quantize(colours, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
 
 
 def pictures(images: Tensor) -> list[Image.Image]:
     """Return uint8 images [N, 3, H, W] as pictures."""
-    return [
-        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images
-    ]
+    return [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images]
 
 
 def real_digits(run: Path, digit: int, count: int) -> list[Image.Image]:
@@ -83,9 +77,7 @@ def real_digits(run: Path, digit: int, count: int) -> list[Image.Image]:
 
 def samples(run: Path, trained: TrainedGenerator, path: Path) -> None:
     """Real digits, then generated ones: the first of each class, not chosen."""
-    latents, labels = sample_inputs(
-        range(80), trained.config.network, trained.config.seed + 1
-    )
+    latents, labels = sample_inputs(range(80), trained.config.network, trained.config.seed + 1)
     generated = generate(trained.generator, latents, labels, batch_size=80)
     rows: list[Row] = []
     for digit in range(10):
@@ -114,31 +106,21 @@ def strip(run: Path, trained: TrainedGenerator, path: Path) -> None:
 def attention(run: Path, trained: TrainedGenerator, path: Path) -> None:
     """Real digits, generated ones with a point on the stroke of each, and where attention looks from it."""
     digits = (0, 2, 3, 5, 6, 8)
-    latents, labels = sample_inputs(
-        range(10), trained.config.network, trained.config.seed + 1
-    )
+    latents, labels = sample_inputs(range(10), trained.config.network, trained.config.seed + 1)
     chosen = torch.tensor([labels.tolist().index(digit) for digit in digits])
-    generated = generate(
-        trained.generator, latents[chosen], labels[chosen], batch_size=len(digits)
-    )
-    marked, seen = [], []
+    generated = generate(trained.generator, latents[chosen], labels[chosen], batch_size=len(digits))
+    marked: list[Image.Image] = []
+    seen: list[Image.Image] = []
     for number, at in enumerate(chosen):
         point = _on_the_stroke(generated[number])
-        images, maps, _ = attention_at(
-            trained.generator, latents[at, None], labels[at, None], [point]
-        )
+        images, maps, _ = attention_at(trained.generator, latents[at, None], labels[at, None], [point])
         ((picture,), size) = pictures(images), images.size(2)
         scale = 4  # a round point
         large = picture.resize((size * scale, size * scale), Image.Resampling.BICUBIC)
-        heat = torch.nn.functional.interpolate(maps, large.size, mode="bicubic")[
-            0, 0
-        ].clamp(min=0)
+        heat = torch.nn.functional.interpolate(maps, large.size, mode="bicubic")[0, 0].clamp(min=0)
         colours = matplotlib.colormaps["inferno"]((heat / heat.max()).numpy())[..., :3]
         overlay = Image.fromarray((colours * 255).round().astype("uint8"))
-        for target, picture in (
-            (marked, large),
-            (seen, Image.blend(large, overlay, 0.75)),
-        ):
+        for target, picture in ((marked, large), (seen, Image.blend(large, overlay, 0.75))):
             middle = [(place + 0.5) * scale for place in reversed(point)]
             box = [*(place - 6 for place in middle), *(place + 6 for place in middle)]
             ImageDraw.Draw(picture).ellipse(box, fill=POINT, outline="white", width=2)
@@ -160,19 +142,12 @@ def _on_the_stroke(image: Tensor) -> tuple[int, int]:
 
 def curves(run: Path, path: Path) -> None:
     """Losses, gamma and quality over the iterations."""
-    metrics, quality = (
-        read_rows(run / "metrics.jsonl"),
-        read_rows(run / "quality.jsonl"),
-    )
+    metrics, quality = (read_rows(run / name) for name in ("metrics.jsonl", "quality.jsonl"))
 
-    def line(rows: Sequence[dict[str, float]], key: str) -> dict[float, float]:
+    def line(rows: list[dict[str, Any]], key: str) -> dict[float, float]:
         return dict(zip(*series(rows, key), strict=True))
 
-    gammas = {
-        name[6].upper(): line(metrics, name)
-        for name in metrics[0]
-        if name.startswith("gamma_")
-    }
+    gammas = {name[6].upper(): line(metrics, name) for name in metrics[0] if name.startswith("gamma_")}
     losses = {"D": line(metrics, "d_loss"), "G": line(metrics, "g_loss")}
     titles = {
         "share": "Generated digits read as their label",
@@ -207,18 +182,14 @@ def _save_sheet(drawn: Sheet, path: Path) -> None:
     images = pictures(drawn.images)
     columns = len(images) // len(names)
     rows: list[Row] = [
-        ((name,), images[columns * number : columns * (number + 1)])
-        for number, name in enumerate(names)
+        ((name,), images[columns * number : columns * (number + 1)]) for number, name in enumerate(names)
     ]
     save(sheet(rows, columns), path, colours=64)
 
 
 def explorer(run: Path, path: Path) -> None:
     """The page that explores attention, at the first, the middle and the last iteration that the demo kept."""
-    kept = [
-        int(each.stem.rpartition("_")[2])
-        for each in checkpoints_in(run / "checkpoints")
-    ]
+    kept = [int(each.stem.rpartition("_")[2]) for each in checkpoints_in(run / "checkpoints")]
     chosen = tuple(dict.fromkeys([kept[0], kept[len(kept) // 2], kept[-1]]))
     options = PageOptions(count=1, real=1, iterations=chosen, max_mib=1.6)
     page = explorer_page(run, torch.device("cpu"), options)
@@ -227,11 +198,9 @@ def explorer(run: Path, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make every picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_pictures", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished demo")
-    parser.add_argument(
-        "--out", type=Path, default=STATIC, help="folder of the pictures"
-    )
+    parser.add_argument("--out", type=Path, default=STATIC, help="folder of the pictures")
     options = parser.parse_args(arguments)
     trained = load_generator(options.run, torch.device("cpu"))
     samples(options.run, trained, options.out / "demo_samples.png")
@@ -240,11 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     curves(options.run, options.out / "demo_curves.svg")
     with Image.open(options.run / "attention_maps.png") as maps:
         size = (WIDTH, round(WIDTH * maps.height / maps.width))
-        save(
-            maps.convert("RGB").resize(size),
-            options.out / "demo_attention_maps.png",
-            colours=128,
-        )
+        save(maps.convert("RGB").resize(size), options.out / "demo_attention_maps.png", colours=128)
     sheets(trained, options.out)
     explorer(options.run, options.out / "explore_demo.html")
     for path in sorted([*options.out.glob("demo_*"), *options.out.glob("explore_*")]):
