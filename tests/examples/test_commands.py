@@ -96,12 +96,15 @@ class TestEntry:
 
     def test_a_reader_or_terminal_that_has_gone_is_no_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         reading, writing = os.pipe()
+        os.set_blocking(reading, False)
         with io.TextIOWrapper(io.FileIO(writing, "w"), "ascii") as stream:  # type: ignore[type-var]
             monkeypatch.setattr(sys, "stdout", stream)
             monkeypatch.setattr(sys, "stderr", None)
             outlive_the_terminal()
-            print("bär", flush=True)
+            print("bär")
+            print("half a line", end="")  # waits
             assert os.read(reading, 100) == b"b\\xe4r\n"
+            sys.stdout.flush()
             os.close(reading)
             print("nobody reads this", flush=True)
             print("nor this", file=sys.stderr, flush=True)

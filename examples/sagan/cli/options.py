@@ -166,6 +166,20 @@ class _Formatter(argparse.HelpFormatter):
         )
 
 
+# Names that other programs give to options, and those of ours.
+_OTHER_NAMES = {
+    **dict.fromkeys(("--size", "--image-size", "--img-size"), ("--resolution", "--network.resolution")),
+    **dict.fromkeys(("--epochs", "--steps", "--max-steps"), ("--iterations",)),
+    **dict.fromkeys(("--input", "--run", "--checkpoint", "--ckpt", "--model"), ("--source",)),
+    **dict.fromkeys(("--output", "--outdir", "--output-dir", "--logdir"), ("--out",)),
+    **dict.fromkeys(("--dataset", "--data-dir", "--data-path"), ("--data",)),
+    **dict.fromkeys(("--num-images", "--num-samples", "--n"), ("--count",)),
+    **dict.fromkeys(("--lr", "--learning-rate"), ("--optimizer.d-lr", "--optimizer.g-lr")),
+    **dict.fromkeys(("--trunc", "--psi"), ("--truncation", "--truncations")),
+    **dict.fromkeys(("--amp", "--fp16", "--bf16", "--mixed-precision"), ("--precision",)),
+}
+
+
 def check_names(options: Sequence[Option], name: str, arguments: Sequence[str]) -> None:
     """Raise :class:`UserError` for an option that does not exist, or a required one that is missing."""
     known = {flag for each in options for flag in (each.flag, each.opposite) if flag}
@@ -173,6 +187,7 @@ def check_names(options: Sequence[Option], name: str, arguments: Sequence[str]) 
     for flag in given:
         if flag not in known:
             ends = [each for each in known if each.rpartition(".")[2] == flag[2:]]
+            ends = ends or [each for each in _OTHER_NAMES.get(flag, ()) if each in known]
             near = sorted(ends) or difflib.get_close_matches(flag, known, n=2)
             advice = f"did you mean {' or '.join(near)}? " if near else ""
             raise UserError(

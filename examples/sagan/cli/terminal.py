@@ -47,16 +47,18 @@ class _LastingFile(io.FileIO):
 
 
 def outlive_the_terminal() -> None:
-    """Let the program go on, for what it writes to files, when nobody reads its output any more."""
+    """Let the program go on, for what it writes to files, when nobody reads its output any more.
+
+    Each line is written at once, also to a file: a job's log shows what it does now, and all of it if it is killed.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell
-            file, encoding, lines = io.FileIO(os.devnull, "w"), "utf-8", False
+            file, encoding = io.FileIO(os.devnull, "w"), "utf-8"
         else:
             stream.flush()
             file, encoding = _LastingFile(stream.fileno(), "w", closefd=False), stream.encoding
-            lines = stream.line_buffering
-        text = io.TextIOWrapper(io.BufferedWriter(file), encoding, "backslashreplace", line_buffering=lines)
+        text = io.TextIOWrapper(io.BufferedWriter(file), encoding, "backslashreplace", line_buffering=True)
         setattr(sys, name, text)
 
 
