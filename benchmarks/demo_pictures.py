@@ -90,9 +90,7 @@ def samples(run: Path, trained: TrainedGenerator, path: Path) -> None:
 def strip(run: Path, trained: TrainedGenerator, path: Path) -> None:
     """One row: the first real image of every second digit, and the first generated one."""
     digits = range(0, 10, 2)
-    latents, labels = sample_inputs(
-        range(80), trained.config.network, trained.config.seed + 1
-    )
+    latents, labels = sample_inputs(range(80), trained.config.network, trained.config.seed + 1)
     generated = generate(trained.generator, latents, labels, batch_size=80)
     first = [labels.tolist().index(digit) for digit in digits]
     real = [real_digits(run, digit, 1)[0] for digit in digits]
