@@ -48,6 +48,7 @@ NOT_MEASURED = {
     "differ less than 5% as much": "a threshold of train/health.py",
     "gets worse 5 times in a row": "the same",
     "if more than 1% of the images": "a threshold of data/workers.py",
+    "with 15% of room": "a margin of train/memory.py",
     "Adam betas (0, 0.999), eps 1e-8 for Adam and SN, 1e-5 for batch norm": "settings",
     "Adam 1e-4 for G and 4e-4 for D": "settings",
     "0.1 and 1e-5, unless you set them": "settings",
