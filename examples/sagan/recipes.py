@@ -342,17 +342,27 @@ def at_resolution(config: RunConfig, resolution: int) -> RunConfig:
     """Return a configuration for images of another resolution.
 
     Attention stays at its feature maps if they exist there. Otherwise it moves to those of the same share of the image.
+    Hierarchical latents become as many more as their equal chunks need.
     """
     network, before = config.network, config.network.resolution
+    latents = network.latent_dim
+    if network.hierarchical_latents:
+        latents += -latents % (resolution // 4).bit_length()  # a chunk for each feature map of G
 
     def moved(maps: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted({max(_SMALLEST_ATTENTION, each * resolution // before) for each in maps}))
 
     try:
-        network = replace(network, resolution=resolution)
+        network = replace(network, resolution=resolution, latent_dim=latents)
     except UserError:  # raised again below if the resolution is the reason
         g_attention, d_attention = moved(network.g_attention), moved(network.d_attention)
-        network = replace(network, resolution=resolution, g_attention=g_attention, d_attention=d_attention)
+        network = replace(
+            network,
+            resolution=resolution,
+            latent_dim=latents,
+            g_attention=g_attention,
+            d_attention=d_attention,
+        )
     return replace(config, network=network)
 
 

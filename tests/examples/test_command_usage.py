@@ -106,7 +106,7 @@ class TestHelp:
         assert text.count("(required") == len(required) + (command == "convert") * 2
 
     def test_a_switch_that_is_on_shows_how_to_turn_it_off(self) -> None:
-        assert "--output.tensorboard, --output.no-tensorboard" in printed("train", "--help-all")
+        assert "--step.tf32, --step.no-tf32" in printed("train", "--help-all")
 
     def test_the_overview_names_every_command_once(self) -> None:
         named = re.findall(r"^  ([a-z-]+)  +\w", program.OVERVIEW, re.MULTILINE)
@@ -189,6 +189,7 @@ class TestTheSetDecides:
             network = at_resolution(config, size).network
             assert network.resolution == size
             assert bool(network.g_attention) == bool(config.network.g_attention)
+            assert 0 <= network.latent_dim - config.network.latent_dim < 7 * network.hierarchical_latents + 1
 
     def test_one_class_is_trained_without_classes(self, sets: Path, tmp_path: Path) -> None:
         first = next((sets / "made" / "train").iterdir())

@@ -30,7 +30,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 # Modules that a library of another name brings.
 LIBRARIES = {"PIL": "pillow", "docutils": "sphinx", "sklearn": "scikit-learn", "tomli": "pytest"}
 # What the reader brings: other people's code that a page shows the blocks in, or that results are compared with.
-BROUGHT = {"benchmarks": {"torch-fidelity"}, "docs": {"lightning"}, "tests": {"torch-fidelity"}}
+BROUGHT = {"benchmarks": {"torch-fidelity"}, "docs": {"lightning"}, "tests": {"pip", "torch-fidelity"}}
 # What commands of the trainer import when they need it.
 OF_COMMANDS = ("demo", "parquet", "tensorboard", "wandb", "export")
 
@@ -54,7 +54,8 @@ def libraries(extra: str | None) -> set[str]:
 def imports(folder: str) -> Iterator[tuple[str, str, bool]]:
     """Yield the file, the library, and whether the import runs when the file is imported."""
     paths = sorted((ROOT / folder).rglob("*.py"))
-    own = {"sagan_layers", "sagan", "benchmarks", "tests", *(path.stem for path in paths)}
+    of_tests = {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    own = {"sagan_layers", "sagan", "benchmarks", "tests", *of_tests, *(path.stem for path in paths)}
     assert paths
     for path in paths:
         tree = ast.parse(path.read_text(encoding="utf-8"))
