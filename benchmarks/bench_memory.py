@@ -71,15 +71,14 @@ class Run:
 
 
 RUNS = (
+    Run(128, 64, 12),
     Run(64, 16, 64),
     Run(64, 16, 64, ("--accumulation", "2")),
     Run(64, 16, 96, ("--step.checkpoint-activations",)),
     Run(64, 16, 64, ("--precision", "bf16")),
     Run(32, 16, 256),
-    Run(128, 8, 48),
+    Run(128, 16, 32),
     Run(64, 32, 64),
-    Run(128, 16, 64, ("--accumulation", "2", "--step.checkpoint-activations")),
-    Run(128, 64, 16),
 )
 QUICK = (Run(32, 4, 32),)
 

@@ -18,6 +18,7 @@ from training_runs import assert_same_run
 
 from sagan.distributed import World
 from sagan.errors import UserError
+from sagan.networks import NetworkConfig
 from sagan.recipes import RunConfig, read_config
 from sagan.train import memory
 from sagan.train.memory import Measured, StepMemory, check_memory, measure_step, parameter_bytes
@@ -70,8 +71,12 @@ class TestMeasurement:
     @pytest.mark.parametrize("resolution", [32, 64, 128, 256])
     @pytest.mark.parametrize("most", [1, 2, 5, 256])
     def test_parts_are_no_larger_than_the_batch(self, resolution: int, most: int) -> None:
-        few, many = memory.small_parts(resolution, most, CPU)
+        few, many = memory.small_parts(NetworkConfig(resolution), most, CPU)
         assert 1 <= few <= many <= most
+
+    def test_parts_are_few_images_of_large_networks_and_more_of_small_ones(self) -> None:
+        assert memory.small_parts(NetworkConfig(128, base_width=64), 256, CPU) == (2, 6)
+        assert memory.small_parts(NetworkConfig(64, base_width=16), 256, CPU) == (16, 48)
 
     def test_accumulated_gradients_and_buckets_of_several_processes_count(
         self, tiny_config: RunConfig, machine: Callable[[int | None], None]

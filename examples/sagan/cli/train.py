@@ -64,7 +64,7 @@ class Train:
             "--network.resolution",
             "--iterations",
             "--batch-size",
-            "--accumulation",
+            "--fit-memory",
         ),
         *("--precision", "--device", "--seed", "--resume", "--dry-run"),
     )

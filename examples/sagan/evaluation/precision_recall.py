@@ -89,5 +89,5 @@ class _Rows:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    products = a @ b.T
-    return a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * products
+    norms = a.square().sum(1, keepdim=True) + b.square().sum(1)
+    return norms.sub_((a @ b.T).mul_(2))

@@ -106,18 +106,18 @@ class StepMemory:
         """Return the measurement that holds for a configuration; made once for each kind of step."""
         kind = config.step.checkpoint_activations, config.precision
         if kind not in self._measured:
-            few, many = small_parts(config.network.resolution, self.images_at_once(self.config), self.device)
+            few, many = small_parts(config.network, self.images_at_once(self.config), self.device)
             self._measured[kind] = measure_step(config, (few, many) if few < many else (many,), self.device)
         return self._measured[kind]
 
 
-def small_parts(resolution: int, most: int, device: torch.device) -> tuple[int, int]:
+def small_parts(network: NetworkConfig, most: int, device: torch.device) -> tuple[int, int]:
     """Return two numbers of images, so few that a step takes seconds, and at most ``most``.
 
     So many too that activations, not the weights' gradients and moments, decide where the peak is.
     """
-    scale = 128 / resolution * (4 if device.type == "cuda" else 1)
-    many = min(max(6, int(12 * scale)), most)
+    scale = 128 / network.resolution * 64 / network.base_width * (8 if device.type == "cuda" else 1)
+    many = min(max(3, int(6 * scale)), most)
     return max(1, many // 3), many
 
 
@@ -389,17 +389,20 @@ class _Decision:
     def _print_needed(self) -> int:
         memory, config, available = self.memory, self.memory.config, self.available
         images = memory.images_at_once(config)
-        few, many = small_parts(config.network.resolution, images, memory.device)
-        print(f"Measuring the memory of a step on {few} and {many} images ...", flush=True)
+        few, many = small_parts(config.network, images, memory.device)
+        parts = f"{few} and {many} images" if few < many else _images(many)
+        print(f"Measuring the memory of a step on {parts}, which takes some seconds ...", flush=True)
+        start = time.perf_counter()
         needed = memory.needed()
         there = "how much is available is not known here; going on"
         if available is not None:
             there = f"{_gib(available)} are available"
-        notes = [f"scaled to {images} images"] if images > many else []
+        notes = [f"scaled to {_images(images)}"] if images > many else []
         if self.assumes_classes:
             notes.append(f"{_ASSUMED_CLASSES} classes assumed")
         if config.step.compile:
             notes.append("without compile")
+        notes.append(f"measured in {time.perf_counter() - start:.0f} s")
         print(f"Memory: a step needs {_gib(needed)}{self._where()}, {there}{_in_brackets(notes)}.")
         return needed
 
@@ -493,6 +496,10 @@ def command_line_options(config: RunConfig, other: RunConfig) -> str:
 
 def _gib(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+def _images(count: int) -> str:
+    return f"{count} image" + "s" * (count != 1)
 
 
 def _in_brackets(notes: list[str]) -> str:
