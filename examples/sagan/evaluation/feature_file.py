@@ -16,7 +16,7 @@ from torch import Tensor
 from sagan.errors import check_finite
 from sagan.io import naming
 
-_BLOCK = 4096  # rows at a time
+_BLOCK = 1024  # rows at a time
 
 
 class FeatureFile:
@@ -52,17 +52,34 @@ class FeatureFile:
         """
         with zipfile.ZipFile(path) as archive:
             entry = archive.getinfo(f"{name}.npy")
+        if entry.compress_type:
+            raise ValueError(f"{name}: expected no compression")
         file = path.open("rb", buffering=0)
         found = cls(file, 0, 0)
         file.seek(entry.header_offset + 26)
         lengths = np.frombuffer(file.read(4), "<u2")
         file.seek(entry.header_offset + 30 + int(lengths.sum()))
-        np.lib.format.read_magic(file)
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        if entry.compress_type or fortran_order or dtype != np.float32 or len(shape) != 2:
-            raise ValueError(f"{name}: expected float32 [n, d], got {dtype} {list(shape)}")
-        found.shape, found._offset = torch.Size(shape), file.tell()
+        found._read_header(name)
         return found
+
+    @classmethod
+    def of_array(cls, path: Path) -> FeatureFile:
+        """Return the rows of an array of ``np.save``.
+
+        Raises:
+            ValueError: if it is another array than float32 [n, d].
+        """
+        found = cls(path.open("rb", buffering=0), 0, 0)
+        found._read_header(path.name)
+        return found
+
+    def _read_header(self, name: str) -> None:
+        """Take the shape from the array's header, where the file stands."""
+        np.lib.format.read_magic(self._file)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(self._file)
+        if fortran_order or dtype != np.float32 or len(shape) != 2:
+            raise ValueError(f"{name}: expected float32 [n, d], got {dtype} {list(shape)}")
+        self.shape, self._offset = torch.Size(shape), self._file.tell()
 
     def __del__(self) -> None:
         if self._owner is None:

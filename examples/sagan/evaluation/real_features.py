@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -68,15 +67,12 @@ class RealFeatures:
     moments: Moments  # of all features
     sample: FeatureFile  # features of up to 50,000 images in random order, [M, d]
     labels: Tensor  # of all images, int64 [N]
-    features: (
-        npt.NDArray[np.float32] | None
-    )  # of all images, [N, d], mapped from the disk; None if not asked for
+    features: FeatureFile | None  # of all images, [N, d]; None if not asked for
 
     def of_class(self, label: int) -> Tensor:
         """Return the features of a class's images, [n, d]."""
         assert self.features is not None
-        rows = torch.nonzero(self.labels == label).flatten().numpy()
-        return torch.from_numpy(self.features[rows])
+        return self.features[torch.nonzero(self.labels == label).flatten()]
 
 
 def load_or_compute_real_features(
@@ -180,7 +176,7 @@ def _read(folder: Path, facts: RealFacts, labels: Tensor, all_features: bool) ->
             if values.shape != shape:
                 raise ValueError(f"{name}: expected {list(shape)}, got {list(values.shape)}")
             check_finite_features(name, values)
-        features = np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False) if all_features else None
+        features = FeatureFile.of_array(folder / _FEATURES) if all_features else None
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise RealFeaturesError(
             f"{folder} holds damaged features ({error}): delete it, and they are computed again"
