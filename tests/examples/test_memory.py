@@ -75,8 +75,8 @@ class TestMeasurement:
         assert 1 <= few <= many <= most
 
     def test_parts_are_few_images_of_large_networks_and_more_of_small_ones(self) -> None:
-        assert memory.small_parts(NetworkConfig(128, base_width=64), 256, CPU) == (2, 6)
-        assert memory.small_parts(NetworkConfig(64, base_width=16), 256, CPU) == (16, 48)
+        assert memory.small_parts(NetworkConfig(128, base_width=64), 256, CPU) == (2, 10)
+        assert memory.small_parts(NetworkConfig(64, base_width=16), 256, CPU) == (16, 80)
 
     def test_accumulated_gradients_and_buckets_of_several_processes_count(
         self, tiny_config: RunConfig, machine: Callable[[int | None], None]

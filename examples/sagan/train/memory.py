@@ -117,8 +117,8 @@ def small_parts(network: NetworkConfig, most: int, device: torch.device) -> tupl
     So many too that activations, not the weights' gradients and moments, decide where the peak is.
     """
     scale = 128 / network.resolution * 64 / network.base_width * (8 if device.type == "cuda" else 1)
-    many = min(max(3, int(6 * scale)), most)
-    return max(1, many // 3), many
+    many = min(max(5, int(10 * scale)), most)
+    return max(1, many // 5), many  # far apart: a peak is some percent larger in one run than in another
 
 
 def parameter_bytes(network: NetworkConfig) -> tuple[int, int]:
@@ -362,6 +362,8 @@ class _Decision:
             return unchanged
         if available is None or needed * MARGIN <= available:
             return unchanged
+        if fit or needed > available:
+            print("Looking for options that fit; some are measured too ...", flush=True)
         if fit and (chosen := next(self._alternatives(same_batch=True), None)):
             options = command_line_options(config, chosen)
             print(f"Chosen to fit: {options}, with which a step takes {_gib(self.memory.needed(chosen))}.")
