@@ -71,12 +71,13 @@ class TestMeasurement:
     @pytest.mark.parametrize("resolution", [32, 64, 128, 256])
     @pytest.mark.parametrize("most", [1, 2, 5, 256])
     def test_parts_are_no_larger_than_the_batch(self, resolution: int, most: int) -> None:
-        few, many = memory.small_parts(NetworkConfig(resolution), most, CPU)
+        network = NetworkConfig(resolution, g_attention=(), d_attention=())
+        few, many = memory.small_parts(network, most, CPU)
         assert 1 <= few <= many <= most
 
     def test_parts_are_few_images_of_large_networks_and_more_of_small_ones(self) -> None:
         assert memory.small_parts(NetworkConfig(128, base_width=64), 256, CPU) == (2, 10)
-        assert memory.small_parts(NetworkConfig(64, base_width=16), 256, CPU) == (16, 80)
+        assert memory.small_parts(NetworkConfig(64, base_width=16, d_attention=(16,)), 256, CPU) == (16, 80)
 
     def test_accumulated_gradients_and_buckets_of_several_processes_count(
         self, tiny_config: RunConfig, machine: Callable[[int | None], None]
