@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 import zipfile
 from collections.abc import Iterator
 from io import RawIOBase
@@ -33,6 +34,8 @@ class FeatureFile:
         self._offset = offset
         self._owner = owner  # of the open file; None if it is this object
         self.shape = torch.Size((count, width))
+        if owner is None:
+            weakref.finalize(self, file.close)  # unlike __del__, also before the file's own end in a cycle
 
     @classmethod
     def temporary(cls, count: int, width: int, folder: Path) -> FeatureFile:
@@ -80,10 +83,6 @@ class FeatureFile:
         if fortran_order or dtype != np.float32 or len(shape) != 2:
             raise ValueError(f"{name}: expected float32 [n, d], got {dtype} {list(shape)}")
         self.shape, self._offset = torch.Size(shape), self._file.tell()
-
-    def __del__(self) -> None:
-        if self._owner is None:
-            self._file.close()
 
     def __len__(self) -> int:
         return self.shape[0]
