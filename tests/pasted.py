@@ -37,16 +37,8 @@ ADDED: dict[str, tuple[str, ...]] = {
     "demo": ("--iterations", "2"),  # minutes
     "evaluate": ("--count", "20", "--device", "cpu"),  # hours
     "sample": ("--count", "4", "--device", "cpu"),  # 50,000 images
-    "make-images": (
-        "--classes",
-        "3",
-        "--images",
-        "4",
-        "--val-images",
-        "2",
-        "--scale",
-        "0.3",
-    ),  # thousands of images
+    # Thousands of images.
+    "make-images": ("--classes", "3", "--images", "4", "--val-images", "2", "--scale", "0.3"),
 }
 PARSED = ("compare",)  # its runs need figures, which take hours
 

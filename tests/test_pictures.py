@@ -11,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from colours import contrast
 from packaging.requirements import Requirement
 
 from benchmarks import diagrams, docs_plots, plots, style
@@ -22,18 +23,6 @@ every_svg = pytest.mark.parametrize("path", SVGS, ids=lambda path: path.stem)
 
 PAGES = ("attention.md", "training_step.md")
 PHONE = 358  # pixels that a phone of 390 leaves a picture
-
-
-def luminance(color: str) -> float:
-    channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(color: str, other: str) -> float:
-    """As WCAG defines it: 4.5 for text, 3 for what is drawn."""
-    darker, lighter = sorted((luminance(color), luminance(other)))
-    return (lighter + 0.05) / (darker + 0.05)
 
 
 @pytest.mark.parametrize("paper", [style.PAPER, style.DARK_PAPER])

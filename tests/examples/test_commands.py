@@ -490,9 +490,6 @@ class TestSample:
         succeed("sample", "--source", trained_run, "--out", tmp_path, *options)
         assert drawn == [(tmp_path / "grid.png", 2 * len(rows), [WNIDS[label] for label in rows])]
 
-    def test_a_source_without_a_run_ends_with_a_plain_message(self, tmp_path: Path) -> None:
-        assert "nowhere, which does not exist" in refused("sample", "--source", tmp_path / "nowhere")
-
 
 WRONG_CLASS = "classes: expected a class's name or a label from 0 to 2, got"
 WRONG_POINT = "points: expected ROW,COLUMN such as 16,20, got"

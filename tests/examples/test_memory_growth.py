@@ -147,6 +147,16 @@ def test_prepare_keeps_a_small_record_of_each_image(tmp_path: Path) -> None:
     assert growth_kib(PREPARE, tmp_path, 300, 2300) / 2000 < 4  # pixels take 12 KiB
 
 
-def test_a_grid_too_large_to_open_is_refused(trained_run: Path, tmp_path: Path) -> None:
-    message = refused("sample", "--source", trained_run, "--out", tmp_path / "a.png", "--count", 10**6)
-    assert "expected 'folders' for more than 87,381 images of 32 pixels" in message
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--count", 10_000],
+        ["--layout", "interpolation", "--class-steps", 1000, "--classes", 0, 1],
+        ["--layout", "truncation", "--columns", 10_000, "--classes", 0],
+    ],
+)
+def test_a_picture_too_large_to_open_is_refused(
+    options: list[object], trained_run: Path, tmp_path: Path
+) -> None:
+    message = refused("sample", "--source", trained_run, "--out", tmp_path / "a.png", *options)
+    assert "expected 'folders' for more than 9,709 images of 32 pixels" in message  # 96 pixels in the grid

@@ -44,15 +44,8 @@ class Evaluate:
     }
     # What --help shows, in this order; the rest is in --help-all.
     common: ClassVar = (
-        *(
-            "--source",
-            "--inception-weights",
-            "--feature-network",
-            "--feature-network-sha256",
-            "--proxy",
-            "--metrics",
-        ),
-        *("--count", "--data", "--split", "--weights", "--out", "--device"),
+        *("--source", "--inception-weights", "--feature-network", "--feature-network-sha256", "--proxy"),
+        *("--metrics", "--count", "--data", "--split", "--weights", "--out", "--device"),
     )
 
     source: Path

@@ -14,7 +14,7 @@ from sagan.distributed import pick_device
 from sagan.errors import UserError, check_at_least, check_out_file, check_out_folder
 from sagan.names import file_names
 from sagan.rendezvous import launched
-from sagan.report.figures import class_labels, save_grid, save_image
+from sagan.report.figures import class_labels, enlargement, save_grid, save_image
 from sagan.sampling import SAMPLES, TrainedGenerator, Weights, claim_folder, load_generator, numbered_samples
 from sagan.sheets import Sheet, interpolation_sheet, truncation_sheet
 
@@ -112,8 +112,10 @@ def run(command: Sample) -> int:
 
 def _check_picture_size(command: Sample, resolution: int) -> None:
     """Refuse a picture that takes much memory to make, and that other programs refuse to open."""
-    most = (Image.MAX_IMAGE_PIXELS or 2**27) // resolution**2
-    count = max(command.count, len(command.classes) * command.columns)
+    most = (Image.MAX_IMAGE_PIXELS or 2**27) // (resolution * enlargement(resolution)) ** 2
+    rows = {"interpolation": 1 + command.class_steps, "truncation": len(command.truncations)}
+    least = len(command.classes) * rows.get(command.layout, 1) * command.columns
+    count = max(command.count, least)
     if count > most:
         raise UserError(
             f"layout: expected 'folders' for more than {most:,} images of {resolution} pixels, got "

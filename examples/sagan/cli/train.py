@@ -57,16 +57,8 @@ class Train:
     required: ClassVar = {"data": "required, but for --dry-run"}
     # What --help shows, in this order; the rest is in --help-all.
     common: ClassVar = (
-        *(
-            "--data",
-            "--out",
-            "--recipe",
-            "--network.resolution",
-            "--iterations",
-            "--batch-size",
-            "--fit-memory",
-        ),
-        *("--precision", "--device", "--seed", "--resume", "--dry-run"),
+        *("--data", "--out", "--recipe", "--network.resolution", "--iterations", "--batch-size"),
+        *("--fit-memory", "--precision", "--device", "--seed", "--resume", "--dry-run"),
     )
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]

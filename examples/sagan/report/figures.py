@@ -57,6 +57,11 @@ def save_image(path: Path, image: Tensor) -> None:
     save_picture(path, _picture(image))
 
 
+def enlargement(side: int) -> int:
+    """Return how many pixels wide :func:`save_grid` draws each pixel of an image with this shorter side."""
+    return -(-_SMALLEST // side)
+
+
 def save_grid(
     path: Path,
     images: Tensor,
@@ -71,7 +76,7 @@ def save_grid(
     Headings share the width between them, such as one above the left half and one above the right. Each pixel of an
     image below 96 pixels becomes a square of pixels.
     """
-    factor = -(-_SMALLEST // min(images.shape[2:]))
+    factor = enlargement(min(images.shape[2:]))
     height, width = (factor * side for side in images.shape[2:])
     rows, row_width = -(-len(images) // columns), columns * (width + gap) + gap
     font = ImageFont.truetype(str(figure_font()), size=max(16, min(row_width // 40, height // 4)))

@@ -137,15 +137,10 @@ def measure_step(config: RunConfig, images: tuple[int, ...], device: torch.devic
     """
     request = {"config": config.to_dict(), "images": images, "device": str(device)}
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
-    environment = {
-        **{
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        },
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # each takes some
-    }
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    environment = {name: value for name, value in os.environ.items() if name not in launched}
+    # Each thread takes some.
+    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", "from sagan.train.memory import answer; answer()"]
     try:
         done = subprocess.run(
@@ -165,12 +160,7 @@ def measure_step(config: RunConfig, images: tuple[int, ...], device: torch.devic
             return Measured(images, tuple(found["peaks"]), found["seconds"])
         raise NoMeasurementError(found["reason"])
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    if (
-        done.returncode == -9
-        or "OutOfMemoryError" in last
-        or "not enough memory" in last
-        or "MemoryError" in last
-    ):
+    if done.returncode == -9 or "MemoryError" in last or "not enough memory" in last:  # OutOfMemoryError too
         raise TooLittleMemoryError(f"a step on {images[-1]} images ended for lack of memory")
     raise NoMeasurementError(last)
 
@@ -194,11 +184,8 @@ def answer() -> None:
         keep_freed_memory()
     before = _peak_bytes(device)
     if before is None:
-        print(
-            json.dumps(
-                {"reason": f"this system does not tell how much memory a process takes on {device.type}"}
-            )
-        )
+        reason = f"this system does not tell how much memory a process takes on {device.type}"
+        print(json.dumps({"reason": reason}))
         return
     classes = config.network.num_classes or 1
     trainer = Trainer(
