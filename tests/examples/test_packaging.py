@@ -161,3 +161,16 @@ class TestAMissingLibrary:
 
         monkeypatch.setattr(importlib.metadata, "version", nowhere)
         assert extras.missing("x", "y", "demo").endswith(f": pip install -e '{ROOT}[demo]'")
+
+
+@pytest.mark.parametrize("folder", ["sagan_layers", "examples", "benchmarks"])
+def test_class_variables_say_their_type(folder: str) -> None:
+    """Python 3.10 evaluates no plain ClassVar, so the command line could not read the options."""
+    plain = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.AnnAssign) and "ClassVar" in ast.unparse(node.annotation).split("[")[0]
+        if not isinstance(node.annotation, ast.Subscript)
+    ]
+    assert plain == []

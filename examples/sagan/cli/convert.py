@@ -84,7 +84,7 @@ class Convert:
         out: folder to write to.
     """
 
-    required: ClassVar = {
+    required: ClassVar[dict[str, str]] = {
         "from": "this or --to is required",
         "to": "this or --from is required",
         "weights": "required with --from",

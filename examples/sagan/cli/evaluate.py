@@ -37,13 +37,13 @@ class Evaluate:
         device: "auto", "cpu", "cuda", ...
     """
 
-    required: ClassVar = {
+    required: ClassVar[dict[str, str]] = {
         "inception-weights": "this, --feature-network or --proxy is required",
         "feature-network": "this, --inception-weights or --proxy is required",
         "proxy": "this, --inception-weights or --feature-network is required",
     }
     # What --help shows, in this order; the rest is in --help-all.
-    common: ClassVar = (
+    common: ClassVar[tuple[str, ...]] = (
         *("--source", "--inception-weights", "--feature-network", "--feature-network-sha256", "--proxy"),
         *("--metrics", "--count", "--data", "--split", "--weights", "--out", "--device"),
     )

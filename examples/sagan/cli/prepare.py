@@ -37,7 +37,7 @@ class Prepare:
         verify: check this finished set instead, and report what is wrong.
     """
 
-    required: ClassVar = dict.fromkeys(("source", "out"), "required, but for --verify")
+    required: ClassVar[dict[str, str]] = dict.fromkeys(("source", "out"), "required, but for --verify")
 
     source: str | None = None
     out: Path | None = None

@@ -54,9 +54,9 @@ class Train:
         ignore_memory: train although a step may need more memory than there is; it is not measured.
     """
 
-    required: ClassVar = {"data": "required, but for --dry-run"}
+    required: ClassVar[dict[str, str]] = {"data": "required, but for --dry-run"}
     # What --help shows, in this order; the rest is in --help-all.
-    common: ClassVar = (
+    common: ClassVar[tuple[str, ...]] = (
         *("--data", "--out", "--recipe", "--network.resolution", "--iterations", "--batch-size"),
         *("--fit-memory", "--precision", "--device", "--seed", "--resume", "--dry-run"),
     )

@@ -45,7 +45,7 @@ class EvaluationConfig:
         split: subfolder with the real images, or for a prepared set its name in figures; by default the run's.
     """
 
-    prefix: ClassVar = "--"  # of these options on the command line
+    prefix: ClassVar[str] = "--"  # of these options on the command line
 
     metrics: tuple[Metric, ...] = ()
     count: int | None = None
@@ -123,7 +123,7 @@ class TrainingEvaluationConfig(EvaluationConfig):
             first of the metrics.
     """
 
-    prefix: ClassVar = "--evaluation."
+    prefix: ClassVar[str] = "--evaluation."
 
     every: int = 0
     best_by: str | None = None
