@@ -137,6 +137,16 @@ class TestLayout:
         assert tree.skipped["link to a folder that contains it"] > 0
         assert tree.skipped["link to a folder that another link leads to"] > 0
 
+    def test_a_tree_of_nothing_but_loops_is_an_error_that_names_them(self, tmp_path: Path) -> None:
+        root = tmp_path / "tree"
+        for name in ("a", "b"):
+            (root / name).mkdir(parents=True)
+            (root / name / "up").symlink_to(root)
+        (root / "self").symlink_to(root)
+        with pytest.raises(DatasetError, match="link to a folder that contains it") as caught:
+            scan_image_tree(root)
+        assert "let the links lead to folders of images" in str(caught.value)
+
     def test_pipes_and_devices_are_counted_and_not_opened(self, tmp_path: Path) -> None:
         root = write_files(tmp_path, "cat/x.jpg", "dog/y.jpg")
         os.mkfifo(root / "cat" / "pipe.jpg")

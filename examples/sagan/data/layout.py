@@ -211,6 +211,8 @@ def check_classes(
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items()) or "no files at all"
         found = f"{_count(class_names, 'folder')} ({_some(class_names)}) without any image; files: {kinds}."
         fix = f"images must end in one of {', '.join(IMAGE_EXTENSIONS)} (any case)."
+        if skipped and all(kind.startswith("link") for kind in skipped):
+            fix = "let the links lead to folders of images; these lead back to where they are, and are not followed."
         raise _layout_error(base, found, _pack_or_unpack(base) if any(map(_is_archive, skipped)) else fix)
     nested = _nested_classes(images)
     if nested is not None and len(nested) > 1:

@@ -349,6 +349,8 @@ class _Decision:
             return unchanged
         if available is None or needed * MARGIN <= available:
             return unchanged
+        if needed <= available and fit:
+            print(f"That leaves less room than the estimate can be off, {MARGIN - 1:.0%}.")
         if fit or needed > available:
             print("Looking for options that fit; some are measured too ...", flush=True)
         if fit and (chosen := next(self._alternatives(same_batch=True), None)):
@@ -380,7 +382,9 @@ class _Decision:
         images = memory.images_at_once(config)
         few, many = small_parts(config.network, images, memory.device)
         parts = f"{few} and {many} images" if few < many else _images(many)
-        print(f"Measuring the memory of a step on {parts}, which takes some seconds ...", flush=True)
+        print(
+            f"Measuring the memory of a step on {parts}, for seconds, on a slow CPU a minute ...", flush=True
+        )
         start = time.perf_counter()
         needed = memory.needed()
         there = "how much is available is not known here; going on"
