@@ -34,7 +34,7 @@ types: .venv-test/installed ## mypy over the package and the examples
 # One torch thread for each worker: xdist already fills the cores.
 unit: .venv-test/installed ## pytest over tests/, all cores
 	@echo "==> pytest"
-	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -n auto --dist worksteal
 
 # Kernel files import Triton, which a CPU build of torch may lack; they hold no doctests.
 doctest: .venv-test/installed ## the examples in the package's docstrings

@@ -554,7 +554,7 @@ def test_all_suites_run_in_processes_of_their_own_and_the_worst_status_counts(
     monkeypatch.setattr(main.subprocess, "run", run)
     assert main.main(["--quick", "--out", str(tmp_path), "--peer", "peer"]) == 1
     assert [command[2] for command in commands] == [f"benchmarks.bench_{suite}" for suite in main.SUITES]
-    assert [("--peer" in command) for command in commands] == [True] * 4 + [False] * 2
+    assert [("--peer" in command) for command in commands] == [True] * 4 + [False] * 3
 
 
 class TestNumerics:

@@ -205,9 +205,15 @@ class TestCommand:
         ("options", "message"),
         [
             (["--truncations", "0.5"], "truncations: expected layout 'truncation' with it, got 'grid'"),
-            (["--class-steps", 4], "class_steps: expected layout 'interpolation' with it, got 'grid'"),
-            (["--layout", "truncation", "--class-steps", 4], "class_steps: expected layout 'interpolation'"),
-            (["--layout", "interpolation", "--class-steps", -1], "class_steps: expected at least 0, got -1"),
+            (["--class-steps", 4], "--class-steps: expected layout 'interpolation' with it, got 'grid'"),
+            (
+                ["--layout", "truncation", "--class-steps", 4],
+                "--class-steps: expected layout 'interpolation'",
+            ),
+            (
+                ["--layout", "interpolation", "--class-steps", -1],
+                "--class-steps: expected at least 0, got -1",
+            ),
             (
                 ["--layout", "interpolation", "--columns", 1],
                 "columns: expected at least 2 for an interpolation",

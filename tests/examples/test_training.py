@@ -305,8 +305,8 @@ class TestOutput:
         assert len(grids) == 2
         assert grids[0] == grids[1]  # G stood still, so only other latents could differ
         with Image.open(folder / "iteration_000000000.png") as grid:
-            assert grid.height == 3 * (32 + 2) + 2
-            assert grid.width > 2 * (32 + 2) + 2  # two columns, and the names before them
+            assert grid.height == 3 * (96 + 2) + 2
+            assert grid.width > 2 * (96 + 2) + 2  # two columns, and the names before them
 
     def test_progress_without_a_terminal(self, train_tiny: Train, capsys: pytest.CaptureFixture[str]) -> None:
         train_tiny(output__log_every=1, progress=True)
