@@ -141,7 +141,7 @@ class NetworkConfig:
                 )
 
     def _check_channels(self) -> None:
-        maps, last = len(_resolutions(self)), self.d_last_blocks
+        maps, last = len(map_resolutions(self.resolution)), self.d_last_blocks
         if self.g_channels and not (len(self.g_channels) == maps and min(self.g_channels) > 0):
             raise UserError(
                 f"g_channels: expected {maps} numbers above 0 at {self.resolution} pixels, from the 4x4 map to the "
@@ -160,7 +160,7 @@ class NetworkConfig:
             raise UserError(
                 f"hierarchical_latents: expected condition 'embedding' with them, got {self.condition!r}"
             )
-        chunks = len(_resolutions(self))
+        chunks = len(map_resolutions(self.resolution))
         if self.latent_dim % chunks:
             raise UserError(
                 f"latent_dim: expected a multiple of {chunks}, the chunks of hierarchical_latents at "
@@ -170,7 +170,11 @@ class NetworkConfig:
     @property
     def linear_features(self) -> int:
         """The number of latents that G's linear layer takes; all but for hierarchical latents."""
-        return self.latent_dim // len(_resolutions(self)) if self.hierarchical_latents else self.latent_dim
+        return (
+            self.latent_dim // len(map_resolutions(self.resolution))
+            if self.hierarchical_latents
+            else self.latent_dim
+        )
 
     @property
     def condition_features(self) -> int | None:
@@ -189,21 +193,21 @@ class NetworkConfig:
         return self.num_classes or None
 
 
-def _resolutions(config: NetworkConfig) -> list[int]:
+def map_resolutions(resolution: int) -> list[int]:
     """Return the resolutions of G's feature maps, from 4x4 to the image's."""
-    return [4 * 2**i for i in range((config.resolution // 4).bit_length())]
+    return [4 * 2**i for i in range((resolution // 4).bit_length())]
 
 
 def generator_widths(config: NetworkConfig) -> list[tuple[int, int]]:
     """Return (resolution, channels) of G's feature maps, from 4x4 to the image's."""
-    resolutions = _resolutions(config)
+    resolutions = map_resolutions(config.resolution)
     by_rule = [config.base_width * min(16, config.resolution // r) for r in resolutions]
     return list(zip(resolutions, config.g_channels or by_rule, strict=True))
 
 
 def discriminator_widths(config: NetworkConfig) -> list[tuple[int, int]]:
     """Return (resolution, channels) after each of D's blocks; the last blocks keep the resolution."""
-    resolutions, last = _resolutions(config)[-2::-1], config.d_last_blocks
+    resolutions, last = map_resolutions(config.resolution)[-2::-1], config.d_last_blocks
     by_rule = [config.base_width * min(16, config.resolution // 2 // r) for r in resolutions]
     channels = config.d_channels or [*by_rule, *by_rule[-1:] * last]
     resolutions = resolutions[: len(channels) - last]

@@ -18,7 +18,7 @@ from sagan.data import DataConfig
 from sagan.errors import UserError, check_at_least, check_choices, shown
 from sagan.evaluation.config import TrainingEvaluationConfig
 from sagan.io import read_json
-from sagan.networks import Mixer, NetworkConfig
+from sagan.networks import Mixer, NetworkConfig, map_resolutions
 from sagan.schema import conform
 from sagan.train.losses import LossName
 
@@ -347,7 +347,7 @@ def at_resolution(config: RunConfig, resolution: int) -> RunConfig:
     network, before = config.network, config.network.resolution
     latents = network.latent_dim
     if network.hierarchical_latents:
-        latents += -latents % (resolution // 4).bit_length()  # a chunk for each feature map of G
+        latents += -latents % len(map_resolutions(resolution))
 
     def moved(maps: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted({max(_SMALLEST_ATTENTION, each * resolution // before) for each in maps}))
